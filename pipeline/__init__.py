@@ -1,0 +1,1 @@
+"""squeezewire: SqueezeNet over DDP, every byte accounted for."""

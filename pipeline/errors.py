@@ -1,0 +1,56 @@
+"""Errors a user can act on, and the exit code each of them ends with."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    DONE = 0
+    INTERNAL = 1  # our fault
+    CONFIG = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NON_FINITE = 5
+    LEDGER = 6
+    PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message names the value, the rule and the remedy; no traceback is shown."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class ConfigError(UserError):
+    """The configuration asks for something impossible."""
+
+
+class DataError(UserError):
+    """Shards, images or labels are not what they must be."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is NaN or infinite."""
+
+    exit_code = ExitCode.NON_FINITE
+
+
+class LedgerError(UserError):
+    """The bytes predicted and the bytes measured disagree."""
+
+    exit_code = ExitCode.LEDGER
+
+
+class Preempted(UserError):
+    """The cluster wants the machine back; the state is saved and the same command goes on."""
+
+    exit_code = ExitCode.PREEMPTED

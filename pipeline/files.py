@@ -1,0 +1,73 @@
+"""Files that are either whole or absent: atomic, durable writes in the directory they belong to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# The temporary name carries the writer's pid, so that leftovers of a dead process can be told from a save under way.
+TEMPORARY_MARK = ".tmp."
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write `path` through a temporary file beside it: flush, fsync, replace, fsync of the directory.
+
+    The temporary file lies in the same directory, because a rename is only atomic within one file system.
+    `write` receives the open binary file. On any failure the temporary file is removed and `path` is untouched.
+
+    Raises whatever `write` or the file system raises.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """`write_atomic` for content already in memory."""
+    write_atomic(path, lambda file: file.write(content))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_atomic` for UTF-8 text."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """`write_atomic` for JSON, indented and ended by a newline. NaN and infinity are refused: they are not JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep_temporaries(directory: Path) -> list[Path]:
+    """Remove temporary files of processes of this host that are no longer alive. Returns what was removed."""
+    removed = []
+    for path in directory.glob(f"*{TEMPORARY_MARK}*"):
+        owner = path.name.rpartition(TEMPORARY_MARK)[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
