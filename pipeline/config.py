@@ -1,0 +1,379 @@
+"""The typed configuration. OmegaConf ends here: past this module there are only frozen dataclasses.
+
+A field's name is its YAML key. `build` turns plain containers into a dataclass, refuses unknown keys and wrong types,
+and every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pipeline.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest known word, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ConfigError` naming the nearest allowed value unless `value` is one."""
+    require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What a model expects to see. Mean and std are in the units of 0..255 pixels, in the model's channel order."""
+
+    size: int = 224
+    """Side of the square crop, pixels."""
+    resize_side: int = 256
+    """Evaluation: side to resize to before the centre crop, pixels."""
+    resize_mode: str = "short"
+    """`short`: the short side becomes resize_side; `warp`: both sides do; `none`: no resize."""
+    channel_order: str = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        one_of("model.input.resize_mode", self.resize_mode, ("short", "warp", "none"))
+        one_of("model.input.channel_order", self.channel_order, ("rgb", "bgr"))
+        require(self.size > 0, f"model.input.size={self.size} must be a positive number of pixels.")
+        require(
+            self.resize_mode == "none" or self.resize_side >= self.size,
+            f"model.input.resize_side={self.resize_side} is smaller than the crop {self.size}: raise it to that.",
+        )
+        require(min(self.std) > 0, f"model.input.std={self.std} must be positive.")
+
+    def resized(self, size: int | None) -> "InputConfig":
+        """The same input at another crop side; resize_side keeps its ratio to the crop."""
+        if size is None or size == self.size:
+            return self
+        return dataclasses.replace(self, size=size, resize_side=max(size, round(self.resize_side * size / self.size)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, by its name in the registry."""
+
+    name: str
+    num_classes: int | None = None
+    """Outputs of the classifier. Null: as many as the shards have classes."""
+    metaparameters: dict[str, Any] = field(default_factory=dict)
+    """Passed to the builder; for SqueezeNet: base_e, incr_e, freq, pct3x3, sr, bypass, pool_after, dropout."""
+    input: InputConfig = field(default_factory=InputConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_classes is None or self.num_classes >= 2,
+            f"model.num_classes={self.num_classes} must be at least 2, or null to take it from the shards.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a training picture is cut. A pure function of (seed, epoch, sample id)."""
+
+    crop: str = "random_resized"
+    """`random_resized`: area and ratio drawn; `random`: fixed scale, random place; `pad_random`: pad, then random
+    place; `center`: as in evaluation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random_resized: share of the picture's area, lowest and highest."""
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    """random_resized: width over height, lowest and highest."""
+    pad: int = 4
+    """pad_random: pixels added on each side."""
+    flip: bool = True
+    """Mirror left to right with probability one half."""
+
+    def __post_init__(self) -> None:
+        one_of("data.augment.crop", self.crop, ("random_resized", "random", "pad_random", "center"))
+        low, high = self.scale
+        require(0 < low <= high <= 1, f"data.augment.scale={self.scale} must satisfy 0 < low <= high <= 1.")
+        low, high = self.ratio
+        require(0 < low <= high, f"data.augment.ratio={self.ratio} must satisfy 0 < low <= high.")
+        require(self.pad >= 0, f"data.augment.pad={self.pad} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    root: str | None = None
+    """Directory that `prepare` made, or that holds foreign shards."""
+    size: int | None = None
+    """Crop side in pixels; null: what the model's input says."""
+    train_split: str = "train"
+    val_split: str = "val"
+    num_workers: int | None = None
+    """DataLoader processes per rank; null: chosen from the cores a rank may use."""
+    shuffle_block: int = 0
+    """0: one permutation of all samples. N: shards are shuffled and mixed N at a time, which reads in long runs."""
+    max_bad_fraction: float = 0.0
+    """Share of samples that may fail to decode (each is replaced and named) before the run stops."""
+    verify: str = "size"
+    """At start: `size` compares each shard's bytes with the manifest, `sha256` reads and hashes it too."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        one_of("data.verify", self.verify, ("size", "sha256"))
+        require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
+        require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
+        require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")
+        require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The batch people think and tune in; per-rank batch and accumulation follow from it."""
+
+    global_size: int = 256
+    """Pictures per optimiser step over all ranks."""
+    max_per_rank: int = 256
+    """Most pictures one rank holds at once; more than that is accumulated over micro-batches."""
+
+    def __post_init__(self) -> None:
+        require(self.global_size > 0, f"batch.global_size={self.global_size} must be positive.")
+        require(self.max_per_rank > 0, f"batch.max_per_rank={self.max_per_rank} must be positive.")
+
+    def split(self, world_size: int) -> tuple[int, int]:
+        """(pictures per micro-batch and rank, micro-batches per step) for `world_size` ranks.
+
+        Raises:
+            ConfigError: `global_size` is not divisible by the ranks.
+        """
+        if self.global_size % world_size:
+            below = self.global_size // world_size * world_size
+            near = [str(size) for size in (below, below + world_size) if size > 0]
+            raise ConfigError(
+                f"batch.global_size={self.global_size} is not divisible by {world_size} ranks:"
+                f" set it to {' or '.join(near)}, or change the number of ranks."
+            )
+        per_rank = self.global_size // world_size
+        num_micro = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= self.max_per_rank)
+        return per_rank // num_micro, num_micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """SGD with momentum, a linear warm-up and a decay to zero, both per step."""
+
+    lr: float = 0.04
+    momentum: float = 0.9
+    weight_decay: float = 0.0002
+    nesterov: bool = False
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps to lr."""
+    decay: str = "linear"
+    """After the warm-up: `linear` to 0, `cosine` to 0, or `none`."""
+    label_smoothing: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights, which validation and best checkpoints then use; 0: off."""
+
+    def __post_init__(self) -> None:
+        one_of("recipe.decay", self.decay, ("linear", "cosine", "none"))
+        require(self.lr > 0, f"recipe.lr={self.lr} must be positive.")
+        require(0 <= self.momentum < 1, f"recipe.momentum={self.momentum} must be in [0, 1).")
+        require(self.weight_decay >= 0, f"recipe.weight_decay={self.weight_decay} must not be negative.")
+        require(
+            not self.nesterov or self.momentum > 0, "recipe.nesterov=true needs momentum: set recipe.momentum above 0."
+        )
+        require(self.warmup_steps >= 0, f"recipe.warmup_steps={self.warmup_steps} must not be negative.")
+        require(0 <= self.label_smoothing < 1, f"recipe.label_smoothing={self.label_smoothing} must be in [0, 1).")
+        require(self.grad_clip_norm >= 0, f"recipe.grad_clip_norm={self.grad_clip_norm} must not be negative.")
+        require(0 <= self.ema_decay < 1, f"recipe.ema_decay={self.ema_decay} must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how often, in which precision."""
+
+    max_steps: int | None = None
+    """Optimiser steps in all. Exactly one of max_steps and max_epochs is set; the smaller wins if both are."""
+    max_epochs: float | None = None
+    """Passes over the training split; whole global batches only."""
+    validate_every_steps: int | None = None
+    """Null: once per epoch and at the end. 0: never."""
+    checkpoint_every_steps: int | None = None
+    """Null: once per epoch. 0: never, not even at the end."""
+    keep_checkpoints: int = 2
+    precision: str = "auto"
+    """`auto`: bf16 autocast where the hardware gains from it, else fp32; or `fp32`, `bf16`."""
+    memory_format: str = "auto"
+    """`auto`: channels_last wherever precision is bf16 or the device a GPU; or `channels_last`, `contiguous`."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels only."""
+    evaluation_batch_per_rank: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("trainer.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
+        require(
+            self.max_steps is not None or self.max_epochs is not None,
+            "Nothing says how long to train: set trainer.max_steps or trainer.max_epochs.",
+        )
+        for key in ("max_steps", "max_epochs"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"trainer.{key}={value} must be positive.")
+        for key in ("validate_every_steps", "checkpoint_every_steps"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"trainer.{key}={value} must be >= 0 (0: never) or null.")
+        require(
+            self.keep_checkpoints >= 2,
+            f"trainer.keep_checkpoints={self.keep_checkpoints} must be at least 2: the newest may turn out damaged.",
+        )
+        require(self.evaluation_batch_per_rank > 0, "trainer.evaluation_batch_per_rank must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Ranks and devices. Under Slurm or torchrun the ranks are given and `devices` is not used."""
+
+    devices: int = 1
+    """Ranks to start on this machine."""
+    accelerator: str = "auto"
+    """`auto`: a GPU where torch sees one, else the CPU; or `cpu`, `gpu`."""
+    num_threads: int | None = None
+    """Compute threads per rank on the CPU; null: the cores divided by the ranks of this machine."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for the other ranks."""
+
+    def __post_init__(self) -> None:
+        one_of("cluster.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        require(self.devices >= 1, f"cluster.devices={self.devices} must be at least 1.")
+        require(self.num_threads is None or self.num_threads >= 1, "cluster.num_threads must be at least 1.")
+        require(self.timeout_seconds > 0, "cluster.timeout_seconds must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How gradients travel."""
+
+    meter: bool = True
+    """Record every collective. Off only to measure what the recording costs."""
+    bucket_megabytes: float = 25.0
+    """DDP's bucket_cap_mb, in MiB as torch counts it; its first bucket is 1 MiB regardless."""
+    hook: str = "none"
+    """Compression of gradients on the wire: `none`, `fp16`, `bf16`."""
+    find_unused_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("comm.hook", self.hook, ("none", "fp16", "bf16"))
+        require(self.bucket_megabytes > 0, f"comm.bucket_megabytes={self.bucket_megabytes} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases mirrors metrics.jsonl."""
+
+    mode: str = "offline"
+    """`offline` (upload later with `wandb sync`), `online`, `disabled`."""
+    project: str = "squeezewire"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str
+    """The run's directory under run_root. The same name resumes it."""
+    run_root: str = "runs"
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig
+    recipe: RecipeConfig
+    batch: BatchConfig
+    trainer: TrainerConfig
+    cluster: ClusterConfig
+    comm: CommConfig
+    tracking: TrackingConfig
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
+        require(
+            self.data.root is not None,
+            "data.root is not set: give the directory that `python -m pipeline.prepare` made"
+            " (`python -m pipeline.prepare source=builtin out=shards/builtin` makes one from nothing).",
+        )
+
+    @property
+    def input(self) -> InputConfig:
+        """The model's input at the crop side this run uses."""
+        return self.model.input.resized(self.data.size)
+
+
+def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Make a dataclass of type `schema` from plain containers, recursively.
+
+    `path` prefixes the keys in messages.
+
+    Raises:
+        ConfigError: unknown key, missing key, wrong type, or what `__post_init__` refuses.
+    """
+    hints = typing.get_type_hints(schema)
+    fields = {entry.name: entry for entry in dataclasses.fields(typing.cast(Any, schema))}
+    for key in values:
+        require(str(key) in fields, f"Unknown key {path}{key}.{nearest(str(key), fields)}")
+    arguments = {key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()}
+    for key, entry in fields.items():
+        optional = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+        require(optional or key in arguments, f"{path}{key} is not set: add {path}{key}=... to the command.")
+    return schema(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, or `ConfigError` naming `key`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(inner, value, key)
+    require(value is not None, f"{key} is null: give it a value.")
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), f"{key}={value!r} must be a group of keys.")
+        return build(typing.cast(Any, hint), value, f"{key}.")
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{key}={value!r} must be a list.")
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        require(len(inner) == len(value), f"{key}={value!r} must have {len(inner)} entries.")
+        return tuple(
+            _convert(hint, item, f"{key}[{i}]") for i, (hint, item) in enumerate(zip(inner, value, strict=True))
+        )
+    if origin is dict or hint is dict:
+        require(isinstance(value, Mapping), f"{key}={value!r} must be a group of keys.")
+        return dict(value)
+    if hint is Any:
+        return value
+    return _convert_scalar(hint, value, key)
+
+
+def _convert_scalar(hint: type, value: Any, key: str) -> Any:
+    """A bool, int, float or str; an int is a float, a number is not a bool."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # names such as 2026 arrive as numbers
+    matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(matches, f"{key}={value!r} must be of type {hint.__name__}.")
+    return value
