@@ -1,0 +1,150 @@
+"""`manifest.json`: what lies beside the shards, and the promise that they are complete. It is written last."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.files import write_json_atomic
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split."""
+
+    name: str
+    """File name, relative to the manifest's directory; never a path."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Hexadecimal SHA-256 of the file."""
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its shards in order, and what else was recorded when it was written."""
+
+    shards: tuple[Shard, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further JSON keys of the split (seed, source, kind, short_side, ...)."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes over all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Classes in index order and the splits by name."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further top-level JSON keys."""
+
+    @classmethod
+    def load(cls, root: Path) -> "Manifest":
+        """Read `root/manifest.json`.
+
+        Raises:
+            DataError: there is no manifest, it is not JSON, its schema is another, or its counts contradict themselves.
+        """
+        path = root / MANIFEST_NAME
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
+                f"Run `python -m pipeline.prepare source=... out={root}` (again), or correct the directory."
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+        return _parse(value, path)
+
+    def save(self, root: Path) -> Path:
+        """Write `root/manifest.json` atomically; returns its path. The shards must be complete and durable by now.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        path = root / MANIFEST_NAME
+        write_json_atomic(path, self.to_json())
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract: schema, classes, splits: {name: {num_samples, shards: [{name, bytes, sha256, num_samples}]}}."""
+        splits = {
+            name: {
+                "num_samples": split.num_samples,
+                "shards": [
+                    {"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256, "num_samples": shard.num_samples}
+                    for shard in split.shards
+                ],
+                **split.extra,
+            }
+            for name, split in sorted(self.splits.items())
+        }
+        return {"schema": SCHEMA, "classes": list(self.classes), "splits": splits, **self.extra}
+
+    def split(self, name: str) -> Split:
+        """The split called `name`.
+
+        Raises:
+            DataError: there is none; the message names those that exist.
+        """
+        if name not in self.splits:
+            known = ", ".join(sorted(self.splits)) or "none"
+            raise DataError(f"There is no split {name!r} in these shards (there is: {known}). Choose one of them.")
+        return self.splits[name]
+
+
+def _parse(value: Any, path: Path) -> Manifest:
+    """The typed manifest, or `DataError` naming the first thing that is not as it must be."""
+    try:
+        if value["schema"] != SCHEMA:
+            raise DataError(f"{path} has schema {value['schema']!r}, and this version reads schema {SCHEMA}.")
+        classes = tuple(value["classes"])
+        if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+            raise DataError(f"{path}: `classes` must be distinct strings in index order. Run `prepare` again.")
+        splits = {name: _parse_split(name, split, path) for name, split in value["splits"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a manifest of squeezewire ({type(error).__name__}: {error}). Run `prepare` again."
+        ) from error
+    extra = {key: inner for key, inner in value.items() if key not in ("schema", "classes", "splits")}
+    return Manifest(classes=classes, splits=splits, extra=extra)
+
+
+def _parse_split(name: str, value: dict[str, Any], path: Path) -> Split:
+    shards = tuple(_parse_shard(shard, path) for shard in value["shards"])
+    extra = {key: inner for key, inner in value.items() if key not in ("num_samples", "shards")}
+    split = Split(shards=shards, extra=extra)
+    if split.num_samples != value["num_samples"]:
+        raise DataError(
+            f"{path}: split {name!r} says {value['num_samples']} samples, and its shards sum to {split.num_samples}. "
+            "The file was edited or damaged: run `prepare` again."
+        )
+    return split
+
+
+def _parse_shard(value: dict[str, Any], path: Path) -> Shard:
+    shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
+    is_plain_name = isinstance(shard.name, str) and shard.name not in ("", ".", "..") and "/" not in shard.name
+    counts = (shard.bytes, shard.num_samples)
+    if not is_plain_name or not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(
+            f"{path}: the shard {value!r} must have a plain file name and counts that are not negative. "
+            "Run `prepare` again."
+        )
+    return shard
