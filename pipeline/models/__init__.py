@@ -1,0 +1,1 @@
+"""Networks: our own SqueezeNet, the registry it shares with torchvision's, what each costs, and foreign weights."""

@@ -1,0 +1,105 @@
+"""Weights made elsewhere: the Caffe-named `.npz` of SqueezeNet v1.0 and torchvision state dicts, loaded strictly."""
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import CheckpointError
+from pipeline.models.squeezenet import SqueezeNet
+
+if TYPE_CHECKING:
+    from numpy.lib.npyio import NpzFile
+
+MAX_NAMES_IN_MESSAGE = 4
+
+
+def load_npz(path: Path | str, model: nn.Module) -> None:
+    """Copy Caffe-named arrays into our SqueezeNet.
+
+    The file holds `<layer>.weight` (filters, channels, height, width) and `<layer>.bias` for every convolution:
+    `conv1`, `fire2/squeeze1x1`, `fire2/expand1x1`, `fire2/expand3x3`, ..., `conv10`. Caffe's networks expect BGR pixels
+    of 0..255 minus a mean, which is the input of the `*_caffe` models.
+
+    Raises:
+        CheckpointError: the file is missing or damaged; a name is missing or unknown; a shape differs; a value is not
+            finite; the model is no SqueezeNet. The model is then unchanged.
+    """
+    path = Path(path)
+    if not isinstance(model, SqueezeNet):
+        raise CheckpointError(
+            f"{path} holds SqueezeNet's Caffe layers, which do not fit {type(model).__name__}:"
+            " use model=squeezenet1_0_caffe."
+        )
+    targets: dict[str, Tensor] = {}
+    for name, conv in model.named_convolutions():
+        assert conv.bias is not None
+        targets[f"{name}.weight"], targets[f"{name}.bias"] = conv.weight, conv.bias
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = _tensors_of(archive)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: give the path of a .npz file.") from error
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is not a readable .npz file ({error}): copy it again.") from error
+    _copy_strictly(arrays, targets, path)
+
+
+def load_torchvision_state(path: Path | str, model: nn.Module) -> None:
+    """Load a torchvision state dict (a `.pth` of tensors by name), strictly and without running code from the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no plain state dict; a name is missing or unknown; a shape
+            differs; a value is not finite. The model is then unchanged.
+    """
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: give the path of a state dict.") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read as a state dict ({reason}): copy it again, or save model.state_dict() only."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a state dict of tensors by name: save model.state_dict() only.")
+    _copy_strictly(state, model.state_dict(keep_vars=True), path)
+
+
+def _tensors_of(archive: "NpzFile") -> dict[str, Tensor]:
+    """Every array of an open archive; `TypeError` for one that is not of real numbers."""
+    return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+def _copy_strictly(source: Mapping[str, Tensor], targets: Mapping[str, Tensor], path: Path) -> None:
+    """Copy all or nothing: names and shapes must agree one to one and every value must be finite."""
+    missing = [name for name in targets if name not in source]
+    unknown = [name for name in source if name not in targets]
+    if missing or unknown:
+        parts = [f"{verb} {_shorten(found)}" for verb, found in (("lacks", missing), ("also holds", unknown)) if found]
+        raise CheckpointError(
+            f"{path} {' and '.join(parts)}: it belongs to another model; choose the one it was made by."
+        )
+    for name, target in targets.items():
+        if source[name].shape != target.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(source[name].shape)}, the model {tuple(target.shape)}:"
+                " choose the model, its metaparameters and num_classes that the file was made with."
+            )
+        if not torch.isfinite(source[name]).all():
+            raise CheckpointError(f"{path}: {name} holds values that are not finite: copy the file again.")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(source[name])
+
+
+def _shorten(found: Iterable[str]) -> str:
+    listed = list(found)
+    more = len(listed) - MAX_NAMES_IN_MESSAGE
+    return ", ".join(listed[:MAX_NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
