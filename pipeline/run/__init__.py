@@ -1,0 +1,1 @@
+"""A run: its ranks, its directory, its checkpoints, its record."""
