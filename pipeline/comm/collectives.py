@@ -1,0 +1,202 @@
+"""What was issued: every collective of the process group, with who asked for it and in which phase of the run.
+
+torch >= 2.14 calls a hook before each operation of a `ProcessGroup`, also for those that DDP's reducer starts in C++,
+which no wrapper around `torch.distributed` ever sees. The hook only counts: it never touches a tensor's values.
+
+Not seen: operations of groups made by `new_group`, and `monitored_barrier`, which bypasses the group's operations.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+PHASES = ("startup", "train", "validation", "checkpoint")
+ORIGINS = ("gradients", "buffers", "parameters", "metrics", "lightning", "other")
+
+_HOOK_ID = 0x57495245  # one pre-hook per id and group: a fixed id makes attaching twice harmless
+
+
+class Call(NamedTuple):
+    """One collective as issued on this rank: what the ledger counts, and all that a wire formula needs."""
+
+    phase: str
+    origin: str
+    op: str
+    payload_bytes: int
+    """Bytes of this rank's input tensors."""
+    itemsize: int
+    """Bytes per element; 1 when there is no tensor."""
+    root: int
+    """-1 where the operation has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One gradient bucket of DDP: `num_bytes` before any compression."""
+
+    num_bytes: int
+    parameters: tuple[str, ...]
+
+
+class CollectiveMeter:
+    """Counts the collectives of the default process group.
+
+    Life: `attach()` after the group exists; from then on every operation is added to `calls`. A world of one exchanges
+    nothing, so nothing is recorded there. `enabled=False` never attaches: the switch for measuring the meter itself.
+
+    Threads: gradients are reduced from autograd's threads while the main thread waits in `backward()`. The phase is the
+    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.world_size = 1
+        self.backend = "none"
+        self.buckets: dict[int, Bucket] = {}
+        """DDP's present buckets by index, filled by the communication hook."""
+        self._counts: Counter[Call] = Counter()
+        self._gradient_bytes = 0
+        self._num_bucket_calls = 0
+        self._phase = "startup"
+        self._local = _ThreadOrigin()
+        self._lock = threading.Lock()
+        self._group: dist.ProcessGroup | None = None
+
+    # --- the group ---
+
+    def attach(self, group: dist.ProcessGroup | None = None) -> None:
+        """Start recording `group`, by default the default one, which must have been initialised. Idempotent.
+
+        Raises RuntimeError if this torch has no process-group hooks.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("CollectiveMeter.attach() was called before init_process_group().")
+        group = group or dist.group.WORLD
+        assert group is not None
+        self.world_size, self.backend = group.size(), dist.get_backend(group)
+        if not self.enabled or group.size() == 1 or group is self._group:
+            return
+        if not hasattr(group, "register_pre_hook"):
+            raise RuntimeError(f"torch {torch.__version__} cannot report its collectives; torch 2.14 or later can.")
+        self.detach()
+        group.register_pre_hook(_HOOK_ID, self._on_collective)
+        self._group = group
+
+    def detach(self) -> None:
+        """Stop recording; what was recorded stays. Harmless when not attached or when the group is gone."""
+        if self._group is not None and dist.is_initialized():
+            self._group.unregister_pre_hook(_HOOK_ID)
+        self._group = None
+
+    # --- who and when ---
+
+    @property
+    def phase_name(self) -> str:
+        """The present phase, one of PHASES."""
+        return self._phase
+
+    def set_phase(self, phase: str) -> str:
+        """Enter `phase` until further notice; returns the one left."""
+        assert phase in PHASES, phase
+        previous, self._phase = self._phase, phase
+        return previous
+
+    @contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """Operations inside belong to `phase`."""
+        previous = self.set_phase(phase)
+        try:
+            yield
+        finally:
+            self._phase = previous
+
+    @contextmanager
+    def origin(self, origin: str, *, only_if_unknown: bool = False) -> Iterator[None]:
+        """Operations this thread issues inside come from `origin`, the innermost one.
+
+        only_if_unknown: keep an origin that is already set further out.
+        """
+        assert origin in ORIGINS, origin
+        local = self._local
+        previous = local.origin
+        if not (only_if_unknown and previous != "other"):
+            local.origin = origin
+        try:
+            yield
+        finally:
+            local.origin = previous
+
+    # --- what happened ---
+
+    def record_bucket(self, index: int, num_bytes: int, names: Callable[[], Sequence[str]]) -> None:
+        """DDP handed over gradient bucket `index` of `num_bytes`; `names` is asked only when the layout may be new."""
+        if self._phase == "train":
+            with self._lock:
+                self._gradient_bytes += num_bytes
+                self._num_bucket_calls += 1
+        known = self.buckets.get(index)
+        # DDP rebuilds its buckets during warm-up only; later a change would show in the size.
+        if known is None or known.num_bytes != num_bytes or self._phase != "train":
+            if index == 0:
+                self.buckets.clear()
+            self.buckets[index] = Bucket(num_bytes, tuple(names()))
+
+    def take(self) -> "Taken":
+        """All that was recorded since the last `take`, which starts anew."""
+        with self._lock:
+            taken = Taken(self._counts, self._gradient_bytes, self._num_bucket_calls)
+            self._counts, self._gradient_bytes, self._num_bucket_calls = Counter(), 0, 0
+        return taken
+
+    def _on_collective(self, args: Any) -> None:
+        op = _OP_NAMES.get(args.name, "unknown")
+        payload_bytes, itemsize = 0, 1
+        for tensor in args.input_tensors:
+            payload_bytes += tensor.nbytes
+            itemsize = tensor.itemsize
+        call = Call(self._phase, self._local.origin, op, payload_bytes, itemsize, args.root)
+        with self._lock:
+            self._counts[call] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a meter recorded over some stretch of the run."""
+
+    calls: Counter[Call]
+    gradient_bytes: int
+    """Bytes of the gradient buckets DDP handed over in phase `train`, before compression."""
+    num_bucket_calls: int
+    """How often the communication hook ran in phase `train`."""
+
+
+class _ThreadOrigin(threading.local):
+    origin = "other"
+
+
+def _op_names() -> dict[Any, str]:
+    names = getattr(torch._C._distributed_c10d, "HookOpName", None)
+    if names is None:
+        return {}
+    return {
+        names.ALLREDUCE: "all_reduce",
+        names.BROADCAST: "broadcast",
+        names.ALLGATHER: "all_gather",
+        names.REDUCE_SCATTER: "reduce_scatter",
+        names.REDUCE: "reduce",
+        names.GATHER: "gather",
+        names.SCATTER: "scatter",
+        names.ALLTOALL: "all_to_all",
+        names.BARRIER: "barrier",
+        names.SEND: "send",
+        names.RECV: "recv",
+    }
+
+
+_OP_NAMES = _op_names()

@@ -1,0 +1,308 @@
+"""The ledger: what was issued, priced by the wire formulas, totalled over the life of a run.
+
+A run may take several attempts. A training step counts once, in the attempt that committed it. What an attempt did
+outside training, and the steps it took after the checkpoint from which the next one resumed, stay under that attempt.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.comm.attempts import Attempt, predicted_totals
+from pipeline.comm.collectives import Call, CollectiveMeter
+from pipeline.comm.traffic import Placement, StepTraffic, Traffic, price
+from pipeline.errors import LedgerError
+
+SCHEMA = 1
+STATE_VERSION = 1
+
+_NOT_MEASURED = "Bytes on the wire are predicted in this run, not read from the kernel's counters."
+_NOT_TIMED = "Communication was not timed in this run."
+_METER_OFF = "The meter was off (comm.meter=false)."
+_WORLD_OF_ONE = "A world of one exchanges nothing."
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What `ledger.json` says about the run beside its bytes."""
+
+    run: str
+    model: str
+    hook: str
+    global_batch: int
+    step_seconds_p50: float | None = None
+    step_seconds_p90: float | None = None
+    data_wait_seconds: float | None = None
+    """Mean per step."""
+
+
+class Ledger:
+    """Accounts for what `meter` records.
+
+    Life: construct it after the process group and the model exist; `load_state_dict` when resuming; `commit_step` after
+    every optimiser step; `to_json` whenever `ledger.json` is written. All ranks may keep one; rank 0's is the record.
+
+    gradient_bytes_by_parameter: trainable parameters in the model's order (strategy.gradient_bytes_by_parameter).
+    attempt: number of this start of the run, from 0; raised if the loaded state is as late.
+    """
+
+    def __init__(
+        self,
+        meter: CollectiveMeter,
+        gradient_bytes_by_parameter: dict[str, int],
+        placement: Placement | None = None,
+        attempt: int = 0,
+    ) -> None:
+        placement = placement or Placement.assumed(meter.world_size)
+        assert placement.world_size == meter.world_size
+        self.num_steps = 0
+        self.gradient_bytes = sum(gradient_bytes_by_parameter.values())
+        self._meter = meter
+        self._by_parameter = gradient_bytes_by_parameter
+        self._total_egress_bytes: int | None = 0
+        self._last: StepTraffic | None = None
+        self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
+        self._present = Attempt(attempt, 0, placement, meter.backend)
+        self._past: list[Attempt] = []
+
+    @property
+    def attempt(self) -> int:
+        """Number of this start of the run, from 0."""
+        return self._present.number
+
+    @property
+    def _meter_is_off(self) -> bool:
+        """Something is exchanged and nobody counts. A world of one has nothing to count."""
+        return self._present.placement.world_size > 1 and not self._meter.enabled
+
+    # --- during the run ---
+
+    def commit_step(self) -> StepTraffic:
+        """Close an optimiser step: what the train phase issued since the last commit belongs to it.
+
+        Raises LedgerError when the gradients DDP handed over are not the bytes the model owes.
+        """
+        self.num_steps += 1
+        if self._meter_is_off:
+            self._total_egress_bytes = None
+            self._last = StepTraffic(None, None, None, None, None)
+            return self._last
+        gradient_bytes = self._collect()
+        self._check_gradients(gradient_bytes)
+        train, self._present.open_train = self._present.open_train, Counter()
+        traffic = self._price_step(train)
+        self._present.committed.update(train)
+        egress = traffic.total_egress_bytes
+        if self._total_egress_bytes is not None:
+            self._total_egress_bytes = None if egress is None else self._total_egress_bytes + egress
+        self._last = StepTraffic(
+            gradient_bytes,
+            traffic.payload_bytes,
+            traffic.bytes_per_rank,
+            traffic.egress_per_server,
+            self._total_egress_bytes,
+        )
+        return self._last
+
+    def _collect(self) -> int:
+        """Take what the meter has into the present attempt; returns the gradient bytes among it."""
+        taken = self._meter.take()
+        for call, count in taken.calls.items():
+            (self._present.open_train if call.phase == "train" else self._present.outside)[call] += count
+        return taken.gradient_bytes
+
+    def _check_gradients(self, gradient_bytes: int) -> None:
+        if self._meter.world_size == 1 or gradient_bytes == self.gradient_bytes:
+            return
+        if gradient_bytes == 0:
+            raise LedgerError(
+                f"Step {self.num_steps} reduced no gradient through DDP's communication hook, but the model owes "
+                f"{self.gradient_bytes:,} bytes; train through MeteredDDPStrategy or set comm.meter=false."
+            )
+        raise LedgerError(
+            f"Step {self.num_steps} reduced {gradient_bytes:,} bytes of gradients, but the model owes "
+            f"{self.gradient_bytes:,}; one optimiser step must reduce each trainable parameter once."
+        )
+
+    def _price_step(self, train: Counter[Call]) -> Traffic:
+        """Steps repeat: the same calls are priced once."""
+        key = frozenset(train.items())
+        if key not in self._priced:
+            if len(self._priced) >= 256:
+                self._priced.clear()
+            self._priced[key] = price(train, self._present.placement, self._present.backend)
+        return self._priced[key]
+
+    # --- over restarts ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, in plain types. Everything issued up to now is in it."""
+        self._collect()
+        return {
+            "version": STATE_VERSION,
+            "num_steps": self.num_steps,
+            "total_egress_bytes": self._total_egress_bytes,
+            "attempts": [attempt.pack() for attempt in (*self._past, self._present)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], previous: dict[str, Any] | None = None) -> None:
+        """Go on from a checkpoint's `state`, before the first step.
+
+        previous: the `ledger.json` found in the run directory, if any. From it comes what earlier attempts issued
+        after that checkpoint; without it, or for what a killed attempt could not write, the rows are unknown.
+        """
+        assert self.num_steps == 0, "load_state_dict() comes before the first step"
+        if state["version"] != STATE_VERSION:
+            raise LedgerError(
+                f"The checkpoint's ledger has version {state['version']}, this program reads {STATE_VERSION}; "
+                "resume with the version of the program that wrote it, or start a new run."
+            )
+        self.num_steps = state["num_steps"]
+        self._total_egress_bytes = state["total_egress_bytes"]
+        self._past = [Attempt.unpack(packed) for packed in state["attempts"]]
+        checkpointed = self._past[-1]
+        self._present.number = max(self._present.number, checkpointed.number + 1)
+        self._present.first_step = self.num_steps
+        checkpointed.adopt_later_work(previous)
+        for number in range(checkpointed.number + 1, self._present.number):  # died before a checkpoint of its own
+            silent = Attempt(number, self.num_steps, checkpointed.placement, checkpointed.backend)
+            silent.adopt_later_work(previous)
+            self._past.append(silent)
+
+    # --- ledger.json ---
+
+    def to_json(self, conditions: Conditions, ended: bool = False) -> dict[str, Any]:
+        """The content of `ledger.json`, all attempts together.
+
+        ended: this attempt issues nothing more, so what is listed for it is all there is.
+        """
+        self._collect()
+        self._present.complete = ended
+        attempts = [*self._past, self._present]
+        transport, egress, reason = (None, None, _METER_OFF) if self._meter_is_off else predicted_totals(attempts)
+        placement, last = self._present.placement, self._last
+        reasons = _null_reasons(self._meter, conditions, reason, last)
+        for index, attempt in enumerate(attempts):
+            if not attempt.complete:
+                reasons[f"attempts.{index}.lost_payload_bytes"] = (
+                    "This attempt is still running."
+                    if attempt is self._present
+                    else "This attempt ended without a last word; what it issued after it last wrote is not known."
+                )
+        return {
+            "schema": SCHEMA,
+            "closed": None,
+            "run": conditions.run,
+            "model": conditions.model,
+            "backend": self._meter.backend,
+            "algorithm": "ring" if self._meter.backend == "gloo" else None,
+            "hook": conditions.hook,
+            "world_size": self._meter.world_size,
+            "num_servers": placement.num_servers,
+            "server_of_rank": list(placement.server_of_rank),
+            "placement": "measured" if placement.measured else "assumed",
+            "num_steps": self.num_steps,
+            "global_batch": conditions.global_batch,
+            "gradient_bytes": self.gradient_bytes,
+            "layers": _layers(self._by_parameter),
+            "buckets": [
+                {"index": index, "bytes": bucket.num_bytes, "num_parameters": len(bucket.parameters)}
+                for index, bucket in sorted(self._meter.buckets.items())
+            ],
+            "collectives": [row for attempt in attempts for row in attempt.rows()],
+            "attempts": [
+                {
+                    "attempt": attempt.number,
+                    "first_step": attempt.first_step,
+                    "lost_payload_bytes": attempt.lost_payload_bytes(),
+                }
+                for attempt in attempts
+            ],
+            "transport": {
+                "predicted_bytes_per_rank": transport,
+                "measured_bytes_per_rank": None,
+                "retransmitted_bytes_per_rank": None,
+                "residual_bytes_per_rank": None,
+            },
+            "servers": {
+                "predicted_egress_bytes": egress,
+                "measured_egress_bytes": None,
+                "counter": None,
+                "interface": None,
+                "residual_fraction": None,
+            },
+            "per_step": {
+                "payload_bytes": None if last is None else last.payload_bytes,
+                "transport_bytes_per_rank": _list_or_none(last and last.transport_bytes_per_rank),
+                "server_egress_bytes": _list_or_none(last and last.server_egress_bytes),
+            },
+            "time": {
+                "step_seconds": {"p50": conditions.step_seconds_p50, "p90": conditions.step_seconds_p90},
+                "communication_seconds": None,
+                "exposed_seconds": None,
+                "data_wait_seconds": conditions.data_wait_seconds,
+                "bus_bandwidth_bytes_per_second": None,
+            },
+            "meter_overhead_fraction": None,
+            "null_reasons": reasons,
+        }
+
+
+def _layers(by_parameter: dict[str, int]) -> list[dict[str, Any]]:
+    """Weight and bias of a module are one layer; shares sum to 1."""
+    by_layer: dict[str, int] = {}
+    for name, num_bytes in by_parameter.items():
+        layer = name.rpartition(".")[0] or name
+        by_layer[layer] = by_layer.get(layer, 0) + num_bytes
+    total = sum(by_layer.values())
+    return [{"name": name, "bytes": size, "share": size / total} for name, size in by_layer.items()]
+
+
+def _list_or_none(values: Sequence[int] | None) -> list[int] | None:
+    return None if values is None else list(values)
+
+
+def _null_reasons(
+    meter: CollectiveMeter, conditions: Conditions, reason: str | None, last: StepTraffic | None
+) -> dict[str, str]:
+    """Why each null is null, by its path."""
+    unmeasured = _WORLD_OF_ONE if meter.world_size == 1 else _NOT_MEASURED
+    reasons: dict[str, str] = {}
+    reasons |= dict.fromkeys(
+        (
+            "closed",
+            "transport.measured_bytes_per_rank",
+            "transport.retransmitted_bytes_per_rank",
+            "transport.residual_bytes_per_rank",
+            "servers.measured_egress_bytes",
+            "servers.counter",
+            "servers.interface",
+            "servers.residual_fraction",
+        ),
+        unmeasured,
+    )
+    untimed = _WORLD_OF_ONE if meter.world_size == 1 else _NOT_TIMED
+    for name in ("communication_seconds", "exposed_seconds", "bus_bandwidth_bytes_per_second"):
+        reasons[f"time.{name}"] = untimed
+    reasons["meter_overhead_fraction"] = "The meter's cost is measured by a benchmark of its own, not in every run."
+    if meter.backend != "gloo":
+        reasons["algorithm"] = f"{meter.backend} chooses its algorithm at run time."
+    if reason is not None:
+        reasons["transport.predicted_bytes_per_rank"] = reasons["servers.predicted_egress_bytes"] = reason
+    if last is None:
+        for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes"):
+            reasons[f"per_step.{name}"] = "This attempt has completed no step."
+    elif last.transport_bytes_per_rank is None:
+        for name in ("transport_bytes_per_rank", "server_egress_bytes"):
+            reasons[f"per_step.{name}"] = reason or "A collective of the last step has no exact formula."
+        if last.payload_bytes is None:
+            reasons["per_step.payload_bytes"] = _METER_OFF
+    for name, value in (
+        ("step_seconds.p50", conditions.step_seconds_p50),
+        ("step_seconds.p90", conditions.step_seconds_p90),
+        ("data_wait_seconds", conditions.data_wait_seconds),
+    ):
+        if value is None:
+            reasons[f"time.{name}"] = "No time was handed to the ledger."
+    return reasons

@@ -1,0 +1,236 @@
+"""DDP with every byte attributed: the gradient hook, buffer sync, Lightning's own collectives.
+
+Lightning 2.6 registers a DDP communication hook only on CUDA devices (strategies/ddp.py, `_register_ddp_hooks`) and
+says nothing otherwise; here the hook is registered on every device.
+"""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.comm.collectives import CollectiveMeter
+
+GradientFuture = torch.futures.Future[torch.Tensor]
+Hook = Callable[[Any, GradBucket], GradientFuture]
+
+
+def _average(state: object, bucket: GradBucket) -> GradientFuture:
+    """Mean over ranks, bit for bit what DDP does without a hook: multiply by 1/n, then sum.
+
+    torch's `allreduce_hook` divides by n instead, which rounds differently when n is not a power of two.
+    """
+    buffer = bucket.buffer()
+    buffer.mul_(1.0 / dist.get_world_size())
+    work = dist.all_reduce(buffer, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+HOOKS: dict[str, Hook] = {
+    "none": _average,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+
+
+class MeteredDDP(DistributedDataParallel):
+    """DistributedDataParallel whose traffic the meter can attribute; also usable without Lightning.
+
+    meter: attached to the default process group, or a detached one, then this is plain DDP with `hook`.
+    hook: a key of HOOKS. name_prefix: removed from the front of parameter names, e.g. "model.".
+    Further keywords are DistributedDataParallel's.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        meter: CollectiveMeter,
+        hook: str = "none",
+        name_prefix: str = "",
+        **ddp_kwargs: Any,
+    ) -> None:
+        with meter.origin("parameters"):
+            super().__init__(module, **ddp_kwargs)
+        self._meter = meter
+        if dist.get_world_size() == 1:
+            return
+        if meter.enabled:
+            self.register_comm_hook(None, _metered(HOOKS[hook], meter, _names_by_id(module, name_prefix)))
+        elif hook != "none":
+            self.register_comm_hook(None, HOOKS[hook])
+
+    def _sync_buffers(self) -> None:
+        with self._meter.origin("buffers"):
+            super()._sync_buffers()
+
+
+def _metered(inner: Hook, meter: CollectiveMeter, name_of: dict[int, str]) -> Hook:
+    """`inner`, recorded. DDP insists that the second parameter is called `bucket`."""
+
+    def hook(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        meter.record_bucket(
+            bucket.index(), bucket.buffer().nbytes, lambda: [name_of[id(p)] for p in bucket.parameters()]
+        )
+        with meter.origin("gradients"):
+            return inner(state, bucket)
+
+    return hook
+
+
+def _names_by_id(module: torch.nn.Module, name_prefix: str) -> dict[int, str]:
+    return {id(parameter): name.removeprefix(name_prefix) for name, parameter in module.named_parameters()}
+
+
+def gradient_bytes_by_parameter(module: torch.nn.Module, name_prefix: str = "") -> dict[str, int]:
+    """Bytes each trainable parameter owes the wire per optimiser step, in the module's order."""
+    return {
+        name.removeprefix(name_prefix): parameter.nbytes
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class MeteredDDPStrategy(DDPStrategy):
+    """Lightning's DDPStrategy with MeteredDDP inside and the phases of the run told to the meter.
+
+    Phases: `train` while Lightning trains, `validation` inside validation, `checkpoint` inside `save_checkpoint`,
+    `startup` before and after all that. What Lightning issues through the strategy counts as `lightning` unless an
+    origin is set around it; what nobody claims is `other`.
+
+    bucket_megabytes: DDP's bucket_cap_mb (MiB); its first bucket is 1 MiB regardless. Further keywords are
+    DDPStrategy's: cluster_environment, process_group_backend, timeout, accelerator, parallel_devices, ...
+    """
+
+    def __init__(
+        self,
+        *,
+        meter: CollectiveMeter,
+        hook: str = "none",
+        bucket_megabytes: float | None = None,
+        find_unused_parameters: bool = False,
+        name_prefix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("gradient_as_bucket_view", True)
+        super().__init__(bucket_cap_mb=bucket_megabytes, find_unused_parameters=find_unused_parameters, **kwargs)
+        self.meter = meter
+        self._hook = hook
+        self._name_prefix = name_prefix
+        self._phase_before_validation = "startup"
+
+    # --- set-up ---
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.meter.attach()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        # Outside fitting, Lightning broadcasts the module's state here; inside, DDP's constructor does.
+        with self.meter.origin("parameters"):
+            super().setup(trainer)
+        self._claim_sigterm_broadcast(trainer)
+
+    def _setup_model(self, model: torch.nn.Module) -> MeteredDDP:
+        return MeteredDDP(
+            model,
+            meter=self.meter,
+            hook=self._hook,
+            name_prefix=self._name_prefix,
+            device_ids=self.determine_ddp_device_ids(),
+            **self._ddp_kwargs,
+        )
+
+    def _register_ddp_hooks(self) -> None:
+        """MeteredDDP has registered its hook itself, on every device."""
+
+    def _claim_sigterm_broadcast(self, trainer: pl.Trainer) -> None:
+        """Lightning broadcasts one int64 before every micro-batch, past the strategy; make it Lightning's."""
+        loop = trainer.fit_loop.epoch_loop
+        inner = type(loop)._broadcast_sigterm_tensor
+
+        def claimed() -> None:
+            with self.meter.origin("lightning"):
+                inner(loop)
+
+        loop._broadcast_sigterm_tensor = claimed
+
+    # --- Lightning's own collectives ---
+
+    def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
+        # Lightning waits for all ranks after a checkpoint, outside `save_checkpoint`; the name tells.
+        phase = "checkpoint" if name == "Trainer.save_checkpoint" else self.meter.phase_name
+        with self.meter.phase(phase), self.meter.origin("lightning", only_if_unknown=True):
+            super().barrier(name, *args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self.meter.origin("lightning", only_if_unknown=True):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        with self.meter.origin("lightning", only_if_unknown=True):
+            return super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        with self.meter.origin("lightning", only_if_unknown=True):
+            return super().all_gather(tensor, group, sync_grads)
+
+    # --- phases ---
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.meter.set_phase("train")
+
+    def on_train_end(self) -> None:
+        self.meter.set_phase("startup")
+        super().on_train_end()
+
+    def on_validation_start(self) -> None:
+        self._phase_before_validation = self.meter.set_phase("validation")
+        super().on_validation_start()
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        self.meter.set_phase(self._phase_before_validation)
+        if isinstance(self.model, MeteredDDP):
+            # A forward without gradients makes DDP skip the next buffer sync. Asking for it again keeps every training
+            # step's traffic the same, wherever validation falls, so that a resumed run moves what an unbroken one does.
+            self.model.require_forward_param_sync = True
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.meter.phase("checkpoint"):
+            super().save_checkpoint(*args, **kwargs)
+
+
+def rebuild_buckets(
+    ddp: DistributedDataParallel, make_loss: Callable[[], torch.Tensor], meter: CollectiveMeter, num_passes: int = 2
+) -> None:
+    """Let DDP settle its gradient buckets before the first real step.
+
+    DDP starts with one layout and changes it after the first backward pass, in the order gradients became ready. A sum
+    over more than two ranks depends on the layout, so a resumed run would differ from an unbroken one in its first
+    step. After this call every step uses the final layout.
+
+    make_loss: forward through `ddp` and a scalar loss, on any batch; called `num_passes` times, on all ranks alike.
+    Buffers and random states are restored, gradients end as None, the optimiser is not involved. The traffic counts
+    as phase `startup`.
+    """
+    assert all(p.grad is None for p in ddp.parameters()), "rebuild_buckets() comes before the first backward pass"
+    buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
+    devices: Sequence[int] = [ddp.device.index] if ddp.device.type == "cuda" else []
+    with meter.phase("startup"), torch.random.fork_rng(devices=devices):
+        for _ in range(num_passes):
+            make_loss().backward()
+            for parameter in ddp.parameters():
+                parameter.grad = None
+    with torch.no_grad():
+        for buffer, saved in buffers:
+            buffer.copy_(saved)

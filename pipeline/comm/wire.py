@@ -1,0 +1,227 @@
+"""What a collective puts on the wire: pure functions from (operation, bytes, ranks) to bytes sent.
+
+Every operation is first written down as *links*: how many messages, with how many data bytes, go from which rank to
+which. Bytes per rank and bytes leaving each server are sums over the same links, so they cannot disagree.
+
+Gloo over TCP. A message of D bytes from rank a to rank b costs
+
+    a -> b   96 + D   NOTIFY_SEND_READY (48) and SEND (48), then the data
+    b -> a   48       NOTIFY_RECV_READY
+
+because each carries a preamble of six 8-byte words (gloo/transport/tcp/pair.h, `struct Op`; pair.cc, `sendNotify*` and
+`sendUnboundBuffer`). These are the bytes handed to TCP: headers of TCP, IP and Ethernet and retransmissions are not in
+them. Sources named below are files of gloo at commit 70dc360; that the gloo inside torch 2.14 behaves so is measured by
+tests/distributed/test_meter_transport.py against the kernel's own counters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+
+PREAMBLE_BYTES = 48
+SEND_OVERHEAD_BYTES = 2 * PREAMBLE_BYTES
+RECEIVE_OVERHEAD_BYTES = PREAMBLE_BYTES
+MAX_SEGMENT_BYTES = 1024 * 1024  # gloo/allreduce.h, kMaxSegmentSize
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What one rank sends to another in one direction, without preambles."""
+
+    num_messages: int
+    data_bytes: int
+
+
+Links = Mapping[tuple[int, int], Link]
+"""(source rank, destination rank) -> Link."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotDerivable:
+    """The bytes of this operation cannot be computed; `reason` says why, as a sentence."""
+
+    reason: str
+
+
+def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int, backend: str) -> Links | NotDerivable:
+    """The links of one collective, or why there are none.
+
+    payload_bytes: bytes of one rank's input (all_reduce, broadcast, all_gather, reduce, gather), of the root's whole
+    list for scatter. itemsize: bytes per element. root: -1 where the operation has none.
+    """
+    if num_ranks == 1:
+        return _NO_LINKS
+    if backend != "gloo":
+        return NotDerivable(
+            f"The bytes a {backend} collective sends depend on the algorithm and protocol it picks at run time."
+        )
+    match op:
+        case "all_reduce":
+            return gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
+        case "broadcast":
+            return gloo_broadcast(payload_bytes, num_ranks, root)
+        case "all_gather":
+            return gloo_ring_all_gather(payload_bytes, num_ranks)
+        case "reduce":
+            return gloo_ring_reduce(payload_bytes, itemsize, num_ranks, root)
+        case "gather":
+            return gloo_gather(payload_bytes, num_ranks, root)
+        case "barrier":
+            return gloo_barrier(num_ranks)
+        case _:
+            return NotDerivable(f"No exact formula is known here for gloo's {op}.")
+
+
+def sent_bytes_per_rank(links: Links, num_ranks: int) -> list[int]:
+    """Bytes each rank hands to TCP, preambles included: data and its preambles outward, readiness notices backward."""
+    sent = [0] * num_ranks
+    for (source, destination), link in links.items():
+        sent[source] += link.data_bytes + SEND_OVERHEAD_BYTES * link.num_messages
+        sent[destination] += RECEIVE_OVERHEAD_BYTES * link.num_messages
+    return sent
+
+
+def egress_bytes_per_server(links: Links, server_of_rank: Sequence[int]) -> list[int]:
+    """Bytes that leave each server for another one, preambles included.
+
+    server_of_rank[r] is the index of rank r's server, counted from 0. Traffic inside a server is not in the result.
+    """
+    egress = [0] * (max(server_of_rank) + 1)
+    for (source, destination), link in links.items():
+        here, there = server_of_rank[source], server_of_rank[destination]
+        if here != there:
+            egress[here] += link.data_bytes + SEND_OVERHEAD_BYTES * link.num_messages
+            egress[there] += RECEIVE_OVERHEAD_BYTES * link.num_messages
+    return egress
+
+
+# --- gloo's algorithms -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def gloo_ring_all_reduce(payload_bytes: int, itemsize: int, num_ranks: int) -> Links:
+    """Chunked ring: reduce-scatter, then all-gather; data travels from rank r to r - 1 (gloo/allreduce.cc, `ring`).
+
+    PyTorch leaves the algorithm unspecified and gloo then takes the ring. The vector is cut into at least two segments
+    per rank, each at most 1 MiB; the last ones may be short or empty, and empty ones are not sent, which is why ranks
+    may differ by a few bytes. When none is empty, each rank sends 2(n-1)/n of the payload up to the uneven tail.
+    """
+    if num_ranks == 1:
+        return _NO_LINKS
+    num_segments, segment_bytes = _all_reduce_segments(payload_bytes, itemsize, num_ranks)
+    per_rank = num_segments // num_ranks
+    return _frozen(
+        {
+            (rank, (rank - 1) % num_ranks): _ring_walk(
+                payload_bytes,
+                segment_bytes,
+                num_segments,
+                firsts=((rank + 1) * per_rank, rank * per_rank),  # reduce-scatter, all-gather
+                num_steps=num_segments - per_rank,
+            )
+            for rank in range(num_ranks)
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def gloo_broadcast(payload_bytes: int, num_ranks: int, root: int) -> Links:
+    """Binomial tree from the root (gloo/broadcast.cc): in round i the 2^i holders each send one whole copy."""
+    messages: dict[tuple[int, int], Link] = {}
+    distance = 1
+    while distance < num_ranks:
+        for holder in range(min(distance, num_ranks - distance)):
+            source, destination = (holder + root) % num_ranks, (holder + distance + root) % num_ranks
+            messages[source, destination] = Link(1, payload_bytes)
+        distance *= 2
+    return _frozen(messages)
+
+
+@lru_cache(maxsize=1024)
+def gloo_ring_all_gather(payload_bytes: int, num_ranks: int) -> Links:
+    """Ring from rank r to r + 1 (gloo/allgather.cc): every contribution in two halves, n - 1 hops, even when empty."""
+    if num_ranks == 1 or payload_bytes == 0:
+        return _NO_LINKS
+    link = Link(num_messages=2 * (num_ranks - 1), data_bytes=payload_bytes * (num_ranks - 1))
+    return _frozen({(rank, (rank + 1) % num_ranks): link for rank in range(num_ranks)})
+
+
+@lru_cache(maxsize=1024)
+def gloo_ring_reduce(payload_bytes: int, itemsize: int, num_ranks: int, root: int) -> Links:
+    """Ring reduce-scatter as in all-reduce, then every rank sends its chunk to the root (gloo/reduce.cc)."""
+    if num_ranks == 1 or payload_bytes == 0:
+        return _NO_LINKS
+    max_segment_bytes = itemsize * (MAX_SEGMENT_BYTES // itemsize)
+    segment_bytes = _round_up(min(_ceil_div(payload_bytes, 2 * num_ranks), max_segment_bytes), itemsize)
+    num_segments = _round_up(max(_ceil_div(payload_bytes, segment_bytes), 2 * num_ranks), num_ranks)
+    per_rank = num_segments // num_ranks
+    messages: dict[tuple[int, int], Link] = {}
+    for rank in range(num_ranks):
+        walk = _ring_walk(payload_bytes, segment_bytes, num_segments, ((rank + 1) * per_rank,), num_segments - 2)
+        messages[rank, (rank - 1) % num_ranks] = walk
+    for rank in range(num_ranks):
+        chunk_bytes = min(per_rank * segment_bytes, payload_bytes - rank * per_rank * segment_bytes)
+        if rank != root and chunk_bytes > 0:
+            before = messages.get((rank, root), Link(0, 0))
+            messages[rank, root] = Link(before.num_messages + 1, before.data_bytes + chunk_bytes)
+    return _frozen(messages)
+
+
+@lru_cache(maxsize=1024)
+def gloo_gather(payload_bytes: int, num_ranks: int, root: int) -> Links:
+    """Every rank sends its whole input straight to the root (gloo/gather.cc)."""
+    return _frozen({(rank, root): Link(1, payload_bytes) for rank in range(num_ranks) if rank != root})
+
+
+@lru_cache(maxsize=64)
+def gloo_barrier(num_ranks: int) -> Links:
+    """Dissemination barrier (gloo/barrier.cc): an empty message to rank r + 2^i for every 2^i below n."""
+    messages: dict[tuple[int, int], Link] = {}
+    distance = 1
+    while distance < num_ranks:
+        for rank in range(num_ranks):
+            messages[rank, (rank + distance) % num_ranks] = Link(1, 0)
+        distance *= 2
+    return _frozen(messages)
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+
+def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> tuple[int, int]:
+    """(number of segments, bytes of a full segment) of gloo's ring all-reduce."""
+    max_segment_bytes = itemsize * max(1, MAX_SEGMENT_BYTES // itemsize)
+    num_segments = _round_up(max(_ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
+    return num_segments, _round_up(_ceil_div(payload_bytes, num_segments), itemsize)
+
+
+def _ring_walk(
+    payload_bytes: int, segment_bytes: int, num_segments: int, firsts: Sequence[int], num_steps: int
+) -> Link:
+    """The link of a rank that sends `num_steps` consecutive segments (modulo all), starting at each of `firsts`."""
+    num_messages = data_bytes = 0
+    for first in firsts:
+        for step in range(num_steps):
+            offset = (first + step) % num_segments * segment_bytes
+            length = min(segment_bytes, payload_bytes - offset)
+            if length > 0:
+                num_messages += 1
+                data_bytes += length
+    return Link(num_messages, data_bytes)
+
+
+def _frozen(messages: dict[tuple[int, int], Link]) -> Links:
+    """Read-only, for results live in a cache; pairs that exchange nothing are left out."""
+    return MappingProxyType({pair: link for pair, link in messages.items() if link.num_messages})
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return _ceil_div(value, multiple) * multiple
+
+
+_NO_LINKS: Links = MappingProxyType({})
