@@ -1,0 +1,160 @@
+"""What is decided once, before the first step: devices, precision, and how many steps mean what."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.config import BatchConfig, ClusterConfig, TrainConfig, TrainerConfig
+from pipeline.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which arithmetic a rank computes."""
+
+    accelerator: str
+    """`cpu` or `gpu`, as Lightning names them."""
+    precision: str
+    """`fp32` or `bf16` (autocast: parameters and gradients stay fp32)."""
+    channels_last: bool
+    reason: str
+    """One clause for the line printed at start."""
+
+    @property
+    def lightning_precision(self) -> str:
+        """Lightning's name of the precision."""
+        return "bf16-mixed" if self.precision == "bf16" else "32-true"
+
+    @property
+    def backend(self) -> str:
+        """The process group's backend."""
+        return "nccl" if self.accelerator == "gpu" else "gloo"
+
+    @property
+    def memory_format(self) -> "torch.memory_format":
+        """Of weights and activations."""
+        import torch
+
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen and why."""
+        layout = "channels_last" if self.channels_last else "contiguous (NCHW)"
+        return f"{self.precision} on {self.accelerator.upper()}, {layout}: {self.reason}"
+
+
+def choose_accelerator(cluster: ClusterConfig) -> str:
+    """`gpu` where asked for or seen, else `cpu`. Raises ConfigError when a GPU is asked for and none is seen."""
+    import torch
+
+    if cluster.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("cluster.accelerator=gpu, but torch sees no GPU: check the driver, or use cpu.")
+    if cluster.accelerator == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return cluster.accelerator
+
+
+def choose_compute(trainer: TrainerConfig, cluster: ClusterConfig) -> Compute:
+    """Resolve `auto` by what the hardware gains from."""
+    import torch
+
+    accelerator = choose_accelerator(cluster)
+    if trainer.precision != "auto":
+        precision, reason = trainer.precision, "as trainer.precision asks"
+    elif accelerator == "gpu":
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision, reason = ("bf16", "the GPU computes in it") if gains else ("fp32", "this GPU has no bf16 units")
+    elif torch.cpu._is_amx_tile_supported():
+        precision, reason = "bf16", "the CPU has AMX"
+    elif torch.cpu._is_avx512_bf16_supported():
+        precision, reason = "bf16", "the CPU has AVX512-BF16"
+    else:
+        precision, reason = "fp32", "this CPU gains nothing from bf16"
+    formats = {"auto": precision == "bf16" or accelerator == "gpu", "channels_last": True, "contiguous": False}
+    return Compute(accelerator, precision, formats[trainer.memory_format], reason)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of a run. Steps count optimiser steps; epochs are whole global batches of the training split."""
+
+    num_samples: int
+    global_batch: int
+    world_size: int
+    num_steps: int
+    steps_per_epoch: int
+    validate_every_steps: int
+    """0: never."""
+    checkpoint_every_steps: int
+    """0: never."""
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Samples left out of each epoch because they do not fill a global batch (others each time)."""
+        return self.num_samples - self.steps_per_epoch * self.global_batch
+
+    def validation_due(self, committed_steps: int) -> bool:
+        """Whether the weights after `committed_steps` steps are validated: at the interval and at the end."""
+        return self._due(committed_steps, self.validate_every_steps)
+
+    def checkpoint_due(self, committed_steps: int) -> bool:
+        """Whether the state after `committed_steps` steps is saved: at the interval and at the end."""
+        return self._due(committed_steps, self.checkpoint_every_steps)
+
+    def _due(self, committed_steps: int, every: int) -> bool:
+        return every > 0 and (committed_steps % every == 0 or committed_steps == self.num_steps)
+
+
+def make_plan(trainer: TrainerConfig, batch: BatchConfig, num_samples: int, world_size: int, *, validate: bool) -> Plan:
+    """Turn epochs into steps and fill the intervals left null.
+
+    Raises:
+        DataError: fewer samples than one global batch.
+    """
+    steps_per_epoch = num_samples // batch.global_size
+    if steps_per_epoch == 0:
+        raise DataError(
+            f"The training split has {num_samples} samples, fewer than one global batch of {batch.global_size}:"
+            f" lower batch.global_size to at most {num_samples // world_size * world_size}."
+        )
+    limits = []
+    if trainer.max_steps is not None:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None:
+        limits.append(max(1, math.floor(trainer.max_epochs * steps_per_epoch)))
+    validate_every = steps_per_epoch if trainer.validate_every_steps is None else trainer.validate_every_steps
+    checkpoint_every = steps_per_epoch if trainer.checkpoint_every_steps is None else trainer.checkpoint_every_steps
+    return Plan(
+        num_samples=num_samples,
+        global_batch=batch.global_size,
+        world_size=world_size,
+        num_steps=min(limits),
+        steps_per_epoch=steps_per_epoch,
+        validate_every_steps=validate_every if validate else 0,
+        checkpoint_every_steps=checkpoint_every,
+    )
+
+
+def set_threads(cluster: ClusterConfig, local_world_size: int) -> int:
+    """Compute threads of this rank on the CPU: as configured, or the cores it may use over the ranks beside it."""
+    import os
+
+    import torch
+
+    num_threads = cluster.num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def must_match(config: TrainConfig) -> dict[str, object]:
+    """The fields a checkpoint carries and a resumed run must not change."""
+    return {
+        "model.name": config.model.name,
+        "seed": config.seed,
+        "batch.global_size": config.batch.global_size,
+        "data.shuffle_block": config.data.shuffle_block,
+    }

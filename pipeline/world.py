@@ -1,0 +1,142 @@
+"""All ranks of a run as one: the process group, its meter, and decisions taken together."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.traffic import Placement
+from pipeline.config import ClusterConfig
+from pipeline.errors import ExitCode, UserError
+from pipeline.run.ranks import RankInfo
+from pipeline.startup import Compute, set_threads
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks, what they compute with, and the meter of what they exchange."""
+
+    ranks: RankInfo
+    compute: Compute
+    meter: CollectiveMeter
+    placement: Placement
+    num_threads: int
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.ranks.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.ranks.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if self.compute.accelerator == "gpu"
+            else torch.device("cpu")
+        )
+
+    def say(self, text: str) -> None:
+        """Print once, not once per rank."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank; if it fails with a user error on any, every rank raises it.
+
+        Raises:
+            UserError: this rank's own, or the first other rank's with the same exit code. Collective.
+        """
+        result: T | None = None
+        error: UserError | None = None
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+        for rank, found in enumerate(self._gather(None if error is None else (int(error.exit_code), str(error)))):
+            if found is not None:
+                raise error if error is not None else _same_error(rank, *found)
+        return result  # type: ignore[return-value]
+
+    def first_decides(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
+        result: list[Any] = [None]
+        if self.is_first:
+            result = [self._try(work)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, device=self.device)
+        value, error = result[0]
+        if error is not None:
+            raise _same_error(0, *error)
+        return value
+
+    @staticmethod
+    def _try(work: Callable[[], T]) -> tuple[T | None, tuple[int, str] | None]:
+        try:
+            return work(), None
+        except UserError as error:
+            return None, (int(error.exit_code), str(error))
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+class _Elsewhere(UserError):
+    """A user error that another rank ran into."""
+
+
+def _same_error(rank: int, exit_code: int, message: str) -> UserError:
+    error = _Elsewhere(f"{message} (seen by rank {rank})")
+    error.exit_code = ExitCode(exit_code)
+    return error
+
+
+@contextlib.contextmanager
+def join(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
+    """Join the process group; leave it at the end of the block.
+
+    The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
+    A world of one has a group too: DDP then works the same, and exchanges nothing.
+    """
+    num_threads = set_threads(cluster, ranks.local_world_size)
+    if compute.accelerator == "gpu":
+        torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
+    store = f"tcp://{ranks.master_addr}:{ranks.master_port}"
+    timeout = timedelta(seconds=cluster.timeout_seconds)
+    dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    recorder = CollectiveMeter(enabled=meter)
+    recorder.attach()
+    yield World(ranks, compute, recorder, _placement(ranks), num_threads)
+    # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
+    recorder.detach()
+    dist.destroy_process_group()
+
+
+def _placement(ranks: RankInfo) -> Placement:
+    """Servers as the launcher knows them; on a single machine every rank is taken as a server of its own."""
+    if ranks.num_nodes == 1:
+        return Placement.assumed(ranks.world_size)
+    nodes: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(nodes, str(ranks.node_rank))
+    return Placement.of_hosts(nodes)
