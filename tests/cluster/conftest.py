@@ -23,9 +23,9 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare
 SUBNET = "10.77.0"  # private twice over: the bridge exists only in the scope
 SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PASSED_ON = ("HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-CPUS_PER_NODE = 4  # promised to Slurm whatever the machine has: the tests are about Slurm, not about speed
-
-GPUS_PER_NODE = 2  # counted, not driven: jobs can ask for GPUs where there is none
+# Promised to Slurm whatever the machine has. GPUs are counted, not driven: jobs can ask for them where there is none.
+GPUS_PER_NODE = 2
+NODE = f"CPUs=8 RealMemory=8000 Gres=gpu:{GPUS_PER_NODE}"
 
 SLURM_CONF = """
 ClusterName=squeezewire
@@ -54,7 +54,7 @@ KillWait=5
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=30 OverSubscribe=FORCE:4 State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
 """
 
 
@@ -82,13 +82,18 @@ class SlurmCluster:
         """node1, node2, ..."""
         return [f"node{index + 1}" for index in range(self.num_nodes)]
 
-    def start(self) -> None:
-        """Build scope, network and daemons; return when every node is idle.
+    @classmethod
+    def make(cls, num_nodes: int) -> "SlurmCluster":
+        """A cluster not yet started, in a directory of its own. Not pytest's: that may exceed a socket's path."""
+        return cls(Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")), num_nodes)
+
+    def start(self, extra_configuration: str = "") -> None:
+        """Build scope, network and daemons; return when every node is idle. `extra_configuration` is for slurm.conf.
 
         Raises:
             RuntimeError: something died or was not ready in time; the message ends with its log.
         """
-        self._write_configuration()
+        self._write_configuration(extra_configuration)
         self._open_scope()
         self._build_network()
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -126,6 +131,23 @@ class SlurmCluster:
             self._inside(*command, cwd=cwd), env=clean, capture_output=True, text=True, timeout=timeout_seconds
         )
 
+    def submit(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> int:
+        """`sbatch arguments` from directory `cwd`; the id of the job."""
+        answer = self.run("sbatch", "--parsable", *arguments, cwd=cwd, env=env)
+        assert answer.returncode == 0, answer.stderr
+        return int(answer.stdout)
+
+    def wait(self, job_id: int, timeout_seconds: float) -> dict[str, str]:
+        """`job(job_id)` once it has ended; it is cancelled, and the test fails, if that takes too long."""
+        deadline = time.monotonic() + timeout_seconds
+        # `sbatch --wait` would do, but looks only every ten seconds.
+        while (job := self.job(job_id))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            if time.monotonic() > deadline:
+                self.run("scancel", str(job_id))
+                raise TimeoutError(f"job {job_id} has not ended in {timeout_seconds} s: {job}\n{self.logs()}")
+            time.sleep(0.2)
+        return job
+
     def states(self) -> list[str]:
         """State of each node, as sinfo names it; empty while the controller does not answer."""
         answer = self.run("sinfo", "--noheader", "--Node", "--format=%T")
@@ -145,15 +167,12 @@ class SlurmCluster:
             tails.append("\n".join([f"--- {log.name}", *lines]))
         return "\n".join(tails)
 
-    def _write_configuration(self) -> None:
-        nodes = [
-            f"NodeName={name} NodeAddr={self._address(index)} CPUs={CPUS_PER_NODE} RealMemory=8000 Gres=gpu:{GPUS_PER_NODE}"
-            for index, name in enumerate(self.names)
-        ]
+    def _write_configuration(self, extra: str) -> None:
+        nodes = [f"NodeName={name} NodeAddr={self._address(index)} {NODE}" for index, name in enumerate(self.names)]
         conf = SLURM_CONF.format(
             directory=self.directory, subnet=SUBNET, nodes="\n".join(nodes), names=",".join(self.names)
         )
-        (self.directory / "slurm.conf").write_text(conf)
+        (self.directory / "slurm.conf").write_text(conf + extra + "\n")
         for index in range(GPUS_PER_NODE):
             (self.directory / f"gpu{index}").touch()
         (self.directory / "gres.conf").write_text(f"Name=gpu File={self.directory}/gpu[0-{GPUS_PER_NODE - 1}]\n")
@@ -168,7 +187,7 @@ class SlurmCluster:
         (self.directory / "state").mkdir()
 
     def _open_scope(self) -> None:
-        # The first process reaps what Slurm's daemons orphan; PDEATHSIG ends the scope when pytest dies, however it dies.
+        # The first process reaps what Slurm's daemons orphan. PDEATHSIG ends the scope however pytest dies.
         self._spawn(
             "scope", "setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork",
             "--kill-child", "--mount-proc", "bash", "-c", "echo ready; while :; do sleep 60; done",
@@ -238,8 +257,7 @@ def running_cluster(num_nodes: int = 2) -> Iterator[SlurmCluster]:
         if os.environ.get("CI"):
             pytest.fail(f"CI must run the cluster tests: {reason}")
         pytest.skip(reason)
-    # Not pytest's tmp_path: that may exceed the length of a socket's path.
-    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")), num_nodes)
+    cluster = SlurmCluster.make(num_nodes)
     try:
         cluster.start()
         yield cluster
