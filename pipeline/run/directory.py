@@ -1,0 +1,194 @@
+"""The directory of one run: named by the run, made by rank 0, owned by one job at a time."""
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.files import fsync_directory, sweep_temporaries, write_bytes_atomic, write_json_atomic, write_text_atomic
+
+SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
+MAX_SEGMENT_LENGTH = 200
+# A run's own subdirectories: a run named `a/checkpoints` would lie inside the run `a`.
+RESERVED_SEGMENTS = {"checkpoints", "wandb"}
+# The write probe: larger than any of the small files of a run, so that an almost full disk is noticed at start.
+PROBE_BYTES = 1 << 20
+# A killed owner may need a moment to disappear; the kernel drops its lock when it has.
+DEAD_OWNER_SECONDS = 20.0
+NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+class RunDirectory:
+    """Paths of a run, and the right to write there.
+
+    Making the object touches nothing: every rank has one. Rank 0 alone calls `open`, and `close` at the end.
+
+    Raises:
+        ConfigError: the name is not one or more plain path segments.
+    """
+
+    def __init__(self, run_root: str | Path, name: str) -> None:
+        validate_name(name)
+        self.name = name
+        self.path = Path(run_root) / name
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.ledger = self.path / "ledger.json"
+        self.attempts = self.path / "attempts.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.wandb = self.path / "wandb"
+        self.report = self.path / "report.html"
+        self._lock_path = self.path / "lock"
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Make the directory, take its lock, prove that it can be written, remove leftovers of dead writers.
+
+        Raises:
+            ConfigError: it cannot be made or written, or another process owns it.
+        """
+        assert self._lock is None, "already open"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            probe = self.path / "probe"
+            write_bytes_atomic(probe, bytes(PROBE_BYTES))
+            probe.unlink()
+            for directory in (self.path, self.checkpoints):
+                sweep_temporaries(directory)
+        except OSError as error:
+            self.close()
+            raise ConfigError(_sentence(self.path, error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the lock back. Harmless when there is none."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def begin_attempt(self, **conditions: Any) -> int:
+        """Record one more start of this run, durably. Returns its number, 1 for the first.
+
+        `conditions`: plain values worth keeping, such as the world size and the step it starts from.
+        """
+        assert self._lock is not None, "only the owner counts attempts"
+        before = self.attempts.read_bytes() if self.attempts.exists() else b""
+        number = sum(1 for line in before.splitlines() if line.strip()) + 1
+        record = {
+            "attempt": number,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **_owner(),
+            **conditions,
+        }
+        # A line cut short by a crash was a start too; it is ended, not overwritten.
+        separator = b"" if before.endswith(b"\n") or not before else b"\n"
+        with self.attempts.open("ab") as file:
+            file.write(separator + json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_directory(self.path)
+        return number
+
+    def write_config(self, text: str) -> None:
+        """The resolved configuration, as YAML text."""
+        write_text_atomic(self.config, text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """What `provenance.describe` returned."""
+        write_json_atomic(self.environment, dict(environment))
+
+    def _take_lock(self) -> None:
+        # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
+        lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + DEAD_OWNER_SECONDS
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    owner = _read_owner(self._lock_path)
+                    if _lives(owner) or time.monotonic() >= deadline:
+                        raise ConfigError(
+                            f"Run {self.name!r} is being written by another process ({_name(owner)}): wait for it, end"
+                            " it, or choose another name=."
+                        ) from None
+                    time.sleep(0.1)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS_HERE:
+                        raise
+                    print(f"warning: no file locks at {self.path}: nothing keeps a second job out of this run.")
+                    break
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, json.dumps(_owner()).encode(), 0)
+        except BaseException:
+            os.close(lock)
+            raise
+        self._lock = lock
+        # A lock belongs to the open file, which forked data loader workers share: an orphan would keep it for its
+        # owner, and a restart would be refused.
+        os.register_at_fork(after_in_child=self.close)
+
+
+def validate_name(name: str) -> None:
+    """Raise `ConfigError` unless `name` is one or more plain path segments, such as `first` or `sweep/lr=0.1`."""
+    segments = name.split("/")
+    plain = all(SEGMENT.fullmatch(segment) and len(segment) <= MAX_SEGMENT_LENGTH for segment in segments)
+    if not plain or not RESERVED_SEGMENTS.isdisjoint(segments):
+        raise ConfigError(
+            f"name={name!r} cannot name a run: use letters, digits and any of _ . - + = , @, in parts separated by"
+            f" '/', none of which starts with a dot or is {' or '.join(sorted(RESERVED_SEGMENTS))}."
+        )
+
+
+def _owner() -> dict[str, Any]:
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"host": socket.gethostname(), "pid": os.getpid()} | ({"job": job} if job else {})
+
+
+def _read_owner(path: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _lives(owner: Mapping[str, Any]) -> bool:
+    """Whether the recorded owner must be taken to be alive: it is on another host, or its process is there."""
+    if not owner:
+        return False
+    return owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists()
+
+
+def _name(owner: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {owner[key]}" for key in ("host", "pid", "job") if key in owner) or "unknown"
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    """What is wrong with the place, and what to do."""
+    remedies = {
+        errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
+        errno.EACCES: "permission denied: set run_root= to a directory of yours",
+        errno.EPERM: "not permitted: set run_root= to a directory of yours",
+        errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
+        errno.EDQUOT: "the quota is used up: free some space, or set run_root= to another disk",
+        errno.ENOTDIR: "a part of that path is a file: set run_root= or name= to another place",
+        errno.EEXIST: "a part of that path is a file: set run_root= or name= to another place",
+        errno.ENAMETOOLONG: "the path is too long: choose a shorter name=",
+        errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
+    }
+    remedy = remedies.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
+    return f"Cannot write the run directory {path}: {remedy}."

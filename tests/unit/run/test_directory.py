@@ -1,0 +1,174 @@
+"""The run directory: names, places that cannot be written, one owner at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError
+from pipeline.run.directory import RunDirectory, validate_name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunDirectory]:
+    directory = RunDirectory(tmp_path, "first")
+    directory.open()
+    yield directory
+    directory.close()
+
+
+@pytest.mark.parametrize("name", ["first", "sweep/lr=0.1", "2026", "a.b-c_d+e@f,g", "compare/demo/squeezenet1_1"])
+def test_plain_names_are_taken(name: str, tmp_path: Path) -> None:
+    assert RunDirectory(tmp_path, name).path == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/../b", "/etc", "a//b", "a/", ".hidden", "a b", "a\0b", "a\nb", "-x", "a/checkpoints"],
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot name a run"):
+        validate_name(name)
+
+
+@given(st.text())
+def test_no_name_leads_out_of_the_root(name: str) -> None:
+    try:
+        directory = RunDirectory("/root/of/runs", name)
+    except ConfigError:
+        return
+    assert os.path.normpath(directory.path) == str(directory.path)
+    assert directory.path.is_relative_to("/root/of/runs") and directory.path != Path("/root/of/runs")
+
+
+def test_making_the_object_touches_nothing(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "runs", "first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_makes_the_directory_and_leaves_no_probe(run: RunDirectory) -> None:
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "lock"]
+    assert not any(path.stat().st_mode & 0o002 for path in run.path.rglob("*"))
+
+
+def test_leftovers_of_dead_writers_are_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    checkpoints = tmp_path / "first" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    stale = checkpoints / f"step=000000001.ckpt.tmp.{dead.pid}"
+    alive = checkpoints / f"step=000000001.ckpt.tmp.{os.getpid()}"
+    stale.touch()
+    alive.touch()
+    directory = RunDirectory(tmp_path, "first")
+    directory.open()
+    directory.close()
+    assert not stale.exists() and alive.exists()
+
+
+def test_a_file_in_the_way_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ConfigError, match=r"is a file: set run_root="):
+        RunDirectory(tmp_path / "runs", "first").open()
+
+
+def mount(tmp_path: Path, options: str) -> Path:
+    """A small tmpfs, or a skip where mounting is not allowed."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    return place
+
+
+@pytest.mark.parametrize(("options", "message"), [("ro", "read-only"), ("size=64k", "disk is full")])
+def test_a_disk_that_cannot_be_written_is_a_sentence(options: str, message: str, tmp_path: Path) -> None:
+    place = mount(tmp_path, options)
+    try:
+        with pytest.raises(ConfigError, match=message):
+            RunDirectory(place, "first").open()
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_second_owner_is_refused_with_the_first_ones_name(run: RunDirectory) -> None:
+    second = RunDirectory(run.path.parent, "first")
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+        second.open()
+    run.close()
+    second.open()
+    second.close()
+
+
+def test_ranks_of_another_process_are_refused(run: RunDirectory) -> None:
+    program = (
+        "from pipeline.run.directory import RunDirectory\n"
+        f"RunDirectory({str(run.path.parent)!r}, 'first').open()\nprint('open')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "is being written by another process" in done.stderr
+
+
+OWNER_WITH_WORKER = """
+import multiprocessing, signal, sys
+from pipeline.run.directory import RunDirectory
+directory = RunDirectory(sys.argv[1], "first")
+directory.open()
+worker = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+worker.start()
+print(worker.pid, flush=True)
+signal.pause()
+"""
+
+
+def test_a_killed_owner_leaves_no_lock_even_with_an_orphaned_worker(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER_WITH_WORKER, tmp_path], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    orphan = int(owner.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match=f"pid {owner.pid}"):
+            RunDirectory(tmp_path, "first").open()
+        owner.kill()
+        owner.wait(60)
+        os.kill(orphan, 0)  # the worker is still there
+        directory = RunDirectory(tmp_path, "first")
+        directory.open()
+        directory.close()
+    finally:
+        owner.kill()
+        os.kill(orphan, signal.SIGKILL)
+        owner.stdout.close()
+
+
+def test_attempts_are_counted(run: RunDirectory) -> None:
+    assert run.begin_attempt(world_size=2, first_step=0) == 1
+    assert run.begin_attempt(world_size=3, first_step=7) == 2
+    records = [json.loads(line) for line in run.attempts.read_text().splitlines()]
+    assert [(record["attempt"], record["world_size"], record["first_step"]) for record in records] == [
+        (1, 2, 0),
+        (2, 3, 7),
+    ]
+    assert records[0]["pid"] == os.getpid()
+
+
+def test_a_torn_record_counts_as_a_start(run: RunDirectory) -> None:
+    run.begin_attempt()
+    with run.attempts.open("a") as file:
+        file.write('{"attempt": 2, "sta')
+    assert run.begin_attempt() == 3
+    assert json.loads(run.attempts.read_text().splitlines()[-1])["attempt"] == 3
+
+
+def test_config_and_environment_are_written_whole(run: RunDirectory) -> None:
+    run.write_config("seed: 0\n")
+    run.write_environment({"schema": 1})
+    assert run.config.read_text() == "seed: 0\n"
+    assert json.loads(run.environment.read_text()) == {"schema": 1}
