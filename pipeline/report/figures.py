@@ -1,0 +1,247 @@
+"""Figures from plain rows, readable in print and by the colour-blind.
+
+Colours are those of Okabe and Ito; every bar carries its number, so that a print without colour loses nothing. A figure
+is drawn once: `to_svg` swaps its few colours for CSS variables, so that the drawing on the page follows the reader's
+light or dark setting; `save` writes plain files for papers and slides.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.files import write_bytes_atomic
+from pipeline.report.records import RunRecord
+from pipeline.report.units import format_bytes, format_percent, format_times
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER = "#1b1d20", "#5d636b", "#d9dce0", "#fefefe"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#9aa3ad"
+# In the page these become CSS variables, so that the dark page can choose lighter ones.
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--rule",
+    PAPER: "--paper",
+    BLUE: "--blue",
+    ORANGE: "--orange",
+    GREEN: "--green",
+    GREY: "--grey",
+}
+_STYLE: Any = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: it can be selected, searched and read aloud
+    "svg.hashsalt": "squeezewire",
+    "savefig.transparent": True,
+}
+
+
+def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figure, list[Axes]]":
+    """An Agg figure of `width` x `height` inches that needs no display and no pyplot state."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _draw(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figure":
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure, axes = _new_figure(width, height, num_panels)
+        draw(*axes)
+    return figure
+
+
+def _label_bar(axes: "Axes", label: str, value: float, position: float) -> None:
+    """The bar's number to its right, on paper, so that no grid line runs through it."""
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+    axes.annotate(label, (value, position), (6, 0), textcoords="offset points", va="center", bbox=box)
+
+
+def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Figure":
+    """Gradient bytes per step of each model on a log axis, smallest on top, with its multiple of the baseline.
+
+    rows: as in comparison.json; those without gradient_bytes are left out.
+    """
+    rows = sorted((row for row in rows if row["gradient_bytes"]), key=lambda row: -row["gradient_bytes"])
+    assert rows, "a figure needs at least one measured model"
+
+    def draw(axes: "Axes") -> None:
+        values = [row["gradient_bytes"] for row in rows]
+        colours = [ORANGE if row["model"] == baseline else BLUE for row in rows]
+        left = 10 ** (len(str(min(values))) - 1) / 2
+        axes.barh(range(len(rows)), [value - left for value in values], left=left, color=colours, height=0.62)
+        for position, row in enumerate(rows):
+            times = row["times_baseline"]
+            label = format_bytes(row["gradient_bytes"])
+            if row["model"] == baseline:
+                label += "   baseline"
+            elif times is not None:
+                label += f"   {format_times(times)}"
+            _label_bar(axes, label, row["gradient_bytes"], position)
+        axes.set_xscale("log")
+        axes.set_xlim(left, max(values) * (max(values) / left) ** 0.28)
+        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        axes.set_xlabel("gradient bytes per optimiser step (log scale)")
+        axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".00", ""))
+        axes.xaxis.grid(True)
+
+    return _draw(8.2, 0.9 + 0.42 * len(rows), draw)
+
+
+def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12) -> "Figure":
+    """Gradient bytes of the largest layers of one model, largest on top; the others are summed in the last bar.
+
+    layers: as in ledger.json, {name, bytes, share}.
+    """
+    ordered = sorted(layers, key=lambda layer: -layer["bytes"])
+    shown, rest = ordered[:num_shown], ordered[num_shown:]
+    bars = [(layer["name"], layer["bytes"], layer["share"]) for layer in shown]
+    if rest:
+        rest_bytes, rest_share = sum(layer["bytes"] for layer in rest), sum(layer["share"] for layer in rest)
+        bars.append((f"{len(rest)} smaller layers", rest_bytes, rest_share))
+    bars.reverse()
+
+    def draw(axes: "Axes") -> None:
+        sizes = [size for _, size, _ in bars]
+        colours = [GREY if rest and i == 0 else BLUE for i in range(len(bars))]
+        axes.barh(range(len(bars)), sizes, color=colours, height=0.62)
+        for position, (_, size, share) in enumerate(bars):
+            _label_bar(axes, f"{format_bytes(size)}   {format_percent(share)}", size, position)
+        axes.set_xlim(0, max(sizes) * 1.3)
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value) if value else "0")
+        axes.set_xlabel("gradient bytes per optimiser step")
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.grid(True)
+
+    return _draw(8.2, 0.8 + 0.34 * len(bars), draw)
+
+
+def learning_figure(run: RunRecord) -> "Figure | None":
+    """Loss and top-1 over steps, training as a line (each step faint, a running mean strong), validation as marks."""
+    steps, _ = run.series("train/loss")
+    if not steps:
+        return None
+
+    def panel(axes: "Axes", key: str, title: str, scale: float) -> None:
+        x, y = run.series(f"train/{key}")
+        y = [value * scale for value in y]
+        axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.55)
+        axes.plot(x, _running_mean(y, max(1, len(y) // 40)), color=BLUE, label="training")
+        x, y = run.series(f"val/{key}")
+        if x:
+            y = [value * scale for value in y]
+            axes.plot(
+                x, y, color=ORANGE, marker="o", markersize=4, linewidth=1.2, linestyle=(0, (3, 2)), label="validation"
+            )
+            axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), (0, 6), textcoords="offset points", ha="right", va="bottom")
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+        axes.yaxis.grid(True)
+
+    def draw(loss: "Axes", top1: "Axes") -> None:
+        panel(loss, "loss", "Loss (cross-entropy, nats)", 1)
+        loss.set_ylim(bottom=0)
+        panel(top1, "top1", "Top-1 accuracy (%)", 100)
+        top1.set_ylim(0, 103)
+        loss.legend(loc="upper right", fontsize=9, labelcolor=INK)
+
+    return _draw(8.2, 3.0, draw, num_panels=2)
+
+
+def _running_mean(values: Sequence[float], radius: int) -> list[float]:
+    """Mean over up to `radius` neighbours on each side."""
+    means = []
+    for position in range(len(values)):
+        window = values[max(0, position - radius) : position + radius + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def traffic_figure(run: RunRecord) -> "Figure | None":
+    """Gigabytes sent between servers since the start, over steps; None where nothing was sent."""
+    steps, gigabytes = run.series("comm/total_gigabytes")
+    if not steps or not gigabytes[-1]:
+        return None
+
+    def draw(axes: "Axes") -> None:
+        unit, scale = ("GB", 1.0) if gigabytes[-1] >= 1 else ("MB", 1e3)
+        y = [value * scale for value in gigabytes]
+        axes.fill_between(steps, y, color=BLUE, alpha=0.14, linewidth=0)
+        axes.plot(steps, y, color=BLUE)
+        total = format_bytes(gigabytes[-1] * 1e9)
+        axes.annotate(total, (steps[-1], y[-1]), (-6, 2), textcoords="offset points", ha="right", va="bottom")
+        axes.set_xlim(0, steps[-1])
+        axes.set_ylim(0, y[-1] * 1.15)
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{unit} sent, all servers")
+        axes.yaxis.grid(True)
+
+    return _draw(8.2, 2.5, draw)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write `path`.png (160 dots per inch, white) and `path`.svg (transparent)."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=160, transparent=False, facecolor="white")
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    write_bytes_atomic(path.with_suffix(".png"), png.getvalue())
+    write_bytes_atomic(path.with_suffix(".svg"), svg.getvalue())
+
+
+def to_svg(figure: "Figure", name: str) -> str:
+    """The figure as an `<svg>` element: CSS variables for colours, ids that start with `name`, no metadata."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The style element would apply to the whole page; the page's own sheet says the same for figures.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'(?<=[\s])id="', f'id="{name}-', svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"'DejaVu Sans'(, [\w'-]+)*", "inherit", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable}, {colour})")
+    return svg.replace("<svg", '<svg role="img"', 1)

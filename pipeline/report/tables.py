@@ -1,0 +1,194 @@
+"""Tables as data: built once from plain rows, printed by rich, set in HTML by the page, written as CSV."""
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.report.units import (
+    MISSING,
+    format_accuracy,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_rate,
+    format_seconds,
+    format_times,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: which key of a row, under which heading, printed how."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] | None = None
+    """Formats a number, which is then set to the right; None: text, as it is."""
+    note: str = ""
+    """What the heading means; shown on the page below the table."""
+    short: str | None = None
+    """Heading in the terminal, where 80 columns must do; empty: the column is left out there."""
+
+    @property
+    def numeric(self) -> bool:
+        """Whether the column holds numbers."""
+        return self.show is not None
+
+    def text(self, value: Any) -> str:
+        """The cell as printed."""
+        if self.show is not None:
+            return self.show(value)
+        return MISSING if value is None or value == "" else str(value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: as printed, and the exact value it is sorted by (None last)."""
+
+    text: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of cells; `mark` is a style class (`baseline`, `failed`), `reason` spans the row's empty cells."""
+
+    cells: tuple[Cell, ...]
+    mark: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to be rendered."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """(heading, meaning) of the columns that need words."""
+        return [(column.title, column.note) for column in self.columns if column.note]
+
+    def to_rich(self) -> "RichTable":
+        """For the terminal."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        shown = [column.short != "" for column in self.columns]
+        for column in itertools.compress(self.columns, shown):
+            title = column.title if column.short is None else column.short
+            table.add_column(title, justify="right" if column.numeric else "left", no_wrap=column.numeric)
+        styles = {"baseline": "bold", "failed": "red"}
+        for row in self.rows:
+            # Text, not str: a name in square brackets is no markup.
+            cells = [Text(cell.text) for cell in itertools.compress(row.cells, shown)]
+            table.add_row(*cells, style=styles.get(row.mark))
+        return table
+
+
+def make_table(
+    title: str, columns: Sequence[Column], rows: Iterable[Row], mark: Callable[[Row], str] | None = None
+) -> Table:
+    """Format `rows`. A row with a `reason` failed: it shows its first cell and the reason."""
+    made = []
+    for row in rows:
+        cells = tuple(Cell(column.text(row.get(column.key)), row.get(column.key)) for column in columns)
+        made.append(TableRow(cells, mark(row) if mark else "", str(row.get("reason") or "")))
+    return Table(title, tuple(columns), tuple(made))
+
+
+COMPARISON_COLUMNS = (
+    Column("model", "model"),
+    Column("num_parameters", "parameters", format_count, short=""),
+    Column(
+        "gradient_bytes",
+        "gradients / step",
+        format_bytes,
+        "what one optimiser step sums over all ranks, as metered",
+        "gradients",
+    ),
+    Column("times_baseline", "× baseline", format_times, "gradient bytes over the baseline’s", "× base"),
+    Column(
+        "server_egress_bytes_per_step",
+        "out of a server / step",
+        format_bytes,
+        "bytes the busiest server sends per step: gradients, buffers, metrics and message preambles",
+        "egress",
+    ),
+    Column("step_seconds", "step", format_seconds, "median wall time of a step in this run"),
+    Column(
+        "exposed_seconds", "exposed", format_seconds, "time a step waits for communication that no computation hides"
+    ),
+    Column("images_per_second", "images / s", format_rate, "over all ranks", "images/s"),
+    Column("scaling_efficiency", "scaling", format_percent, "images per second and rank against one rank alone"),
+    Column(
+        "published_top1",
+        "published top-1",
+        format_accuracy,
+        "on ImageNet, as published with the weights; not measured here",
+        "top-1",
+    ),
+)
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """The table of a `comparison.json`; columns measured nowhere are left out (the page says why)."""
+    rows = comparison["models"]
+    shown = [c for c in COMPARISON_COLUMNS if c.key == "model" or any(row.get(c.key) is not None for row in rows)]
+
+    def mark(row: Row) -> str:
+        if row.get("reason"):
+            return "failed"
+        return "baseline" if row["model"] == comparison["baseline"] else ""
+
+    return make_table("", shown, rows, mark)
+
+
+def comparison_csv(comparison: Mapping[str, Any]) -> str:
+    """The same rows, exact and unformatted; an empty field was not measured."""
+    keys = [*(column.key for column in COMPARISON_COLUMNS), "reason"]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: row.get(key) for key in keys} for row in comparison["models"])
+    return buffer.getvalue()
+
+
+def collectives_table(ledger: Mapping[str, Any]) -> Table:
+    """What a run issued, by operation, origin and phase; attempts are shown only if there were several."""
+    rows = ledger["collectives"]
+    columns = [
+        Column("phase", "phase"),
+        Column("origin", "origin"),
+        Column("op", "operation"),
+        Column("num_calls", "calls", format_count),
+        Column("payload_bytes", "payload of rank 0", format_bytes),
+    ]
+    if len({row["attempt"] for row in rows}) > 1:
+        columns.insert(0, Column("attempt", "attempt", format_count))
+    phases = ("train", "validation", "checkpoint", "startup")
+    rank = {phase: i for i, phase in enumerate(phases)}
+    ordered = sorted(rows, key=lambda row: (row["attempt"], rank.get(row["phase"], 9), -row["payload_bytes"]))
+    return make_table("", columns, ordered, lambda row: "" if row.get("committed", True) else "outside")
+
+
+def buckets_table(ledger: Mapping[str, Any]) -> Table:
+    """DDP's gradient buckets in the order they are reduced."""
+    columns = (
+        Column("index", "bucket", format_count),
+        Column("bytes", "bytes", format_bytes),
+        Column("num_parameters", "tensors", format_count),
+    )
+    return make_table("", columns, ledger.get("buckets") or [])

@@ -1,0 +1,70 @@
+"""Numbers as people read them. A value that was not measured is None and prints as a dash, never as 0."""
+
+import math
+
+MISSING = "–"
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def format_bytes(num_bytes: float | None) -> str:
+    """`4.99 MB`. Decimal prefixes: 1 kB = 10^3 bytes, 1 GB = 10^9 bytes."""
+    if num_bytes is None:
+        return MISSING
+    power = 0
+    value = float(num_bytes)
+    # 999.995 would round to 1000.00, which belongs to the next prefix.
+    while abs(value) >= (999.995 if power else 1000) and power < len(_PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.2f} {_PREFIXES[power]}B" if power else f"{value:.0f} B"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`176 ms`, `1.24 s`, `75.0 s`, `12 min 05 s`."""
+    if seconds is None:
+        return MISSING
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f} s"
+    if seconds < 119.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def format_count(count: int | None) -> str:
+    """`1,248,424`."""
+    return MISSING if count is None else f"{count:,}"
+
+
+def format_rate(rate: float | None) -> str:
+    """Something per second, three significant digits, thousands grouped."""
+    if rate is None:
+        return MISSING
+    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:.3g}"
+
+
+def format_times(factor: float | None) -> str:
+    """`48.94×`."""
+    return MISSING if factor is None else f"{factor:,.2f}×"
+
+
+def format_percent(fraction: float | None) -> str:
+    """A fraction of one as `41.4 %`."""
+    return MISSING if fraction is None else f"{fraction * 100:.1f} %"
+
+
+def format_accuracy(fraction: float | None) -> str:
+    """A top-1 or top-5, given as a fraction of one, as papers print it: `58.09 %`."""
+    return MISSING if fraction is None else f"{fraction * 100:.2f} %"
+
+
+def median(values: list[float]) -> float | None:
+    """Middle value; the mean of the two middle ones for an even number; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return low if low == high else math.fsum((low, high)) / 2

@@ -1,0 +1,175 @@
+"""Run directories written by hand, as `train` leaves them: real models' layers, chosen times."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.comm.strategy import gradient_bytes_by_parameter
+from pipeline.models import zoo
+
+MakeRun = Callable[..., Path]
+
+
+@dataclasses.dataclass
+class HandmadeRun:
+    """The files of a run, to be changed before they are written."""
+
+    ledger: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def write(self, directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "ledger.json").write_text(json.dumps(self.ledger))
+        (directory / "config.yaml").write_text(yaml.safe_dump(self.config))
+        (directory / "environment.json").write_text(json.dumps(self.environment))
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        return directory
+
+
+def layers_of(model: str, num_classes: int = 1000, **metaparameters: Any) -> list[dict[str, Any]]:
+    with torch.device("meta"):
+        network = zoo.build(model, num_classes, **metaparameters)
+    by_layer: dict[str, int] = {}
+    for name, size in gradient_bytes_by_parameter(network).items():
+        layer = name.rpartition(".")[0]
+        by_layer[layer] = by_layer.get(layer, 0) + size
+    total = sum(by_layer.values())
+    return [{"name": name, "bytes": size, "share": size / total} for name, size in by_layer.items()]
+
+
+def handmade_run(
+    model: str = "squeezenet1_0",
+    *,
+    run: str = "handmade",
+    num_steps: int = 8,
+    global_batch: int = 16,
+    num_classes: int = 1000,
+    validated: bool = False,
+    seconds: float = 0.25,
+    **metaparameters: Any,
+) -> HandmadeRun:
+    layers = layers_of(model, num_classes, **metaparameters)
+    size = sum(layer["bytes"] for layer in layers)
+    sent = size + 1152 + 104
+
+    def collective(op: str, origin: str, phase: str, num_calls: int, payload_bytes: int) -> dict[str, Any]:
+        return {
+            "op": op,
+            "origin": origin,
+            "phase": phase,
+            "attempt": 1,
+            "num_calls": num_calls,
+            "payload_bytes": payload_bytes,
+            "committed": phase == "train",
+        }
+
+    ledger = {
+        "schema": 1,
+        "closed": None,
+        "run": run,
+        "model": model,
+        "backend": "gloo",
+        "algorithm": "ring",
+        "hook": "none",
+        "world_size": 2,
+        "num_servers": 2,
+        "server_of_rank": [0, 1],
+        "placement": "assumed",
+        "num_steps": num_steps,
+        "global_batch": global_batch,
+        "gradient_bytes": size,
+        "layers": layers,
+        "buckets": [
+            {"index": 0, "bytes": layers[-1]["bytes"], "num_parameters": 2},
+            {"index": 1, "bytes": size - layers[-1]["bytes"], "num_parameters": 2 * len(layers) - 2},
+        ],
+        "collectives": [
+            collective("broadcast", "parameters", "startup", 1, size),
+            collective("all_reduce", "gradients", "startup", 4, 2 * size),
+            collective("all_reduce", "gradients", "train", 2 * num_steps, size * num_steps),
+            collective("broadcast", "lightning", "train", num_steps, 8 * num_steps),
+        ],
+        "attempts": [{"attempt": 1, "first_step": 0, "complete": True}],
+        "transport": {
+            "predicted_bytes_per_rank": [sent * num_steps, sent * num_steps],
+            "measured_bytes_per_rank": None,
+            "retransmitted_bytes_per_rank": None,
+            "residual_bytes_per_rank": None,
+        },
+        "servers": {
+            "predicted_egress_bytes": [sent * num_steps, sent * num_steps],
+            "measured_egress_bytes": None,
+            "counter": None,
+            "interface": None,
+            "residual_fraction": None,
+        },
+        "per_step": {
+            "payload_bytes": size + 8,
+            "transport_bytes_per_rank": [sent, sent],
+            "server_egress_bytes": [sent, sent - 56],
+        },
+        "time": {
+            "step_seconds": {"p50": seconds, "p90": seconds * 1.2},
+            "communication_seconds": None,
+            "exposed_seconds": None,
+            "data_wait_seconds": 0.001,
+            "bus_bandwidth_bytes_per_second": None,
+        },
+        "meter_overhead_fraction": None,
+        "null_reasons": {
+            "closed": "Bytes on the wire are predicted in this run, not read from the kernel's counters.",
+            "time.exposed_seconds": "Communication was not timed in this run.",
+        },
+    }
+    config = {
+        "name": run,
+        "seed": 0,
+        "data": {"root": "shards", "size": 64},
+        "model": {"name": model, "num_classes": num_classes, "metaparameters": metaparameters, "input": {"size": 224}},
+        "batch": {"global_size": global_batch, "max_per_rank": 256},
+        "trainer": {"precision": "fp32", "memory_format": "auto"},
+        "comm": {"bucket_megabytes": 25.0, "hook": "none"},
+    }
+    environment = {
+        "schema": 1,
+        "git": {"commit": "0123456789", "dirty": False},
+        "packages": {"torch": "2.14.1"},
+        "hosts": ["node1", "node1"],
+        "cpu": {"model": "A CPU of two cores", "num_cores": 2, "flags": []},
+        "devices": [],
+        "num_threads_per_rank": 1,
+    }
+    rows = []
+    for step in range(1, num_steps + 1):
+        row = {
+            "trainer/step": step,
+            "samples": step * global_batch,
+            "train/loss": 2.3 * 0.97**step + 0.1,
+            "train/top1": 1 - 0.9 * 0.97**step,
+            "lr": 0.04 * (1 - step / num_steps),
+            "perf/step_seconds": seconds,
+            "perf/data_wait_share": 0.01,
+            "comm/total_gigabytes": step * (2 * sent - 56) / 1e9,
+        }
+        if validated and (step % 25 == 0 or step == num_steps):
+            row |= {"val/loss": 2.4 * 0.97**step + 0.12, "val/top1": 1 - 0.92 * 0.97**step, "val/top5": 0.99}
+        rows.append(row)
+    return HandmadeRun(ledger, config, environment, rows)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """`make_run("first", model=..., **changes)` writes a run directory and returns it."""
+
+    def make(name: str, **arguments: Any) -> Path:
+        return handmade_run(run=name, **arguments).write(tmp_path / name)
+
+    return make
