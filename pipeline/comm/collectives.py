@@ -181,7 +181,8 @@ class _ThreadOrigin(threading.local):
 
 
 def _op_names() -> dict[Any, str]:
-    names = getattr(torch._C._distributed_c10d, "HookOpName", None)
+    c10d = getattr(torch._C, "_distributed_c10d", None)
+    names = getattr(c10d, "HookOpName", None)
     if names is None:
         return {}
     return {

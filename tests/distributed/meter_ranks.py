@@ -1,0 +1,62 @@
+"""Start a script on n real ranks of one machine and collect what each wrote. Shared by the meter's tests."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+DEADLINE_SECONDS = 240
+
+
+def run_ranks(script: str, num_ranks: int, out: Path, *arguments: str, env: dict[str, str] | None = None) -> list[Any]:
+    """Run `script` (beside this file) on `num_ranks` ranks; returns what each rank wrote to `rank<r>.json` in `out`.
+
+    Every rank is killed at the deadline or as soon as one fails; the failed rank's output is in the error.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(num_ranks):
+        rank_env = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONWARNINGS": "ignore",
+            **(env or {}),
+        }
+        log = (out / f"rank{rank}.log").open("w")
+        command = [sys.executable, str(HERE / script), str(out), *arguments]
+        processes.append(subprocess.Popen(command, env=rank_env, cwd=out, stdout=log, stderr=subprocess.STDOUT))
+        log.close()
+    try:
+        _wait(processes, out)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], out: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            assert code in (None, 0), f"rank {rank} ended with {code}:\n{(out / f'rank{rank}.log').read_text()[-4000:]}"
+        if all(code == 0 for code in codes):
+            return
+        assert time.monotonic() < deadline, f"ranks still running after {DEADLINE_SECONDS} s: {codes}"
+        time.sleep(0.05)
