@@ -1,0 +1,56 @@
+# Every target works from a fresh clone; the environment is made once, by the first that needs it.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+# Built-in shards, prepared once; the demo and people's first runs read them.
+DEMO_SHARDS := shards/builtin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: venv
+venv: $(VENV)/installed ## the environment: .venv with every pinned package
+
+# Remade only when what it should hold has changed.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" > /dev/null || { echo "error: $(PYTHON) not found: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: venv ## shards, a two-rank training and a comparison with larger models: runs/demo/report.html
+	$(PY) -m pipeline.prepare source=builtin out=$(DEMO_SHARDS)
+	$(PY) -m pipeline.train experiment=demo
+	$(PY) -m pipeline.compare experiment=demo
+
+.PHONY: test
+test: venv ## the tests but the slow ones, as CI runs them
+	$(PY) -m pytest -m "not slow"
+
+.PHONY: test-all
+test-all: venv ## every test
+	$(PY) -m pytest
+
+.PHONY: lint
+lint: venv ## format, rules, types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+.PHONY: format
+format: venv ## put the code in its form
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+.PHONY: hooks
+hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offline)
+	$(PY) -m pre_commit install
+
+.PHONY: bench
+bench: venv ## the published figures, measured here; an hour and a quiet machine
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
