@@ -44,7 +44,7 @@ class Ledger:
     every optimiser step; `to_json` whenever `ledger.json` is written. All ranks may keep one; rank 0's is the record.
 
     gradient_bytes_by_parameter: trainable parameters in the model's order (strategy.gradient_bytes_by_parameter).
-    attempt: number of this start of the run, from 0; raised if the loaded state is as late.
+    attempt: number of this start of the run, from 1; raised if the loaded state is as late.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Ledger:
         meter: CollectiveMeter,
         gradient_bytes_by_parameter: dict[str, int],
         placement: Placement | None = None,
-        attempt: int = 0,
+        attempt: int = 1,
     ) -> None:
         placement = placement or Placement.assumed(meter.world_size)
         assert placement.world_size == meter.world_size
@@ -68,7 +68,7 @@ class Ledger:
 
     @property
     def attempt(self) -> int:
-        """Number of this start of the run, from 0."""
+        """Number of this start of the run, from 1."""
         return self._present.number
 
     @property

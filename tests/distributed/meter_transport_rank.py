@@ -20,13 +20,13 @@ TCP_INFO_BYTES = 232  # linux/tcp.h, struct tcp_info up to tcpi_bytes_retrans an
 def gloo_sockets(master_port: int) -> list[socket.socket]:
     """This process's established TCP sockets but the store's: gloo's pairs."""
     found, seen = [], set()
-    for name in os.listdir("/proc/self/fd"):
+    for path in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            target = str(path.readlink())
             if not target.startswith("socket:") or target in seen:  # a copy made here may take a number still to come
                 continue
             seen.add(target)
-            handle = socket.socket(fileno=os.dup(int(name)))
+            handle = socket.socket(fileno=os.dup(int(path.name)))
             if handle.type == socket.SOCK_STREAM and handle.family in (socket.AF_INET, socket.AF_INET6):
                 ports = {handle.getpeername()[1], handle.getsockname()[1]}
                 if master_port not in ports:
@@ -54,8 +54,8 @@ def sent_bytes(handles: list[socket.socket]) -> int | None:
 def cases(num_ranks: int) -> list[tuple[str, str, int, int]]:
     """(operation, dtype, elements, root)."""
     listed = [("barrier", "float32", 0, -1)]
-    for elements in (1, 2, 7, 100, 1024, 262_144, 1_248_424, 2 * num_ranks * 262_144 + 3):
-        listed.append(("all_reduce", "float32", elements, -1))
+    sizes = (1, 2, 7, 100, 1024, 262_144, 1_248_424, 2 * num_ranks * 262_144 + 3)
+    listed += [("all_reduce", "float32", elements, -1) for elements in sizes]
     listed += [("all_reduce", dtype, 33_333, -1) for dtype in ("float16", "bfloat16", "int64", "uint8")]
     for elements in (1, 5, 9_600, 300_001):
         listed += [("broadcast", "float32", elements, root) for root in range(num_ranks)]
