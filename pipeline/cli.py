@@ -229,15 +229,18 @@ def _run_hydra_application(
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument not in overrides]
     sys.argv = [
         f"pipeline.{command}",
-        *arguments,
+        *overrides,
         "hydra.run.dir=.",
         "hydra.sweep.dir=.",
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
+        *flags,  # last: Hydra's parser takes overrides in one run only
     ]
     hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
     return next((code for code in codes if code), ExitCode.DONE)

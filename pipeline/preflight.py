@@ -1,0 +1,37 @@
+"""What can be known to be wrong before any rank starts, and before torch is imported: said once, by one process."""
+
+from pathlib import Path
+
+from pipeline.config import TrainConfig
+from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.errors import DataError
+from pipeline.models import zoo
+from pipeline.run.directory import validate_name
+
+
+def check_before_ranks(config: TrainConfig) -> None:
+    """Raise the user error that every rank of this run would raise.
+
+    Raises:
+        ConfigError: run name, model, metaparameters, or a global batch that the ranks cannot share.
+        DataError: no shards at data.root.
+    """
+    validate_name(config.name)
+    zoo.check(config.model.name, config.model.metaparameters)
+    config.batch.split(config.cluster.devices)
+    check_root(config.data.root, config.data.train_split)
+
+
+def check_root(root: str | None, split: str) -> None:
+    """Raise `DataError` unless `root` is a directory with a manifest that has `split`, or with tar files."""
+    assert root is not None
+    path = Path(root)
+    if not path.is_dir():
+        raise DataError(
+            f"data.root={root} is not a directory: make shards there with `python -m pipeline.prepare source=builtin"
+            f" out={root}` (or from your pictures), or give the directory that holds them."
+        )
+    if (path / MANIFEST_NAME).exists():
+        Manifest.load(path).split(split)
+    elif not any(path.glob("*.tar")):
+        raise DataError(f"data.root={root} holds no shards (*.tar): give the directory that `prepare` wrote.")

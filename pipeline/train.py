@@ -1,0 +1,44 @@
+"""Train one model over WebDataset shards on any number of ranks, and account for every byte its gradients cost.
+
+    python -m pipeline.train name=first data.root=shards/builtin cluster.devices=2 trainer.max_epochs=2
+
+The same command again resumes the run; once it is finished, it exits 0 at once.
+"""
+
+import sys
+
+from pipeline.cli import run_command
+from pipeline.config import TrainConfig
+
+
+def train(config: TrainConfig) -> int:
+    """One run, or one further attempt at it. Returns the exit code."""
+    from pipeline.run.launch import find_ranks, supervise
+
+    ranks = find_ranks(config.cluster.devices)
+    if ranks is None:
+        from pipeline.preflight import check_before_ranks
+
+        check_before_ranks(config)  # said once, by the parent, before any rank starts
+        command = [sys.executable, "-m", "pipeline.train", *sys.argv[1:]]
+        return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
+
+    from pipeline import training
+
+    with training.join(config, ranks) as world:
+        run = training.open_run(config, world)
+        shards = training.open_shards(config, world)
+        plan = training.plan_steps(config, world, shards)
+        checkpoint = training.find_checkpoint(config, world, run, plan)
+        if checkpoint.step >= plan.num_steps:
+            world.say(f"Run {config.name} is finished: {checkpoint.step} of {plan.num_steps} steps. Nothing to do.")
+            return 0
+        learner = training.make_learner(config, world, shards, plan, checkpoint)
+        with training.record(config, world, run, shards, plan, checkpoint, learner) as session:
+            session.fit()
+        session.report()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("train", TrainConfig, train)

@@ -1,0 +1,81 @@
+"""Typed configuration: what is refused, and with which remedy."""
+
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig, build
+from pipeline.errors import ConfigError
+
+
+@given(
+    world_size=st.integers(1, 64),
+    per_rank=st.integers(1, 512),
+    max_per_rank=st.integers(1, 512),
+)
+def test_split_covers_the_global_batch_within_the_limit(world_size: int, per_rank: int, max_per_rank: int) -> None:
+    batch = BatchConfig(global_size=world_size * per_rank, max_per_rank=max_per_rank)
+    micro, num_micro = batch.split(world_size)
+    assert micro * num_micro * world_size == batch.global_size
+    assert micro <= max_per_rank
+
+
+@given(world_size=st.integers(2, 64), global_size=st.integers(1, 4096))
+def test_indivisible_global_batch_is_refused_with_sizes_that_work(world_size: int, global_size: int) -> None:
+    batch = BatchConfig(global_size=global_size)
+    if global_size % world_size == 0:
+        batch.split(world_size)
+        return
+    with pytest.raises(ConfigError, match=f"not divisible by {world_size} ranks") as caught:
+        batch.split(world_size)
+    assert str(global_size // world_size * world_size + world_size) in str(caught.value)
+
+
+@given(size=st.integers(1, 512))
+def test_resizing_an_input_keeps_a_valid_input(size: int) -> None:
+    resized = InputConfig().resized(size)
+    assert resized.size == size
+    assert resized.resize_side >= size
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Unknown key momentun. Did you mean 'momentum'"):
+        build(RecipeConfig, {"momentun": 0.9})
+
+
+def test_missing_key_names_the_argument_to_add() -> None:
+    from pipeline.config import ModelConfig
+
+    with pytest.raises(ConfigError, match="name is not set"):
+        build(ModelConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": "fast"}, "lr='fast' must be of type float"),
+        ({"lr": True}, "lr=True must be of type float"),
+        ({"lr": None}, "lr is null"),
+        ({"lr": -1.0}, "recipe.lr=-1.0 must be positive"),
+        ({"decay": "linaer"}, "Did you mean 'linear'"),
+        ({"nesterov": True, "momentum": 0.0}, "recipe.nesterov"),
+    ],
+)
+def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(RecipeConfig, values)
+
+
+def test_nothing_says_how_long_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps or trainer\.max_epochs"):
+        TrainerConfig()
+
+
+def test_plain_containers_survive_a_round_trip() -> None:
+    recipe = build(RecipeConfig, {"lr": 1, "decay": "cosine"})
+    assert recipe.lr == 1.0
+    assert build(RecipeConfig, asdict(recipe)) == recipe
+    given_input = build(InputConfig, {"mean": [104, 117, 123], "channel_order": "bgr"})
+    assert given_input.mean == (104.0, 117.0, 123.0)
