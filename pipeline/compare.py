@@ -19,7 +19,7 @@ from pipeline.errors import ExitCode, LedgerError
 class CompareConfig:
     """Train several models for a few steps each, under the same conditions, and compare what they send."""
 
-    name: str
+    name: str = "comparison"
     """The comparison's directory under run_root."""
     run_root: str = "runs"
     models: tuple[str, ...]
@@ -37,8 +37,6 @@ class CompareConfig:
     precision: str = "auto"
     """As trainer.precision: `auto`, `fp32`, `bf16`."""
     seed: int = 0
-    launch: str = ""
-    """Put before each training command, e.g. `srun` inside a Slurm allocation. Empty: ranks on this machine."""
     data: DataConfig
     batch: BatchConfig
     cluster: ClusterConfig
@@ -51,7 +49,7 @@ class CompareConfig:
         require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
         require(self.num_classes >= 2, f"num_classes={self.num_classes} must be at least 2.")
         require(
-            bool(self.launch or self.runs) or self.cluster.devices >= 2,
+            bool(self.runs) or self.cluster.devices >= 2,
             f"cluster.devices={self.cluster.devices}: one rank alone sends nothing; give at least 2.",
         )
         require(self.comm.meter or bool(self.runs), "comm.meter=false leaves nothing to compare: set it to true.")
@@ -67,8 +65,9 @@ def compare(config: CompareConfig) -> int:
     from rich.console import Console
 
     from pipeline import comparison, measuring
-    from pipeline.report.page import comparison_sentence, write_comparison_report
+    from pipeline.report.page import write_comparison_report
     from pipeline.report.records import read_run
+    from pipeline.report.sections import comparison_sentence
     from pipeline.report.tables import comparison_table
 
     if config.runs:

@@ -173,7 +173,7 @@ def conditions_of(run: RunRecord) -> dict[str, Any]:
     }
     conditions["processor"] = ", ".join(environment.get("devices") or [environment.get("cpu.model") or "unknown"])
     conditions["threads per rank"] = environment.get("num_threads_per_rank")
-    conditions["hosts"] = environment.get("hosts")
+    conditions["hosts"] = list(dict.fromkeys(environment.get("hosts") or ())) or None
     conditions["torch"] = environment.get("packages.torch")
     return conditions
 

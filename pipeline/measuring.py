@@ -183,6 +183,8 @@ def shards_for(config: "CompareConfig") -> Path:
 
 def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: Path) -> list[Outcome]:
     """One training run per candidate, one after another. A failure is an outcome with its reason."""
+    # A comparison told to stop takes its run along: leaving `subprocess.run` by an exception kills the run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -205,10 +207,10 @@ def _measure_one(config: "CompareConfig", candidate: Candidate, shards: Path) ->
     if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
         shutil.rmtree(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [*shlex.split(config.launch), sys.executable, "-m", "pipeline.train"]
-    command += [*candidate.overrides, f"data.root={_literal(str(shards))}"]
+    shards_override = f"data.root={_literal(str(shards))}"
+    command = [sys.executable, "-m", "pipeline.train", *candidate.overrides, shards_override]
     with _log_path(directory).open("w") as log:
-        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(config.launch))
+        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
     outcome = Outcome(candidate.model, candidate.num_parameters, candidate.parameter_bytes, command=_command_line())
     if finished.returncode:
         reason = _reason(finished.returncode, _log_path(directory))
@@ -232,10 +234,8 @@ def _log_path(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.log")
 
 
-def _environment(launch: str) -> dict[str, str]:
-    """This process's, without ranks that are not the run's own."""
-    if launch:
-        return dict(os.environ)
+def _environment() -> dict[str, str]:
+    """This process's, without ranks that are not the run's own: its ranks are started on this machine."""
     return {
         key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES and not key.startswith("SLURM_")
     }
@@ -243,8 +243,9 @@ def _environment(launch: str) -> dict[str, str]:
 
 def _reason(returncode: int, log: Path) -> str:
     """Why a training command failed: its own last error sentence, else its last line."""
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
+    number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
+    if number in set(signal.Signals):
+        name = signal.Signals(number).name
         hint = ", most likely for want of memory" if name == "SIGKILL" else ""
         return f"The run was killed by {name}{hint}; its output is in {log}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

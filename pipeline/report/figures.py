@@ -105,9 +105,9 @@ def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Fig
             times = row["times_baseline"]
             label = format_bytes(row["gradient_bytes"])
             if row["model"] == baseline:
-                label += "   baseline"
+                label += " · baseline"
             elif times is not None:
-                label += f"   {format_times(times)}"
+                label += f" · {format_times(times)}"
             _label_bar(axes, label, row["gradient_bytes"], position)
         axes.set_xscale("log")
         axes.set_xlim(left, max(values) * (max(values) / left) ** 0.28)
@@ -116,7 +116,7 @@ def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Fig
         axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".00", ""))
         axes.xaxis.grid(True)
 
-    return _draw(8.2, 0.9 + 0.42 * len(rows), draw)
+    return _draw(9.2, 0.9 + 0.42 * len(rows), draw)
 
 
 def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12) -> "Figure":
@@ -137,7 +137,7 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
         colours = [GREY if rest and i == 0 else BLUE for i in range(len(bars))]
         axes.barh(range(len(bars)), sizes, color=colours, height=0.62)
         for position, (_, size, share) in enumerate(bars):
-            _label_bar(axes, f"{format_bytes(size)}   {format_percent(share)}", size, position)
+            _label_bar(axes, f"{format_bytes(size)} · {format_percent(share)}", size, position)
         axes.set_xlim(0, max(sizes) * 1.3)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value) if value else "0")
@@ -145,7 +145,7 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.grid(True)
 
-    return _draw(8.2, 0.8 + 0.34 * len(bars), draw)
+    return _draw(9.2, 0.8 + 0.34 * len(bars), draw)
 
 
 def learning_figure(run: RunRecord) -> "Figure | None":
@@ -178,7 +178,7 @@ def learning_figure(run: RunRecord) -> "Figure | None":
         top1.set_ylim(0, 103)
         loss.legend(loc="upper right", fontsize=9, labelcolor=INK)
 
-    return _draw(8.2, 3.0, draw, num_panels=2)
+    return _draw(9.2, 3.0, draw, num_panels=2)
 
 
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
@@ -209,7 +209,7 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
         axes.set_ylabel(f"{unit} sent, all servers")
         axes.yaxis.grid(True)
 
-    return _draw(8.2, 2.5, draw)
+    return _draw(9.2, 2.5, draw)
 
 
 def save(figure: "Figure", path: Path) -> None:

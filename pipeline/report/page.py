@@ -1,8 +1,7 @@
 """One self-contained HTML file for whatever a directory holds: a training run, a comparison, or both."""
 
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,57 +9,27 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.files import write_text_atomic
 from pipeline.report import figures
-from pipeline.report.records import RunRecord, flat, is_run, read_run
-from pipeline.report.tables import Table, buckets_table, collectives_table, comparison_table
-from pipeline.report.units import (
-    MISSING,
-    format_accuracy,
-    format_bytes,
-    format_count,
-    format_rate,
-    format_seconds,
-    format_times,
+from pipeline.report.records import RunRecord, is_run, read_run
+from pipeline.report.sections import (
+    Fact,
+    LearningView,
+    LedgerView,
+    PageFigure,
+    command_of,
+    comparison_sentence,
+    environment_facts,
+    learning_view,
+    ledger_view,
+    merit,
+    not_measured,
+    plain,
+    run_conditions,
+    run_sentence,
+    svg_figure,
 )
+from pipeline.report.tables import Table, comparison_table
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A labelled value."""
-
-    label: str
-    text: str
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A drawing (safe markup of our own making) and its caption."""
-
-    svg: Any
-    caption: str
-
-
-@dataclass(frozen=True)
-class LedgerView:
-    """One run's ledger, unfolded."""
-
-    title: str
-    summary: str
-    facts: list[Fact]
-    collectives: Table
-    buckets: Table | None
-    layers: PageFigure
-
-
-@dataclass(frozen=True)
-class LearningView:
-    """The curves of a training run."""
-
-    title: str
-    sentence: str
-    facts: list[Fact]
-    figures: list[PageFigure]
 
 
 @dataclass(frozen=True)
@@ -149,30 +118,7 @@ def render(page: Page) -> str:
     )
 
 
-def _svg(figure: Any, name: str, caption: str) -> PageFigure:
-    from markupsafe import Markup
-
-    return PageFigure(Markup(figures.to_svg(figure, name)), caption)
-
-
 # --- a comparison ---
-
-
-def comparison_sentence(comparison: Mapping[str, Any]) -> str:
-    """The biggest saving, in one sentence."""
-    measured = [row for row in comparison["models"] if row["gradient_bytes"]]
-    if not measured:
-        return "No model could be measured; the reasons are in the table."
-    small = min(measured, key=lambda row: row["gradient_bytes"])
-    large = max(measured, key=lambda row: row["gradient_bytes"])
-    small_bytes = format_bytes(small["gradient_bytes"])
-    if small is large:
-        return f"{small['model']} sums {small_bytes} of gradients over the ranks in every step."
-    factor = large["gradient_bytes"] / small["gradient_bytes"]
-    return (
-        f"In every step {small['model']} sums {small_bytes} of gradients over the ranks; "
-        f"{large['model']} sums {format_bytes(large['gradient_bytes'])}, {format_times(factor)} as much."
-    )
 
 
 def _comparison_page(
@@ -187,7 +133,7 @@ def _comparison_page(
             f"What one optimiser step sums over the ranks, as metered, and its multiple of {comparison['baseline']}. "
             "The axis is logarithmic: each line to the right is ten times as much."
         )
-        drawings.append(_svg(figures.model_bytes_figure(measured, comparison["baseline"]), "models", caption))
+        drawings.append(svg_figure(figures.model_bytes_figure(measured, comparison["baseline"]), "models", caption))
     reasons = dict(comparison.get("null_reasons", {}))
     for run in runs.values():
         for path, reason in run.ledger["null_reasons"].items():
@@ -200,14 +146,14 @@ def _comparison_page(
         kicker=f"{len(comparison['models'])} models compared",
         headline=comparison_sentence(comparison),
         figures_of_merit=[],
-        conditions=[Fact(key, _plain(value)) for key, value in conditions.items()],
+        conditions=[Fact(key, plain(value)) for key, value in conditions.items()],
         command=str(command),
         comparison=comparison_table(comparison),
         comparison_figures=drawings,
-        learning=learning_view(training_run) if training_run else None,
+        learning=learning_view(training_run, run_sentence(training_run)) if training_run else None,
         ledgers=ledgers
         + ([ledger_view(training_run, f"training run {training_run.ledger['run']}", "t")] if training_run else []),
-        not_measured=_not_measured(reasons),
+        not_measured=not_measured(reasons),
         environment=environment_facts(source.environment) if source else [],
     )
 
@@ -221,190 +167,11 @@ def _run_page(run: RunRecord) -> Page:
         title=ledger["run"],
         kicker=f"training {ledger['model']}",
         headline=run_sentence(run),
-        figures_of_merit=_merit(run),
+        figures_of_merit=merit(run),
         conditions=run_conditions(run),
         command=command_of(run),
         learning=learning_view(run),
         ledgers=[ledger_view(run, ledger["model"], "run")],
-        not_measured=_not_measured(ledger["null_reasons"]),
+        not_measured=not_measured(ledger["null_reasons"]),
         environment=environment_facts(run.environment),
     )
-
-
-def run_sentence(run: RunRecord) -> str:
-    """What was trained and what it cost on the wire, in one or two sentences."""
-    ledger = run.ledger
-    steps = f"{ledger['num_steps']:,} steps of {ledger['global_batch']:,} pictures"
-    if ledger["world_size"] == 1:
-        return f"{ledger['model']} took {steps} on one rank, so nothing crossed a network."
-    total = run.last("comm/total_gigabytes")
-    moved = f", {format_bytes(total * 1e9)} in all" if total is not None else ""
-    kind = "measured" if ledger["servers"]["measured_egress_bytes"] is not None else "predicted"
-    egress = run.egress_bytes_per_step
-    sent = (
-        f" Each of {ledger['num_servers']} servers sends up to {format_bytes(egress)} per step ({kind}){moved}."
-        if egress
-        else ""
-    )
-    return (
-        f"{ledger['model']} took {steps} on {ledger['world_size']} ranks and summed "
-        f"{format_bytes(ledger['gradient_bytes'])} of gradients in each.{sent}"
-    )
-
-
-def _merit(run: RunRecord) -> list[Fact]:
-    val_top1, total = run.last("val/top1"), run.last("comm/total_gigabytes")
-    facts = [
-        Fact("validation top-1", format_accuracy(val_top1)) if val_top1 is not None else None,
-        Fact("sent between servers", format_bytes(total * 1e9)) if total else None,
-        Fact("gradients per step", format_bytes(run.ledger["gradient_bytes"])),
-        Fact("median step", format_seconds(run.step_seconds)) if run.step_seconds else None,
-    ]
-    return [fact for fact in facts if fact is not None]
-
-
-def run_conditions(run: RunRecord) -> list[Fact]:
-    """What a reader must know before believing a number."""
-    ledger, config = run.ledger, flat(run.config)
-    size = config.get("data.size") or config.get("model.input.size")
-    facts = {
-        "model": ledger["model"],
-        "pictures per step": format_count(ledger["global_batch"]),
-        "crop": f"{size} × {size} pixels" if size else None,
-        "ranks": format_count(ledger["world_size"]),
-        "servers": f"{ledger['num_servers']} ({ledger['placement']})",
-        "backend": " ".join(filter(None, (ledger["backend"], ledger["algorithm"]))),
-        "gradient compression": ledger["hook"],
-        "precision": config.get("trainer.precision"),
-        "steps": format_count(ledger["num_steps"]),
-        "shards": config.get("data.root"),
-        "seed": config.get("seed"),
-    }
-    return [Fact(label, _plain(value)) for label, value in facts.items() if value is not None]
-
-
-def command_of(run: RunRecord) -> str:
-    """The command that made the run, if its environment tells."""
-    command = run.environment.get("command") or run.environment.get("argv") or ""
-    return command if isinstance(command, str) else shlex.join(str(word) for word in command)
-
-
-def learning_view(run: RunRecord) -> LearningView | None:
-    """Curves and their last values; None for a run without recorded steps."""
-    curves = figures.learning_figure(run)
-    if curves is None:
-        return None
-    drawings = [
-        _svg(
-            curves,
-            "learning",
-            "Training is the mean over each step’s pictures (faint) and its running mean; "
-            "validation counts every picture once.",
-        )
-    ]
-    traffic = figures.traffic_figure(run)
-    if traffic is not None:
-        drawings.append(
-            _svg(
-                traffic,
-                "traffic",
-                "Bytes that left a server for another one, added up over all servers since the first step.",
-            )
-        )
-    last_loss, last_lr = run.last("train/loss"), run.last("lr")
-    wait = run.last("perf/data_wait_share")
-    top5 = run.last("val/top5")
-    facts = [
-        Fact("validation top-1", format_accuracy(run.last("val/top1"))),
-        Fact("validation top-5", format_accuracy(top5)) if top5 is not None else None,
-        Fact("validation loss", _number(run.last("val/loss"))),
-        Fact("last training loss", _number(last_loss)),
-        Fact("images per second", format_rate(_throughput(run))),
-        Fact("median step", format_seconds(run.step_seconds)),
-        Fact("waited for data", f"{wait * 100:.1f} %") if wait is not None else None,
-        Fact("last learning rate", _number(last_lr)),
-    ]
-    title = f"Learning: {run.ledger['model']}, {run.ledger['num_steps']:,} steps"
-    return LearningView(title, "", [fact for fact in facts if fact and fact.text != MISSING], drawings)
-
-
-def _throughput(run: RunRecord) -> float | None:
-    seconds = run.step_seconds
-    return run.ledger["global_batch"] / seconds if seconds else None
-
-
-def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
-    """One ledger. `name` starts the ids of its figure and is unique on the page."""
-    ledger = run.ledger
-    layers = figures.layer_bytes_figure(ledger["layers"])
-    largest = max(ledger["layers"], key=lambda layer: layer["bytes"])
-    caption = f"{largest['name']} alone is {largest['share'] * 100:.1f} % of every step’s gradients."
-    transport = ledger["transport"]
-    kind, per_rank = "measured", transport["measured_bytes_per_rank"]
-    if per_rank is None:
-        kind, per_rank = "predicted", transport["predicted_bytes_per_rank"]
-    closed = {True: "yes", False: "no", None: "not measured"}[ledger["closed"]]
-    facts = {
-        "steps": format_count(ledger["num_steps"]),
-        "gradients per step": f"{ledger['gradient_bytes']:,} bytes",
-        "payload per step": _bytes_exact(ledger["per_step"]["payload_bytes"]),
-        "transport per step, by rank": _per_rank(ledger["per_step"]["transport_bytes_per_rank"]),
-        f"transport in all, by rank ({kind})": _per_rank(per_rank),
-        "out of each server per step": _per_rank(ledger["per_step"]["server_egress_bytes"]),
-        "ledger closed": closed,
-    }
-    buckets = buckets_table(ledger)
-    return LedgerView(
-        title=title,
-        summary=f"{format_bytes(ledger['gradient_bytes'])} per step in {len(ledger.get('buckets') or []) or '?'} buckets",
-        facts=[Fact(label, text) for label, text in facts.items()],
-        collectives=collectives_table(ledger),
-        buckets=buckets if buckets.rows else None,
-        layers=_svg(layers, f"layers-{name}", caption),
-    )
-
-
-# --- small things ---
-
-
-def environment_facts(environment: Mapping[str, Any]) -> list[Fact]:
-    """Everything recorded but the command, which stands at the top."""
-    return [
-        Fact(key, _plain(value)) for key, value in flat(environment).items() if key not in ("command", "argv", "schema")
-    ]
-
-
-def _not_measured(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Reasons that are the same are given once, for all they explain."""
-    by_reason: dict[str, list[str]] = {}
-    for path, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(path)
-    return [(", ".join(paths), reason) for reason, paths in by_reason.items()]
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_plain(item) for item in value) or MISSING
-    return str(value)
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4g}"
-
-
-def _bytes_exact(value: int | None) -> str:
-    return MISSING if value is None else f"{value:,} bytes"
-
-
-def _per_rank(values: Sequence[int] | None) -> str:
-    """Exact bytes; equal ones said once."""
-    if not values:
-        return MISSING
-    if len(set(values)) == 1:
-        return f"{values[0]:,} bytes" + (f" each of {len(values)}" if len(values) > 1 else "")
-    shown = [f"{value:,}" for value in values[:8]]
-    return ", ".join(shown) + (f", … ({len(values)} in all)" if len(values) > 8 else "") + " bytes"

@@ -114,7 +114,7 @@ COMPARISON_COLUMNS = (
     Column("num_parameters", "parameters", format_count, short=""),
     Column(
         "gradient_bytes",
-        "gradients / step",
+        "gradients per step",
         format_bytes,
         "what one optimiser step sums over all ranks, as metered",
         "gradients",
@@ -122,7 +122,7 @@ COMPARISON_COLUMNS = (
     Column("times_baseline", "× baseline", format_times, "gradient bytes over the baseline’s", "× base"),
     Column(
         "server_egress_bytes_per_step",
-        "out of a server / step",
+        "out of a server per step",
         format_bytes,
         "bytes the busiest server sends per step: gradients, buffers, metrics and message preambles",
         "egress",
@@ -131,7 +131,7 @@ COMPARISON_COLUMNS = (
     Column(
         "exposed_seconds", "exposed", format_seconds, "time a step waits for communication that no computation hides"
     ),
-    Column("images_per_second", "images / s", format_rate, "over all ranks", "images/s"),
+    Column("images_per_second", "images/s", format_rate, "over all ranks", "images/s"),
     Column("scaling_efficiency", "scaling", format_percent, "images per second and rank against one rank alone"),
     Column(
         "published_top1",
@@ -187,7 +187,7 @@ def collectives_table(ledger: Mapping[str, Any]) -> Table:
 def buckets_table(ledger: Mapping[str, Any]) -> Table:
     """DDP's gradient buckets in the order they are reduced."""
     columns = (
-        Column("index", "bucket", format_count),
+        Column("index", "bucket"),
         Column("bytes", "bytes", format_bytes),
         Column("num_parameters", "tensors", format_count),
     )

@@ -1,0 +1,53 @@
+"""Tables: the same rows for the terminal and for CSV."""
+
+import csv
+import io
+
+from rich.console import Console
+
+from pipeline.report.tables import comparison_csv, comparison_table
+
+ROW = {
+    "model": "squeezenet1_0",
+    "num_parameters": 1_248_424,
+    "gradient_bytes": 4_993_696,
+    "server_egress_bytes_per_step": 4_994_952,
+    "times_baseline": 1.0,
+    "step_seconds": 0.2104,
+    "exposed_seconds": None,
+    "images_per_second": 76.04,
+    "scaling_efficiency": None,
+    "published_top1": 0.58092,
+}
+FAILED = dict.fromkeys(ROW) | {"model": "[red]odd[/red]", "reason": "It failed."}
+COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, FAILED]}
+
+
+def printed(width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(comparison_table(COMPARISON).to_rich())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_eighty_columns_are_enough():
+    text = printed(80)
+    for value in ("4.99 MB", "1.00×", "210 ms", "76", "58.09 %"):
+        assert value in text
+    assert "…" not in text
+
+
+def test_markup_in_names_is_text():
+    assert "[red]odd[/red]" in printed(200)
+
+
+def test_a_column_that_nobody_measured_is_left_out():
+    assert "exposed" not in printed(200)
+
+
+def test_csv_is_exact_and_empty_where_nothing_was_measured():
+    first, failed = csv.DictReader(io.StringIO(comparison_csv(COMPARISON)))
+    assert int(first["gradient_bytes"]) == 4_993_696
+    assert float(first["step_seconds"]) == 0.2104
+    assert first["exposed_seconds"] == ""
+    assert failed["reason"] == "It failed."
