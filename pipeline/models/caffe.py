@@ -41,7 +41,7 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
         assert conv.bias is not None
         targets[f"{name}.weight"], targets[f"{name}.bias"] = conv.weight, conv.bias
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = _tensors_of(archive)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: give the path of a .npz file.") from error
@@ -59,7 +59,8 @@ def load_torchvision_state(path: Path | str, model: nn.Module) -> None:
     """
     path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: give the path of a state dict.") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -1,0 +1,189 @@
+"""The registry: names, presets, specs, published figures, and a configuration file for each model."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ModelConfig
+from pipeline.config import build as build_config
+from pipeline.errors import ConfigError
+from pipeline.models import zoo
+from pipeline.models.squeezenet import SqueezeNet
+
+CONF_MODEL = Path(__file__).parents[3] / "conf" / "model"
+FROM_TORCHVISION = [name for name in zoo.names() if name in torchvision.models.list_models()]
+
+
+def meta(name: str, num_classes: int = 1000, **metaparameters: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        return zoo.build(name, num_classes, **metaparameters)
+
+
+def test_names_specs_and_figures_need_no_torch():
+    code = (
+        "import sys; from pipeline.models import zoo; zoo.names(); zoo.published_accuracy('alexnet');"
+        "zoo.parse_spec('squeezenet1_0:sr=0.5'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_metaparameters_listed_are_those_that_squeezenet_takes():
+    parameters = inspect.signature(SqueezeNet).parameters
+    assert tuple(name for name in parameters if name != "num_classes") == zoo.SQUEEZENET_METAPARAMETERS
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model_has_the_classes_asked_for(name):
+    model = meta(name, num_classes=13)
+    side = 32 if name.startswith("squeezenet_small") else 224
+    assert model.eval()(torch.empty(2, 3, side, side, device="meta")).shape == (2, 13)
+
+
+@pytest.mark.parametrize("name", FROM_TORCHVISION)
+def test_published_figures_and_sizes_are_those_of_torchvisions_weights(name):
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
+    accuracy = weights["_metrics"]["ImageNet-1K"]
+    published = zoo.published_accuracy(name)
+    assert published is not None
+    assert published.top1 == pytest.approx(accuracy["acc@1"] / 100)
+    assert published.top5 == pytest.approx(accuracy["acc@5"] / 100)
+    assert sum(parameter.numel() for parameter in meta(name).parameters()) == weights["num_params"]
+
+
+def test_published_figures_of_the_paper():
+    top1 = {name: accuracy.top1 for name in zoo.names() if (accuracy := zoo.published_accuracy(name))}
+    assert top1["squeezenet1_0_caffe"] == 0.575
+    assert top1["squeezenet1_0_simple_bypass"] == 0.604
+    assert top1["squeezenet1_0_complex_bypass"] == 0.588
+    assert zoo.published_accuracy("squeezenet_small") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "metaparameters", "says"),
+    [
+        ("squeezenet10", {}, "There is no model 'squeezenet10'. Did you mean 'squeezenet1_0'"),
+        ("resnet51", {}, "Did you mean 'resnet"),
+        ("squeezenet1_0", {"by_pass": "simple"}, "no metaparameter 'by_pass'. Did you mean 'bypass'.*base_e, incr_e"),
+        ("squeezenet1_0", {"weights": "DEFAULT"}, "no metaparameter 'weights'"),
+        ("alexnet", {"sr": 0.5}, "alexnet has no metaparameter 'sr'.*It takes dropout"),
+        ("shufflenet_v2_x0_5", {"dropout": 0.5}, "It takes none"),
+        ("alexnet", {"dropout": 1.5}, "alexnet: dropout=1.5 must be a share"),
+        ("mobilenet_v2", {"width_mult": 0}, "width_mult=0 must be a factor above 0"),
+        ("resnet18", {"zero_init_residual": 1}, "must be true or false"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_the_nearest_that_does(name, metaparameters, says):
+    with pytest.raises(ConfigError, match=says):
+        zoo.build(name, **metaparameters)
+
+
+@pytest.mark.parametrize("num_classes", [0, 2.0, "10"])
+def test_an_impossible_number_of_classes_is_refused(num_classes):
+    with pytest.raises(ConfigError, match="num_classes"):
+        zoo.build("resnet18", num_classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "metaparameters"),
+    [
+        ("mobilenet_v2", {"width_mult": 0.5, "dropout": 0.1}),
+        ("mobilenet_v3_small", {"width_mult": 0.5}),
+        ("efficientnet_b0", {"dropout": 0.3, "stochastic_depth_prob": 0.1}),
+        ("vgg11", {"dropout": 0.1}),
+        ("mnasnet0_5", {"dropout": 0.1}),
+        ("resnet18", {"zero_init_residual": True}),
+    ],
+)
+def test_torchvision_models_take_the_metaparameters_that_the_registry_says(name, metaparameters):
+    model = meta(name, **metaparameters)
+    if "width_mult" in metaparameters:
+        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in meta(name).parameters())
+
+
+def test_a_metaparameter_given_wins_over_the_preset():
+    model = meta("squeezenet1_0_caffe", conv10_pad=0)
+    assert isinstance(model, SqueezeNet)
+    assert dict(model.named_convolutions())["conv10"].padding == (0, 0)
+
+
+def test_parse_spec_reads_numbers_lists_and_words():
+    spec = "squeezenet1_0:sr=0.5, pool_after=[1,2,3],bypass=simple,final_relu=false"
+    expected = {"sr": 0.5, "pool_after": [1, 2, 3], "bypass": "simple", "final_relu": False}
+    assert zoo.parse_spec(spec) == ("squeezenet1_0", expected)
+    assert zoo.parse_spec("alexnet") == ("alexnet", {})
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("squeezenet1_0:", "key=value"),
+        ("squeezenet1_0:sr", "'sr' is not of the form key=value"),
+        ("squeezenet1_0:sr=", "'sr=' is not of the form key=value"),
+        ("squeezenet1_0:sr=0.5,sr=0.25", "gives sr twice"),
+        ("squeezenet1_0:srr=0.5", "Did you mean 'sr'"),
+        ("squeznet1_0:sr=0.5", "Did you mean 'squeezenet1_0'"),
+        ("", "There is no model ''"),
+    ],
+)
+def test_a_wrong_spec_is_refused_with_the_rule(spec, says):
+    with pytest.raises(ConfigError, match=says):
+        zoo.parse_spec(spec)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "base_e": st.integers(1, 10**6),
+            "sr": st.floats(0.001, 1),
+            "pool_after": st.lists(st.integers(1, 9), max_size=9),
+            "bypass": st.sampled_from(["none", "simple", "complex"]),
+            "final_relu": st.booleans(),
+        },
+    )
+)
+def test_specs_survive_the_round_trip(metaparameters):
+    spec = zoo.format_spec("squeezenet1_0", metaparameters)
+    assert " " not in spec
+    assert zoo.parse_spec(spec) == ("squeezenet1_0", metaparameters)
+
+
+def test_there_is_one_configuration_file_per_model():
+    assert {path.stem for path in CONF_MODEL.glob("*.yaml")} == set(zoo.names())
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_each_configuration_file_is_valid_and_names_its_model(name):
+    config = build_config(ModelConfig, yaml.safe_load((CONF_MODEL / f"{name}.yaml").read_text()))
+    assert config.name == name
+    assert config.num_classes is None
+    assert not config.metaparameters
+    preset = config.input
+    if name.endswith("_caffe"):
+        assert (preset.size, preset.resize_side, preset.resize_mode, preset.channel_order) == (227, 256, "warp", "bgr")
+        assert (tuple(preset.mean), tuple(preset.std)) == ((104.0, 117.0, 123.0), (1.0, 1.0, 1.0))
+    elif name.startswith("squeezenet_small"):
+        assert (preset.size, preset.resize_mode) == (32, "none")
+    else:
+        transform = (
+            torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms() if published(name) else None
+        )
+        if transform is not None:
+            assert (preset.size, preset.resize_side) == (transform.crop_size[0], transform.resize_size[0])
+            assert preset.mean == pytest.approx([255 * value for value in transform.mean])
+            assert preset.std == pytest.approx([255 * value for value in transform.std])
+        assert (preset.resize_mode, preset.channel_order) == ("short", "rgb")
+
+
+def published(name: str) -> bool:
+    """Whether torchvision has weights of this very name."""
+    return name in FROM_TORCHVISION
