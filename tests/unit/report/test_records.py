@@ -56,7 +56,9 @@ def test_a_damaged_row_in_the_middle_is_refused(make_run):
         read_run(directory)
 
 
-@pytest.mark.parametrize(("content", "said"), [("[1]", "JSON object"), ("{", "not readable"), ('{"schema": 9}', "schema 9")])
+@pytest.mark.parametrize(
+    ("content", "said"), [("[1]", "JSON object"), ("{", "not readable"), ('{"schema": 9}', "schema 9")]
+)
 def test_a_damaged_ledger_is_named(make_run, content, said):
     directory = make_run("damaged")
     (directory / "ledger.json").write_text(content)

@@ -1,0 +1,254 @@
+"""`compare`: what it refuses before it starts, and what it makes of runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.cli import compose
+from pipeline.compare import CompareConfig, compare
+from pipeline.comparison import Outcome, choose_baseline, compare_outcomes, published_top1
+from pipeline.errors import ConfigError, DataError, LedgerError
+from pipeline.measuring import check_candidates, quote_models
+from pipeline.models import zoo
+from pipeline.report.records import read_run
+
+SCHEMA_KEYS = [
+    "model",
+    "num_parameters",
+    "gradient_bytes",
+    "server_egress_bytes_per_step",
+    "times_baseline",
+    "step_seconds",
+    "exposed_seconds",
+    "images_per_second",
+    "scaling_efficiency",
+    "published_top1",
+]
+
+
+def configured(*overrides: str) -> CompareConfig:
+    return compose("compare", CompareConfig, quote_models(overrides))
+
+
+def from_runs(tmp_path: Path, *runs: Path, **keys: str) -> CompareConfig:
+    listed = ",".join(f"'{run}'" for run in runs)
+    more = [f"{key}={value}" for key, value in keys.items()]
+    return configured("name=c", f"run_root='{tmp_path}'", f"runs=[{listed}]", *more)
+
+
+def result_of(config: CompareConfig) -> dict:
+    return json.loads((config.directory / "comparison.json").read_text())
+
+
+def change(run: Path, **changes) -> None:
+    ledger = json.loads((run / "ledger.json").read_text())
+    (run / "ledger.json").write_text(json.dumps(ledger | changes))
+
+
+# --- runs already made ---
+
+
+def test_comparison_of_runs_already_made(make_run, tmp_path, capsys):
+    runs = [make_run(name, model=name) for name in ("squeezenet1_0", "squeezenet1_1", "alexnet")]
+    config = from_runs(tmp_path, *runs)
+    assert compare(config) == 0
+    result = result_of(config)
+    assert list(result) == ["schema", "baseline", "conditions", "models", "runs", "null_reasons"]
+    assert result["baseline"] == "squeezenet1_0"
+    assert [list(row) for row in result["models"]] == [SCHEMA_KEYS] * 3
+    alexnet = result["models"][2]
+    assert alexnet["num_parameters"] == 61_100_840
+    assert alexnet["gradient_bytes"] == 244_403_360
+    assert round(alexnet["times_baseline"], 2) == 48.94
+    assert alexnet["step_seconds"] == 0.25
+    assert alexnet["images_per_second"] == 64.0
+    assert alexnet["published_top1"] == 0.56522
+    assert "48.94×" in capsys.readouterr().out
+    for name in ("report.html", "comparison.csv", "comparison.png", "comparison.svg"):
+        assert (config.directory / name).stat().st_size
+
+
+def test_every_null_of_a_measured_row_has_its_reason(make_run, tmp_path):
+    config = from_runs(tmp_path, make_run("a"), make_run("b", model="squeezenet1_0", sr=0.5))
+    compare(config)
+    result = result_of(config)
+    for index, row in enumerate(result["models"]):
+        for key, value in row.items():
+            assert (value is None) == (f"models.{index}.{key}" in result["null_reasons"]), (key, value)
+
+
+def test_a_variant_is_a_model_of_its_own(make_run, tmp_path):
+    config = from_runs(tmp_path, make_run("a"), make_run("b", model="squeezenet1_0", sr=0.5))
+    compare(config)
+    rows = result_of(config)["models"]
+    assert [row["model"] for row in rows] == ["squeezenet1_0", "squeezenet1_0:sr=0.5"]
+    assert rows[1]["times_baseline"] > 1
+
+
+def test_a_compressed_run_owes_the_same_gradients(make_run, tmp_path):
+    run = make_run("half")
+    ledger = json.loads((run / "ledger.json").read_text())
+    for row in ledger["collectives"]:
+        row["payload_bytes"] //= 2
+    change(run, hook="bf16", collectives=ledger["collectives"])
+    config = from_runs(tmp_path, run)
+    compare(config)
+    assert result_of(config)["models"][0]["gradient_bytes"] == 4_993_696
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"global_batch": 32}, "pictures per step is 16"),
+        ({"world_size": 4}, "ranks is 2"),
+        ({"hook": "bf16"}, "hook is none"),
+    ],
+)
+def test_different_conditions_are_not_mixed_and_the_difference_is_named(make_run, tmp_path, changes, named):
+    first, second = make_run("a"), make_run("b", model="squeezenet1_1")
+    change(second, **changes)
+    config = from_runs(tmp_path, first, second)
+    with pytest.raises(ConfigError, match=f"different conditions: .*{named}"):
+        compare(config)
+    assert not config.directory.exists()
+
+
+def test_a_ledger_that_does_not_carry_the_model_fails(make_run, tmp_path):
+    run = make_run("a")
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["collectives"][2]["payload_bytes"] -= 4
+    change(run, collectives=ledger["collectives"])
+    with pytest.raises(LedgerError, match="but the parameters of squeezenet1_0 are 4,993,696 bytes"):
+        compare(from_runs(tmp_path, run))
+
+
+def test_a_ledger_without_gradient_collectives_fails(make_run, tmp_path):
+    run = make_run("a")
+    change(run, collectives=[])
+    with pytest.raises(LedgerError, match="recorded no gradient collective"):
+        compare(from_runs(tmp_path, run))
+
+
+def test_a_model_given_twice_is_refused(make_run, tmp_path):
+    with pytest.raises(ConfigError, match="holds squeezenet1_0 more than once"):
+        compare(from_runs(tmp_path, make_run("a"), make_run("b")))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no ledger\.json"):
+        compare(from_runs(tmp_path, tmp_path))
+
+
+def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run, tmp_path):
+    run = read_run(make_run("squeezenet1_0"))
+    outcomes = [
+        Outcome("vgg16", 138_357_544, 553_430_176, reason="It was killed.", exit_code=1),
+        Outcome("squeezenet1_0", 1_248_424, 4_993_696, run=run),
+    ]
+    result = compare_outcomes(outcomes, None, tmp_path / "c")
+    failed, measured = result["models"]
+    assert failed["reason"] == "It was killed."
+    assert failed["gradient_bytes"] is None and failed["times_baseline"] is None
+    assert measured["times_baseline"] == 1.0 and "reason" not in measured
+    assert result["runs"] == {"squeezenet1_0": "../squeezenet1_0"}
+
+
+def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run, tmp_path):
+    run = read_run(make_run("squeezenet1_0"))
+    outcomes = [
+        Outcome("vgg16", 138_357_544, 553_430_176, reason="It was killed.", exit_code=1),
+        Outcome("squeezenet1_0", 1_248_424, 4_993_696, run=run),
+    ]
+    result = compare_outcomes(outcomes, "vgg16", tmp_path)
+    assert result["models"][1]["times_baseline"] is None
+    assert result["null_reasons"]["models.1.times_baseline"] == "The baseline vgg16 was not measured."
+
+
+# --- refused before any run ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["models=[squezenet1_0]"], "Did you mean 'squeezenet1_0'"),
+        (["models=[squeezenet1_0:srr=0.5]"], "Did you mean 'sr'"),
+        (["models=[squeezenet1_0:sr=5]"], "sr=5"),
+        (["models=[squeezenet1_0]", "baseline=alexnet"], "baseline=alexnet is not among the models"),
+        (["models=[squeezenet1_0,squeezenet1_0]"], "names a model twice"),
+        (["models=[]"], "Nothing to compare"),
+        (["steps=0"], "steps=0 must be at least 1"),
+        (["cluster.devices=1"], "at least 2"),
+        (["comm.meter=false"], "comm.meter=false"),
+        (["precision=fp8"], "precision='fp8' is not one of"),
+    ],
+)
+def test_impossible_comparisons_are_refused(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        check_candidates(configured("name=c", f"run_root='{tmp_path}'", *overrides))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_somebody_else_is_left_alone(make_run, tmp_path):
+    make_run("c/squeezenet1_0")
+    with pytest.raises(ConfigError, match="was not made by a comparison"):
+        check_candidates(configured("name=c", f"run_root='{tmp_path}'", "models=[squeezenet1_0]"))
+
+
+def test_every_candidate_gets_the_same_conditions(tmp_path):
+    config = configured("name=c", f"run_root='{tmp_path}'", "models=[squeezenet1_0,squeezenet1_0:sr=0.5,vgg16]")
+    candidates = check_candidates(config)
+    mine = ("model", "name", "model.metaparameters.sr")
+    shared = [[o for o in c.overrides if o.partition("=")[0] not in mine] for c in candidates]
+    assert shared[0] == shared[1] == shared[2]
+    assert [candidate.num_parameters for candidate in candidates][::2] == [1_248_424, 138_357_544]
+    assert [candidate.slug for candidate in candidates] == ["squeezenet1_0", "squeezenet1_0@sr=0.5", "vgg16"]
+
+
+def test_the_command_ends_2_and_names_the_nearest_model(tmp_path):
+    command = [sys.executable, "-m", "pipeline.compare", "models=[squezenet1_0]", f"run_root={tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "squeezenet1_0" in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- names ---
+
+
+def test_baseline_defaults_to_squeezenet_then_to_the_first():
+    assert choose_baseline(None, ["alexnet", "squeezenet1_0"]) == "squeezenet1_0"
+    assert choose_baseline(None, ["alexnet", "vgg16"]) == "alexnet"
+
+
+def test_published_accuracy_is_not_lent_to_variants():
+    assert published_top1("squeezenet1_0") == 0.58092
+    assert published_top1("squeezenet1_0:sr=0.5") is None
+
+
+VALUES = st.one_of(
+    st.integers(1, 99), st.floats(0.01, 1).map(lambda value: round(value, 3)), st.sampled_from(["simple", "none"]),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+)  # fmt: skip
+SPECS = st.builds(
+    zoo.format_spec,
+    st.sampled_from(["squeezenet1_0", "squeezenet1_1"]),
+    st.dictionaries(st.sampled_from(["sr", "bypass", "pool_after", "base_e"]), VALUES, max_size=3),
+)
+
+
+@given(st.lists(SPECS, min_size=1, max_size=4, unique=True))
+def test_specs_need_no_quotes_on_the_command_line(specs):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (argument,) = quote_models([f"models=[{','.join(specs)}]"])
+    assert OverridesParser.create().parse_override(argument).value() == specs
+
+
+def test_what_is_already_quoted_stays():
+    argument = "models=['squeezenet1_0:sr=0.5',alexnet]"
+    assert quote_models(["name=x", argument]) == ["name=x", argument]
