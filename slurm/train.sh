@@ -33,6 +33,9 @@ echo "job $SLURM_JOB_ID: $num_ranks ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_
     "$cpus_per_rank CPUs each, $gpus_per_node GPUs per node: $python -m pipeline.train $*"
 
 # srun starts the ranks itself: who is which rank, and where the first one listens, is read from its variables.
-# A rank that fails takes the others with it, which would otherwise wait for it.
+# Ranks that fail agree on it and leave with the same code, but not at the same instant. So the first to leave does not
+# take the others with it (--kill-on-bad-exit=1 would turn their code into 143, or cut a save short): they have
+# SLURM_WAIT seconds, and are ended if they hang.
+export SLURM_WAIT=${SLURM_WAIT:-300} SLURM_KILL_BAD_EXIT=0
 exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
-    --kill-on-bad-exit=1 "$python" -m pipeline.train "$@"
+    "$python" -m pipeline.train "$@"

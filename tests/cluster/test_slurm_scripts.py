@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RECORDER = """#!/bin/sh
 echo "RAN procid=${SLURM_PROCID-none} node=${SLURM_NODEID-none} of=${SLURM_NTASKS-none} \
 threads=${OMP_NUM_THREADS-none} interface=${GLOO_SOCKET_IFNAME-none} argv=$*"
+[ "${SLURM_PROCID-none}" = "${RECORDER_SLOW_RANK-}" ] && sleep "$RECORDER_SLOW_SECONDS"
 exit ${RECORDER_EXIT:-0}
 """
 
@@ -79,9 +80,16 @@ def test_train_refuses_idle_gpus(slurm: "SlurmCluster", checkout: Path) -> None:
 
 
 def test_exit_code_of_the_ranks_is_the_jobs(slurm: "SlurmCluster", checkout: Path) -> None:
-    env = {"RECORDER_EXIT": "3"}
-    code, lines, output = ran(slurm, checkout, "--nodes=1", "slurm/train.sh", "name=first", env=env)
-    assert (code, len(lines)) == ("3:0", 1), output
+    """Also of ranks that do not leave at the same instant: none is killed while it still saves."""
+    env = {"RECORDER_EXIT": "3", "RECORDER_SLOW_RANK": "1", "RECORDER_SLOW_SECONDS": "2"}
+    code, lines, output = ran(slurm, checkout, "slurm/train.sh", "name=first", env=env)
+    assert (code, len(lines)) == ("3:0", 2), output
+
+
+def test_rank_that_hangs_after_another_failed_is_ended(slurm: "SlurmCluster", checkout: Path) -> None:
+    env = {"RECORDER_EXIT": "3", "RECORDER_SLOW_RANK": "0", "RECORDER_SLOW_SECONDS": "600", "SLURM_WAIT": "2"}
+    code, lines, output = ran(slurm, checkout, "slurm/train.sh", "name=first", env=env)
+    assert (code != "0:0", len(lines)) == (True, 2), output
 
 
 def test_compare_and_prepare_are_no_ranks_of_the_job(slurm: "SlurmCluster", checkout: Path) -> None:

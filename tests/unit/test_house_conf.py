@@ -3,10 +3,12 @@
 import ast
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pipeline.cli import compose, compose_container, config_groups
@@ -44,9 +46,11 @@ def needed(command: str) -> list[str]:
     return NEEDED.get(command, [])
 
 
-def commands_with(group: str) -> list[str]:
-    """Commands whose configuration has this group."""
-    return [command for command in SCHEMAS if group in compose_container(command, needed(command))]
+@cache
+def command_with(group: str) -> str:
+    """A command whose configuration has this group: `train` where it does."""
+    commands = sorted(SCHEMAS, key=lambda command: command != "train")
+    return next(command for command in commands if group in compose_container(command, needed(command)))
 
 
 def test_every_command_has_a_configuration_and_back() -> None:
@@ -61,11 +65,9 @@ def test_command_composes(command: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "experiment"])
-def test_choice_composes_in_every_command_that_has_the_group(group: str, choice: str) -> None:
-    commands = commands_with(group)
-    assert commands, f"no command uses the group {group}"
-    for command in commands:
-        compose(command, SCHEMAS[command], [f"{group}={choice}", *needed(command)])
+def test_choice_composes(group: str, choice: str) -> None:
+    command = command_with(group)
+    compose(command, SCHEMAS[command], [f"{group}={choice}", *needed(command)])
 
 
 @pytest.mark.parametrize("choice", GROUPS.get("experiment", ()))
@@ -94,5 +96,6 @@ def test_experiment_opens_with_its_record(choice: str) -> None:
 def test_model_exists_and_takes_its_metaparameters(choice: str) -> None:
     settings = yaml.safe_load((CONF / f"model/{choice}.yaml").read_text())
     assert settings["name"] in zoo.names()
-    model = zoo.build(settings["name"], num_classes=10, **settings.get("metaparameters", {}))
+    with torch.device("meta"):  # shapes without numbers: VGG is built in no time
+        model = zoo.build(settings["name"], num_classes=10, **settings.get("metaparameters", {}))
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
