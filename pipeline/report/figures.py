@@ -82,6 +82,11 @@ def _draw(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figur
     return figure
 
 
+def _tick(value: float, _position: int | None = None) -> str:
+    """A byte count on an axis: `10 MB`."""
+    return format_bytes(value).replace(".00", "") if value else "0"
+
+
 def _label_bar(axes: "Axes", label: str, value: float, position: float) -> None:
     """The bar's number to its right, on paper, so that no grid line runs through it."""
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
@@ -113,7 +118,7 @@ def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Fig
         axes.set_xlim(left, max(values) * (max(values) / left) ** 0.28)
         axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
         axes.set_xlabel("gradient bytes per optimiser step (log scale)")
-        axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".00", ""))
+        axes.xaxis.set_major_formatter(_tick)
         axes.xaxis.grid(True)
 
     return _draw(9.2, 0.9 + 0.42 * len(rows), draw)
@@ -140,7 +145,7 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
             _label_bar(axes, f"{format_bytes(size)} · {format_percent(share)}", size, position)
         axes.set_xlim(0, max(sizes) * 1.3)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-        axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value) if value else "0")
+        axes.xaxis.set_major_formatter(_tick)
         axes.set_xlabel("gradient bytes per optimiser step")
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.grid(True)

@@ -67,11 +67,11 @@ def comparison_sentence(comparison: Mapping[str, Any]) -> str:
     large = max(measured, key=lambda row: row["gradient_bytes"])
     small_bytes = format_bytes(small["gradient_bytes"])
     if small is large:
-        return f"{small['model']} sums {small_bytes} of gradients over the ranks in every step."
+        return f"{small['model']} exchanges {small_bytes} of gradients in every step."
     factor = large["gradient_bytes"] / small["gradient_bytes"]
     return (
-        f"In every step {small['model']} sums {small_bytes} of gradients over the ranks; "
-        f"{large['model']} sums {format_bytes(large['gradient_bytes'])}, {format_times(factor)} as much."
+        f"{small['model']} exchanges {small_bytes} of gradients in every step; "
+        f"{large['model']} exchanges {format_bytes(large['gradient_bytes'])}, {format_times(factor)} as much."
     )
 
 
@@ -91,7 +91,7 @@ def run_sentence(run: RunRecord) -> str:
         else ""
     )
     return (
-        f"{ledger['model']} took {steps} on {ledger['world_size']} ranks and summed "
+        f"{ledger['model']} took {steps} on {ledger['world_size']} ranks and exchanged "
         f"{format_bytes(ledger['gradient_bytes'])} of gradients in each.{sent}"
     )
 
@@ -252,7 +252,7 @@ def _per_rank(values: Sequence[int] | None) -> str:
     if not values:
         return MISSING
     if len(set(values)) == 1:
-        return f"{values[0]:,} bytes" + (f" each of {len(values)}" if len(values) > 1 else "")
+        return (f"{len(values)} × " if len(values) > 1 else "") + f"{values[0]:,} bytes"
     shown = [f"{value:,}" for value in values[:8]]
     return ", ".join(shown) + (f", … ({len(values)} in all)" if len(values) > 8 else "") + " bytes"
 

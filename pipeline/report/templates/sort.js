@@ -20,5 +20,3 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// Print everything, also what is folded.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => d.open = true));

@@ -162,7 +162,7 @@ def test_a_comparison_beside_a_run_is_shown_with_its_curves(make_run):
     page = write_run_report(directory).read_text()
     assert "Models side by side" in page
     assert "Learning: squeezenet1_0, 50 steps" in page
-    assert "alexnet sums 244.40 MB, 48.94× as much" in page
+    assert "alexnet exchanges 244.40 MB, 48.94× as much" in page
 
 
 def test_a_comparison_outlives_its_runs(make_run, tmp_path):
