@@ -27,7 +27,7 @@ KEYS = (
     "cluster.accelerator=cpu",
     "cluster.timeout_seconds=60",
 )
-PREPARE_KEYS = ("source=builtin", "out=shards/builtin")
+PREPARE_KEYS = ("source=builtin", "out=shards/builtin", "num_images=80", "num_classes=2", "short_side=32")
 
 
 @pytest.fixture(scope="module")
