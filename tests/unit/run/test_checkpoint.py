@@ -439,6 +439,9 @@ class Tiny(pl.LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")  # four samples need none; 2026-11-24
+@pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning"
+)  # Lightning 2.6.6 calls what torch 2.14 deprecates; 2026-11-24
 @pytest.mark.filterwarnings("ignore:The `srun` command is available:UserWarning")  # Lightning looks for it; 2026-11-24
 def test_lightnings_own_checkpoint_goes_through(tmp_path: Path) -> None:
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 2)), batch_size=2)

@@ -1,0 +1,101 @@
+"""metrics.jsonl: the record of a run, one JSON object per line, every step exactly once."""
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+Row = Mapping[str, float | int | None]
+
+
+class MetricsLog:
+    """Appends rows; each is handed to the operating system at once, and made durable by `sync`.
+
+    Opening drops a last line that a crash cut short. `num_not_finite` counts, by metric, the values that were NaN or
+    infinite: JSON has no such numbers, and they are written as null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_not_finite: Counter[str] = Counter()
+        self.last_step = -1
+        self._file: BinaryIO = path.open("a+b")
+        self.truncate_to(None)
+
+    def append(self, step: int, row: Row) -> dict[str, float | int | None]:
+        """Write the one row of `step`, larger than every step so far. Returns it as written, without the step."""
+        assert step > self.last_step, f"step {step} after step {self.last_step}"
+        clean = {key: self._finite(key, value) for key, value in row.items()}
+        self._file.write(json.dumps({"step": step, **clean}, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        self.last_step = step
+        return clean
+
+    def truncate_to(self, step: int | None) -> int:
+        """Drop the rows of later steps than `step` (None: none), which a resumed run will write again.
+
+        Rows lie in order, so this cuts the file at one place: a single system call, which a crash does or does not
+        reach. Returns how many whole rows were dropped.
+        """
+        end, num_dropped, last_step = 0, 0, -1
+        self._file.seek(0)
+        for line in self._file:
+            row_step = _step_of(line)
+            if (
+                num_dropped
+                or not line.endswith(b"\n")
+                or (step is not None and row_step is not None and row_step > step)
+            ):
+                num_dropped += line.endswith(b"\n")
+                continue
+            if row_step is None:
+                print(f"warning: a damaged line in {self.path} is left as it is", file=sys.stderr)
+            end += len(line)
+            last_step = row_step if row_step is not None else last_step
+        self._file.truncate(end)
+        self._file.seek(0, os.SEEK_END)
+        self.last_step = last_step
+        self.sync()
+        return num_dropped
+
+    def sync(self) -> None:
+        """Make everything written so far durable. Called with every checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """`sync`, and no more rows. Harmless when closed."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def _finite(self, key: str, value: float | int | None) -> float | int | None:
+        if value is None or isinstance(value, int):
+            return value
+        value = float(value)  # numpy scalars and tensors of one element too
+        if not math.isfinite(value):
+            self.num_not_finite[key] += 1
+            return None
+        return value
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line that is no row is passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            if _step_of(line) is not None:
+                yield json.loads(line)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row; None for what is no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None

@@ -1,0 +1,231 @@
+"""The record and its mirror: the real wandb, offline, and online against servers that do not work."""
+
+import contextlib
+import gc
+import http.server
+import importlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.config import TrackingConfig
+from pipeline.run import wandb_mirror
+from pipeline.run.directory import RunDirectory
+from pipeline.run.metrics_log import read_rows
+from pipeline.run.tracking import Tracker, wandb_id
+
+API_KEY = "0123456789abcdef" * 2 + "01234567"
+ROW = {"train/loss": 0.5, "perf/images_per_second": 100.0, "comm/gradient_bytes": 4_941_952, "comm/seconds": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[RunDirectory]:
+    directory = RunDirectory(tmp_path, "sweep/lr=0.1")
+    directory.open()
+    yield directory
+    directory.close()
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No key, no settings and no server of whoever runs the tests; no process of wandb's left behind."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    yield
+    deadline = time.monotonic() + 20
+    while wandb_processes():
+        assert time.monotonic() < deadline, "a process of wandb's is left behind"
+        time.sleep(0.05)
+
+
+def wandb_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "wandb" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def track(run: RunDirectory, mode: str = "offline", **changes: Any) -> Tracker:
+    return Tracker(run, TrackingConfig(mode=mode), **({"rank": 0, "model": "squeezenet1_1"} | changes))
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; a record's header
+    is checksum, length and type, of which 1 is a whole record, 2, 3 and 4 its first, middle and last part)."""
+    record_type: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    content, position, payload = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        left_in_block = 32_768 - position % 32_768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        payload += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = record_type()
+            record.ParseFromString(payload)
+            yield record
+            payload = b""
+
+
+def mirrored(run: RunDirectory) -> tuple[set[str], list[dict[str, str]]]:
+    """(run ids, rows) of all offline attempts."""
+    ids, rows = set(), []
+    for path in sorted(run.wandb.glob("offline-run-*/*.wandb")):
+        for record in records(path):
+            if record.WhichOneof("record_type") == "run":
+                ids.add(record.run.run_id)
+            elif record.WhichOneof("record_type") == "history":
+                rows.append({"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
+    return ids, rows
+
+
+def test_two_attempts_are_one_run_with_every_name(run: RunDirectory) -> None:
+    with track(run) as tracker:
+        assert tracker.mode == "offline"
+        for step in (1, 2, 3):
+            tracker.log(step, ROW)
+        first_id = tracker.run_id
+    with track(run, resume_step=2) as tracker:
+        tracker.log(3, ROW)
+        tracker.summarize({"val/top1": 0.9, "nothing": None})
+        assert tracker.run_id == first_id
+    assert [row["step"] for row in read_rows(run.metrics)] == [1, 2, 3]
+    ids, rows = mirrored(run)
+    assert ids == {first_id}
+    assert [row["trainer/step"] for row in rows] == ["1", "2", "3", "3"]
+    assert {"train/loss", "perf/images_per_second", "comm/gradient_bytes"} <= rows[0].keys()
+    assert "comm/seconds" not in rows[0]
+
+
+def test_neither_command_line_nor_key_is_in_any_file(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "password=hunter2secret"])
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    with track(run) as tracker:
+        tracker.log(1, ROW)
+    for path in filter(Path.is_file, run.path.rglob("*")):
+        content = path.read_bytes()
+        assert b"hunter2secret" not in content and API_KEY.encode() not in content, path
+
+
+def test_other_ranks_and_disabled_write_no_mirror(run: RunDirectory) -> None:
+    with track(run, rank=1) as tracker:
+        tracker.log(1, ROW)
+        tracker.sync()
+        assert (tracker.mode, tracker.run_id) == ("disabled", None)
+    assert not run.metrics.exists()
+    with track(run, mode="disabled") as tracker:
+        tracker.log(1, ROW)
+    assert [row["step"] for row in read_rows(run.metrics)] == [1]
+    assert not run.wandb.exists()
+
+
+def test_the_id_is_made_once(run: RunDirectory, tmp_path: Path) -> None:
+    assert wandb_id(run) == wandb_id(run)
+    assert wandb_id(run).startswith("sweep-lr-0-1-")
+    other = RunDirectory(tmp_path / "elsewhere", run.name)
+    other.path.mkdir(parents=True)
+    assert wandb_id(other) != wandb_id(run)
+
+
+def test_what_is_not_finite_is_said_at_the_end(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    with track(run) as tracker:
+        tracker.log(1, {"train/loss": float("nan")})
+    assert "1 values of train/loss were not finite" in capsys.readouterr().err
+    assert next(read_rows(run.metrics)) == {"step": 1, "train/loss": None}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:subprocess .* is still running:ResourceWarning"
+)  # wandb's, of what we kill; 2026-11-24
+def test_a_dead_wandb_does_not_hurt(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    with track(run) as tracker:
+        tracker.log(1, ROW)
+        (core,) = [process for process in wandb_processes() if process.name().startswith("wandb-core")]
+        core.send_signal(signal.SIGKILL)
+        core.wait(20)
+        for step in range(2, 200):
+            tracker.log(step, ROW)
+    assert [row["step"] for row in read_rows(run.metrics)] == list(range(1, 200))
+    assert capsys.readouterr().err.count("W&B is off") == 1
+    gc.collect()
+
+
+# --- online ---
+
+
+@pytest.fixture
+def online(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.setattr(wandb_mirror, "PROBE_SECONDS", 0.5)
+    return run
+
+
+def test_without_a_key_it_is_offline_and_nobody_is_asked(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    with track(run, mode="online") as tracker:
+        assert tracker.mode == "offline"
+        tracker.log(1, ROW)
+    assert capsys.readouterr().err.count("no API key is configured") == 1
+    assert len(mirrored(run)[1]) == 1
+
+
+@pytest.mark.parametrize("accepts", [False, True], ids=["refuses", "accepts and never answers"])
+def test_a_server_that_does_not_answer_means_offline(
+    accepts: bool, online: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if not accepts:
+            server.close()
+            monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        else:
+            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with track(online, mode="online") as tracker:
+            assert tracker.mode == "offline"
+            tracker.log(1, ROW)
+    assert capsys.readouterr().err.count("W&B stays offline") == 1
+    assert len(mirrored(online)[1]) == 1
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers everything with 401."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quietly."""
+        del format, args
+
+
+def test_a_server_that_refuses_the_key_does_not_hurt(
+    online: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with track(online, mode="online") as tracker:
+            tracker.log(1, ROW)
+            assert tracker.mode == "disabled"
+        server.shutdown()
+    assert capsys.readouterr().err.count("W&B is off") == 1
+    assert [row["step"] for row in read_rows(online.metrics)] == [1]
