@@ -17,7 +17,9 @@ from pipeline.comparison import Outcome, choose_baseline, metered_gradient_bytes
 from pipeline.config import TrainConfig, require
 from pipeline.errors import DataError, ExitCode, LedgerError, UserError
 from pipeline.models import zoo
+from pipeline.preflight import check_root
 from pipeline.report.records import RunRecord, flat, read_run
+from pipeline.run.directory import validate_name
 
 if TYPE_CHECKING:
     from pipeline.compare import CompareConfig
@@ -114,6 +116,8 @@ def _check_candidate(config: "CompareConfig", spec: str) -> Candidate:
     plain = replace(Candidate(spec, 0, 0, ()), model=zoo.format_spec(name, metaparameters))
     overrides = tuple(_overrides(config, plain, name, metaparameters))
     train = compose("train", TrainConfig, [*overrides, "data.root=checked-later"])
+    validate_name(train.name)
+    train.batch.split(train.cluster.devices)
     with torch.device("meta"):  # the shapes, without the memory
         model = zoo.build(train.model.name, config.num_classes, **train.model.metaparameters)
     parameters = list(model.parameters())
@@ -163,9 +167,10 @@ def shards_for(config: "CompareConfig") -> Path:
     """The shards asked for; without any, the built-in ones, made once under run_root.
 
     Raises:
-        DataError: they could not be made.
+        DataError: they are not there, or could not be made.
     """
     if config.data.root is not None:
+        check_root(config.data.root, config.data.train_split)
         return Path(config.data.root)
     root = Path(config.run_root) / "builtin-shards"
     if not (root / "manifest.json").is_file():
@@ -198,7 +203,9 @@ def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: Pa
             outcome = _measure_one(config, candidate, shards)
             outcomes.append(outcome)
             progress.advance(task)
-            progress.console.print(f"{candidate.model}: {outcome.reason or 'done'}", highlight=False, markup=False)
+            progress.console.print(
+                f"{candidate.model}: {'failed' if outcome.reason else 'done'}", highlight=False, markup=False
+            )
     return outcomes
 
 

@@ -182,6 +182,8 @@ def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run, tmp_p
         (["models=[squeezenet1_0,squeezenet1_0]"], "names a model twice"),
         (["models=[]"], "Nothing to compare"),
         (["steps=0"], "steps=0 must be at least 1"),
+        (["batch.global_size=15"], "not divisible by 2 ranks"),
+        (["name=a/../b"], "cannot name a run"),
         (["cluster.devices=1"], "at least 2"),
         (["comm.meter=false"], "comm.meter=false"),
         (["precision=fp8"], "precision='fp8' is not one of"),
@@ -214,6 +216,15 @@ def test_the_command_ends_2_and_names_the_nearest_model(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert "squeezenet1_0" in ended.stderr and "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_shards_end_3_before_any_run(tmp_path):
+    where = [f"run_root={tmp_path}/runs", f"data.root={tmp_path}/nowhere"]
+    command = [sys.executable, "-m", "pipeline.compare", "models=[squeezenet1_0]", *where]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 3
+    assert "nowhere is not a directory" in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
