@@ -112,13 +112,14 @@ def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
             f"RANK={rank} and LOCAL_RANK={local_rank} mean several machines: set LOCAL_WORLD_SIZE and GROUP_RANK too."
         )
     local_world_size = _integer(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else world_size
+    node_rank = _integer(environment, "GROUP_RANK") if "GROUP_RANK" in environment else 0
     return RankInfo(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         local_world_size=local_world_size,
-        node_rank=_integer(environment, "GROUP_RANK") if "GROUP_RANK" in environment else 0,
-        num_nodes=max(1, world_size // max(1, local_world_size)),
+        node_rank=node_rank,
+        num_nodes=max(node_rank + 1, -(-world_size // max(1, local_world_size))),
         master_addr=environment["MASTER_ADDR"],
         master_port=_integer(environment, "MASTER_PORT"),
         source="spawned" if SPAWNED_MARK in environment else "torchrun",

@@ -142,6 +142,24 @@ def test_a_rank_killed_is_our_fault_and_said(
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
 
 
+def test_ranks_meet_and_the_first_to_fail_is_the_answer(tmp_path: Path, mark: dict[str, str]) -> None:
+    """Real gloo: the peers of the rank that leaves die of their broken connections, with code 1."""
+    devices = 3
+    body = """
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    (out / f"sum.{rank}").write_text(str(int(ones)))
+    if rank == dist.get_world_size() - 1:
+        os._exit(6)
+    dist.all_reduce(ones)
+    """
+    assert supervise(rank_command(tmp_path, body), devices, environment=mark, num_threads=1) == 6
+    assert [(tmp_path / f"sum.{rank}").read_text() for rank in range(devices)] == [str(devices)] * devices
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_are_passed_to_every_rank(number: signal.Signals, tmp_path: Path, mark: dict[str, str]) -> None:
     body = f"""
