@@ -83,7 +83,7 @@ class Manifest:
         return path
 
     def to_json(self) -> dict[str, Any]:
-        """The contract: schema, classes, splits: {name: {num_samples, shards: [{name, bytes, sha256, num_samples}]}}."""
+        """The contract: schema, classes, splits {name: {num_samples, shards [{name, bytes, sha256, num_samples}]}}."""
         splits = {
             name: {
                 "num_samples": split.num_samples,

@@ -1,0 +1,88 @@
+"""Is this file a picture, and is it the JPEG that a shard should hold?"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import DataError
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused from their header, before a byte is decoded (Pillow's own limit: a 256 MiB bitmap)."""
+SQUARE_TO_JPEG_DRAFT = 2
+"""libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
+
+
+class BadImageError(DataError):
+    """A picture that cannot be decoded, with the reason."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What happens to a picture on its way into a shard."""
+
+    short_side: int | None = None
+    """Pixels that the shorter side is reduced to. Null, or a picture that is no larger: the bytes stay as they are."""
+    jpeg_quality: int = 90
+    """Used where a picture must be encoded: it was reduced, or it was no JPEG."""
+
+
+def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
+    """The JPEG for the shard: `content` itself if it is one and small enough, else its pixels encoded again as RGB.
+
+    Every picture is decoded in full, because a file cut short has a perfect header.
+
+    Raises:
+        BadImageError: empty, not a picture, cut short, or more than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata and the like: a picture is judged by its pixels alone
+            return _shard_jpeg(content, encoding)
+    except UnidentifiedImageError:
+        raise BadImageError("neither JPEG nor PNG" if content else "empty file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError(str(error)) from error
+
+
+def _shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
+    image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    is_small_enough = encoding.short_side is None or min(width, height) <= encoding.short_side
+    if image.format != "JPEG" or not is_small_enough:
+        return _encoded_again(image, encoding)
+    if not _decodes_strictly(content):
+        image.load()  # libjpeg complains of stray bytes too, which do no harm; Pillow stops at a real hole
+    return content
+
+
+def _decodes_strictly(content: bytes) -> bool:
+    """Whether libjpeg-turbo decodes the file without a complaint (at an eighth of its size, which reads every byte)."""
+    try:
+        # `strict` turns libjpeg's warnings into errors.
+        simplejpeg.decode_jpeg(content, colorspace="GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
+    except ValueError:
+        return False
+    return True
+
+
+def _encoded_again(image: Image.Image, encoding: Encoding) -> bytes:
+    """The picture as an RGB JPEG, its shorter side at most `short_side`, without metadata."""
+    width, height = image.size
+    size = (width, height)
+    if encoding.short_side is not None and min(size) > encoding.short_side:
+        scale = encoding.short_side / min(size)
+        size = (max(encoding.short_side, round(width * scale)), max(encoding.short_side, round(height * scale)))
+        image.draft("RGB", (size[0] * SQUARE_TO_JPEG_DRAFT, size[1] * SQUARE_TO_JPEG_DRAFT))
+    image = image.convert("RGB")
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=encoding.jpeg_quality)
+    return buffer.getvalue()
