@@ -193,7 +193,9 @@ class Learner(pl.LightningModule):
         self.num_micro = num_micro
         self.activation_format = memory_format
         self.origin = origin
-        self.last_result: StepResult | None = None
+        self.num_classes = num_classes
+        self.on_step: Callable[[StepResult], None] = lambda _: None
+        """Told of every committed step. (Lightning calls callbacks before the module has counted it.)"""
         self.last_validation: dict[str, float | int] | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
@@ -302,8 +304,9 @@ class Learner(pl.LightningModule):
                 dist.all_reduce(self._sums)
         loss, correct, count = self._sums.tolist()
         self.committed_steps += 1
-        self.last_result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm)
+        result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm)
         self._forget_step()
+        self.on_step(result)
 
     def _forget_step(self) -> None:
         self._micro = 0

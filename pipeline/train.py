@@ -29,14 +29,12 @@ def train(config: TrainConfig) -> int:
         run = training.open_run(config, world)
         shards = training.open_shards(config, world)
         plan = training.plan_steps(config, world, shards)
-        checkpoint = training.find_checkpoint(config, world, run, plan)
-        if checkpoint.step >= plan.num_steps:
-            world.say(f"Run {config.name} is finished: {checkpoint.step} of {plan.num_steps} steps. Nothing to do.")
-            return 0
-        learner = training.make_learner(config, world, shards, plan, checkpoint)
-        with training.record(config, world, run, shards, plan, checkpoint, learner) as session:
-            session.fit()
-        session.report()
+        start = training.find_start(config, world, run)
+        if start.step >= plan.num_steps:
+            world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
+        else:
+            learner = training.make_learner(config, world, shards, plan, start)
+            training.fit(config, world, run, shards, plan, start, learner)
     return 0
 
 

@@ -1,6 +1,7 @@
 """All ranks of a run as one: the process group, its meter, and decisions taken together."""
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +95,10 @@ class World:
         except UserError as error:
             return None, (int(error.exit_code), str(error))
 
+    def gather_hosts(self) -> list[str]:
+        """Host name of every rank. Collective."""
+        return [str(host) for host in self._gather(socket.gethostname())]
+
     def _gather(self, value: Any) -> list[Any]:
         if self.size == 1:
             return [value]
@@ -113,7 +118,7 @@ def _same_error(rank: int, exit_code: int, message: str) -> UserError:
 
 
 @contextlib.contextmanager
-def join(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
+def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.

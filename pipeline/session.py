@@ -1,0 +1,223 @@
+"""One attempt at a run: the trainer, what it records, and what it leaves when it ends."""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+
+from pipeline import startup
+from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
+from pipeline.config import TrainConfig
+from pipeline.errors import DataError
+from pipeline.files import write_json_atomic
+from pipeline.learner import Learner, StepResult
+from pipeline.recorder import Recorder
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.cluster_environment import RankEnvironment
+from pipeline.run.directory import RunDirectory
+from pipeline.run.tracking import Tracker
+from pipeline.startup import Plan
+from pipeline.world import World
+
+NAME_PREFIX = "model."  # of parameters inside the learner
+LEDGER_EVERY_SECONDS = 30.0
+
+
+class BucketWarmUp(Callback):
+    """Two throw-away passes before the first real step, so that every step, a resumed one too, has the same buckets."""
+
+    def __init__(self, world: World, image_size: int) -> None:
+        self.world, self.image_size = world, image_size
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On two grey pictures; nothing of it stays."""
+        ddp = trainer.strategy.model
+        assert isinstance(pl_module, Learner) and isinstance(ddp, MeteredDDP)
+        device = pl_module.device
+        shape = (2, 3, self.image_size, self.image_size)
+        batch = {
+            "images_BCHW": torch.full(shape, 128, dtype=torch.uint8, device=device),
+            "labels_B": torch.zeros(2, dtype=torch.int64, device=device),
+            "sample_ids_B": torch.zeros(2, dtype=torch.int64, device=device),
+        }
+        pl_module.warming_up = True
+        rebuild_buckets(ddp, lambda: cast(torch.Tensor, trainer.strategy.training_step(batch, 0)), self.world.meter)
+        pl_module.warming_up = False
+
+
+class Persistence(Callback):
+    """Puts our facts into every checkpoint, and keeps `ledger.json` fresh.
+
+    A killed attempt can only report what it wrote: the ledger is written again at most every LEDGER_EVERY_SECONDS.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, directory: RunDirectory, ledger: Ledger, plan: Plan) -> None:
+        self.config, self.world, self.directory, self.ledger, self.plan = config, world, directory, ledger, plan
+        self.recorder: Recorder | None = None
+        self._written = time.monotonic()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Absolute step, and everything that neither the weights nor the optimiser hold. Plain types only."""
+        del trainer
+        assert isinstance(pl_module, Learner) and self.recorder is not None
+        step = pl_module.committed_steps
+        checkpoint["global_step"] = step
+        checkpoint["epoch"] = step // self.plan.steps_per_epoch
+        checkpoint[checkpoints.SECTION] = {
+            "step": step,
+            "world_size": self.world.size,
+            "model": self.config.model.name,
+            "num_parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
+            "num_classes": pl_module.num_classes,
+            "metaparameters": self.config.model.metaparameters,
+            "must_match": startup.must_match(self.config),
+            "best_score": self.recorder.best_score,
+            "ledger": self.ledger.state_dict(),
+            "learner": pl_module.extra_state(),
+        }
+
+    def write_ledger(self, *, ended: bool, only_if_old: bool = False) -> None:
+        """`ledger.json`, by rank 0."""
+        assert self.recorder is not None
+        now = time.monotonic()
+        if not self.world.is_first or (only_if_old and now - self._written < LEDGER_EVERY_SECONDS):
+            return
+        self._written = now
+        p50, p90 = self.recorder.clock.percentiles() or (None, None)
+        conditions = Conditions(
+            run=self.config.name,
+            model=self.config.model.name,
+            hook=self.config.comm.hook,
+            global_batch=self.config.batch.global_size,
+            step_seconds_p50=p50,
+            step_seconds_p90=p90,
+            data_wait_seconds=self.recorder.clock.mean_wait_seconds(),
+        )
+        write_json_atomic(self.directory.ledger, self.ledger.to_json(conditions, ended=ended))
+
+
+class Saver:
+    """Saves checkpoints: the record durable first, then the state, then the best one kept beside the last."""
+
+    def __init__(self, directory: Path, keep: int, tracker: Tracker, world: World) -> None:
+        self.directory, self.tracker, self.world = directory, tracker, world
+        self.io = checkpoints.AtomicCheckpointIO(keep=keep)
+        self.trainer: pl.Trainer | None = None
+
+    def save(self, step: int, best_score: float | None) -> None:
+        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given."""
+        assert self.trainer is not None
+        path = checkpoints.checkpoint_path(self.directory, step)
+        self.tracker.sync()
+        self.trainer.save_checkpoint(path)
+        if best_score is not None and self.world.is_first:
+            self.io.keep_as_best(path, best_score, "val/top1")
+
+
+class BadSampleBudget(Callback):
+    """Names samples that were replaced because they do not decode, and stops the run beyond the budget.
+
+    The budget is a share of the split, so that the first bad picture of a run does not decide alone.
+    """
+
+    def __init__(self, max_fraction: float, num_samples: int, describe: Callable[[int], str]) -> None:
+        self.allowed = int(max_fraction * num_samples)
+        self.max_fraction, self.describe = max_fraction, describe
+        self.bad: dict[int, str] = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at what the loader replaced. Raises DataError beyond the budget; the other ranks end with this one."""
+        del trainer, pl_module, batch_idx
+        self.add(batch["replaced_ids_R"].tolist())
+
+    def add(self, sample_ids: list[int]) -> None:
+        """These did not decode. Raises DataError beyond the budget."""
+        for sample_id in sample_ids:
+            if sample_id not in self.bad:
+                self.bad[sample_id] = self.describe(sample_id)
+                print(f"warning: picture does not decode, another takes its place: {self.bad[sample_id]}", flush=True)
+        if len(self.bad) > self.allowed:
+            named = "; ".join(list(self.bad.values())[:5])
+            raise DataError(
+                f"{len(self.bad)} pictures do not decode, and data.max_bad_fraction={self.max_fraction} allows"
+                f" {self.allowed}: {named}. Mend the shards with `prepare`, or raise the fraction."
+            )
+
+
+def make_trainer(
+    config: TrainConfig, world: World, plan: Plan, start_step: int, callbacks: list[Callback]
+) -> pl.Trainer:
+    """Lightning's trainer for the steps that remain. It saves, logs and requeues nothing by itself."""
+    strategy = MeteredDDPStrategy(
+        meter=world.meter,
+        hook=config.comm.hook,
+        bucket_megabytes=config.comm.bucket_megabytes,
+        find_unused_parameters=config.comm.find_unused_parameters,
+        name_prefix=NAME_PREFIX,
+        cluster_environment=RankEnvironment(world.ranks),
+        process_group_backend=world.compute.backend,
+        timeout=timedelta(seconds=config.cluster.timeout_seconds),
+    )
+    return pl.Trainer(
+        accelerator=world.compute.accelerator,
+        devices=world.ranks.local_world_size,
+        num_nodes=world.ranks.num_nodes,
+        strategy=strategy,
+        precision=cast(Any, world.compute.lightning_precision),
+        max_steps=plan.num_steps - start_step,
+        max_epochs=1,  # one stream of steps: epochs are ours to count
+        accumulate_grad_batches=config.batch.split(world.size)[1],
+        callbacks=callbacks,
+        plugins=[checkpoints.AtomicCheckpointIO(keep=config.trainer.keep_checkpoints)],
+        limit_val_batches=1.0 if plan.validate_every_steps else 0,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=any(isinstance(callback, RichProgressBar) for callback in callbacks),
+    )
+
+
+def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: Plan) -> None:
+    """Let Lightning validate after the steps the plan says.
+
+    Its own interval counts the micro-batches of this attempt, so a resumed run would validate at other steps.
+    """
+
+    def due(_: Any) -> bool:
+        return learner.between_steps and plan.validation_due(learner.committed_steps)
+
+    trainer.fit_loop.epoch_loop._should_check_val_fx = due  # type: ignore[method-assign]
+
+
+def progress_bar() -> RichProgressBar | None:
+    """A bar on a terminal, nothing elsewhere: log files are not terminals."""
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else None
+
+
+def connect(
+    trainer: pl.Trainer, learner: Learner, plan: Plan, recorder: Recorder, persistence: Persistence, saver: Saver
+) -> None:
+    """Introduce to one another what could not be made in one go."""
+    saver.trainer = trainer
+    persistence.recorder = recorder
+    validate_by_plan(trainer, learner, plan)
+
+    def on_step(result: StepResult) -> None:
+        recorder.on_step(result)
+        persistence.write_ledger(ended=False, only_if_old=True)
+
+    learner.on_step = on_step

@@ -1,0 +1,319 @@
+"""The steps of `train.py`, one function each: open the run, open the shards, find where it stands, fit, report."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline import session, startup
+from pipeline.comm import wire
+from pipeline.comm.ledger import Ledger
+from pipeline.comm.strategy import gradient_bytes_by_parameter
+from pipeline.config import TrainConfig
+from pipeline.data.loader import ShardData
+from pipeline.data.store import ShardIndex
+from pipeline.errors import CheckpointError, ConfigError
+from pipeline.learner import Learner
+from pipeline.models import zoo
+from pipeline.models.plateau import PlateauDetector
+from pipeline.recorder import Recorder, TimedLoader
+from pipeline.report.page import write_run_report
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.directory import RunDirectory
+from pipeline.run.provenance import describe
+from pipeline.run.ranks import RankInfo
+from pipeline.run.tracking import Tracker
+from pipeline.startup import Plan
+from pipeline.world import World, join_group
+
+NAME_PREFIX = "model."  # of parameters inside the learner
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
+    """Join the other ranks with the device and precision this run computes in."""
+    compute = startup.choose_compute(config.trainer, config.cluster)
+    if config.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+    with join_group(ranks, compute, config.cluster, meter=config.comm.meter) as joined:
+        yield joined
+
+
+@dataclass
+class Run:
+    """The run directory, and which attempt at it this is (from 1)."""
+
+    directory: RunDirectory
+    attempt: int
+
+
+def open_run(config: TrainConfig, world: World) -> Run:
+    """Rank 0 makes the directory and takes its lock; what the run is made of is written down."""
+    directory = RunDirectory(config.run_root, config.name)
+    hosts = world.gather_hosts()
+
+    def open_directory() -> int:
+        directory.open()
+        directory.write_config(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+        directory.write_environment(describe(world.ranks, hosts=hosts, num_threads=world.num_threads))
+        return directory.begin_attempt(world_size=world.size)
+
+    return Run(directory, world.first_decides(open_directory))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The indexes of both splits; `validation` is None where there is none or none is wanted."""
+
+    training: ShardIndex
+    validation: ShardIndex | None
+    num_classes: int
+    """Outputs of the classifier."""
+
+
+def open_shards(config: TrainConfig, world: World) -> Shards:
+    """Index and verify the shards.
+
+    Raises:
+        DataError: missing, damaged or mislabelled shards. ConfigError: model.num_classes is too small for the labels.
+    """
+
+    def open_both() -> Shards:
+        root = Path(config.data.root or "")
+        training = ShardIndex.open(root, config.data.train_split, verify=config.data.verify)
+        wants_validation = config.trainer.validate_every_steps != 0
+        validation = (
+            ShardIndex.open(root, config.data.val_split, verify=config.data.verify) if wants_validation else None
+        )
+        num_classes = config.model.num_classes or training.num_classes
+        if num_classes < training.num_classes:
+            raise ConfigError(
+                f"model.num_classes={num_classes}, but the shards have {training.num_classes} classes:"
+                f" set it to at least that, or to null."
+            )
+        return Shards(training, validation, num_classes)
+
+    return world.agree(open_both)
+
+
+def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
+    """How many steps, and what is due when."""
+
+    def plan() -> Plan:
+        config.batch.split(world.size)
+        return startup.make_plan(
+            config.trainer,
+            config.batch,
+            shards.training.num_samples,
+            world.size,
+            validate=shards.validation is not None,
+        )
+
+    return world.agree(plan)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins: a checkpoint, or nothing yet."""
+
+    step: int = 0
+    """Optimiser steps already committed."""
+    info: checkpoints.CheckpointInfo | None = None
+    content: dict[str, Any] | None = None
+    """The checkpoint as saved."""
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """What we put into it beside what Lightning puts there."""
+        return {} if self.content is None else self.content[checkpoints.SECTION]
+
+
+def find_start(config: TrainConfig, world: World, run: Run) -> Start:
+    """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
+
+    Raises:
+        CheckpointError: none of several is sound, or it belongs to a run with other must-match fields.
+    """
+    directory = run.directory.checkpoints
+
+    def choose() -> str | None:
+        checkpoints.AtomicCheckpointIO().sweep(directory)
+        info = checkpoints.find_latest(directory)
+        return None if info is None else info.path.name
+
+    chosen = world.first_decides(choose)
+    if chosen is None:
+        return Start()
+
+    def load() -> Start:
+        path = directory / chosen
+        info, content = checkpoints.verify(path), checkpoints.load(path)
+        _refuse_drift(config, content[checkpoints.SECTION], path)
+        return Start(info.step, info, content)
+
+    return world.agree(load)
+
+
+def _refuse_drift(config: TrainConfig, section: dict[str, Any], path: Path) -> None:
+    """Raise `CheckpointError` where a field that must match differs from the checkpoint's."""
+    wanted = startup.must_match(config)
+    different = [
+        f"{key} was {section['must_match'][key]!r} and is {value!r}"
+        for key, value in wanted.items()
+        if key in section["must_match"] and section["must_match"][key] != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"{path} was made by another configuration ({'; '.join(different)}): set it back to resume, or give another"
+            " name= for a new run."
+        )
+
+
+def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> Learner:
+    """Build the model, the same weights on every rank, and take over the checkpoint's state if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint holds another model.
+    """
+    torch.manual_seed(config.seed)
+
+    def make() -> Learner:
+        model = zoo.build(config.model.name, shards.num_classes, **config.model.metaparameters)
+        learner = Learner(
+            model,
+            recipe=config.recipe,
+            input_config=config.input,
+            num_classes=shards.num_classes,
+            seed=config.seed,
+            num_steps=plan.num_steps,
+            start_step=start.step,
+            rank=world.rank,
+            num_micro=config.batch.split(world.size)[1],
+            memory_format=world.compute.memory_format,
+            origin=world.meter.origin,
+        )
+        if start.content is not None and start.info is not None:
+            checkpoints.require_same_model(
+                learner.state_dict(),
+                start.content["state_dict"],
+                path=start.info.path,
+                model=config.model.name,
+                found_model=start.info.model,
+            )
+            (optimizer_state,) = start.content["optimizer_states"]
+            learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
+        return learner
+
+    return world.agree(make)
+
+
+def fit(
+    config: TrainConfig, world: World, run: Run, shards: Shards, plan: Plan, start: Start, learner: Learner
+) -> None:
+    """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
+
+    Raises:
+        NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
+    """
+    data = make_data(config, world, shards, plan, start)
+    owed = gradient_bytes_by_parameter(learner.model)
+    ledger = Ledger(world.meter, owed, world.placement, attempt=run.attempt - 1)
+    if start.content is not None:
+        ledger.load_state_dict(start.section["ledger"], _previous_ledger(run.directory))
+    _announce(config, world, shards, plan, start, sum(owed.values()))
+    plain_config = _plain(dataclasses.asdict(config))
+    arguments = {"rank": world.rank, "model": config.model.name, "config": plain_config, "resume_step": start.step}
+    with Tracker(run.directory, config.tracking, **arguments) as tracker:
+        loader = TimedLoader(data.train_dataloader())
+        persistence = session.Persistence(config, world, run.directory, ledger, plan)
+        bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
+        saver = session.Saver(run.directory.checkpoints, config.trainer.keep_checkpoints, tracker, world)
+        recorder = Recorder(
+            plan,
+            ledger,
+            loader,
+            log=tracker.log,
+            save=saver.save,
+            plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
+            best_score=start.section.get("best_score"),
+        )
+        num_samples = shards.training.num_samples
+        budget = session.BadSampleBudget(config.data.max_bad_fraction, num_samples, shards.training.describe)
+        warm_up = session.BucketWarmUp(world, config.input.size)
+        trainer = session.make_trainer(config, world, plan, start.step, [warm_up, persistence, recorder, budget, *bars])
+        session.connect(trainer, learner, plan, recorder, persistence, saver)
+        try:
+            trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
+        finally:
+            recorder.flush()
+            persistence.write_ledger(ended=True)
+        tracker.summarize(recorder.summary())
+    _close(config, world, run, recorder, plan)
+
+
+def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> ShardData:
+    """Loaders of both splits for this rank, beginning at the first step not yet committed."""
+    return ShardData(
+        shards.training,
+        shards.validation,
+        config.data,
+        config.input,
+        seed=config.seed,
+        global_batch=config.batch.global_size,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.ranks.local_world_size,
+        accumulate=config.batch.split(world.size)[1],
+        start_step=start.step,
+        num_steps=plan.num_steps,
+        evaluation_batch=config.trainer.evaluation_batch_per_rank,
+        pin_memory=world.compute.accelerator == "gpu",
+    )
+
+
+def _previous_ledger(directory: RunDirectory) -> dict[str, Any] | None:
+    """The ledger.json an earlier attempt left, if it left one that can be read."""
+    try:
+        return json.loads(directory.ledger.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start, owed_bytes: int) -> None:
+    """What a step will be, before the first."""
+    micro, num_micro = config.batch.split(world.size)
+    ring = wire.gloo_ring_all_reduce(owed_bytes, 4, world.size)
+    sent_bytes = wire.sent_bytes_per_rank(ring, world.size)[0]
+    world.say(
+        f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
+        f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
+        f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
+        f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
+        f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
+        f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
+        f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
+        + (f"; resumed from {start.info.path.name}" if start.info else "")
+    )
+
+
+def _close(config: TrainConfig, world: World, run: Run, recorder: Recorder, plan: Plan) -> None:
+    """The summary on stdout, and the report."""
+    if not world.is_first:
+        return
+    report = write_run_report(run.directory.path)
+    print(f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n  report      {report}", flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
