@@ -44,7 +44,7 @@ class PlateauDetector:
         assert window is not None
         if len(self._losses) < window or step < self._after_steps:
             return None
-        mean = math.fsum(self._losses) / window
+        mean = sum(self._losses) / window
         if not abs(mean - self.uninformed_loss) <= self._tolerance:
             self._has_spoken = False
             return None

@@ -38,8 +38,7 @@ def test_losses_all_on_one_side_are_never_reported(num_classes, distances, sign)
 
 @given(losses=st.lists(st.floats(allow_nan=True, allow_infinity=True) | st.just(math.log(10)), max_size=60))
 def test_any_stream_of_numbers_is_survived_and_nothing_is_said_early(losses):
-    finite_or_not = [loss for loss in losses if not math.isinf(loss) or loss > 0]
-    for step, _ in sentences(PlateauDetector(10, window=4, after_steps=20), finite_or_not):
+    for step, _ in sentences(PlateauDetector(10, window=4, after_steps=20), losses):
         assert step >= 20
 
 
