@@ -82,7 +82,7 @@ def _draw(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figur
     return figure
 
 
-def _tick(value: float, _position: int | None = None) -> str:
+def _tick(value: float, _: float) -> str:
     """A byte count on an axis: `10 MB`."""
     return format_bytes(value).replace(".00", "") if value else "0"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 Row = Mapping[str, Any]
+LOST = "train, lost"  # the phase of training that no committed step owns
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,10 @@ def comparison_csv(comparison: Mapping[str, Any]) -> str:
 
 
 def collectives_table(ledger: Mapping[str, Any]) -> Table:
-    """What a run issued, by operation, origin and phase; attempts are shown only if there were several."""
+    """What a run issued, by operation, origin and phase; attempts are shown only if there were several.
+
+    Training of steps that were lost to a kill and done again stands apart.
+    """
     rows = ledger["collectives"]
     columns = [
         Column("phase", "phase"),
@@ -178,10 +182,10 @@ def collectives_table(ledger: Mapping[str, Any]) -> Table:
     ]
     if len({row["attempt"] for row in rows}) > 1:
         columns.insert(0, Column("attempt", "attempt", format_count))
-    phases = ("train", "validation", "checkpoint", "startup")
-    rank = {phase: i for i, phase in enumerate(phases)}
-    ordered = sorted(rows, key=lambda row: (row["attempt"], rank.get(row["phase"], 9), -row["payload_bytes"]))
-    return make_table("", columns, ordered, lambda row: "" if row.get("committed", True) else "outside")
+    order = {"train": 0, LOST: 1, "validation": 2, "checkpoint": 3, "startup": 4}
+    shown = [{**row, "phase": row["phase"] if row.get("committed", True) else LOST} for row in rows]
+    shown.sort(key=lambda row: (row["attempt"], order.get(row["phase"], 9), -row["payload_bytes"]))
+    return make_table("", columns, shown, lambda row: "" if row["phase"] == "train" else "outside")
 
 
 def buckets_table(ledger: Mapping[str, Any]) -> Table:

@@ -5,7 +5,7 @@ import io
 
 from rich.console import Console
 
-from pipeline.report.tables import comparison_csv, comparison_table
+from pipeline.report.tables import collectives_table, comparison_csv, comparison_table
 
 ROW = {
     "model": "squeezenet1_0",
@@ -21,6 +21,26 @@ ROW = {
 }
 FAILED = dict.fromkeys(ROW) | {"model": "[red]odd[/red]", "reason": "It failed."}
 COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, FAILED]}
+
+
+def test_lost_work_stands_apart_from_the_steps_that_count():
+    row = {
+        "op": "all_reduce",
+        "origin": "gradients",
+        "phase": "train",
+        "attempt": 1,
+        "num_calls": 4,
+        "payload_bytes": 80,
+    }
+    lost = row | {"committed": False, "num_calls": 2, "payload_bytes": 40}
+    table = collectives_table(
+        {"collectives": [lost, row | {"committed": True}, row | {"attempt": 2, "committed": True}]}
+    )
+    assert [[cell.value for cell in shown.cells[:2]] for shown in table.rows] == [
+        [1, "train"],
+        [1, "train, lost"],
+        [2, "train"],
+    ]
 
 
 def printed(width: int) -> str:
