@@ -1,0 +1,211 @@
+"""What a rank's batches hold: samplers that name the samples, datasets that turn names into pixels.
+
+Shape suffixes: B pictures of a micro-batch, H W pixels, C channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from pipeline.config import AugmentConfig, InputConfig
+from pipeline.data.order import PADDING, BatchOrder, evaluation_stripe, stripe
+from pipeline.data.pixels import SampleError, eval_view, train_view
+from pipeline.data.store import ShardIndex
+from pipeline.errors import DataError
+
+NUM_REPLACEMENT_TRIES = 16
+NUM_BAD_SHOWN = 5
+_DOMAIN = 0x7265_706C_6163_6564  # keeps the choice of replacements apart from other streams
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be read or decoded."""
+
+    sample_id: int
+    reason: str
+    """A clause with key, shard and cause."""
+
+
+class LoadedBatch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    images_BCHW: Tensor
+    """uint8, RGB, 0..255; channels_last in memory."""
+    labels_B: Tensor
+    """int64 class indices of the pictures shown."""
+    sample_ids_B: Tensor
+    """int64. Training: what the order asks for, also where another picture stands in. Evaluation: -1 is no picture."""
+    bad: tuple[BadSample, ...] = ()
+    """Training: replaced. Evaluation: left out."""
+
+
+class TrainItem(NamedTuple):
+    """What the sampler asks a worker for."""
+
+    sample_id: int
+    epoch: int
+
+
+class TrainBatches(Sampler[list[TrainItem]]):
+    """The micro-batches of one rank, from the first step not yet committed to the end of the run.
+
+    Args:
+        order: the global batches.
+        rank, world_size: the stripe.
+        accumulate: micro-batches per step; world_size * accumulate divides the global batch.
+        start_step: first step to yield.
+        num_steps: steps of the whole run, earlier attempts included; the last one yielded is num_steps - 1.
+    """
+
+    def __init__(
+        self, order: BatchOrder, *, rank: int, world_size: int, accumulate: int, start_step: int, num_steps: int
+    ) -> None:
+        assert order.global_batch % (world_size * accumulate) == 0, "BatchConfig.split refuses this"
+        self.order = order
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.start_step, self.num_steps = start_step, num_steps
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[TrainItem]]:
+        for step in range(self.start_step, self.num_steps):
+            batch, epoch = self.order.batch_samples(step), self.order.epoch_of(step)
+            for micro in range(self.accumulate):
+                ids = stripe(batch, rank=self.rank, world_size=self.world_size, micro=micro, accumulate=self.accumulate)
+                yield [TrainItem(sample_id, epoch) for sample_id in ids.tolist()]
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Every sample once over all ranks; equally many batches of equal sizes on each, filled up with PADDING."""
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int, world_size: int) -> None:
+        self.ids = evaluation_stripe(num_samples, rank=rank, world_size=world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.ids), self.batch_size):
+            yield self.ids[start : start + self.batch_size].tolist()
+
+
+class TrainSamples(Dataset[LoadedBatch]):
+    """Random views. A picture that cannot be read is replaced, so that every batch stays full."""
+
+    def __init__(self, index: ShardIndex, config: InputConfig, augment: AugmentConfig, seed: int) -> None:
+        self.index, self.config, self.augment, self.seed = index, config, augment, seed
+
+    def __getitem__(self, item: TrainItem) -> LoadedBatch:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: Sequence[TrainItem]) -> LoadedBatch:
+        """The whole batch at once: each picture is written straight to its place."""
+        images_BHWC = np.zeros((len(items), self.config.size, self.config.size, 3), np.uint8)
+        labels_B, bad = np.empty(len(items), np.int64), []
+        for place, item in enumerate(items):
+            for candidate in (item.sample_id, *replacements(item.sample_id, self.index.num_samples)):
+                # A black picture remains, with the right label, when the replacements are bad too.
+                labels_B[place] = self.index.label(item.sample_id)
+                try:
+                    images_BHWC[place] = self._view(candidate, item.epoch)
+                except (SampleError, OSError) as error:
+                    bad.append(_describe(self.index, candidate, error))
+                else:
+                    labels_B[place] = self.index.label(candidate)
+                    break
+        return _batch(images_BHWC, labels_B, np.array([item.sample_id for item in items], np.int64), bad)
+
+    def _view(self, sample_id: int, epoch: int) -> NDArray[np.uint8]:
+        return train_view(
+            self.index.read(sample_id), self.config, self.augment, seed=self.seed, epoch=epoch, sample_id=sample_id
+        )
+
+
+class EvalSamples(Dataset[LoadedBatch]):
+    """Centre crops. A picture that cannot be read is left out: counting another one twice would be a lie."""
+
+    def __init__(self, index: ShardIndex, config: InputConfig) -> None:
+        self.index, self.config = index, config
+
+    def __getitem__(self, sample_id: int) -> LoadedBatch:
+        return self.__getitems__([sample_id])
+
+    def __getitems__(self, sample_ids: Sequence[int]) -> LoadedBatch:
+        """The whole batch at once; places without a picture are black, with label 0 and id -1."""
+        images_BHWC = np.zeros((len(sample_ids), self.config.size, self.config.size, 3), np.uint8)
+        labels_B, ids_B = np.zeros(len(sample_ids), np.int64), np.full(len(sample_ids), PADDING, np.int64)
+        bad = []
+        for place, sample_id in enumerate(sample_ids):
+            if sample_id == PADDING:
+                continue
+            try:
+                images_BHWC[place] = eval_view(self.index.read(sample_id), self.config)
+            except (SampleError, OSError) as error:
+                bad.append(_describe(self.index, sample_id, error))
+            else:
+                labels_B[place], ids_B[place] = self.index.label(sample_id), sample_id
+        return _batch(images_BHWC, labels_B, ids_B, bad)
+
+
+def replacements(sample_id: int, num_samples: int) -> list[int]:
+    """Who stands in for a bad sample, in this order: drawn from its id alone, so the same on every rank and attempt.
+
+    Drawn from the whole split rather than taken from beside it, because damage comes in runs.
+    """
+    key = np.array([sample_id, _DOMAIN], np.uint64)
+    words = np.random.Philox(key=key).random_raw(NUM_REPLACEMENT_TRIES)
+    return [int(word) for word in words % np.uint64(num_samples)]
+
+
+class Quarantine:
+    """The bad samples this process has met, named once each, and the budget after which the run stops.
+
+    Args:
+        num_samples: of the split.
+        max_bad_fraction: share of them that may be bad; each rank counts what it has met itself.
+    """
+
+    def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
+        self.num_samples, self.max_bad_fraction = num_samples, max_bad_fraction
+        self.reasons: dict[int, str] = {}
+        """By sample id, in the order they were met."""
+
+    def add(self, bad: Sequence[BadSample]) -> list[BadSample]:
+        """Take note; returns those not met before.
+
+        Raises:
+            DataError: more samples are bad than the budget allows.
+        """
+        new = [sample for sample in dict(bad).items() if sample[0] not in self.reasons]
+        self.reasons.update(new)
+        allowed = int(self.max_bad_fraction * self.num_samples)
+        if len(self.reasons) > allowed:
+            shown = "; ".join(list(self.reasons.values())[-NUM_BAD_SHOWN:])
+            raise DataError(
+                f"{len(self.reasons)} of {self.num_samples} samples cannot be used, and"
+                f" data.max_bad_fraction={self.max_bad_fraction} allows {allowed}:"
+                f" {shown}. Prepare the shards again without them, or allow more."
+            )
+        return [BadSample(*sample) for sample in new]
+
+
+def _describe(index: ShardIndex, sample_id: int, error: Exception) -> BadSample:
+    cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return BadSample(
+        sample_id, f"sample {index.sample_key(sample_id)!r} of shard {index.shard_name(sample_id)}: {cause}"
+    )
+
+
+def _batch(
+    images_BHWC: NDArray[np.uint8], labels_B: NDArray[np.int64], ids_B: NDArray[np.int64], bad: list[BadSample]
+) -> LoadedBatch:
+    # The permuted view of NHWC memory is channels_last as it stands: nothing is copied.
+    images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)
+    return LoadedBatch(images_BCHW, torch.from_numpy(labels_B), torch.from_numpy(ids_B), tuple(bad))

@@ -1,0 +1,135 @@
+"""Which samples make up which global batch: a pure function of (seed, epoch, index), without ranks or workers in it.
+
+A step is absolute over the run: step s belongs to epoch s // steps_per_epoch. Ranks and micro-batches only cut a global
+batch into stripes, so the samples of a step are the same on any number of ranks.
+
+Everything is drawn as raw 64-bit words of Philox, whose stream NumPy promises never to change (NEP 19; for the methods
+of `Generator` it does not), so that an upgrade of NumPy in the middle of a run keeps the order.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+PADDING = -1
+"""Stands for no sample, where ranks would otherwise get unequal counts."""
+
+
+def epoch_order(
+    num_samples: int,
+    *,
+    seed: int,
+    epoch: int,
+    index_hash: str,
+    block: int = 0,
+    shard_of_sample: NDArray[np.integer] | None = None,
+) -> Ids:
+    """The permutation of 0 .. num_samples - 1 in which epoch `epoch` shows the samples.
+
+    Args:
+        num_samples: N.
+        seed: of the run.
+        epoch: 0-based.
+        index_hash: hexadecimal; other samples get another order.
+        block: 0: every permutation is equally likely. k > 0: the shards are permuted, and the samples of each k
+            neighbouring shards among themselves, so that at any time only k shards (2k at a border) are read from.
+        shard_of_sample: of shape (N,), needed for k > 0: the number of the shard that holds each sample.
+
+    Returns:
+        int64 of shape (N,).
+    """
+    entropy = (seed, epoch, int(index_hash, 16))
+    words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw
+    if not block:
+        return np.argsort(words(num_samples), kind="stable")
+    assert shard_of_sample is not None and shard_of_sample.shape == (num_samples,)
+    num_shards = int(shard_of_sample.max(initial=-1)) + 1
+    place_of_shard = np.empty(num_shards, np.int64)
+    place_of_shard[np.argsort(words(num_shards), kind="stable")] = np.arange(num_shards)
+    group_of_sample = place_of_shard[shard_of_sample] // block
+    return np.lexsort((words(num_samples), group_of_sample))
+
+
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Whole global batches in an epoch. The tail that fills none is dropped: other samples in each epoch."""
+    return num_samples // global_batch
+
+
+def dropped_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Samples of an epoch that no global batch holds."""
+    return num_samples % global_batch
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The global batches of a run, by absolute step. Keeps the order of one epoch in memory (8 bytes a sample)."""
+
+    num_samples: int
+    global_batch: int
+    seed: int
+    index_hash: str
+    block: int = 0
+    shard_of_sample: NDArray[np.integer] | None = None
+    _latest: dict[int, Ids] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert 0 < self.global_batch <= self.num_samples, "less than one global batch: the caller says so to the user"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps s with the same s // steps_per_epoch share an epoch."""
+        return steps_per_epoch(self.num_samples, self.global_batch)
+
+    def epoch_of(self, step: int) -> int:
+        """The 0-based epoch of a step."""
+        return step // self.steps_per_epoch
+
+    def batch_samples(self, step: int) -> Ids:
+        """Sample ids of global batch `step`, of shape (global_batch,), in order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.global_batch
+        return self._order(epoch)[start : start + self.global_batch]
+
+    def _order(self, epoch: int) -> Ids:
+        if epoch not in self._latest:
+            self._latest.clear()
+            self._latest[epoch] = epoch_order(
+                self.num_samples,
+                seed=self.seed,
+                epoch=epoch,
+                index_hash=self.index_hash,
+                block=self.block,
+                shard_of_sample=self.shard_of_sample,
+            )
+        return self._latest[epoch]
+
+
+def stripe(batch: Ids, *, rank: int, world_size: int, micro: int = 0, accumulate: int = 1) -> Ids:
+    """What rank `rank` takes of a global batch in its micro-batch `micro` of `accumulate`.
+
+    The batch is cut into accumulate x world_size equal runs, micro-batch by micro-batch: at any moment the ranks read
+    neighbouring samples, and over ranks and micro-batches each sample is taken exactly once.
+
+    Args:
+        batch: of shape (B,); B must be divisible by world_size * accumulate.
+
+    Returns:
+        of shape (B / world_size / accumulate,).
+    """
+    assert 0 <= rank < world_size and 0 <= micro < accumulate and len(batch) % (world_size * accumulate) == 0
+    return batch.reshape(accumulate, world_size, -1)[micro, rank]
+
+
+def evaluation_stripe(num_samples: int, *, rank: int, world_size: int) -> Ids:
+    """Rank `rank`'s samples of an evaluation: rank, rank + world_size, ..., filled up with PADDING.
+
+    Every sample is on exactly one rank, and all ranks get ceil(num_samples / world_size) entries.
+    """
+    assert 0 <= rank < world_size
+    ids = np.full(-(-num_samples // world_size), PADDING, np.int64)
+    mine = np.arange(rank, num_samples, world_size)
+    ids[: len(mine)] = mine
+    return ids

@@ -1,0 +1,284 @@
+"""From the bytes of a picture to a square of uint8 RGB pixels.
+
+A training view is a pure function of (picture, configuration, seed, epoch, sample id); an evaluation view of (picture,
+configuration). EXIF orientation is not applied, as in the pipelines that published ImageNet results.
+
+Decoding is simplejpeg's (libjpeg-turbo); Pillow takes what that refuses: PNG, CMYK, JPEGs with stray bytes. For
+training, libjpeg may shrink by 2, 4 or 8 while decoding as long as the crop keeps more pixels than are asked for;
+evaluation decodes at full size. Resizing is Pillow's antialiased bilinear filter on just the region that is needed.
+"""
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from pipeline.config import AugmentConfig, InputConfig
+from pipeline.data.images import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Pixels = NDArray[np.uint8]
+"""uint8 of shape (height, width, 3): RGB."""
+
+Offset = Callable[[int, int], int]
+"""(pixels left over, axis) -> where the crop starts."""
+
+NUM_CROP_TRIES = 10
+_REDUCTIONS = (8, 4, 2)  # libjpeg's other scales, eighths, cost more than they save
+_DOMAIN = 0x70697865_6C730001  # keeps the stream of the pixels apart from others of the same seed
+
+
+class SampleError(Exception):
+    """A picture that cannot be decoded, with the reason. Counted and replaced, so never shown as it is."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a picture in pixels, fractions allowed; (0, 0) is the corner of the first pixel."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def divided(self, by: int) -> "Box":
+        """The same rectangle in a picture shrunk by `by`."""
+        return Box(self.top / by, self.left / by, self.height / by, self.width / by)
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """(height, width) from the header alone.
+
+    Raises:
+        SampleError: not a picture, or more than MAX_PIXELS.
+    """
+    height, width = _header(content)
+    if height * width > MAX_PIXELS:
+        raise SampleError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    return height, width
+
+
+def decode(content: bytes) -> Pixels:
+    """All pixels as RGB.
+
+    Raises:
+        SampleError: not a picture, cut short, or more than MAX_PIXELS.
+    """
+    return _decode(content, picture_size(content), reduction=1)[0]
+
+
+def eval_view(content: bytes, config: InputConfig) -> Pixels:
+    """Resize as `config.resize_mode` says, then the centre crop: shape (size, size, 3).
+
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop round them.
+
+    Raises:
+        SampleError: as `decode`.
+    """
+    source = picture_size(content)
+    return _flat_view(content, source, _resized_size(source, config), _center_offset, config.size)
+
+
+def train_view(
+    content: bytes, config: InputConfig, augment: AugmentConfig, *, seed: int, epoch: int, sample_id: int
+) -> Pixels:
+    """A random crop, perhaps mirrored: shape (size, size, 3).
+
+    Args:
+        content: a JPEG or PNG.
+        config: gives the crop's side, and for the crops of fixed scale the resizing.
+        augment: which crop, and whether to mirror.
+        seed, epoch, sample_id: what the random numbers depend on, and nothing else.
+
+    Raises:
+        SampleError: as `decode`.
+    """
+    draw = _uniforms(seed, epoch, sample_id)
+    source = picture_size(content)
+    if augment.crop == "random_resized":
+        box = random_resized_box(source, augment, draw[2:])
+        pixels = _cut(content, source, box, config.size, may_reduce=True, exact_edges=True)
+    elif augment.crop == "pad_random":
+        pixels = _padded_view(content, source, config, augment.pad, draw)
+    else:
+
+        def offset(space: int, axis: int) -> int:
+            return _center_offset(space, axis) if augment.crop == "center" else _integer(draw[axis], space + 1)
+
+        pixels = _flat_view(content, source, _resized_size(source, config), offset, config.size)
+    if augment.flip and draw[-1] < 0.5:
+        return np.ascontiguousarray(pixels[:, ::-1])
+    return pixels
+
+
+def random_resized_box(source: tuple[int, int], augment: AugmentConfig, draw: NDArray[np.float64]) -> Box:
+    """The crop of torchvision's RandomResizedCrop: area uniform in `scale`, log of width / height uniform in `ratio`.
+
+    A rectangle that does not fit is drawn again, ten times at most; then the largest centred one of an allowed ratio.
+
+    Args:
+        source: (height, width).
+        draw: at least 40 numbers in [0, 1).
+    """
+    height, width = source
+    low, high = augment.scale
+    log_low, log_high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+    for attempt in range(NUM_CROP_TRIES):
+        for_area, for_ratio, for_top, for_left = draw[4 * attempt : 4 * attempt + 4]
+        area = height * width * (low + (high - low) * for_area)
+        ratio = math.exp(log_low + (log_high - log_low) * for_ratio)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = _integer(for_top, height - crop_height + 1), _integer(for_left, width - crop_width + 1)
+            return Box(top, left, crop_height, crop_width)
+    ratio = min(max(width / height, augment.ratio[0]), augment.ratio[1])
+    crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+
+
+def _uniforms(seed: int, epoch: int, sample_id: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1): 53 bits of Philox's raw words, whose stream NumPy promises to keep (NEP 19).
+
+    Philox is a function of a counter and a key, made for streams that are addressed instead of advanced.
+    """
+    counter = np.array([0, 0, epoch, sample_id], np.uint64)
+    key = np.array([seed, _DOMAIN], np.uint64)
+    words = np.random.Philox(counter=counter, key=key).random_raw(4 * NUM_CROP_TRIES + 3)
+    return (words >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
+
+
+def _integer(uniform: float, count: int) -> int:
+    """0 .. count - 1, equally likely."""
+    return int(uniform * count)
+
+
+def _center_offset(space: int, axis: int) -> int:
+    del axis
+    return round(space / 2.0)
+
+
+def _resized_size(source: tuple[int, int], config: InputConfig, pad: int = 0) -> tuple[int, int]:
+    """(height, width) after resizing, before the crop. Never too small for it: tiny pictures are enlarged."""
+    height, width = source
+    if config.resize_mode == "warp":
+        return config.resize_side, config.resize_side
+    short = config.resize_side if config.resize_mode == "short" else max(min(source), config.size - 2 * pad)
+    if height <= width:
+        return short, int(short * width / height)
+    return int(short * height / width), short
+
+
+def _flat_view(content: bytes, source: tuple[int, int], resized: tuple[int, int], offset: Offset, size: int) -> Pixels:
+    """Crop `size` out of the picture resized to `resized`, at `offset(space, axis)`. Only the crop is computed."""
+    top, left = (offset(resized[axis] - size, axis) for axis in (0, 1))
+    per_row, per_column = source[0] / resized[0], source[1] / resized[1]
+    box = Box(top * per_row, left * per_column, size * per_row, size * per_column)
+    return _cut(content, source, box, size, may_reduce=False, exact_edges=False)
+
+
+def _padded_view(
+    content: bytes, source: tuple[int, int], config: InputConfig, pad: int, draw: NDArray[np.float64]
+) -> Pixels:
+    """Resize, add `pad` black pixels on each side, crop at random."""
+    size = config.size
+    height, width = _resized_size(source, config, pad)
+    whole = _resize(_decode(content, source, 1)[0], Box(0, 0, *source), (height, width), exact_edges=True)
+    top, left = (
+        _integer(draw[0], height + 2 * pad - size + 1) - pad,
+        _integer(draw[1], width + 2 * pad - size + 1) - pad,
+    )
+    canvas = np.zeros((size, size, 3), np.uint8)
+    part = whole[max(0, top) : top + size, max(0, left) : left + size]
+    row, column = max(0, -top), max(0, -left)
+    canvas[row : row + part.shape[0], column : column + part.shape[1]] = part
+    return canvas
+
+
+def _cut(
+    content: bytes, source: tuple[int, int], box: Box, size: int, *, may_reduce: bool, exact_edges: bool
+) -> Pixels:
+    """`box` of the picture, resized to (size, size)."""
+    wanted = 1
+    if may_reduce:
+        wanted = next((by for by in _REDUCTIONS if min(box.height, box.width) >= size * by), 1)
+    pixels, reduction = _decode(content, source, wanted)
+    return _resize(pixels, box.divided(reduction), (size, size), exact_edges=exact_edges)
+
+
+def _resize(pixels: Pixels, box: Box, out: tuple[int, int], *, exact_edges: bool) -> Pixels:
+    """`box` of `pixels` as (height, width) = `out`, bilinear, antialiased when shrinking.
+
+    Args:
+        exact_edges: the filter sees nothing outside the box (crop, then resize); else what a resize of the whole
+            picture followed by a crop would show.
+    """
+    from PIL import Image
+
+    def bounds(start: float, extent: float, target: int, limit: int) -> tuple[int, int]:
+        # The filter reaches one target pixel to each side, or one source pixel when enlarging.
+        margin = 0 if exact_edges else math.ceil(max(1.0, extent / target)) + 1
+        return max(0, math.floor(start) - margin), min(limit, math.ceil(start + extent) + margin)
+
+    first_row, end_row = bounds(box.top, box.height, out[0], pixels.shape[0])
+    first_column, end_column = bounds(box.left, box.width, out[1], pixels.shape[1])
+    is_whole = box.top % 1 == 0 and box.left % 1 == 0
+    if is_whole and (box.height, box.width) == out:
+        top, left = int(box.top), int(box.left)
+        return np.ascontiguousarray(pixels[top : top + out[0], left : left + out[1]])
+    top, left = box.top - first_row, box.left - first_column
+    region = Image.fromarray(pixels[first_row:end_row, first_column:end_column])
+    edges = (left, top, min(left + box.width, region.width), min(top + box.height, region.height))
+    return np.asarray(region.resize((out[1], out[0]), Image.Resampling.BILINEAR, box=edges))
+
+
+def _header(content: bytes) -> tuple[int, int]:
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+        return int(height), int(width)
+    except ValueError:
+        with _opened(content) as image:
+            return image.height, image.width
+
+
+def _decode(content: bytes, source: tuple[int, int], reduction: int) -> tuple[Pixels, int]:
+    """The whole picture as RGB, and by how much it was shrunk: `reduction`, or 1 where only Pillow can read it.
+
+    libjpeg's warnings are errors here, because a file cut short is only a warning to it. Pillow then tells stray bytes,
+    which do no harm, from a real hole.
+    """
+    height, width = source
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            content, min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=reduction
+        )
+        return pixels, reduction
+    except ValueError:
+        with _opened(content) as image:
+            return np.asarray(image.convert("RGB")), 1
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator["Image.Image"]:
+    """Pillow's lazily decoded picture; whatever a broken file makes Pillow raise becomes SampleError."""
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata: judged by the pixels alone
+        try:
+            yield Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+        except UnidentifiedImageError:
+            raise SampleError("neither JPEG nor PNG" if content else "empty") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise SampleError(str(error) or type(error).__name__) from error
