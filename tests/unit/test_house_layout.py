@@ -84,9 +84,12 @@ def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
     assert not {name.partition(".")[0] for name in names} & heavy
 
 
-@pytest.mark.parametrize("folder", ["pipeline", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["pipeline", "benchmarks"])
 def test_nothing_is_unpickled(folder: str) -> None:
-    """Every torch.load says weights_only=True, no array is loaded as objects, nothing else unpickles."""
+    """Every torch.load says weights_only=True, no array is loaded as objects, nothing else unpickles.
+
+    Tests may: some show what would happen otherwise.
+    """
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(syntax(path)):
             if not isinstance(node, ast.Call):
