@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from pipeline.comm.collectives import Call
 from pipeline.comm.traffic import Placement, price
 
+METER_OFF = "The meter was off in this run or one of its attempts (comm.meter=false)."
+
 
 class RowKey(NamedTuple):
     """What a row of `collectives` in ledger.json adds up."""
@@ -15,8 +17,8 @@ class RowKey(NamedTuple):
     op: str
     origin: str
     phase: str
-    lost: bool
-    """Training that belongs to no committed step."""
+    committed: bool
+    """False: training that belongs to no committed step, so that the run's totals are without it."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Attempt:
     """Committed steps before it."""
     placement: Placement
     backend: str
+    metered: bool = True
+    """False: something was exchanged and nobody counted."""
     committed: Counter[Call] = field(default_factory=Counter)
     """Training, of steps that count."""
     outside: Counter[Call] = field(default_factory=Counter)
@@ -42,9 +46,9 @@ class Attempt:
     def totals(self) -> dict[RowKey, tuple[int, int]]:
         """(number of calls, payload bytes) of every row, whether checkpointed or told later."""
         totals = dict(self.later)
-        for calls, lost in ((self.committed, False), (self.outside, False), (self.open_train, True)):
+        for calls, committed in ((self.committed, True), (self.outside, True), (self.open_train, False)):
             for call, count in calls.items():
-                _add(totals, RowKey(call.op, call.origin, call.phase, lost), count, count * call.payload_bytes)
+                _add(totals, RowKey(call.op, call.origin, call.phase, committed), count, count * call.payload_bytes)
         return totals
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -55,16 +59,16 @@ class Attempt:
                 "origin": key.origin,
                 "phase": key.phase,
                 "attempt": self.number,
-                "lost": key.lost,
+                "committed": key.committed,
                 "num_calls": num_calls,
                 "payload_bytes": payload_bytes,
             }
 
     def lost_payload_bytes(self) -> int | None:
         """Payload of training that no committed step owns; None while that is not all known."""
-        if not self.complete:
+        if not self.complete or not self.metered:
             return None
-        return sum(payload for key, (_, payload) in self.totals().items() if key.lost)
+        return sum(payload for key, (_, payload) in self.totals().items() if not key.committed)
 
     # --- over restarts ---
 
@@ -76,6 +80,7 @@ class Attempt:
             "server_of_rank": list(self.placement.server_of_rank),
             "placement_measured": self.placement.measured,
             "backend": self.backend,
+            "metered": self.metered,
             "committed": _pack_calls(self.committed),
             "outside": _pack_calls(self.outside),
             "open_train": _pack_calls(self.open_train),
@@ -91,6 +96,7 @@ class Attempt:
             first_step=packed["first_step"],
             placement=Placement(tuple(packed["server_of_rank"]), packed["placement_measured"]),
             backend=packed["backend"],
+            metered=packed["metered"],
             committed=_unpack_calls(packed["committed"]),
             outside=_unpack_calls(packed["outside"]),
             open_train=_unpack_calls(packed["open_train"]),
@@ -114,17 +120,19 @@ class Attempt:
         for row in previous["collectives"]:
             if row["attempt"] != self.number:
                 continue
-            told_key = RowKey(row["op"], row["origin"], row["phase"], row["lost"])
+            told_key = RowKey(row["op"], row["origin"], row["phase"], row["committed"])
             num_calls, payload_bytes = known.get(told_key, (0, 0))
             more_calls, more_bytes = row["num_calls"] - num_calls, row["payload_bytes"] - payload_bytes
             if more_calls > 0:
-                _add(extra, told_key._replace(lost=told_key.phase == "train"), more_calls, more_bytes)
+                _add(extra, told_key._replace(committed=told_key.phase != "train"), more_calls, more_bytes)
         for key, (num_calls, payload_bytes) in extra.items():
             _add(self.later, key, num_calls, payload_bytes)
 
 
 def predicted_totals(attempts: Sequence[Attempt]) -> tuple[list[int] | None, list[int] | None, str | None]:
     """Predicted bytes of all committed steps, per rank and per server; None and the reason if they cannot be added."""
+    if not all(attempt.metered for attempt in attempts):
+        return None, None, METER_OFF
     worked = [attempt for attempt in attempts if attempt.committed] or attempts[-1:]
     if len({attempt.placement.server_of_rank for attempt in worked}) > 1:
         return None, None, "Attempts of this run had different ranks or servers; their bytes cannot be added by rank."

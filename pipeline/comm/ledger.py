@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.comm.attempts import Attempt, predicted_totals
+from pipeline.comm.attempts import METER_OFF, Attempt, predicted_totals
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.traffic import Placement, StepTraffic, Traffic, price
 from pipeline.errors import LedgerError
@@ -19,7 +19,6 @@ STATE_VERSION = 1
 
 _NOT_MEASURED = "Bytes on the wire are predicted in this run, not read from the kernel's counters."
 _NOT_TIMED = "Communication was not timed in this run."
-_METER_OFF = "The meter was off (comm.meter=false)."
 _WORLD_OF_ONE = "A world of one exchanges nothing."
 
 
@@ -61,20 +60,17 @@ class Ledger:
         self._meter = meter
         self._by_parameter = gradient_bytes_by_parameter
         self._total_egress_bytes: int | None = 0
+        self._open_gradient_bytes = 0  # of the step under way
         self._last: StepTraffic | None = None
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
-        self._present = Attempt(attempt, 0, placement, meter.backend)
+        # A world of one has nothing to count.
+        self._present = Attempt(attempt, 0, placement, meter.backend, meter.enabled or meter.world_size == 1)
         self._past: list[Attempt] = []
 
     @property
     def attempt(self) -> int:
         """Number of this start of the run, from 1."""
         return self._present.number
-
-    @property
-    def _meter_is_off(self) -> bool:
-        """Something is exchanged and nobody counts. A world of one has nothing to count."""
-        return self._present.placement.world_size > 1 and not self._meter.enabled
 
     # --- during the run ---
 
@@ -84,11 +80,12 @@ class Ledger:
         Raises LedgerError when the gradients DDP handed over are not the bytes the model owes.
         """
         self.num_steps += 1
-        if self._meter_is_off:
+        if not self._present.metered:
             self._total_egress_bytes = None
             self._last = StepTraffic(None, None, None, None, None)
             return self._last
-        gradient_bytes = self._collect()
+        self._collect()
+        gradient_bytes, self._open_gradient_bytes = self._open_gradient_bytes, 0
         self._check_gradients(gradient_bytes)
         train, self._present.open_train = self._present.open_train, Counter()
         traffic = self._price_step(train)
@@ -105,12 +102,12 @@ class Ledger:
         )
         return self._last
 
-    def _collect(self) -> int:
-        """Take what the meter has into the present attempt; returns the gradient bytes among it."""
+    def _collect(self) -> None:
+        """Take what the meter has into the present attempt."""
         taken = self._meter.take()
         for call, count in taken.calls.items():
             (self._present.open_train if call.phase == "train" else self._present.outside)[call] += count
-        return taken.gradient_bytes
+        self._open_gradient_bytes += taken.gradient_bytes
 
     def _check_gradients(self, gradient_bytes: int) -> None:
         if self._meter.world_size == 1 or gradient_bytes == self.gradient_bytes:
@@ -180,16 +177,12 @@ class Ledger:
         self._collect()
         self._present.complete = ended
         attempts = [*self._past, self._present]
-        transport, egress, reason = (None, None, _METER_OFF) if self._meter_is_off else predicted_totals(attempts)
+        transport, egress, reason = predicted_totals(attempts)
         placement, last = self._present.placement, self._last
         reasons = _null_reasons(self._meter, conditions, reason, last)
         for index, attempt in enumerate(attempts):
-            if not attempt.complete:
-                reasons[f"attempts.{index}.lost_payload_bytes"] = (
-                    "This attempt is still running."
-                    if attempt is self._present
-                    else "This attempt ended without a last word; what it issued after it last wrote is not known."
-                )
+            if attempt.lost_payload_bytes() is None:
+                reasons[f"attempts.{index}.lost_payload_bytes"] = _why_unknown(attempt, attempt is self._present)
         return {
             "schema": SCHEMA,
             "closed": None,
@@ -259,6 +252,15 @@ def _layers(by_parameter: dict[str, int]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "share": size / total} for name, size in by_layer.items()]
 
 
+def _why_unknown(attempt: Attempt, running: bool) -> str:
+    """Why the lost work of `attempt` is not known."""
+    if not attempt.metered:
+        return METER_OFF
+    if running:
+        return "This attempt is still running."
+    return "This attempt ended without a last word; what it issued after it last wrote is not known."
+
+
 def _list_or_none(values: Sequence[int] | None) -> list[int] | None:
     return None if values is None else list(values)
 
@@ -297,7 +299,7 @@ def _null_reasons(
         for name in ("transport_bytes_per_rank", "server_egress_bytes"):
             reasons[f"per_step.{name}"] = reason or "A collective of the last step has no exact formula."
         if last.payload_bytes is None:
-            reasons["per_step.payload_bytes"] = _METER_OFF
+            reasons["per_step.payload_bytes"] = METER_OFF
     for name, value in (
         ("step_seconds.p50", conditions.step_seconds_p50),
         ("step_seconds.p90", conditions.step_seconds_p90),

@@ -92,13 +92,16 @@ class StepTraffic:
     """Over all servers and all committed steps up to this one."""
 
     def metrics(self) -> dict[str, float]:
-        """Under their public names; what is unknown is left out. Egress is the sum over servers."""
+        """Under their public names; what is unknown is left out.
+
+        Transport is the mean over ranks, egress that of the busiest server, the total the sum over servers.
+        """
         transport, egress, total = self.transport_bytes_per_rank, self.server_egress_bytes, self.total_egress_bytes
         values = {
             "comm/gradient_bytes": self.gradient_bytes,
             "comm/payload_bytes": self.payload_bytes,
             "comm/transport_bytes": None if transport is None else sum(transport) / len(transport),
-            "comm/server_egress_bytes": None if egress is None else sum(egress),
+            "comm/server_egress_bytes": None if egress is None else max(egress),
             "comm/total_gigabytes": None if total is None else total / BYTES_PER_GIGABYTE,
         }
         return {name: value for name, value in values.items() if value is not None}

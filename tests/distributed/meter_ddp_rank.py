@@ -16,6 +16,7 @@ from torch import nn
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
+from pipeline.errors import LedgerError
 
 CONDITIONS = Conditions(run="test", model="small", hook="none", global_batch=6)
 
@@ -161,6 +162,21 @@ def resume(out: Path) -> dict[str, Any]:
     }
 
 
+def silent_hook(out: Path) -> str:
+    """Gradients that travel past the communication hook are an error, not a zero."""
+    meter, model = CollectiveMeter(), seeded()
+    meter.attach()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    ledger = Ledger(meter, gradient_bytes_by_parameter(model))
+    with meter.phase("train"):
+        ddp(make_batch(0)[0]).sum().backward()
+    try:
+        ledger.commit_step()
+    except LedgerError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def flight_recorder(out: Path) -> dict[str, Any]:
     """What torch's own recorder saw over the same step, as [operation, elements] with counts."""
     training = Training(seeded(batch_norm=True))
@@ -197,7 +213,7 @@ def product(sizes: list[int]) -> int:
     return total
 
 
-SCENARIOS = (squeezenet, batch_norm_with_unused, hooks, neutral, resume, flight_recorder)
+SCENARIOS = (squeezenet, batch_norm_with_unused, hooks, neutral, resume, silent_hook, flight_recorder)
 
 
 def main(out: Path) -> None:

@@ -101,15 +101,15 @@ def test_resumed_totals_are_the_unbroken_runs(ranks: Results) -> None:
     for path in (("transport", "predicted_bytes_per_rank"), ("servers", "predicted_egress_bytes")):
         assert resumed["json"][path[0]][path[1]] == whole["json"][path[0]][path[1]]
     for origin in ("gradients", "buffers"):
-        assert bytes_of(resumed["json"], origin=origin, phase="train", lost=False) == bytes_of(
-            whole["json"], origin=origin, phase="train", lost=False
+        assert bytes_of(resumed["json"], origin=origin, phase="train", committed=True) == bytes_of(
+            whole["json"], origin=origin, phase="train", committed=True
         )
 
 
 def test_lost_work_stays_with_the_attempt_that_did_it(ranks: Results) -> None:
     ledger = ranks[0]["resume"]["resumed"]["json"]
-    assert bytes_of(ledger, attempt=1, lost=True, origin="gradients") == ledger["gradient_bytes"]
-    assert bytes_of(ledger, attempt=2, lost=True) == 0
+    assert bytes_of(ledger, attempt=1, committed=False, origin="gradients") == ledger["gradient_bytes"]
+    assert bytes_of(ledger, attempt=2, committed=False) == 0
     assert bytes_of(ledger, attempt=2, phase="startup") == bytes_of(ledger, attempt=1, phase="startup") > 0
     told, last = ledger["attempts"]
     assert (told["first_step"], last["first_step"]) == (0, 3)
@@ -121,3 +121,8 @@ def test_lost_work_stays_with_the_attempt_that_did_it(ranks: Results) -> None:
 def test_recorded_collectives_equal_torchs_flight_recorder(ranks: Results) -> None:
     for result in ranks:
         assert result["flight_recorder"]["meter"] == result["flight_recorder"]["recorder"]
+
+
+def test_gradients_past_the_hook_are_an_error(ranks: Results) -> None:
+    for result in ranks:
+        assert "no gradient through DDP's communication hook" in result["silent_hook"]
