@@ -102,7 +102,7 @@ def _cuts(sample_bytes_N: np.ndarray, shard_bytes: int) -> list[int]:
     """Positions at which shards begin, and the end: sums as even as whole samples allow, no shard empty."""
     ends_N = np.cumsum(sample_bytes_N)
     total = int(ends_N[-1])
-    num_shards = min(-(-total // shard_bytes), len(ends_N))
+    num_shards = -(-total // shard_bytes)
     # A sample belongs to the shard in whose share of the total its middle byte lies.
     shard_N = (ends_N - sample_bytes_N / 2) * num_shards // total
     starts = np.flatnonzero(np.diff(shard_N, prepend=-1))

@@ -1,0 +1,264 @@
+"""Every kind of source is recognised, listed in full, and refused with a reason where it is not what it must be."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from mat_file import WRITTEN_BY_SCIPY, mat_file
+from pictures_on_disk import picture, pictures, tar_of, write_files
+
+from pipeline.data.builtin import BuiltinPictures
+from pipeline.data.ilsvrc2012 import read_devkit
+from pipeline.data.matfile import read_struct_array
+from pipeline.data.opening import open_source, read_classes, recognise
+from pipeline.data.sources import Source, tar_members
+from pipeline.errors import DataError
+
+COUNTS = {"cat": 3, "dog": 2}
+BUILTIN = BuiltinPictures(seed=0, num_classes=10)
+# The devkit's order of synsets is not the sorted one.
+WNIDS = {1: "n03000000", 2: "n01000000", 3: "n02000000"}
+TRUTH = [3, 1, 1, 2]
+
+
+def opened(
+    source: Path | str,
+    *,
+    split: str | None = None,
+    classes: tuple[str, ...] | None = None,
+    devkit: Path | None = None,
+) -> Source:
+    return open_source(str(source), kind=None, split=split, classes=classes, devkit=devkit, builtin=BUILTIN)
+
+
+def listed(source: Source) -> dict[str, dict[str, bytes]]:
+    """Contents by split and name."""
+    return {split: {image.name: source.read(image) for image in images} for split, images in source.splits.items()}
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    files = pictures(COUNTS)
+    files["dog/scan.PNG"] = picture(5, encoding="PNG")
+    source = opened(write_files(tmp_path / "animals", files))
+    assert (source.kind, source.classes, source.notes) == ("folders", ("cat", "dog"), ())
+    assert listed(source) == {"train": files}
+    assert {image.name: image.class_name for image in source.splits["train"]} == {n: n.split("/")[0] for n in files}
+
+
+@pytest.mark.parametrize("wrapper", ["", "./", "cifar10/"])
+def test_a_tar_of_split_and_class_folders(tmp_path: Path, wrapper: str) -> None:
+    train, test = pictures(COUNTS), pictures({"dog": 2})
+    files = {f"{wrapper}train/{n}": c for n, c in train.items()} | {f"{wrapper}test/{n}": c for n, c in test.items()}
+    (tmp_path / "pictures.tar").write_bytes(tar_of(files))
+    source = opened(tmp_path / "pictures.tar")
+    assert (source.kind, source.classes) == ("tar", ("cat", "dog"))
+    assert listed(source) == {"train": train, "val": test}
+    assert source.notes == ("The folder test/ becomes the split 'val'.",)
+
+
+def test_a_test_folder_beside_val_keeps_its_name(tmp_path: Path) -> None:
+    write_files(
+        tmp_path, {f"{split}/{n}": c for split in ("train", "val", "test") for n, c in pictures(COUNTS).items()}
+    )
+    source = opened(tmp_path)
+    assert set(source.splits) == {"train", "val", "test"}
+    assert source.notes == ()
+
+
+def test_one_split_of_several(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{split}/{n}": c for split in ("train", "test") for n, c in pictures(COUNTS).items()})
+    assert set(opened(tmp_path, split="val").splits) == {"val"}
+    assert set(opened(tmp_path, split="test").splits) == {"val"}
+    with pytest.raises(DataError, match=r"split=dev is not in.*train, val"):
+        opened(tmp_path, split="dev")
+
+
+def test_without_split_folders_the_split_is_named_by_the_caller(tmp_path: Path) -> None:
+    assert set(opened(write_files(tmp_path, pictures(COUNTS)), split="val").splits) == {"val"}
+
+
+def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
+    source = opened(write_files(tmp_path, {**pictures(COUNTS), "cat/notes.txt": b"x", "cat/.hidden.jpg": b"x"}))
+    assert source.notes == ("Ignored 2 files that are not .jpg .jpeg .png (first: cat/.hidden.jpg).",)
+    assert len(source.splits["train"]) == 5
+
+
+def test_classes_fix_the_index_and_may_be_absent(tmp_path: Path) -> None:
+    write_files(tmp_path, pictures(COUNTS))
+    assert opened(tmp_path, classes=("dog", "bird", "cat")).classes == ("dog", "bird", "cat")
+    with pytest.raises(DataError, match=r"1 classes that are not among the 2 known.*'cat'"):
+        opened(tmp_path, classes=("dog", "bird"))
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "is empty"),
+        ({"cat/x.txt": b""}, "holds no images"),
+        ({"loose.jpg": b"x"}, "lies in no class folder"),
+        ({"train/cat/1.jpg": b"x", "birds/1.jpg": b"x"}, "holds train/ beside 'birds'"),
+    ],
+)
+def test_folders_that_are_none(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        opened(write_files(tmp_path, files))
+
+
+def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
+    write_files(tmp_path, pictures(COUNTS))
+    (tmp_path / "bird").mkdir()
+    with pytest.raises(DataError, match=r"folder .*bird is empty"):
+        opened(tmp_path)
+
+
+def test_a_source_that_does_not_exist() -> None:
+    with pytest.raises(DataError, match=r"source=no/such/place does not exist.*source=builtin"):
+        opened("no/such/place")
+
+
+def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(tar_of(pictures(COUNTS), "w:gz"))
+    with pytest.raises(DataError, match="gunzip"):
+        opened(tmp_path / "x.tar.gz")
+
+
+def test_a_tar_cut_short_is_refused(tmp_path: Path) -> None:
+    whole = tar_of(pictures(COUNTS))
+    (tmp_path / "x.tar").write_bytes(whole[:4000])
+    with pytest.raises(DataError, match="not a whole"):
+        opened(tmp_path / "x.tar")
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    content = bytearray(tar_of(pictures(COUNTS)))
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    third = list(tar_members(path))[2]
+    content[third.offset + 5] ^= 1  # one bit of its name: the header's checksum no longer fits
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"damaged at byte {third.offset}"):
+        opened(path)
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of(pictures(COUNTS)))
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("cat/link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../etc/passwd"
+        tar.addfile(link)
+    assert len(opened(path).splits["train"]) == 5
+
+
+def ilsvrc2012(root: Path, truth: list[int] = TRUTH, *, devkit_as: str = "tar.gz", compressed: bool = True) -> Path:
+    """ILSVRC2012's three archives in miniature. Returns their directory."""
+    train = {f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": picture(i) for i in range(2)}) for wnid in WNIDS.values()}
+    val = {f"ILSVRC2012_val_{number:08d}.JPEG": picture(100 + number) for number in (4, 2, 3, 1)}
+    synsets = [
+        *({"ILSVRC2012_ID": float(number), "WNID": wnid, "num_children": 0.0} for number, wnid in WNIDS.items()),
+        {"ILSVRC2012_ID": 4.0, "WNID": "n00000000", "num_children": 3.0},  # an inner node of the tree
+    ]
+    devkit = {
+        "data/meta.mat": mat_file("synsets", synsets, compressed=compressed),
+        "data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in truth).encode(),
+    }
+    write_files(root, {"ILSVRC2012_img_train.tar": tar_of(train), "ILSVRC2012_img_val.tar": tar_of(val)})
+    if devkit_as == "directory":
+        write_files(root / "ILSVRC2012_devkit_t12", devkit)
+    else:
+        packed = tar_of({f"ILSVRC2012_devkit_t12/{name}": content for name, content in devkit.items()}, "w:gz")
+        (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(packed)
+    return root
+
+
+@pytest.mark.parametrize("devkit_as", ["tar.gz", "directory"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_the_archives_of_ilsvrc2012(tmp_path: Path, devkit_as: str, compressed: bool) -> None:
+    source = opened(ilsvrc2012(tmp_path, devkit_as=devkit_as, compressed=compressed))
+    assert source.kind == "ilsvrc2012"
+    assert source.classes == ("n01000000", "n02000000", "n03000000")
+    assert {image.name: source.read(image) for image in source.splits["train"]} == {
+        f"{wnid}/{wnid}_{i}.JPEG": picture(i) for wnid in WNIDS.values() for i in range(2)
+    }
+    assert {image.name: image.class_name for image in source.splits["val"]} == {
+        f"ILSVRC2012_val_{position:08d}.JPEG": WNIDS[number] for position, number in enumerate(TRUTH, 1)
+    }
+    assert all(source.read(image) == picture(100 + int(image.name[15:23])) for image in source.splits["val"])
+
+
+def test_each_archive_alone_is_recognised(tmp_path: Path) -> None:
+    ilsvrc2012(tmp_path)
+    assert set(opened(tmp_path / "ILSVRC2012_img_train.tar").splits) == {"train"}
+    val = (tmp_path / "ILSVRC2012_img_val.tar").rename(tmp_path / "renamed.tar")
+    assert set(opened(val, classes=tuple(sorted(WNIDS.values()))).splits) == {"val"}
+    with pytest.raises(DataError, match="split=train is not in"):
+        opened(val, split="train")
+
+
+def test_the_validation_set_needs_the_devkit(tmp_path: Path) -> None:
+    (ilsvrc2012(tmp_path) / "ILSVRC2012_devkit_t12.tar.gz").rename(tmp_path / "kit.tar.gz")
+    with pytest.raises(DataError, match="devkit=PATH"):
+        opened(tmp_path)
+    assert set(opened(tmp_path, split="train").splits) == {"train"}
+    assert set(opened(tmp_path, devkit=tmp_path / "kit.tar.gz").splits) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("truth", "sentence"),
+    [
+        ([3, 1, 9, 2], "line 3 .* is '9', which is the id of no synset .*from 1 to 3"),
+        ([3, 1, 4, 2], "line 3 .* is '4'"),
+        ([3, 1, 2], "not a validation picture of its own among the 3"),
+        ([3, 1, 2, 1, 1], "holds 4 pictures and the devkit labels 5"),
+    ],
+)
+def test_ground_truth_that_does_not_fit(tmp_path: Path, truth: list[int], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        opened(ilsvrc2012(tmp_path, truth))
+
+
+def test_a_devkit_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "kit.tar.gz").write_bytes(tar_of({"readme": b""}, "w:gz"))
+    with pytest.raises(DataError, match=r"holds no data/"):
+        read_devkit(tmp_path / "kit.tar.gz")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_devkit(tmp_path / "nowhere.tar.gz")
+
+
+def test_the_mat_reader_says_what_is_wrong() -> None:
+    content = mat_file("synsets", [{"ILSVRC2012_ID": 1.0, "WNID": "n1", "num_children": 0.0}], compressed=False)
+    with pytest.raises(DataError, match="no struct array 'other'"):
+        read_struct_array(content, "other", ("WNID",))
+    with pytest.raises(DataError, match="no field 'gloss'"):
+        read_struct_array(content, "synsets", ("gloss",))
+    with pytest.raises(DataError, match="not a level-5 MAT file"):
+        read_struct_array(b"MATLAB" * 100, "synsets", ("WNID",))
+    for length in range(129, len(content), 7):
+        with pytest.raises(DataError):
+            read_struct_array(content[:length], "synsets", ("WNID",))
+
+
+def test_the_mat_reader_reads_what_scipy_wrote() -> None:
+    """Bytes that scipy 1.17.1's savemat made of nested, ragged and empty fields, as the real meta.mat has them."""
+    rows = read_struct_array(WRITTEN_BY_SCIPY, "synsets", ("ILSVRC2012_ID", "WNID", "num_children", "children"))
+    assert [row["ILSVRC2012_ID"] for row in rows] == [[1], [2], [1001]]
+    assert [row["WNID"] for row in rows] == ["n02119789", "n02100735", "n00001740"]
+    assert [row["children"] for row in rows] == [[], [], [1, 2, 300]]
+
+
+def test_classes_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("dog\r\n cat\n\n")
+    assert read_classes(path) == ("dog", "cat")
+    for content, sentence in (("", "is empty"), ("a\n\nb", "empty line"), ("a\nb\na\n", "'a' twice")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=sentence):
+            read_classes(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_classes(tmp_path / "none")
+
+
+def test_the_kinds() -> None:
+    assert recognise("builtin") == "builtin"
+    with pytest.raises(DataError, match="exclude each other"):
+        open_source("builtin", kind="tar", split=None, classes=None, devkit=None, builtin=BUILTIN)
