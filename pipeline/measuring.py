@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ _RANK_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+LONGEST_REASON = 300  # characters of a run's last words
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,10 @@ def _reason(returncode: int, log: Path) -> str:
         return f"The run was killed by {name}{hint}; its output is in {log}."
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line.partition("error: ")[2] for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
-    said = errors[-1] if errors else f"{lines[-1]} (output: {log})" if lines else f"It said nothing (output: {log})"
-    return f"{said} (exit code {returncode})"
+    if errors:
+        return f"{errors[-1]} (exit code {returncode})"
+    last_words = textwrap.shorten(lines[-1], LONGEST_REASON) if lines else "It said nothing"
+    return f"{last_words} (exit code {returncode}; its output is in {log})"
 
 
 def _command_line() -> str:
