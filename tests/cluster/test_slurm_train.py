@@ -25,6 +25,7 @@ KEYS = (
     "trainer.validate_every_steps=0",
     "trainer.checkpoint_every_steps=3",
     "cluster.accelerator=cpu",
+    "cluster.num_threads=1",
     "cluster.timeout_seconds=60",
 )
 PREPARE_KEYS = ("source=builtin", "out=shards/builtin", "num_images=80", "num_classes=2", "short_side=32")
@@ -60,9 +61,9 @@ def ledger(checkout: Path) -> dict[str, Any]:
 
 
 def training_steps(checkout: Path) -> list[int]:
-    """`trainer/step` of every row of metrics.jsonl that holds a training loss, in the order written."""
+    """The step of every row of metrics.jsonl that holds a training loss, in the order written."""
     rows = [json.loads(line) for line in (checkout / "runs/small/metrics.jsonl").read_text().splitlines()]
-    return [row["trainer/step"] for row in rows if "train/loss" in row]
+    return [row["step"] for row in rows if "train/loss" in row]
 
 
 def contents(directory: Path) -> dict[str, str]:
