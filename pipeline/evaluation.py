@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from pipeline.data.loader import ShardData
+from pipeline.data.loader import choose_num_workers, evaluation_loader
 from pipeline.data.store import ShardIndex
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.files import write_json_atomic
@@ -102,18 +102,20 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
     """
     model = weights.model.eval().to(world.device, memory_format=world.compute.memory_format)  # type: ignore[call-overload]
     normalizer, metrics = Normalizer(config.input), ExactMetrics(weights.num_outputs).to(world.device)
-    loader = ShardData.for_validation(
+    on_gpu = world.device.type == "cuda"
+    loader = evaluation_loader(
         index,
-        config.data,
         config.input,
+        batch_size=config.batch_per_rank,
         rank=world.rank,
         world_size=world.size,
-        local_world_size=world.ranks.local_world_size,
-        evaluation_batch=config.batch_per_rank,
-        pin_memory=world.device.type == "cuda",
-    ).val_dataloader()
+        num_workers=choose_num_workers(
+            config.data.num_workers, local_world_size=world.ranks.local_world_size, on_gpu=on_gpu
+        ),
+        pin_memory=on_gpu,
+    )
     for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
-        batch = Batch(*(getattr(Batch.of(loaded), name).to(world.device) for name in Batch.__dataclass_fields__))
+        batch = Batch.of(loaded).to(world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):
             logits_BK = model(normalizer(batch.images_BCHW, world.compute.memory_format))
         metrics.update(logits_BK, batch)

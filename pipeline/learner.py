@@ -60,6 +60,10 @@ class Batch:
             return cls(loaded["images_BCHW"], loaded["labels_B"], loaded["sample_ids_B"])
         return cls(*loaded[:3])
 
+    def to(self, device: torch.device) -> "Batch":
+        """On another device."""
+        return Batch(self.images_BCHW.to(device), self.labels_B.to(device), self.sample_ids_B.to(device))
+
 
 class Normalizer(nn.Module):
     """uint8 RGB pixels to what a network expects, on the device."""

@@ -113,7 +113,7 @@ class Recorder(pl.Callback):
         best_score: float | None = None,
     ) -> None:
         self.plan, self.ledger, self.loader = plan, ledger, loader
-        self.log, self.save = log, save
+        self.write_row, self.save_state = log, save
         self.plateau = plateau
         self.best_score = best_score
         self.clock = StepClock()
@@ -173,13 +173,13 @@ class Recorder(pl.Callback):
             self.best_score = score
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):
             self.flush()
-            self.save(step, score if is_best else None)
+            self.save_state(step, score if is_best else None)
             self.clock.restart()
 
     def flush(self) -> None:
         """Write the row that waited for its validation results."""
         if self._pending is not None:
-            self.log(*self._pending)
+            self.write_row(*self._pending)
             self._pending = None
 
     def summary(self) -> dict[str, float | int | str | None]:

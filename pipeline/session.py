@@ -1,8 +1,9 @@
 """One attempt at a run: the trainer, what it records, and what it leaves when it ends."""
 
+import logging
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from pipeline import startup
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
 from pipeline.config import TrainConfig
+from pipeline.data.batches import Quarantine
 from pipeline.errors import DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import Learner, StepResult
@@ -123,42 +125,55 @@ class Saver:
             self.io.keep_as_best(path, best_score, "val/top1")
 
 
-class BadSampleBudget(Callback):
-    """Names samples that were replaced because they do not decode, and stops the run beyond the budget.
+class BadSamples(Callback):
+    """Names pictures that do not decode, once each, and stops the run beyond the budget."""
 
-    The budget is a share of the split, so that the first bad picture of a run does not decide alone.
-    """
-
-    def __init__(self, max_fraction: float, num_samples: int, describe: Callable[[int], str]) -> None:
-        self.allowed = int(max_fraction * num_samples)
-        self.max_fraction, self.describe = max_fraction, describe
-        self.bad: dict[int, str] = {}
+    def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
+        self.quarantine = Quarantine(num_samples, max_bad_fraction)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look at what the loader replaced. Raises DataError beyond the budget; the other ranks end with this one."""
+        """Raises DataError beyond the budget; the other ranks end with this one."""
         del trainer, pl_module, batch_idx
-        self.add(batch["replaced_ids_R"].tolist())
+        for sample in self.quarantine.add(batch.bad):
+            print(f"warning: another picture takes the place of {sample.reason}", file=sys.stderr, flush=True)
 
-    def add(self, sample_ids: list[int]) -> None:
-        """These did not decode. Raises DataError beyond the budget."""
-        for sample_id in sample_ids:
-            if sample_id not in self.bad:
-                self.bad[sample_id] = self.describe(sample_id)
-                print(f"warning: picture does not decode, another takes its place: {self.bad[sample_id]}", flush=True)
-        if len(self.bad) > self.allowed:
-            named = "; ".join(list(self.bad.values())[:5])
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation result that leaves pictures out is refused: it would not be this split's."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        if batch.bad:
             raise DataError(
-                f"{len(self.bad)} pictures do not decode, and data.max_bad_fraction={self.max_fraction} allows"
-                f" {self.allowed}: {named}. Mend the shards with `prepare`, or raise the fraction."
+                f"Validation cannot use {'; '.join(sample.reason for sample in batch.bad[:5])}: a result without it"
+                " would be another split's. Prepare the split again without it."
             )
+
+
+def quieten() -> None:
+    """Silence what Lightning 2.6 says of itself; errors and our own lines stay."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*`srun` command is available.*",  # ranks are started by us, or by srun
+        ".*LeafSpec.*",  # Lightning 2.6.6 against torch 2.14, 2026-11
+        ".*does not have many workers.*",  # chosen from the cores
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def make_trainer(
     config: TrainConfig, world: World, plan: Plan, start_step: int, callbacks: list[Callback]
 ) -> pl.Trainer:
     """Lightning's trainer for the steps that remain. It saves, logs and requeues nothing by itself."""
+    quieten()
     strategy = MeteredDDPStrategy(
         meter=world.meter,
         hook=config.comm.hook,
@@ -184,6 +199,7 @@ def make_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        default_root_dir=config.run_root,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -223,13 +223,18 @@ def fit(
     """
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
-    ledger = Ledger(world.meter, owed, world.placement, attempt=run.attempt - 1)
+    ledger = Ledger(world.meter, owed, world.placement, attempt=run.attempt)
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], _previous_ledger(run.directory))
     _announce(config, world, shards, plan, start, sum(owed.values()))
-    plain_config = _plain(dataclasses.asdict(config))
-    arguments = {"rank": world.rank, "model": config.model.name, "config": plain_config, "resume_step": start.step}
-    with Tracker(run.directory, config.tracking, **arguments) as tracker:
+    with Tracker(
+        run.directory,
+        config.tracking,
+        rank=world.rank,
+        model=config.model.name,
+        config=_plain(dataclasses.asdict(config)),
+        resume_step=start.step,
+    ) as tracker:
         loader = TimedLoader(data.train_dataloader())
         persistence = session.Persistence(config, world, run.directory, ledger, plan)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
@@ -243,10 +248,11 @@ def fit(
             plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
             best_score=start.section.get("best_score"),
         )
-        num_samples = shards.training.num_samples
-        budget = session.BadSampleBudget(config.data.max_bad_fraction, num_samples, shards.training.describe)
+        bad_samples = session.BadSamples(shards.training.num_samples, config.data.max_bad_fraction)
         warm_up = session.BucketWarmUp(world, config.input.size)
-        trainer = session.make_trainer(config, world, plan, start.step, [warm_up, persistence, recorder, budget, *bars])
+        trainer = session.make_trainer(
+            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars]
+        )
         session.connect(trainer, learner, plan, recorder, persistence, saver)
         try:
             trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
