@@ -1,0 +1,102 @@
+"""The processes that make batches ahead of time.
+
+They come from a fork server, not by fork: a forked worker would hold copies of the rank's sockets, so that its peers
+would not notice for seconds that the rank was killed, and of locks that gloo's threads hold at that moment.
+
+Nothing here imports Lightning: what the fork server imports, every rank waits for when it starts.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.data.batches import LoadedBatch
+
+MAX_AUTOMATIC_WORKERS = 16
+PREFETCH_BATCHES = 2  # per worker
+# Slurm sends these to every process of a step; a rank decides what they mean, its workers work on.
+SIGNALS_FOR_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def choose_num_workers(configured: int | None, *, local_world_size: int, on_gpu: bool) -> int:
+    """DataLoader processes for a rank; 0: the rank decodes by itself.
+
+    Beside a GPU the cores are free for decoding. On the CPU the network takes some fifty times as long per picture as
+    its decoding, so a worker could only take cores from it; one is enough where there are many.
+    """
+    if configured is not None:
+        return configured
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    if on_gpu:
+        return min(MAX_AUTOMATIC_WORKERS, cores - 1)
+    return 1 if cores >= 8 else 0
+
+
+def make_loader(
+    dataset: Dataset[LoadedBatch], batches: Sampler, *, num_workers: int, pin_memory: bool
+) -> DataLoader[LoadedBatch]:
+    """A DataLoader over whole batches. It draws nothing from torch's global generator; its workers ignore signals."""
+    if num_workers:
+        _start_fork_server()
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_already_a_batch,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Iterating draws a seed for the workers; from the global generator it would shift the model's own numbers.
+        generator=torch.Generator().manual_seed(0),
+        multiprocessing_context="forkserver" if num_workers else None,
+        worker_init_fn=_start_worker,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=PREFETCH_BATCHES if num_workers else None,
+    )
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch
+
+
+def _start_fork_server() -> None:
+    """Start the fork server, which imports this wing once for all workers, deaf to the signals meant for ranks.
+
+    A blocked signal stays blocked in what is started meanwhile, and reaches this process when it is unblocked.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    with _blocked(signal.SIGUSR1, signal.SIGUSR2):
+        resource_tracker.ensure_running()  # of itself it ignores the others, and unblocks them here
+    with _blocked(*SIGNALS_FOR_RANKS):
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker_id: int) -> None:
+    """In a new worker. It ends when its rank closes the loader or is gone, whatever signals arrive."""
+    del worker_id
+    for number in SIGNALS_FOR_RANKS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@atexit.register
+def _kill_remaining_workers() -> None:
+    """Runs before multiprocessing's own clean-up, which sends daemons SIGTERM, ignored here, and waits for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
