@@ -1,0 +1,136 @@
+"""Each epoch is a permutation, each global batch a slice of it, and ranks only cut slices into stripes."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.order import (
+    PADDING,
+    BatchOrder,
+    dropped_per_epoch,
+    epoch_order,
+    evaluation_stripe,
+    steps_per_epoch,
+    stripe,
+)
+
+HASH = hashlib.sha256(b"an index").hexdigest()
+OTHER_HASH = hashlib.sha256(b"another index").hexdigest()
+
+seeds = st.integers(0, 2**63 - 1)
+epochs = st.integers(0, 10_000)
+
+
+def shards_of(num_samples: int, num_shards: int) -> np.ndarray:
+    return np.arange(num_samples, dtype=np.int32) * num_shards // max(1, num_samples)
+
+
+@given(
+    num_samples=st.integers(0, 500), seed=seeds, epoch=epochs, block=st.integers(0, 5), num_shards=st.integers(1, 20)
+)
+def test_an_epoch_is_a_permutation_and_a_pure_function(num_samples, seed, epoch, block, num_shards):
+    shards = shards_of(num_samples, num_shards)
+
+    def order() -> np.ndarray:
+        return epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH, block=block, shard_of_sample=shards)
+
+    first = order()
+    np.random.default_rng().random(7)  # nothing outside the arguments matters
+    assert first.dtype == np.int64
+    assert sorted(first.tolist()) == list(range(num_samples))
+    assert np.array_equal(first, order())
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_seed_epoch_and_index_each_change_the_order(block):
+    shards = shards_of(200, 10)
+
+    def order(**changed) -> tuple[int, ...]:
+        arguments = {"seed": 1, "epoch": 2, "index_hash": HASH, **changed}
+        return tuple(epoch_order(200, block=block, shard_of_sample=shards, **arguments))
+
+    variants = [order(), order(seed=2), order(epoch=1), order(seed=2, epoch=1), order(index_hash=OTHER_HASH)]
+    assert len(set(variants)) == len(variants)
+
+
+def test_the_order_stays_what_it_was_in_earlier_versions():
+    """A run begun with one version of the program or of NumPy may be resumed with another."""
+    order = epoch_order(8, seed=3, epoch=5, index_hash=HASH)
+    assert order.tolist() == [7, 6, 1, 3, 4, 0, 2, 5]
+    in_blocks = epoch_order(8, seed=3, epoch=5, index_hash=HASH, block=2, shard_of_sample=shards_of(8, 4))
+    assert in_blocks.tolist() == [3, 7, 2, 6, 4, 0, 5, 1]
+
+
+@given(num_shards=st.integers(1, 30), per_shard=st.integers(1, 9), block=st.integers(1, 8), seed=seeds)
+def test_a_block_shuffle_reads_from_few_shards_at_a_time(num_shards, per_shard, block, seed):
+    num_samples = num_shards * per_shard
+    shards = np.repeat(np.arange(num_shards), per_shard)
+    order = epoch_order(num_samples, seed=seed, epoch=0, index_hash=HASH, block=block, shard_of_sample=shards)
+    groups = [
+        set(shards[order[start : start + block * per_shard]]) for start in range(0, num_samples, block * per_shard)
+    ]
+    assert all(len(group) <= block for group in groups)
+    assert sum(map(len, groups)) == num_shards  # a shard is left behind before the next group begins
+
+
+def test_full_and_block_shuffle_put_every_sample_anywhere():
+    """Over many epochs each sample's mean place is the middle: 40 standard errors would be no accident."""
+    num_samples, num_epochs = 64, 400
+    shards = shards_of(num_samples, 8)
+    for block in (0, 2):
+        place = np.zeros(num_samples)
+        for epoch in range(num_epochs):
+            order = epoch_order(num_samples, seed=0, epoch=epoch, index_hash=HASH, block=block, shard_of_sample=shards)
+            place[order] += np.arange(num_samples) / num_epochs
+        standard_error = num_samples / np.sqrt(12 * num_epochs)
+        assert np.abs(place - (num_samples - 1) / 2).max() < 5 * standard_error
+
+
+@given(data=st.data(), seed=seeds, per_rank=st.integers(1, 4), tail=st.integers(0, 20))
+def test_steps_cover_each_epoch_once_and_drop_the_tail(data, seed, per_rank, tail):
+    global_batch = 6 * per_rank
+    num_steps = data.draw(st.integers(1, 5))
+    num_samples = num_steps * global_batch + tail % global_batch
+    order = BatchOrder(num_samples=num_samples, global_batch=global_batch, seed=seed, index_hash=HASH)
+    assert order.steps_per_epoch == steps_per_epoch(num_samples, global_batch) == num_steps
+    assert dropped_per_epoch(num_samples, global_batch) == tail % global_batch
+    for epoch in range(2):
+        steps = range(epoch * num_steps, (epoch + 1) * num_steps)
+        assert {order.epoch_of(step) for step in steps} == {epoch}
+        shown = np.concatenate([order.batch_samples(step) for step in steps])
+        whole = epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH)
+        assert np.array_equal(shown, whole[: num_steps * global_batch])
+
+
+@given(step=st.integers(0, 200), start=st.integers(0, 200))
+def test_a_step_is_the_same_from_wherever_the_run_came(step, start):
+    def order() -> BatchOrder:
+        return BatchOrder(num_samples=37, global_batch=12, seed=1, index_hash=HASH)
+
+    came_from_elsewhere = order()
+    came_from_elsewhere.batch_samples(start)
+    assert np.array_equal(order().batch_samples(step), came_from_elsewhere.batch_samples(step))
+
+
+@given(world_size=st.integers(1, 9), accumulate=st.integers(1, 4), per_stripe=st.integers(1, 5))
+def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(world_size, accumulate, per_stripe):
+    batch = np.random.default_rng(0).permutation(world_size * accumulate * per_stripe)
+    stripes = [
+        stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate)
+        for micro in range(accumulate)
+        for rank in range(world_size)
+    ]
+    assert {len(one) for one in stripes} == {per_stripe}
+    assert np.array_equal(np.concatenate(stripes), batch)  # the sequence, not only the set
+
+
+@given(num_samples=st.integers(0, 100), world_size=st.integers(1, 12))
+def test_evaluation_stripes_hold_each_sample_once_and_are_equally_long(num_samples, world_size):
+    stripes = [evaluation_stripe(num_samples, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(one) for one in stripes}) == 1
+    everything = np.concatenate(stripes)
+    assert sorted(everything[everything != PADDING].tolist()) == list(range(num_samples))
+    assert (everything == PADDING).sum() < world_size
