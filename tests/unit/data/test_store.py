@@ -1,0 +1,380 @@
+"""The index finds every sample, refuses every damaged shard by name, and its hash says what was indexed."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures_on_disk import picture
+from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
+
+from pipeline.data import store
+from pipeline.data.manifest import Manifest
+from pipeline.data.store import CACHE_DIRECTORY, ShardIndex
+from pipeline.errors import DataError
+
+BLOCK = 512
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", train=(4, 5), val=(3,))
+
+
+def refused(root: Path, split: str = "train", **arguments: str) -> str:
+    with pytest.raises(DataError) as caught:
+        ShardIndex.open(root, split, **arguments)
+    return str(caught.value)
+
+
+def one_foreign_shard(root: Path, content: bytes) -> Path:
+    root.mkdir(exist_ok=True)
+    (root / "train-000000.tar").write_bytes(content)
+    return root
+
+
+def tar_with(*members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def num_open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+# What is indexed
+
+
+def test_every_sample_is_found_with_its_bytes(root):
+    index = ShardIndex.open(root, "train")
+    assert (index.num_samples, len(index), index.num_classes, index.classes) == (9, 9, 4, CLASSES)
+    for sample_id, sample in enumerate(samples_of(0, 9)):
+        assert index.read(sample_id) == sample["jpg"]
+        assert index.label(sample_id) == sample_id % 4
+        assert index.sample_key(sample_id) == sample["__key__"]
+        assert index.shard_name(sample_id) == f"train-{int(sample_id >= 4):06d}.tar"
+    assert ShardIndex.open(root, "val").num_samples == 3
+
+
+def test_the_hash_is_of_the_content_wherever_it_lies(root, tmp_path):
+    index = ShardIndex.open(root, "train")
+    moved = write_shards(tmp_path / "elsewhere", train=(4, 5))
+    os.utime(moved / "train-000000.tar", (1, 1))
+    assert ShardIndex.open(moved, "train").index_hash == index.index_hash
+    assert ShardIndex.open(write_shards(tmp_path / "other", train=(5, 4)), "train").index_hash != index.index_hash
+    assert ShardIndex.open(root, "val").index_hash != index.index_hash
+
+
+def test_an_index_works_in_another_process_and_again_after_closing(root):
+    index = ShardIndex.open(root, "train")
+    index.read(0)
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy.index_hash == index.index_hash and copy.read(8) == index.read(8)
+    index.close()
+    assert index.read(0) == copy.read(0)
+
+
+def test_open_files_are_bounded_and_closed_with_the_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 2)
+    index = ShardIndex.open(write_shards(tmp_path / "shards", train=(1,) * 6), "train")
+    before = num_open_files()
+    for sample_id in [0, 1, 2, 3, 4, 5, 0, 5]:
+        assert index.read(sample_id) == samples_of(sample_id, 1)[0]["jpg"]
+    assert num_open_files() == before + 2
+    del index
+    assert num_open_files() == before
+
+
+def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_of_the_sample(root):
+    index = ShardIndex.open(root, "train")
+    with (root / "train-000000.tar").open("r+b") as file:
+        file.truncate(700)
+    with pytest.raises(OSError, match="bytes could be read"):
+        index.read(0)
+    (root / "train-000001.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        index.read(8)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_writer_are_understood(tmp_path, format):
+    """Folders, long names, capitals, other members: as foreign shards have them."""
+    long, jpeg = f"{'d' * 80}/{'k' * 90}", picture(1)
+    if format == tarfile.PAX_FORMAT:
+        long += "ü"
+    root = one_foreign_shard(
+        tmp_path,
+        tar_with(
+            ("n01/a.JPEG", jpeg),
+            ("n01/a.cls", b" 2\n"),
+            ("n01/a.json", b"{}"),
+            ("n01/a.seg.png", b"not the picture"),
+            (f"{long}.cls", b"7"),
+            (f"{long}.png", picture(2, encoding="PNG")),
+            ("README", b"hello"),
+            format=format,
+        ),
+    )
+    index = ShardIndex.open(root, "train")
+    assert [index.sample_key(i) for i in range(2)] == ["n01/a", long]
+    assert (index.label(0), index.label(1), index.num_classes, index.classes) == (2, 7, 8, None)
+    assert index.read(0) == jpeg and index.read(1) == picture(2, encoding="PNG")
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(
+    names=st.lists(st.text("ab/ü ", min_size=1, max_size=120).filter(lambda n: n.strip("/ ")), max_size=6, unique=True)
+)
+def test_offsets_and_names_are_those_of_tarfile(tmp_path_factory, format, names):
+    keys = [f"s{number}/{name.strip('/ ')}" for number, name in enumerate(names) if "//" not in name]
+    members = [
+        member for n, key in enumerate(keys) for member in ((f"{key}.jpg", key.encode() * n), (f"{key}.cls", b"0"))
+    ]
+    content = tar_with(*members, format=format)
+    path = tmp_path_factory.mktemp("tar") / "one.tar"
+    path.write_bytes(content)
+    found = store.index_shard(path)
+    assert [bytes(key).decode() for key in found.keys] == keys
+    for key, offset, length in zip(keys, found.offsets, found.lengths, strict=True):
+        with tarfile.open(path) as tar:
+            member = tar.getmember(f"{key}.jpg")
+        assert (offset, length) == (member.offset_data, member.size)
+
+
+def test_foreign_shards_by_prefix_or_by_braces(root):
+    (root / "manifest.json").unlink()
+    by_prefix = ShardIndex.open(root, "train")
+    by_braces = ShardIndex.open(root, "train-{000000..000001}.tar")
+    assert by_prefix.num_samples == by_braces.num_samples == 9
+    assert by_prefix.index_hash == by_braces.index_hash
+    assert ShardIndex.open(root, "train-000001.tar").num_samples == 5
+    assert "train-000002.tar" in refused(root, "train-{000000..000002}.tar")
+
+
+# The cache
+
+
+def test_the_second_opening_reads_no_tar(root):
+    first = ShardIndex.open(root, "train")
+    times = [(root / shard.name).stat().st_mtime_ns for shard in first.shards]
+    for shard, time in zip(first.shards, times, strict=True):
+        (root / shard.name).write_bytes(bytes(shard.bytes))  # nothing is left to scan
+        os.utime(root / shard.name, ns=(time, time))
+    second = ShardIndex.open(root, "train")
+    assert second.index_hash == first.index_hash
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c.replace(b"known", b"knuwn")])
+def test_a_damaged_cache_is_made_anew(root, damage: Callable[[bytes], bytes]):
+    expected = ShardIndex.open(root, "train").index_hash
+    (cache,) = (root / CACHE_DIRECTORY).iterdir()
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert ShardIndex.open(root, "train").index_hash == expected
+    with np.load(cache, allow_pickle=False) as archive:
+        assert str(archive["index_hash"]) == expected
+
+
+def test_a_cache_of_other_shards_is_not_believed(root):
+    ShardIndex.open(root, "train")
+    write_tar(root / "train-000001.tar", samples_of(100, 6))
+    write_manifest(root, {"train": {"train-000000.tar": 4, "train-000001.tar": 6}})
+    index = ShardIndex.open(root, "train")
+    assert index.num_samples == 10 and index.read(9) == samples_of(105, 1)[0]["jpg"]
+
+
+def test_a_root_that_cannot_be_written_is_indexed_all_the_same(root):
+    (root / CACHE_DIRECTORY).write_bytes(b"a file where the directory should be")
+    assert ShardIndex.open(root, "train").num_samples == 9
+
+
+# What is refused
+
+
+def test_all_missing_shards_are_named(root):
+    for number in range(2):
+        (root / f"train-{number:06d}.tar").unlink()
+    message = refused(root)
+    assert "2 of 2" in message and "train-000000.tar" in message and "train-000001.tar" in message
+
+
+@pytest.mark.parametrize(
+    ("cut", "found"),
+    [
+        pytest.param(lambda size: 0, "0 bytes", id="empty"),
+        pytest.param(lambda size: 300, "300 bytes", id="inside a header"),
+        pytest.param(lambda size: 600, "600 bytes", id="inside data"),
+        pytest.param(lambda size: 3 * BLOCK, "1536 bytes", id="between picture and label"),
+        pytest.param(lambda size: size - 10240, "bytes", id="at the end of a member or without end mark"),
+    ],
+)
+def test_a_shard_cut_short_contradicts_its_manifest(root, cut, found):
+    path = root / "train-000001.tar"
+    size = path.stat().st_size
+    os.truncate(path, cut(size))
+    message = refused(root)
+    assert "train-000001.tar" in message and found in message and str(size) in message
+
+
+def cut_points(content: bytes) -> dict[str, int]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        members = tar.getmembers()
+    last = members[-1]
+    end = last.offset_data + -(-last.size // BLOCK) * BLOCK
+    return {
+        "empty": 0,
+        "inside a header": members[2].offset + 100,
+        "inside data": members[2].offset_data + 3,
+        "between picture and label": members[3].offset,
+        "at the end of a member": members[4].offset,
+        "without end mark": end,
+    }
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "empty",
+        "inside a header",
+        "inside data",
+        "between picture and label",
+        "at the end of a member",
+        "without end mark",
+    ],
+)
+def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path, where):
+    content = write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes()
+    root = one_foreign_shard(tmp_path / "shards", content[: cut_points(content)[where]])
+    message = refused(root)
+    assert "train-000000.tar" in message and "cut short" in message
+
+
+def test_a_wrong_number_of_samples_is_noticed(root):
+    write_manifest(root, {"train": {"train-000000.tar": 4, "train-000001.tar": 6}})
+    message = refused(root)
+    assert "train-000001.tar" in message and "holds 5 samples" in message and "says 6" in message
+
+
+def test_a_flipped_byte_is_found_by_its_hash(root):
+    path = root / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[BLOCK + 200] ^= 1  # inside the first picture
+    path.write_bytes(content)
+    ShardIndex.open(root, "train")  # the size alone cannot tell
+    message = refused(root, verify="sha256")
+    expected = Manifest.load(root).splits["train"].shards[1].sha256
+    assert "train-000001.tar" in message and expected in message
+
+
+def test_sound_shards_pass_the_hash(root):
+    assert ShardIndex.open(root, "train", verify="sha256").num_samples == 9
+
+
+def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path):
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
+    content[cut_points(bytes(content))["between picture and label"] + 2] ^= 1
+    message = refused(one_foreign_shard(tmp_path / "shards", bytes(content)))
+    assert "damaged tar header" in message and "train-000000.tar" in message
+
+
+@pytest.mark.parametrize("label", ["", "cat", "1.5", "9" * 40, "99999999999999999999", "-1", "4", "4294967296", "0x1"])
+def test_a_bad_label_is_named_with_key_and_shard(root, label):
+    name = "train-000001.tar"
+    write_tar(root / name, [*samples_of(4, 2), {"__key__": "the-bad-one", "jpg": picture(0), "cls": label}])
+    write_manifest(root, {"train": {"train-000000.tar": 4, name: 3}})
+    message = refused(root)
+    assert "the-bad-one" in message and name in message
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        pytest.param([("a.jpg", b"x")], "'a' of shard train-000000.tar has no label", id="no label"),
+        pytest.param([("a.cls", b"1")], "'a' of shard train-000000.tar has no picture", id="no picture"),
+        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpeg", b"y")], "'a' twice", id="two pictures"),
+        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], "'a' twice", id="two labels"),
+        pytest.param([("../a.jpg", b"x")], "leaves the archive", id="parent"),
+        pytest.param([("b/../../a.txt", b"x")], "leaves the archive", id="parent inside"),
+        pytest.param([("/etc/a.jpg", b"x")], "leaves the archive", id="absolute"),
+        pytest.param([(f"{'k' * 300}.jpg", b"x")], "key of 300 bytes", id="endless key"),
+        pytest.param([("a.txt", b"x")], "no sample", id="no sample at all"),
+    ],
+)
+def test_shards_that_no_honest_writer_makes_are_refused(tmp_path, members, complaint):
+    root = one_foreign_shard(tmp_path, tar_with(*members, format=tarfile.PAX_FORMAT))
+    assert complaint in refused(root)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    assert "only regular files" in refused(one_foreign_shard(tmp_path, buffer.getvalue()))
+
+
+def test_a_size_of_exabytes_is_refused_at_once(tmp_path):
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 2**63
+    message = refused(one_foreign_shard(tmp_path, info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK)))
+    assert "cut short" in message and str(2**63 + BLOCK) in message
+
+
+def test_two_tars_joined_into_one_are_not_half_read(tmp_path):
+    whole = tar_with(("a.jpg", b"x"), ("a.cls", b"1"))
+    assert "after the end mark" in refused(one_foreign_shard(tmp_path, whole + whole))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path, seed):
+    """Whatever bytes are flipped, the answer is an index of existing bytes or a DataError, never another exception."""
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
+    generator = np.random.default_rng(seed)
+    for attempt in range(60):
+        damaged = bytearray(content)
+        for place in generator.integers(0, len(content), 3):
+            damaged[place] = generator.integers(256)
+        root = one_foreign_shard(tmp_path / str(attempt), bytes(damaged))
+        try:
+            index = ShardIndex.open(root, "train")
+        except DataError as error:
+            assert "train-000000.tar" in str(error)
+        else:
+            assert all(len(index.read(sample_id)) for sample_id in range(index.num_samples))
+
+
+def test_what_is_not_there_is_said(root, tmp_path):
+    assert "is not a directory" in refused(tmp_path / "nowhere")
+    assert "train, val" in refused(root, "test")
+    (tmp_path / "empty").mkdir()
+    assert "no tar at all" in refused(tmp_path / "empty")
+    (root / "manifest.json").unlink()
+    assert "train-000000.tar .. val-000000.tar" in refused(root, "test")
+
+
+def test_shards_that_prepare_has_not_finished_are_not_taken_for_foreign_ones(root):
+    (root / "manifest.json").unlink()
+    (root / ".prepare").mkdir()
+    assert "unfinished" in refused(root)
+
+
+def test_another_process_gets_the_same_index(root):
+    expected = ShardIndex.open(root, "train").index_hash
+    program = "import sys; from pipeline.data.store import ShardIndex; print(ShardIndex.open(*sys.argv[1:]).index_hash)"
+    command = [sys.executable, "-c", program, str(root), "train"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert printed.strip() == expected
