@@ -22,7 +22,7 @@ VERSION = 1
 SIZES = ((375, 500), (333, 500), (500, 375), (400, 500), (300, 400), (480, 640))
 """(height, width) in pixels, and how often each occurs: the common ones of ImageNet."""
 SIZE_SHARES = (0.45, 0.15, 0.15, 0.10, 0.10, 0.05)
-JPEG_QUALITY = 90
+JPEG_QUALITY = 91
 EXPECTED_BYTES = 106_000
 """What a file is planned with before it exists."""
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -56,17 +56,17 @@ class BuiltinPictures:
         pixels_HWC = coverage_HW[:, :, None] * (figure - ground) + ground
         _light(pixels_HWC, rng)
         _clutter(pixels_HWC, rng)
-        noise_HW = rng.standard_normal((height, width), dtype=np.float32) * np.float32(rng.uniform(10, 26))
+        noise_HW = rng.standard_normal((height, width), dtype=np.float32) * np.float32(rng.uniform(13, 30))
         pixels_HWC += noise_HW[:, :, None]
         return np.clip(pixels_HWC, 0, 255, out=pixels_HWC).astype(np.uint8)
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
     """Two random colours whose brightness differs clearly, in random order."""
-    middle, difference = rng.uniform(105, 150), rng.uniform(90, 150)
+    middle, difference = rng.uniform(110, 145), rng.uniform(110, 150)
     colours = []
     for brightness in rng.permutation((middle - difference / 2, middle + difference / 2)):
-        tint = rng.uniform(-50, 50, 3).astype(np.float32)
+        tint = rng.uniform(-40, 40, 3).astype(np.float32)
         colours.append(tint - LUMA @ tint + np.float32(brightness))
     return colours[0], colours[1]
 
@@ -74,7 +74,7 @@ def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
 def _light(pixels_HWC: Plane, rng: np.random.Generator) -> None:
     """Brighten one side and darken the opposite one, in place."""
     height, width, _ = pixels_HWC.shape
-    slope_y, slope_x = rng.uniform(-0.15, 0.15, 2)
+    slope_y, slope_x = rng.uniform(-0.12, 0.12, 2)
     rows_H = np.linspace(1 - slope_y, 1 + slope_y, height, dtype=np.float32)
     columns_W = np.linspace(1 - slope_x, 1 + slope_x, width, dtype=np.float32)
     pixels_HWC *= (rows_H[:, None] * columns_W)[:, :, None]
@@ -84,7 +84,7 @@ def _clutter(pixels_HWC: Plane, rng: np.random.Generator) -> None:
     """Cover up to three rectangles or ellipses with plain colours, in place."""
     height, width, _ = pixels_HWC.shape
     for _ in range(rng.integers(0, 4)):
-        half_height, half_width = (rng.uniform(0.05, 0.16, 2) * (height, width)).astype(int)
+        half_height, half_width = (rng.uniform(0.04, 0.12, 2) * (height, width)).astype(int)
         top, left = rng.integers(0, (height - 2 * half_height, width - 2 * half_width))
         window_HWC = pixels_HWC[top : top + 2 * half_height, left : left + 2 * half_width]
         colour = rng.uniform(0, 255, 3).astype(np.float32)

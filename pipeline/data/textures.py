@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 Plane = npt.NDArray[np.floating[Any]]
 """Float32 in fact; numpy's own types do not follow arithmetic that closely."""
@@ -17,13 +18,13 @@ Texture = Callable[[Plane, Plane, np.random.Generator], Plane]
 
 EDGE = 12.0
 """Steepness of an edge, coverage per period: soft enough not to ring in JPEG, sharp enough to be seen as an edge."""
-TILT_RADIANS = 0.10
+TILT_RADIANS = 0.06
 """Textures are tilted by at most this much, so that no pixel row or column is an exact replica of another."""
 
 
 def draw(name: str, height: int, width: int, rng: np.random.Generator) -> Plane:
     """Coverage `(height, width)` of the texture called `name`, its period, phase and tilt drawn from `rng`."""
-    period_pixels = min(height, width) * rng.uniform(1 / 9, 1 / 5)
+    period_pixels = min(height, width) * rng.uniform(1 / 8, 1 / 5)
     tilt = rng.uniform(-TILT_RADIANS, TILT_RADIANS)
     phase_u, phase_v = rng.uniform(0, 64, 2)
     cosine, sine = np.float32(np.cos(tilt) / period_pixels), np.float32(np.sin(tilt) / period_pixels)
@@ -50,12 +51,14 @@ def _stripes(position: Plane, rng: np.random.Generator) -> Plane:
 
 def _blobs(u_HW: Plane, v_HW: Plane, rng: np.random.Generator) -> Plane:
     """Camouflage: eight plane waves of random directions, added and cut at zero."""
-    total = np.zeros_like(u_HW)
+    coarse_u, coarse_v = u_HW[::4, ::4], v_HW[::4, ::4]  # it is smooth, and sines are slow
+    total = np.zeros_like(coarse_u)
     for angle, phase in zip(np.arange(8) * (np.pi / 8), rng.uniform(0, 2 * np.pi, 8), strict=True):
         frequency = np.float32(2 * np.pi * rng.uniform(0.4, 0.7))
         direction_u, direction_v = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        total += np.sin((u_HW * direction_u + v_HW * direction_v) * frequency + np.float32(phase))
-    return _edge(total, 1.5)
+        total += np.sin((coarse_u * direction_u + coarse_v * direction_v) * frequency + np.float32(phase))
+    height, width = u_HW.shape
+    return _edge(np.asarray(Image.fromarray(total).resize((width, height), Image.Resampling.BICUBIC)), 1.5)
 
 
 def _bricks(u_HW: Plane, v_HW: Plane, rng: np.random.Generator) -> Plane:
