@@ -53,4 +53,5 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 
 .PHONY: bench
 bench: venv ## the published figures, measured here; an hour and a quiet machine
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
+		name=$$(basename "$$script" .py); echo "== $$name"; $(PY) -m "benchmarks.$$name"; done
