@@ -266,15 +266,19 @@ class CommConfig:
 
     meter: bool = True
     """Record every collective. Off only to measure what the recording costs."""
-    bucket_megabytes: float = 25.0
-    """DDP's bucket_cap_mb, in MiB as torch counts it; its first bucket is 1 MiB regardless."""
+    bucket_megabytes: float | None = None
+    """DDP's bucket_cap_mb, in MiB as torch counts it, for every bucket. Null: torch's default, a first bucket of 1 MiB
+    and 25 MiB after it."""
     hook: str = "none"
     """Compression of gradients on the wire: `none`, `fp16`, `bf16`."""
     find_unused_parameters: bool = False
 
     def __post_init__(self) -> None:
         one_of("comm.hook", self.hook, ("none", "fp16", "bf16"))
-        require(self.bucket_megabytes > 0, f"comm.bucket_megabytes={self.bucket_megabytes} must be positive.")
+        require(
+            self.bucket_megabytes is None or self.bucket_megabytes > 0,
+            f"comm.bucket_megabytes={self.bucket_megabytes} must be positive, or null for torch's default.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
