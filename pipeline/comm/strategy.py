@@ -106,7 +106,7 @@ class MeteredDDPStrategy(DDPStrategy):
     `startup` before and after all that. What Lightning issues through the strategy counts as `lightning` unless an
     origin is set around it; what nobody claims is `other`.
 
-    bucket_megabytes: DDP's bucket_cap_mb (MiB); its first bucket is 1 MiB regardless. Further keywords are
+    bucket_megabytes: DDP's bucket_cap_mb (MiB), the first bucket included; None: torch's default. Further keywords are
     DDPStrategy's: cluster_environment, process_group_backend, timeout, accelerator, parallel_devices, ...
     """
 
