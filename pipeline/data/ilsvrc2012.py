@@ -49,9 +49,11 @@ def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | No
     Raises:
         DataError: an archive is damaged, the devkit is missing or does not fit the pictures.
     """
+    if not (archives := _archives(path)):
+        raise DataError(f"source={path} holds neither {TRAIN_ARCHIVE} nor {VAL_ARCHIVE}, which kind=ilsvrc2012 reads.")
     splits: dict[str, list[SourceImage]] = {}
     found: set[str] = set()
-    for archive in _archives(path):
+    for archive in archives:
         is_train = _is_train(archive)
         if split is not None and split != ("train" if is_train else "val"):
             continue
@@ -63,7 +65,7 @@ def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | No
             splits["val"] = list(_val_images(archive, wnids, truth))
             found |= set(wnids.values())
     if not splits:
-        raise DataError(f"split={split} is not in source={path}, which holds {[a.name for a in _archives(path)]}.")
+        raise DataError(f"split={split} is not in source={path}, which holds {', '.join(a.name for a in archives)}.")
     return Source(
         kind="ilsvrc2012",
         classes=check_classes(path, found, classes),

@@ -59,9 +59,12 @@ def open_source(
     if kind == "builtin":
         return open_builtin(builtin, split, classes)
     path = Path(source)
-    if kind == "ilsvrc2012":
-        return open_ilsvrc2012(path, split, classes, devkit)
-    return open_folders(path, split, classes) if kind == "folders" else open_tar(path, split, classes)
+    try:
+        if kind == "ilsvrc2012":
+            return open_ilsvrc2012(path, split, classes, devkit)
+        return open_folders(path, split, classes) if kind == "folders" else open_tar(path, split, classes)
+    except OSError as error:
+        raise DataError(f"source={source} cannot be read as kind={kind}: {error}. Check its permissions.") from error
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -92,6 +92,8 @@ def open_tar(path: Path, split: str | None, classes: tuple[str, ...] | None) -> 
     Raises:
         DataError: as `open_folders`, and if the archive is compressed, damaged or cut short.
     """
+    if not path.is_file():
+        raise DataError(f"source={path} is not a file, so kind=tar cannot read it.")
     mtime_ns = path.stat().st_mtime_ns
     images = ((member.name, str(path), member.offset_data, member.size, mtime_ns) for member in tar_members(path))
     return _sorted_out("tar", path, images, split, classes)

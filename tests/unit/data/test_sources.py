@@ -11,7 +11,7 @@ from pipeline.data.builtin import BuiltinPictures
 from pipeline.data.ilsvrc2012 import read_devkit
 from pipeline.data.matfile import read_struct_array
 from pipeline.data.opening import open_source, read_classes, recognise
-from pipeline.data.sources import Source, tar_members
+from pipeline.data.sources import Kind, Source, tar_members
 from pipeline.errors import DataError
 
 COUNTS = {"cat": 3, "dog": 2}
@@ -262,3 +262,12 @@ def test_the_kinds() -> None:
     assert recognise("builtin") == "builtin"
     with pytest.raises(DataError, match="exclude each other"):
         open_source("builtin", kind="tar", split=None, classes=None, devkit=None, builtin=BUILTIN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [("tar", "is not a file"), ("ilsvrc2012", "holds neither ILSVRC2012_img_train.tar")]
+)
+def test_a_kind_that_the_source_is_not(tmp_path: Path, kind: Kind, sentence: str) -> None:
+    write_files(tmp_path, pictures(COUNTS))
+    with pytest.raises(DataError, match=sentence):
+        open_source(str(tmp_path), kind=kind, split=None, classes=None, devkit=None, builtin=BUILTIN)
