@@ -86,11 +86,17 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        table = RichTable(
+            title=self.title or None,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            title_style="bold",
+            padding=(0, 1, 0, 0),
+        )
         shown = [column.short != "" for column in self.columns]
         for column in itertools.compress(self.columns, shown):
             title = column.title if column.short is None else column.short
-            table.add_column(title, justify="right" if column.numeric else "left", no_wrap=column.numeric)
+            table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
         styles = {"baseline": "bold", "failed": "red"}
         for row in self.rows:
             # Text, not str: a name in square brackets is no markup.

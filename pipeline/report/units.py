@@ -43,7 +43,7 @@ def format_rate(rate: float | None) -> str:
     """Something per second, three significant digits, thousands grouped."""
     if rate is None:
         return MISSING
-    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:.3g}"
+    return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:#.3g}"
 
 
 def format_times(factor: float | None) -> str:
