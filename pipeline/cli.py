@@ -42,6 +42,9 @@ def run_command(
     except UserError as error:
         _print_error(f"error: {error}")
         code = error.exit_code
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.DONE
     except KeyboardInterrupt:
         _print_error("interrupted")
         code = 130  # the shell's code for SIGINT
@@ -221,11 +224,14 @@ def _run_hydra_application(
 ) -> ExitCode | int:
     """Hand flags (--cfg, --info, --multirun, ...) to Hydra itself. No directory is ever named by the clock."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     codes: list[int] = []
 
     def task(configuration: Any) -> None:
+        # The ranks a command starts are given its command line: this job's part of it, without Hydra's own flags.
+        sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 

@@ -1,6 +1,8 @@
 """What is decided once, before the first step: devices, precision, and how many steps mean what."""
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -139,13 +141,26 @@ def make_plan(trainer: TrainerConfig, batch: BatchConfig, num_samples: int, worl
     )
 
 
-def set_threads(cluster: ClusterConfig, local_world_size: int) -> int:
-    """Compute threads of this rank on the CPU: as configured, or the cores it may use over the ranks beside it."""
-    import os
+def choose_num_threads(
+    configured: int | None, environment: Mapping[str, str], num_cores: int, local_world_size: int
+) -> int:
+    """Compute threads of a rank on the CPU.
 
+    As configured; else as OMP_NUM_THREADS or Slurm (cores of a task) say; else its share of the `num_cores` this
+    process may use.
+    """
+    for value in (configured, environment.get("OMP_NUM_THREADS"), environment.get("SLURM_CPUS_PER_TASK")):
+        if value is not None and str(value).isdigit() and int(value) > 0:
+            return int(value)
+    return max(1, num_cores // local_world_size)
+
+
+def set_threads(cluster: ClusterConfig, local_world_size: int) -> int:
+    """Tell torch; returns the number of threads."""
     import torch
 
-    num_threads = cluster.num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    num_cores = len(os.sched_getaffinity(0))
+    num_threads = choose_num_threads(cluster.num_threads, os.environ, num_cores, local_world_size)
     torch.set_num_threads(num_threads)
     return num_threads
 

@@ -26,9 +26,9 @@ def train(config: TrainConfig) -> int:
     from pipeline import training
 
     with training.join(config, ranks) as world:
-        run = training.open_run(config, world)
         shards = training.open_shards(config, world)
         plan = training.plan_steps(config, world, shards)
+        run = training.open_run(config, world)
         start = training.find_start(config, world, run)
         if start.step >= plan.num_steps:
             world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")

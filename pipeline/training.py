@@ -45,26 +45,27 @@ def join(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
         yield joined
 
 
-@dataclass
-class Run:
-    """The run directory, and which attempt at it this is (from 1)."""
+def open_run(config: TrainConfig, world: World) -> RunDirectory:
+    """Rank 0 makes the run directory, takes its lock and proves that it can be written.
 
-    directory: RunDirectory
-    attempt: int
-
-
-def open_run(config: TrainConfig, world: World) -> Run:
-    """Rank 0 makes the directory and takes its lock; what the run is made of is written down."""
+    Raises:
+        ConfigError: it cannot, or another job has it.
+    """
     directory = RunDirectory(config.run_root, config.name)
+    world.first_decides(directory.open)
+    return directory
+
+
+def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "Start") -> int:
+    """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
     hosts = world.gather_hosts()
 
-    def open_directory() -> int:
-        directory.open()
-        directory.write_config(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-        directory.write_environment(describe(world.ranks, hosts=hosts, num_threads=world.num_threads))
-        return directory.begin_attempt(world_size=world.size)
+    def begin() -> int:
+        run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+        run.write_environment(describe(world.ranks, hosts=hosts, num_threads=world.num_threads))
+        return run.begin_attempt(world_size=world.size, start_step=start.step)
 
-    return Run(directory, world.first_decides(open_directory))
+    return world.first_decides(begin)
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,13 @@ class Start:
         return {} if self.content is None else self.content[checkpoints.SECTION]
 
 
-def find_start(config: TrainConfig, world: World, run: Run) -> Start:
+def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
     """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
 
     Raises:
         CheckpointError: none of several is sound, or it belongs to a run with other must-match fields.
     """
-    directory = run.directory.checkpoints
+    directory = run.checkpoints
 
     def choose() -> str | None:
         checkpoints.AtomicCheckpointIO().sweep(directory)
@@ -214,21 +215,22 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
 
 
 def fit(
-    config: TrainConfig, world: World, run: Run, shards: Shards, plan: Plan, start: Start, learner: Learner
+    config: TrainConfig, world: World, run: RunDirectory, shards: Shards, plan: Plan, start: Start, learner: Learner
 ) -> None:
     """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
 
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
+    attempt = begin_attempt(config, world, run, start)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
-    ledger = Ledger(world.meter, owed, world.placement, attempt=run.attempt)
+    ledger = Ledger(world.meter, owed, world.placement, attempt=attempt)
     if start.content is not None:
-        ledger.load_state_dict(start.section["ledger"], _previous_ledger(run.directory))
+        ledger.load_state_dict(start.section["ledger"], _previous_ledger(run))
     _announce(config, world, shards, plan, start, sum(owed.values()))
     with Tracker(
-        run.directory,
+        run,
         config.tracking,
         rank=world.rank,
         model=config.model.name,
@@ -236,9 +238,9 @@ def fit(
         resume_step=start.step,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())
-        persistence = session.Persistence(config, world, run.directory, ledger, plan)
+        persistence = session.Persistence(config, world, run, ledger, plan)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
-        saver = session.Saver(run.directory.checkpoints, config.trainer.keep_checkpoints, tracker, world)
+        saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, world)
         recorder = Recorder(
             plan,
             ledger,
@@ -308,11 +310,11 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
     )
 
 
-def _close(config: TrainConfig, world: World, run: Run, recorder: Recorder, plan: Plan) -> None:
+def _close(config: TrainConfig, world: World, run: RunDirectory, recorder: Recorder, plan: Plan) -> None:
     """The summary on stdout, and the report."""
     if not world.is_first:
         return
-    report = write_run_report(run.directory.path)
+    report = write_run_report(run.path)
     print(f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n  report      {report}", flush=True)
 
 
