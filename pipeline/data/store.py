@@ -11,7 +11,9 @@ import os
 import weakref
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
-from pipeline.data.tarindex import index_shard
+from pipeline.data.tarindex import ShardSamples, index_shard
 from pipeline.errors import DataError
 from pipeline.files import sha256_of_file, write_atomic
 
@@ -29,6 +31,7 @@ SCHEMA = 1
 """Of the cached index and of its hash. Raise it when either changes: a cache of another schema is made anew."""
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
+NUM_SCAN_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -267,10 +270,9 @@ def _size(path: Path) -> int | None:
 def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
     """Read every shard whose hash is known; hashing lets go of the interpreter, so threads run side by side."""
     known = [shard for shard in shards if shard.sha256 is not None]
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+    with _threads(len(os.sched_getaffinity(0))) as pool:
         for shard, found in zip(known, pool.map(lambda s: sha256_of_file(root / s.name), known), strict=True):
             if found != shard.sha256:
-                pool.shutdown(wait=False, cancel_futures=True)
                 raise DataError(
                     f"Shard {shard.name} in {root} has SHA-256 {found}, and the manifest says {shard.sha256}: its"
                     " content was damaged or changed. Copy it again from its source, or prepare the shards again."
@@ -278,28 +280,44 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
 
 
 def _scanned_table(root: Path, shards: tuple[ShardFile, ...]) -> SampleTable:
-    """Scan every shard."""
-    scans = []
-    for shard in shards:
-        try:
-            scan = index_shard(root / shard.name)
-        except OSError as error:
-            raise DataError(f"Shard {shard.name} in {root} cannot be read: {error.strerror}.") from error
-        if shard.num_samples not in (None, len(scan.keys)):
-            raise DataError(
-                f"Shard {shard.name} in {root} holds {len(scan.keys)} samples, and the manifest says"
-                f" {shard.num_samples}: copy it again from its source, or prepare the shards again."
-            )
-        # Clipped rather than wrapped around: a label beyond int32 must stay out of range.
-        limits = np.iinfo(np.int32)
-        scans.append((scan, scan.labels.clip(limits.min, limits.max).astype(np.int32)))
+    """Scan every shard, several side by side: on a network file system the time goes into waiting for headers."""
+    with _threads(NUM_SCAN_THREADS) as pool:
+        scans = list(pool.map(lambda shard: _scan(root, shard), shards))
+    limits = np.iinfo(np.int32)
     return SampleTable(
-        shard=np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.keys) for scan, _ in scans]),
-        offset=np.concatenate([scan.offsets for scan, _ in scans]),
-        length=np.concatenate([scan.lengths for scan, _ in scans]),
-        label=np.concatenate([labels for _, labels in scans]),
-        key=np.concatenate([scan.keys for scan, _ in scans]),
+        shard=np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.keys) for scan in scans]),
+        offset=np.concatenate([scan.offsets for scan in scans]),
+        length=np.concatenate([scan.lengths for scan in scans]),
+        # Clipped rather than wrapped around: a label beyond int32 must stay out of range.
+        label=np.concatenate([scan.labels for scan in scans]).clip(limits.min, limits.max).astype(np.int32),
+        key=np.concatenate([scan.keys for scan in scans]),
     )
+
+
+def _scan(root: Path, shard: ShardFile) -> ShardSamples:
+    """The samples of one shard, as many as the manifest says."""
+    try:
+        scan = index_shard(root / shard.name)
+    except OSError as error:
+        raise DataError(
+            f"Shard {shard.name} in {root} cannot be read ({error.strerror}): mend its permissions or copy it again."
+        ) from error
+    if shard.num_samples not in (None, len(scan.keys)):
+        raise DataError(
+            f"Shard {shard.name} in {root} holds {len(scan.keys)} samples, and the manifest says"
+            f" {shard.num_samples}: copy it again from its source, or prepare the shards again."
+        )
+    return scan
+
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what has not begun, once something fails."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...]) -> SampleTable:

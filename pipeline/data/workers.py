@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
@@ -89,9 +90,21 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 def _start_worker(worker_id: int) -> None:
     """In a new worker. It ends when its rank closes the loader or is gone, whatever signals arrive."""
     del worker_id
+    threading.Thread(target=_end_with_rank, daemon=True).start()
     for number in SIGNALS_FOR_RANKS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_with_rank() -> None:
+    """torch's own watch is on the process that forked the worker. That is the fork server, which waits for its workers.
+
+    The rank holds the other end of the pipe that is joined here; a rank that is killed lets go of it too.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)
 
 
 @atexit.register
