@@ -1,0 +1,123 @@
+"""Run the commands as a user does: real processes, a deadline, and nothing left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MARK = "SQUEEZEWIRE_COMMAND_MARK"
+DEADLINE_SECONDS = 300.0
+LEFT_BEHIND_SECONDS = 30.0
+SMALL = (
+    "data.size=32",
+    "data.num_workers=0",
+    "cluster.num_threads=1",
+    "batch.global_size=12",
+    "trainer.max_steps=11",
+    "trainer.validate_every_steps=4",
+    "trainer.checkpoint_every_steps=3",
+    "recipe.warmup_steps=2",
+)
+"""Of a run that takes seconds: 5 steps an epoch of the small shards, validation after 4, 8 and 11 steps."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left on its streams, and its exit code."""
+
+    code: int
+    output: str
+
+
+def marked(mark: str) -> list[int]:
+    """Living processes that were started with this mark, or by one that was."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (directory / "environ").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+    return found
+
+
+@contextlib.contextmanager
+def _nothing_left_behind() -> Iterator[dict[str, str]]:
+    """An environment by which everything started in the block is known; afterwards none of it may run."""
+    mark = uuid.uuid4().hex
+    try:
+        yield {MARK: mark}
+        deadline = time.monotonic() + LEFT_BEHIND_SECONDS
+        while left := marked(mark):
+            assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+            time.sleep(0.05)
+    finally:
+        for pid in marked(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def clean_environment() -> dict[str, str]:
+    """Of this process, without what would make the ranks somebody else's or send anything to W&B."""
+    foreign = ("SLURM_", "WANDB_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "MASTER_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+
+
+def run(
+    arguments: list[str],
+    *,
+    expect: int | None = 0,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Ended:
+    """Run `python ARGUMENTS` to its end. `expect`: the exit code, or None to take any."""
+    with _nothing_left_behind() as mark:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parents[1]), **mark, **(environment or {})},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            process.kill()
+    assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{output}"
+    return Ended(process.returncode, output)
+
+
+def train(
+    root: Path, shards: Path, name: str, devices: int, *more: str, expect: int | None = 0, **environment: str
+) -> Ended:
+    """`python -m pipeline.train` on the small shards; `more` overrides what SMALL says."""
+    where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
+    tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
+    arguments = ["-m", "pipeline.train", *where, *SMALL, *tracking, *more]
+    return run(arguments, expect=expect, environment=environment)
+
+
+def train_recorded(
+    root: Path, shards: Path, name: str, devices: int, *more: str, kill_at: str = "", expect: int | None = 0
+) -> Ended:
+    """The same through train_recorded.py, which leaves `<root>/<name>.fed/rank<r>.jsonl`."""
+    fed = root / f"{name}.fed"
+    fed.mkdir(parents=True, exist_ok=True)
+    where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
+    tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
+    arguments = [str(HERE / "train_recorded.py"), *where, *SMALL, *tracking, *more]
+    return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at})
+
+
+def rows(run_directory: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured in seconds."""
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]

@@ -1,0 +1,130 @@
+"""Killed and run again, a training ends where the unbroken one ends: bit for bit."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import rows, train_recorded
+from conftest import Pair, make_pair
+
+LAST = "step=000000011.ckpt"
+
+
+def load(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / LAST, weights_only=True)
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nests of containers, tensors and plain values are not bit for bit the same."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
+        return keys + [
+            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{path}.{key}")
+        ]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+    return [] if one == other else [f"{path}: {one!r} and {other!r}"]
+
+
+def fed(root: Path, name: str, devices: int) -> dict[tuple[int, int, int], set[tuple[Any, ...]]]:
+    """By (rank, step, micro-batch): the different things the learner was fed there, in all attempts."""
+    seen: dict[tuple[int, int, int], set[tuple[Any, ...]]] = {}
+    for rank in range(devices):
+        for line in (root / f"{name}.fed" / f"rank{rank}.jsonl").read_text().splitlines():
+            said = json.loads(line)
+            place = (rank, said["step"], said["micro"])
+            seen.setdefault(place, set()).add((tuple(said["ids"]), said["pixels"]))
+    return seen
+
+
+def committed(ledger: dict[str, Any]) -> Counter[tuple[str, ...]]:
+    """(calls, bytes) of the committed training steps, over all attempts."""
+    totals: Counter[tuple[str, ...]] = Counter()
+    for row in ledger["collectives"]:
+        if row["phase"] == "train" and row["committed"]:
+            totals[row["op"], row["origin"], "calls"] += row["num_calls"]
+            totals[row["op"], row["origin"], "bytes"] += row["payload_bytes"]
+    return totals
+
+
+def assert_same(pair: Pair) -> None:
+    unbroken, resumed = load(pair.unbroken), load(pair.resumed)
+    for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
+        assert not differences(unbroken[part], resumed[part], part)
+    for part in ("step", "learner", "best_score", "must_match"):
+        assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
+    assert rows(pair.unbroken) == rows(pair.resumed)
+    assert [row["step"] for row in rows(pair.resumed)] == list(range(1, 12))
+
+    one, other = fed(pair.root, "unbroken", pair.devices), fed(pair.root, "resumed", pair.devices)
+    assert one == other
+    assert all(len(things) == 1 for things in other.values())
+
+    ledgers = [json.loads((run / "ledger.json").read_text()) for run in (pair.unbroken, pair.resumed)]
+    assert committed(ledgers[0]) == committed(ledgers[1])
+    for part in ("num_steps", "transport", "servers", "per_step", "gradient_bytes", "layers", "buckets"):
+        assert ledgers[0][part] == ledgers[1][part], part
+    assert [attempt["attempt"] for attempt in ledgers[1]["attempts"]] == [1, 2]
+
+
+def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
+    assert_same(two_ranks)
+    first, second = json.loads((two_ranks.resumed / "ledger.json").read_text())["attempts"]
+    assert (first["first_step"], second["first_step"]) == (0, 6)
+
+
+def test_one_rank_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:
+    assert_same(make_pair(tmp_path, shards, 1, "0 4 0 rank"))
+
+
+def test_three_ranks(shards: Path, tmp_path: Path) -> None:
+    assert_same(make_pair(tmp_path, shards, 3, "2 8 0 supervisor"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "kill_at", "options"),
+    [
+        (3, "0 7 0 rank", ["model=resnet18"]),  # running statistics are buffers, which DDP broadcasts
+        (2, "1 5 0 supervisor", ["model=resnet18", "data.size=48", "recipe.ema_decay=0.5"]),
+        (2, "0 9 0 supervisor", ["data.num_workers=2", "data.shuffle_block=1"]),
+        (3, "1 3 1 rank", ["batch.max_per_rank=2", "recipe.decay=cosine", "comm.bucket_megabytes=1"]),
+        (2, "0 6 0 rank", ["comm.hook=bf16", "trainer.precision=fp32"]),
+    ],
+    ids=["buffers on three", "averaged buffers", "workers and blocks", "accumulating on three", "compressed"],
+)
+def test_in_other_conditions(devices: int, kill_at: str, options: list[str], shards: Path, tmp_path: Path) -> None:
+    assert_same(make_pair(tmp_path, shards, devices, kill_at, *options))
+
+
+@pytest.mark.slow
+def test_twice_killed(shards: Path, tmp_path: Path) -> None:
+    train_recorded(tmp_path, shards, "unbroken", 2)
+    for kill_at in ("0 4 0 supervisor", "1 5 0 rank", "0 10 0 supervisor", ""):
+        train_recorded(tmp_path, shards, "resumed", 2, kill_at=kill_at, expect=None)
+    assert rows(tmp_path / "unbroken") == rows(tmp_path / "resumed")
+    assert not differences(load(tmp_path / "unbroken")["state_dict"], load(tmp_path / "resumed")["state_dict"])
+
+
+@pytest.mark.slow
+def test_on_another_number_of_ranks_the_batches_stay(shards: Path, tmp_path: Path) -> None:
+    train_recorded(tmp_path, shards, "unbroken", 1)
+    train_recorded(tmp_path, shards, "resumed", 2, kill_at="0 7 0 supervisor", expect=None)
+    train_recorded(tmp_path, shards, "resumed", 3)
+    assert [row["step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
+    batches: dict[str, dict[int, list[int]]] = {}
+    for name, devices in (("unbroken", 1), ("resumed", 3)):
+        batches[name] = {}
+        for (_, step, _), things in sorted(fed(tmp_path, name, devices).items()):
+            for ids, _ in things:
+                batches[name].setdefault(step, []).extend(ids)
+    for step in range(6, 11):  # of the last attempt
+        assert set(batches["resumed"][step]) == set(batches["unbroken"][step])
+    ledger = json.loads((tmp_path / "resumed" / "ledger.json").read_text())
+    assert ledger["transport"]["predicted_bytes_per_rank"] is None
+    assert "different ranks" in ledger["null_reasons"]["transport.predicted_bytes_per_rank"]
