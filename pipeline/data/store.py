@@ -125,8 +125,8 @@ class ShardIndex:
         shards = _listed(manifest, root, split) if manifest else _found(root, split)
         if verify == "sha256":
             _check_hashes(root, shards)
-        table = _cached_table(root, split, shards)
-        if not len(table.label):
+        table = _cached_table(root, split, shards) if shards else None
+        if table is None or not len(table.label):
             raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
         num_classes = len(manifest.classes) if manifest else int(table.label.max()) + 1
         index = cls(root, split, shards, table, num_classes=num_classes, classes=manifest.classes if manifest else None)

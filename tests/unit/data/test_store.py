@@ -261,6 +261,16 @@ def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path, where
     assert "train-000000.tar" in message and "cut short" in message
 
 
+@pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])
+def test_a_split_without_samples_is_refused(tmp_path, sizes):
+    assert "holds no sample" in refused(write_shards(tmp_path / "shards", train=sizes))
+
+
+def test_an_empty_shard_among_others_is_no_harm(tmp_path):
+    index = ShardIndex.open(write_shards(tmp_path / "shards", train=(2, 0, 3)), "train")
+    assert [index.shard_name(i) for i in range(5)] == ["train-000000.tar"] * 2 + ["train-000002.tar"] * 3
+
+
 def test_a_wrong_number_of_samples_is_noticed(root):
     write_manifest(root, {"train": {"train-000000.tar": 4, "train-000001.tar": 6}})
     message = refused(root)
