@@ -166,8 +166,7 @@ def conditions_of(run: RunRecord) -> dict[str, Any]:
         "algorithm": ledger["algorithm"],
         "compression hook": ledger["hook"],
         "bucket size in MiB": config.get("comm.bucket_megabytes"),
-        "precision": config.get("trainer.precision"),
-        "memory format": config.get("trainer.memory_format"),
+        "arithmetic": environment.get("arithmetic") or config.get("trainer.precision"),
         "largest micro-batch per rank": config.get("batch.max_per_rank"),
         "shards": config.get("data.root"),
     }

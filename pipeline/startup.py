@@ -43,10 +43,15 @@ class Compute:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
+    def arithmetic(self) -> str:
+        """What was chosen."""
+        layout = "channels_last" if self.channels_last else "contiguous (NCHW)"
+        return f"{self.precision} on {self.accelerator.upper()}, {layout}"
+
+    @property
     def sentence(self) -> str:
         """What was chosen and why."""
-        layout = "channels_last" if self.channels_last else "contiguous (NCHW)"
-        return f"{self.precision} on {self.accelerator.upper()}, {layout}: {self.reason}"
+        return f"{self.arithmetic}: {self.reason}"
 
 
 def choose_accelerator(cluster: ClusterConfig) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "
 
     def begin() -> int:
         run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-        run.write_environment(describe(world.ranks, hosts=hosts, num_threads=world.num_threads))
+        environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
+        command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
+        run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
         return run.begin_attempt(world_size=world.size, start_step=start.step)
 
     return world.first_decides(begin)

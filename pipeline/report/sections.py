@@ -120,7 +120,7 @@ def run_conditions(run: RunRecord) -> list[Fact]:
         "servers": f"{ledger['num_servers']} ({ledger['placement']})",
         "backend": " ".join(filter(None, (ledger["backend"], ledger["algorithm"]))),
         "gradient compression": ledger["hook"],
-        "precision": config.get("trainer.precision"),
+        "arithmetic": run.environment.get("arithmetic") or config.get("trainer.precision"),
         "steps": format_count(ledger["num_steps"]),
         "shards": config.get("data.root"),
         "seed": config.get("seed"),
