@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = Mapping[str, float | int | None]
+STEP_KEY = "trainer/step"
+"""Optimiser steps committed, this one included: the key of a row here and the x-axis in W&B."""
 
 
 class MetricsLog:
@@ -30,7 +32,7 @@ class MetricsLog:
         """Write the one row of `step`, larger than every step so far. Returns it as written, without the step."""
         assert step > self.last_step, f"step {step} after step {self.last_step}"
         clean = {key: self._finite(key, value) for key, value in row.items()}
-        self._file.write(json.dumps({"step": step, **clean}, allow_nan=False).encode() + b"\n")
+        self._file.write(json.dumps({STEP_KEY: step, **clean}, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self.last_step = step
         return clean
@@ -97,5 +99,5 @@ def _step_of(line: bytes) -> int | None:
         row = json.loads(line)
     except ValueError:
         return None
-    step = row.get("step") if isinstance(row, dict) else None
+    step = row.get(STEP_KEY) if isinstance(row, dict) else None
     return step if isinstance(step, int) else None

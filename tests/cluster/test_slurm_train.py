@@ -63,7 +63,7 @@ def ledger(checkout: Path) -> dict[str, Any]:
 def training_steps(checkout: Path) -> list[int]:
     """The step of every row of metrics.jsonl that holds a training loss, in the order written."""
     rows = [json.loads(line) for line in (checkout / "runs/small/metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if "train/loss" in row]
+    return [row["trainer/step"] for row in rows if "train/loss" in row]
 
 
 def contents(directory: Path) -> dict[str, str]:

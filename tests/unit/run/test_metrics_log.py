@@ -21,7 +21,7 @@ def write(path: Path, *steps: int) -> None:
 
 
 def steps_in(path: Path) -> list[int]:
-    return [row["step"] for row in read_rows(path)]
+    return [row["trainer/step"] for row in read_rows(path)]
 
 
 def test_rows_are_flat_json(tmp_path: Path) -> None:
@@ -30,8 +30,8 @@ def test_rows_are_flat_json(tmp_path: Path) -> None:
     log.append(1, {"train/loss": 0.5, "comm/payload_bytes": 4_943_136, "comm/seconds": None})
     log.append(2, {"train/loss": torch.tensor(0.25).item(), "lr": np.float32(0.5).item()})
     assert path.read_text().splitlines() == [
-        '{"step": 1, "train/loss": 0.5, "comm/payload_bytes": 4943136, "comm/seconds": null}',
-        '{"step": 2, "train/loss": 0.25, "lr": 0.5}',
+        '{"trainer/step": 1, "train/loss": 0.5, "comm/payload_bytes": 4943136, "comm/seconds": null}',
+        '{"trainer/step": 2, "train/loss": 0.25, "lr": 0.5}',
     ]
     log.close()
 
@@ -49,7 +49,7 @@ def test_what_is_not_finite_is_null_and_counted(tmp_path: Path) -> None:
     log.append(2, {"a": -math.inf})
     log.close()
     assert log.num_not_finite == {"a": 2, "b": 1}
-    assert [json.loads(line) for line in log.path.read_text().splitlines()][1] == {"step": 2, "a": None}
+    assert [json.loads(line) for line in log.path.read_text().splitlines()][1] == {"trainer/step": 2, "a": None}
 
 
 def test_no_step_is_written_twice(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_record_cut_anywhere_goes_on(cut: int, step: int, tmp_path: Path) -> N
 
 def test_a_damaged_line_in_the_middle_is_left_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\0p": \n{"step": 3}\n')
+    path.write_text('{"trainer/step": 1}\n{"st\0p": \n{"trainer/step": 3}\n')
     log = MetricsLog(path)
     log.close()
     assert "damaged" in capsys.readouterr().err

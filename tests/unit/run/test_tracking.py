@@ -106,7 +106,7 @@ def test_two_attempts_are_one_run_with_every_name(run: RunDirectory) -> None:
         tracker.log(3, ROW)
         tracker.summarize({"val/top1": 0.9, "nothing": None})
         assert tracker.run_id == first_id
-    assert [row["step"] for row in read_rows(run.metrics)] == [1, 2, 3]
+    assert [row["trainer/step"] for row in read_rows(run.metrics)] == [1, 2, 3]
     ids, rows = mirrored(run)
     assert ids == {first_id}
     assert [row["trainer/step"] for row in rows] == ["1", "2", "3", "3"]
@@ -132,7 +132,7 @@ def test_other_ranks_and_disabled_write_no_mirror(run: RunDirectory) -> None:
     assert not run.metrics.exists()
     with track(run, mode="disabled") as tracker:
         tracker.log(1, ROW)
-    assert [row["step"] for row in read_rows(run.metrics)] == [1]
+    assert [row["trainer/step"] for row in read_rows(run.metrics)] == [1]
     assert not run.wandb.exists()
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_finite_is_said_at_the_end(run: RunDirectory, capsys: pytest
     with track(run) as tracker:
         tracker.log(1, {"train/loss": float("nan")})
     assert "1 values of train/loss were not finite" in capsys.readouterr().err
-    assert next(read_rows(run.metrics)) == {"step": 1, "train/loss": None}
+    assert next(read_rows(run.metrics)) == {"trainer/step": 1, "train/loss": None}
 
 
 @pytest.mark.filterwarnings(
@@ -162,7 +162,7 @@ def test_a_dead_wandb_does_not_hurt(run: RunDirectory, capsys: pytest.CaptureFix
         core.wait(20)
         for step in range(2, 200):
             tracker.log(step, ROW)
-    assert [row["step"] for row in read_rows(run.metrics)] == list(range(1, 200))
+    assert [row["trainer/step"] for row in read_rows(run.metrics)] == list(range(1, 200))
     assert capsys.readouterr().err.count("W&B is off") == 1
     gc.collect()
 
@@ -228,4 +228,4 @@ def test_a_server_that_refuses_the_key_does_not_hurt(
             assert tracker.mode == "disabled"
         server.shutdown()
     assert capsys.readouterr().err.count("W&B is off") == 1
-    assert [row["step"] for row in read_rows(online.metrics)] == [1]
+    assert [row["trainer/step"] for row in read_rows(online.metrics)] == [1]
