@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     while wandb_processes():
         assert time.monotonic() < deadline, "a process of wandb's is left behind"
         time.sleep(0.05)
+    # 2026-11: wandb 0.31 does not wait for the service it has ended, and Popen complains when it is collected.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        subprocess._cleanup()  # type: ignore[attr-defined]
+        gc.collect()
 
 
 def wandb_processes() -> list[psutil.Process]:
