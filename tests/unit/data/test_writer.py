@@ -17,7 +17,7 @@ from pictures_on_disk import contents_of, picture, pictures, stored_samples, wri
 from pipeline.data.images import BadImageError, Encoding, shard_jpeg
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
-from pipeline.data.preparation import exclusive, plan_splits
+from pipeline.data.planning import exclusive, plan_splits
 from pipeline.data.sources import Source, SourceImage, open_folders
 from pipeline.data.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.errors import DataError
