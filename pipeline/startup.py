@@ -124,9 +124,11 @@ def make_plan(trainer: TrainerConfig, batch: BatchConfig, num_samples: int, worl
     """
     steps_per_epoch = num_samples // batch.global_size
     if steps_per_epoch == 0:
+        largest = num_samples // world_size * world_size
+        remedy = f"lower batch.global_size to at most {largest}" if largest else f"{world_size} ranks are too many"
         raise DataError(
             f"The training split has {num_samples} samples, fewer than one global batch of {batch.global_size}:"
-            f" lower batch.global_size to at most {num_samples // world_size * world_size}."
+            f" {remedy}."
         )
     limits = []
     if trainer.max_steps is not None:

@@ -1,0 +1,144 @@
+"""Ranks that decide together: real processes over gloo, and a world of one."""
+
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.config import ClusterConfig, TrainerConfig
+from pipeline.errors import DataError, ExitCode, UserError
+from pipeline.run.launch import RankInfo, find_ranks, supervise
+from pipeline.run.ports import reserved_port
+from pipeline.startup import choose_compute
+from pipeline.world import World, join_group
+
+CPU = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
+FP32 = TrainerConfig(max_steps=1, precision="fp32")
+PREAMBLE = """
+import json, os, sys
+from pathlib import Path
+from pipeline.config import ClusterConfig, TrainerConfig
+from pipeline.errors import CheckpointError, DataError, UserError
+from pipeline.run.launch import find_ranks
+from pipeline.startup import choose_compute
+from pipeline.world import join_group
+
+out = Path(sys.argv[1])
+cluster = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
+compute = choose_compute(TrainerConfig(max_steps=1, precision="fp32"), cluster)
+ranks = find_ranks(1)
+
+def tell(**facts):
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(facts))
+
+def refusing(who, error):
+    def work():
+        if ranks.rank in who:
+            raise error
+        return ranks.rank
+    return work
+
+def outcome(call):
+    try:
+        return ["value", call()]
+    except UserError as error:
+        return [int(error.exit_code), str(error)]
+"""
+
+
+def environment() -> dict[str, str]:
+    """Of this process, without Slurm's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+
+
+def on_ranks(num_ranks: int, out: Path, body: str) -> list[dict[str, Any]]:
+    """Run `body` on real ranks; returns what each told."""
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(out)]
+    assert supervise(command, num_ranks, environment=environment(), num_threads=1) == 0
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: Path) -> None:
+    body = """
+    with join_group(ranks, compute, cluster) as world:
+        tell(
+            sound=outcome(lambda: world.agree(refusing((), None))),
+            last=outcome(lambda: world.agree(refusing((world.size - 1,), DataError("shard 7 is gone")))),
+            all=outcome(lambda: world.agree(refusing(range(9), CheckpointError(f"by {ranks.rank}")))),
+            first_ok=outcome(lambda: world.first_decides(lambda: {"step": 6, "of": [1, None, "x"]})),
+            first_bad=outcome(lambda: world.first_decides(refusing((0,), DataError("no shards")))),
+            hosts=world.gather_hosts(),
+            still=outcome(lambda: world.agree(refusing((), None))),
+            servers=list(world.placement.server_of_rank), measured=world.placement.measured,
+        )
+    """
+    told = on_ranks(num_ranks, tmp_path, body)
+    for rank, facts in enumerate(told):
+        assert facts["sound"] == ["value", rank]
+        code, message = facts["last"]
+        assert code == 3 and message.startswith("shard 7 is gone")
+        assert ("(seen by rank" in message) == (rank != num_ranks - 1)
+        assert facts["all"] == [4, f"by {rank}"]
+        assert facts["first_ok"] == ["value", {"step": 6, "of": [1, None, "x"]}]
+        assert facts["first_bad"][0] == 3 and "no shards" in facts["first_bad"][1]
+        assert len(facts["hosts"]) == num_ranks and facts["still"] == ["value", rank]
+        assert facts["servers"] == list(range(num_ranks)) and facts["measured"] is False
+
+
+def test_a_bug_on_one_rank_leaves_no_other_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    import traceback
+    try:
+        with join_group(ranks, compute, cluster) as world:
+            world.agree(refusing((1,), ZeroDivisionError("ours")))
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    """
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(tmp_path)]
+    assert supervise(command, 2, environment=environment(), num_threads=1) == ExitCode.INTERNAL
+    assert "ZeroDivisionError: ours" in capfd.readouterr().err
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    with reserved_port() as port:
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**variables, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        ranks = find_ranks(1)
+        assert isinstance(ranks, RankInfo)
+        before = torch.get_num_threads()
+        with join_group(ranks, choose_compute(FP32, CPU), CPU) as world:
+            yield world
+        torch.set_num_threads(before)
+
+
+def test_a_world_of_one_needs_nobody(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (alone.rank, alone.size, alone.is_first, str(alone.device)) == (0, 1, True, "cpu")
+    assert alone.agree(lambda: 7) == alone.first_decides(lambda: 7) == 7
+    assert len(alone.gather_hosts()) == 1
+    alone.say("once")
+    assert capsys.readouterr().out == "once\n"
+
+    def refuse() -> None:
+        raise DataError("no")
+
+    for decide in (alone.agree, alone.first_decides):
+        with pytest.raises(UserError, match="no") as raised:
+            decide(refuse)
+        assert raised.value.exit_code == 3
+    assert not alone.meter.take().calls
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_group_exists_inside() -> None:
+    assert dist.is_initialized() and dist.get_world_size() == 1
