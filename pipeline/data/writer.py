@@ -20,7 +20,7 @@ from pipeline.data.plan import PlannedShard
 from pipeline.data.pool import run_tasks
 from pipeline.data.sources import Reader
 from pipeline.errors import DataError
-from pipeline.files import sha256_of_file, sweep_temporaries, write_atomic, write_json_atomic
+from pipeline.files import TEMPORARY_MARK, sha256_of_file, write_atomic, write_json_atomic
 
 STATE_DIRECTORY = ".prepare"
 TIMM_INFO_NAME = "_info.json"
@@ -221,8 +221,10 @@ def _begin(out: Path, plans: Sequence[SplitPlan], manifest: Manifest | None) -> 
         for path in tars:
             if path.name not in planned:
                 path.unlink()
-        sweep_temporaries(out)
-        sweep_temporaries(state)
+        # Nobody else writes here (`planning.exclusive`), so whatever is half-made is left over.
+        for pattern in (f"*.tar{TEMPORARY_MARK}*", f"*.json{TEMPORARY_MARK}*"):
+            for path in (*out.glob(pattern), *state.glob(pattern)):
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error
 
