@@ -41,7 +41,7 @@ def test_resizing_an_input_keeps_a_valid_input(size: int) -> None:
 
 
 def test_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="Unknown key momentun. Did you mean 'momentum'"):
+    with pytest.raises(ConfigError, match=r"Unknown key momentun\. Did you mean 'momentum'"):
         build(RecipeConfig, {"momentun": 0.9})
 
 
