@@ -14,12 +14,14 @@ def check_before_ranks(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: run name, model, metaparameters, or a global batch that the ranks cannot share.
-        DataError: no shards at data.root.
+        DataError: no shards at data.root, or not the splits wanted.
     """
     validate_name(config.name)
     zoo.check(config.model.name, config.model.metaparameters)
     config.batch.split(config.cluster.devices)
     check_root(config.data.root, config.data.train_split)
+    if config.trainer.validate_every_steps != 0:
+        check_root(config.data.root, config.data.val_split)
 
 
 def check_root(root: str | None, split: str) -> None:

@@ -16,10 +16,11 @@ def train(config: TrainConfig) -> int:
     from pipeline.run.launch import find_ranks, supervise
 
     ranks = find_ranks(config.cluster.devices)
-    if ranks is None:
+    if ranks is None or ranks.source == "single":
         from pipeline.preflight import check_before_ranks
 
         check_before_ranks(config)  # said once, by the parent, before any rank starts
+    if ranks is None:
         command = [sys.executable, "-m", "pipeline.train", *sys.argv[1:]]
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 

@@ -96,7 +96,13 @@ def run(
 
 
 def train(
-    root: Path, shards: Path, name: str, devices: int, *more: str, expect: int | None = 0, **environment: str
+    root: Path,
+    shards: Path,
+    name: str,
+    devices: int,
+    *more: str,
+    expect: int | None = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> Ended:
     """`python -m pipeline.train` on the small shards; `more` overrides what SMALL says."""
     where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]

@@ -59,7 +59,7 @@ def assert_same(pair: Pair) -> None:
     for part in ("step", "learner", "best_score", "must_match"):
         assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
     assert rows(pair.unbroken) == rows(pair.resumed)
-    assert [row["step"] for row in rows(pair.resumed)] == list(range(1, 12))
+    assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, 12))
 
     one, other = fed(pair.root, "unbroken", pair.devices), fed(pair.root, "resumed", pair.devices)
     assert one == other
@@ -116,7 +116,7 @@ def test_on_another_number_of_ranks_the_batches_stay(shards: Path, tmp_path: Pat
     train_recorded(tmp_path, shards, "unbroken", 1)
     train_recorded(tmp_path, shards, "resumed", 2, kill_at="0 7 0 supervisor", expect=None)
     train_recorded(tmp_path, shards, "resumed", 3)
-    assert [row["step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
+    assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
     batches: dict[str, dict[int, list[int]]] = {}
     for name, devices in (("unbroken", 1), ("resumed", 3)):
         batches[name] = {}

@@ -1,0 +1,205 @@
+"""The steps of a training that need no second rank: what is refused at each, and what is found."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from pipeline import training
+from pipeline.cli import compose
+from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.traffic import Placement
+from pipeline.config import ClusterConfig, TrainConfig, TrainerConfig
+from pipeline.data.manifest import Manifest, Shard, Split
+from pipeline.errors import CheckpointError, ConfigError, DataError, UserError
+from pipeline.files import sha256_of_file
+from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path
+from pipeline.run.ranks import find_ranks
+from pipeline.startup import choose_compute, must_match
+from pipeline.world import World
+
+
+@pytest.fixture
+def world() -> World:
+    """Of one: it decides alone, so no process group is needed."""
+    ranks = find_ranks(1, {})
+    assert ranks is not None
+    compute = choose_compute(TrainerConfig(max_steps=1, precision="fp32"), ClusterConfig(accelerator="cpu"))
+    return World(ranks, compute, CollectiveMeter(), Placement.assumed(1), num_threads=1)
+
+
+def write_tar(path: Path, labels: list[str]) -> Shard:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "JPEG")
+    with TarWriter(str(path)) as tar:
+        for number, label in enumerate(labels):
+            tar.write({"__key__": f"{path.stem[-1]}{number:06d}", "jpg": buffer.getvalue(), "cls": label})
+    return Shard(path.name, path.stat().st_size, sha256_of_file(path), len(labels))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two training shards of four pictures, one validation shard of three; classes 0, 1, 2."""
+    root = tmp_path / "shards"
+    root.mkdir()
+    train = (write_tar(root / "train-0.tar", list("0120")), write_tar(root / "train-1.tar", list("1201")))
+    Manifest(
+        ("a", "b", "c"), {"train": Split(train), "val": Split((write_tar(root / "val-0.tar", list("012")),))}
+    ).save(root)
+    return root
+
+
+def configure(tmp_path: Path, *overrides: str) -> TrainConfig:
+    base = [f"run_root={tmp_path / 'runs'}", f"data.root={tmp_path / 'shards'}", "name=a", "trainer.max_steps=4"]
+    return compose("train", TrainConfig, [*base, "batch.global_size=2", "data.size=32", *overrides])
+
+
+def test_shards_are_opened_with_their_classes(tmp_path: Path, shards: Path, world: World) -> None:
+    del shards
+    opened = training.open_shards(configure(tmp_path), world)
+    assert (opened.training.num_samples, opened.num_classes) == (8, 3)
+    assert opened.validation is not None and opened.validation.num_samples == 3
+    assert training.open_shards(configure(tmp_path, "model.num_classes=1000"), world).num_classes == 1000
+    assert training.open_shards(configure(tmp_path, "trainer.validate_every_steps=0"), world).validation is None
+
+
+def spoil(shards: Path, how: str) -> None:
+    target = shards / "train-1.tar"
+    if how == "missing":
+        target.unlink()
+    elif how == "shorter":
+        target.write_bytes(target.read_bytes()[:-1024])
+    elif how == "another content":
+        content = bytearray(target.read_bytes())
+        content[600] ^= 255
+        target.write_bytes(content)
+    elif how == "another count":
+        manifest = Manifest.load(shards)
+        split = Split(tuple(dataclasses.replace(shard, num_samples=9) for shard in manifest.split("train").shards))
+        Manifest(manifest.classes, {**manifest.splits, "train": split}).save(shards)
+    elif how in ("a label too high", "a label below zero", "not a label"):
+        label = {"a label too high": "3", "a label below zero": "-1", "not a label": "cat"}[how]
+        bad = write_tar(target, ["1", label, "0", "1"])
+        manifest = Manifest.load(shards)
+        split = Split((manifest.split("train").shards[0], bad))
+        Manifest(manifest.classes, {**manifest.splits, "train": split}).save(shards)
+    elif how == "no validation split":
+        manifest = Manifest.load(shards)
+        Manifest(manifest.classes, {"train": manifest.split("train")}).save(shards)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "train-1.tar"),
+        ("shorter", "train-1.tar"),
+        ("another content", "train-1.tar"),
+        ("another count", "train-0.tar"),
+        ("a label too high", "000001"),
+        ("a label below zero", "000001"),
+        ("not a label", "000001"),
+        ("no validation split", "val"),
+    ],
+)
+def test_shards_that_are_not_what_they_say_are_data_errors(
+    how: str, words: str, tmp_path: Path, shards: Path, world: World
+) -> None:
+    spoil(shards, how)
+    with pytest.raises(DataError) as raised:
+        training.open_shards(configure(tmp_path, "data.verify=sha256"), world)
+    assert words in str(raised.value) and raised.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("shards")
+def test_a_classifier_smaller_than_the_labels_is_refused(tmp_path: Path, world: World) -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_classes=2, but the shards have 3 classes"):
+        training.open_shards(configure(tmp_path, "model.num_classes=2"), world)
+
+
+# --- the run directory ---
+
+
+@pytest.fixture
+def opened(tmp_path: Path, world: World) -> Iterator[training.RunDirectory]:
+    run = training.open_run(configure(tmp_path), world)
+    yield run
+    run.close()
+
+
+@pytest.mark.usefixtures("opened")
+def test_a_second_job_on_a_run_is_refused(tmp_path: Path, world: World) -> None:
+    with pytest.raises(UserError, match="being written by another process") as raised:
+        training.open_run(configure(tmp_path), world)
+    assert raised.value.exit_code == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, world: World) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    with pytest.raises(UserError, match="a part of that path is a file: set run_root=") as raised:
+        training.open_run(configure(tmp_path), world)
+    assert raised.value.exit_code == 2
+
+
+def test_a_fresh_run_starts_at_nothing(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
+    assert training.find_start(configure(tmp_path), world, opened) == training.Start()
+
+
+def save(config: TrainConfig, run: training.RunDirectory, step: int) -> Path:
+    """A checkpoint that holds nothing but our own section."""
+    path = checkpoint_path(run.checkpoints, step)
+    section = {"step": step, "world_size": 1, "model": config.model.name, "must_match": must_match(config)}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "squeezewire": section}, path)
+    return path
+
+
+def test_the_newest_sound_checkpoint_is_where_it_starts(
+    tmp_path: Path, world: World, opened: training.RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(tmp_path)
+    save(config, opened, 2)
+    newest = save(config, opened, 3)
+    assert training.find_start(config, world, opened).step == 3
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert training.find_start(config, world, opened).step == 2
+    assert "step=000000003.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1", "seed was 0 and is 1"),
+        ("batch.global_size=4", "batch.global_size was 2 and is 4"),
+        ("model=squeezenet1_0", "model.name was 'squeezenet1_1' and is 'squeezenet1_0'"),
+        ("data.shuffle_block=3", "data.shuffle_block was 0 and is 3"),
+    ],
+)
+def test_a_run_does_not_change_what_it_is(
+    override: str, words: str, tmp_path: Path, world: World, opened: training.RunDirectory
+) -> None:
+    save(configure(tmp_path), opened, 2)
+    with pytest.raises(CheckpointError) as raised:
+        training.find_start(configure(tmp_path, override), world, opened)
+    assert words in str(raised.value) and "another name=" in str(raised.value) and raised.value.exit_code == 4
+
+
+def test_a_run_may_be_made_longer_and_validated_otherwise(
+    tmp_path: Path, world: World, opened: training.RunDirectory
+) -> None:
+    save(configure(tmp_path), opened, 2)
+    longer = configure(tmp_path, "trainer.max_steps=99", "trainer.validate_every_steps=7", "recipe.lr=0.5")
+    assert training.find_start(longer, world, opened).step == 2
+
+
+def test_checkpoints_none_of_which_is_sound_are_not_trained_over(
+    tmp_path: Path, world: World, opened: training.RunDirectory
+) -> None:
+    path = save(configure(tmp_path), opened, 2)
+    path.write_bytes(b"gone")
+    with pytest.raises(UserError, match="none verifies") as raised:
+        training.find_start(configure(tmp_path), world, opened)
+    assert raised.value.exit_code == 4
