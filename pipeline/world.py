@@ -1,6 +1,7 @@
 """All ranks of a run as one: the process group, its meter, and decisions taken together."""
 
 import contextlib
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,12 +118,33 @@ def _same_error(rank: int, exit_code: int, message: str) -> UserError:
     return error
 
 
+class _PeerLost(UserError):
+    """Another rank ended first. Its exit code tells why, so this one must not be a telling one."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+def _is_of_a_lost_peer(error: RuntimeError) -> bool:
+    """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _gist(error: RuntimeError) -> str:
+    """The one clause of gloo's report that says something: `Connection closed by peer`."""
+    words = str(error).partition("\n")[0]
+    found = re.search(r"gloo/transport/\S+\] (.*?)(?: \[|\. |$)", words)
+    return found[1] if found else words[:200]
+
+
 @contextlib.contextmanager
 def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
     A world of one has a group too: DDP then works the same, and exchanges nothing.
+
+    Raises:
+        UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
     """
     num_threads = set_threads(cluster, ranks.local_world_size)
     if compute.accelerator == "gpu":
@@ -132,7 +154,15 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
     dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
     recorder = CollectiveMeter(enabled=meter)
     recorder.attach()
-    yield World(ranks, compute, recorder, _placement(ranks), num_threads)
+    try:
+        yield World(ranks, compute, recorder, _placement(ranks), num_threads)
+    except RuntimeError as error:
+        if not _is_of_a_lost_peer(error):
+            raise
+        raise _PeerLost(
+            f"Rank {ranks.rank} lost its connection to another rank and stops ({_gist(error)}): the cause is in what"
+            " that rank said, here or in its own log."
+        ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     recorder.detach()
     dist.destroy_process_group()

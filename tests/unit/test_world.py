@@ -93,6 +93,30 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
         assert facts["servers"] == list(range(num_ranks)) and facts["measured"] is False
 
 
+@pytest.mark.parametrize("how", ["dist.all_reduce(torch.ones(3))", "world.agree(lambda: 1)", "dist.barrier()"])
+def test_a_lost_peer_is_one_sentence_and_no_cause(how: str, tmp_path: Path) -> None:
+    body = f"""
+    import time
+    import torch
+    import torch.distributed as dist
+    try:
+        with join_group(ranks, compute, cluster) as world:
+            world.agree(lambda: 1)
+            if ranks.rank == 1:
+                tell(code=None)
+                os._exit(0)
+            {how}
+    except UserError as error:
+        tell(code=int(error.exit_code), message=str(error))
+        os._exit(0)
+    """
+    first, _, last = on_ranks(3, tmp_path, body)
+    for rank, facts in ((0, first), (2, last)):
+        assert facts["code"] == 1
+        assert facts["message"].startswith(f"Rank {rank} lost its connection to another rank")
+        assert "pair.cc" not in facts["message"] and len(facts["message"]) < 250, facts["message"]
+
+
 def test_a_bug_on_one_rank_leaves_no_other_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     import traceback

@@ -1,0 +1,183 @@
+"""What cannot go well ends with one sentence and the documented code, whatever rank meets it first."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import SMALL, run, train, train_recorded
+from conftest import write_shards
+
+SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")
+
+
+def sentences(output: str) -> list[str]:
+    """The lines by which the command says what is wrong; not those of ranks that only lost the one that said it."""
+    assert "Traceback" not in output and "Warning" not in output, output
+    return [line for line in output.splitlines() if "error: " in line and "lost its connection" not in line]
+
+
+# --- known before any rank starts ---
+
+
+@pytest.mark.parametrize("devices", [1, 2])  # the rank itself, and the parent of two
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("model.name=squeezenet1_2", 2, ["squeezenet1_2", "squeezenet1_1"]),
+        ("model=squeezenet1_2", 2, ["squeezenet1_2", "squeezenet1_1"]),
+        ("batch.globalsize=8", 2, ["batch.globalsize", "batch.global_size"]),
+        ("model.metaparameters.srr=0.5", 2, ["srr", "sr"]),
+        ("name=../up", 2, ["'../up'"]),
+        ("data.root=nowhere", 3, ["data.root=nowhere", "pipeline.prepare"]),
+        ("data.train_split=training", 3, ["training", "train"]),
+        ("data.val_split=test", 3, ["test", "val"]),
+    ],
+)
+def test_what_the_command_line_tells(
+    devices: int, override: str, code: int, words: list[str], shards: Path, tmp_path: Path
+) -> None:
+    ended = train(tmp_path / "runs", shards, "refused", devices, override, expect=code)
+    (sentence,) = sentences(ended.output)
+    assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_the_ranks_cannot_share(shards: Path, tmp_path: Path) -> None:
+    ended = train(tmp_path / "runs", shards, "refused", 2, "batch.global_size=13", expect=2)
+    (sentence,) = sentences(ended.output)
+    assert "batch.global_size=13 is not divisible by 2 ranks: set it to 12 or 14" in sentence
+
+
+def test_a_root_without_shards(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = train(tmp_path / "runs", tmp_path / "empty", "refused", 2, expect=3)
+    assert "holds no shards" in sentences(ended.output)[0]
+
+
+# --- found by the ranks ---
+
+
+def test_a_label_out_of_range_ends_every_rank_before_work_starts(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", labels={17: "9"})
+    ended = train(tmp_path / "runs", shards, "refused", 2, *SHORT, expect=3)
+    said = sentences(ended.output)
+    assert said and all("000000017" in sentence and "9" in sentence for sentence in said), said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_picture_too_many_that_does_not_decode(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", damaged=(17,))
+    ended = train(tmp_path / "runs", shards, "stopped", 2, *SHORT, "trainer.max_steps=5", expect=3)
+    (sentence,) = sentences(ended.output)  # of the one rank that was to show it
+    assert "1 of 60 samples cannot be used" in sentence and "data.max_bad_fraction=0.0 allows 0" in sentence
+    assert "'000000017' of shard train-000000.tar" in sentence
+
+
+def test_trouble_that_may_not_stop_a_run(tmp_path: Path) -> None:
+    """Two bad pictures within the budget, and a W&B server that is not there."""
+    shards = write_shards(tmp_path / "shards", damaged=(17, 41))
+    unreachable = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    options = (*SHORT, "trainer.max_steps=5", "data.max_bad_fraction=0.04", "tracking=online")
+    ended = train(tmp_path / "runs", shards, "goes_on", 2, *options, environment=unreachable)
+    for key, shard in (("000000017", "train-000000.tar"), ("000000041", "train-000001.tar")):
+        # Once by each rank that meets it: itself, or as the first stand-in for the other.
+        assert 1 <= ended.output.count(f"another picture takes the place of sample '{key}' of shard {shard}") <= 2
+    assert ended.output.count("W&B stays offline") == 1
+    assert list((tmp_path / "runs" / "goes_on" / "wandb").glob("offline-run-*/*.wandb"))
+    steps = [json.loads(line) for line in (tmp_path / "runs" / "goes_on" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 5
+
+
+@pytest.mark.slow
+def test_who_stands_in_for_a_bad_picture_is_always_the_same(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", damaged=tuple(range(10, 20)))
+    options = ("data.max_bad_fraction=0.5", *SHORT, "trainer.max_steps=10")
+    seen = []
+    for name, workers in (("one", 0), ("two", 2)):
+        train_recorded(tmp_path, shards, name, 2, *options, f"data.num_workers={workers}")
+        fed = [(tmp_path / f"{name}.fed" / f"rank{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+        seen.append([[{k: v for k, v in json.loads(line).items() if k != "pid"} for line in lines] for lines in fed])
+    assert seen[0] == seen[1]
+
+
+def test_a_validation_picture_that_does_not_decode_is_never_left_out(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", damaged=(70,))
+    options = ("trainer.max_steps=1", "trainer.validate_every_steps=1", "data.max_bad_fraction=0.5")
+    ended = train(tmp_path / "runs", shards, "stopped", 2, *options, expect=3)
+    (sentence,) = sentences(ended.output)
+    assert "Validation cannot use sample '000000070'" in sentence
+
+
+def test_a_loss_that_is_not_finite(shards: Path, tmp_path: Path) -> None:
+    options = ("trainer.checkpoint_every_steps=1", "trainer.validate_every_steps=0", "recipe.lr=1e30")
+    ended = train(tmp_path, shards, "diverged", 2, *options, "recipe.warmup_steps=0", expect=5)
+    said = sentences(ended.output)
+    assert any("is not finite (NaN or infinity)" in sentence and "Sample ids of rank" in sentence for sentence in said)
+    text = (tmp_path / "diverged" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    saved = list((tmp_path / "diverged" / "checkpoints").glob("step=*.ckpt"))
+    assert len(saved) == len(text.splitlines()) > 0  # everything before it is kept
+
+
+# --- a run that goes on ---
+
+
+@pytest.fixture(scope="session")
+def begun(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run_root of a run `first` of 4 steps, saved after 2 and 4."""
+    root = tmp_path_factory.mktemp("begun")
+    train(root, shards, "first", 2, *SHORT)
+    return root
+
+
+@pytest.fixture
+def root(begun: Path, tmp_path: Path) -> Path:
+    """A copy to be spoiled."""
+    return Path(shutil.copytree(begun, tmp_path / "runs"))
+
+
+def test_another_model_does_not_go_on_from_this_ones_checkpoint(root: Path, shards: Path) -> None:
+    config = (root / "first" / "config.yaml").read_bytes()
+    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6", "model=squeezenet1_0", expect=4)
+    for sentence in sentences(ended.output):
+        assert "squeezenet1_1" in sentence and "squeezenet1_0" in sentence and "name=" in sentence
+    assert sentences(ended.output)
+    assert (root / "first" / "config.yaml").read_bytes() == config  # still tells what the run is made of
+
+
+def test_nothing_is_trained_over_checkpoints_that_cannot_be_trusted(root: Path, shards: Path) -> None:
+    for path in (root / "first" / "checkpoints").glob("*.ckpt"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    before = {path: path.read_bytes() for path in (root / "first" / "checkpoints").iterdir()}
+    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6", expect=4)
+    assert "none verifies" in sentences(ended.output)[0]
+    assert ended.output.count("checkpoint passed over") == 2
+    assert {path: path.read_bytes() for path in (root / "first" / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(root: Path, shards: Path) -> None:
+    newest = root / "first" / "checkpoints" / "step=000000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6")
+    assert "checkpoint passed over" in ended.output and "resumed from step=000000002.ckpt" in ended.output
+
+
+def test_a_full_disk_is_said_and_what_was_saved_stays(shards: Path, tmp_path: Path) -> None:
+    """The limit on file size stands in for the disk: the record fits, a checkpoint does not."""
+    program = (
+        "import resource, sys; from pipeline.train import *;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, {resource.RLIM_INFINITY}));"
+        "run_command('train', TrainConfig, train)"
+    )
+    where = [f"run_root={tmp_path}", f"data.root={shards}", "name=full", "cluster.devices=1", "tracking=disabled"]
+    ended = run(["-c", program, *where, *SMALL, *SHORT, "model.num_classes=1000"], expect=4)
+    (sentence,) = sentences(ended.output)
+    assert "Cannot save" in sentence and "step=000000002.ckpt" in sentence and "make room" in sentence
+    assert not list((tmp_path / "full" / "checkpoints").iterdir())
+    steps = [json.loads(line) for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["trainer/step"] for row in steps] == [1, 2]
