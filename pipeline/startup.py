@@ -169,7 +169,24 @@ def set_threads(cluster: ClusterConfig, local_world_size: int) -> int:
     num_cores = len(os.sched_getaffinity(0))
     num_threads = choose_num_threads(cluster.num_threads, os.environ, num_cores, local_world_size)
     torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # where it is missing, Lightning sets torch's threads anew
     return num_threads
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator keep what a step frees, because the next step needs it again.
+
+    By default glibc fetches every block above 32 MiB anew from the kernel and gives it back when it is freed, so that
+    every step faults its larger activations in, page by page. The peak stays the same; it is held until the end.
+    mallopt(3): M_MMAP_MAX=0 takes all blocks from the heap, M_TRIM_THRESHOLD=-1 never shrinks it.
+
+    Returns whether the allocator listened; other C libraries have no such switch.
+    """
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
 def must_match(config: TrainConfig) -> dict[str, object]:

@@ -16,7 +16,7 @@ from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
 from pipeline.errors import ExitCode, UserError
 from pipeline.run.ranks import RankInfo
-from pipeline.startup import Compute, set_threads
+from pipeline.startup import Compute, keep_freed_memory, set_threads
 
 T = TypeVar("T")
 
@@ -149,6 +149,8 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
     num_threads = set_threads(cluster, ranks.local_world_size)
     if compute.accelerator == "gpu":
         torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
+    else:
+        keep_freed_memory()
     store = f"tcp://{ranks.master_addr}:{ranks.master_port}"
     timeout = timedelta(seconds=cluster.timeout_seconds)
     dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
