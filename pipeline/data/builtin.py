@@ -63,10 +63,10 @@ class BuiltinPictures:
 
 def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
     """Two random colours whose brightness differs clearly, in random order."""
-    middle, difference = rng.uniform(110, 145), rng.uniform(110, 150)
+    middle, difference = rng.uniform(118, 138), rng.uniform(120, 150)
     colours = []
-    for brightness in rng.permutation((middle - difference / 2, middle + difference / 2)):
-        tint = rng.uniform(-40, 40, 3).astype(np.float32)
+    for brightness in (middle - difference / 2, middle + difference / 2):
+        tint = rng.uniform(-30, 30, 3).astype(np.float32)
         colours.append(tint - LUMA @ tint + np.float32(brightness))
     return colours[0], colours[1]
 
@@ -74,16 +74,16 @@ def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
 def _light(pixels_HWC: Plane, rng: np.random.Generator) -> None:
     """Brighten one side and darken the opposite one, in place."""
     height, width, _ = pixels_HWC.shape
-    slope_y, slope_x = rng.uniform(-0.12, 0.12, 2)
+    slope_y, slope_x = rng.uniform(-0.10, 0.10, 2)
     rows_H = np.linspace(1 - slope_y, 1 + slope_y, height, dtype=np.float32)
     columns_W = np.linspace(1 - slope_x, 1 + slope_x, width, dtype=np.float32)
     pixels_HWC *= (rows_H[:, None] * columns_W)[:, :, None]
 
 
 def _clutter(pixels_HWC: Plane, rng: np.random.Generator) -> None:
-    """Cover up to three rectangles or ellipses with plain colours, in place."""
+    """Cover up to two rectangles or ellipses with plain colours, in place."""
     height, width, _ = pixels_HWC.shape
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         half_height, half_width = (rng.uniform(0.04, 0.12, 2) * (height, width)).astype(int)
         top, left = rng.integers(0, (height - 2 * half_height, width - 2 * half_width))
         window_HWC = pixels_HWC[top : top + 2 * half_height, left : left + 2 * half_width]

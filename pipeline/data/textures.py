@@ -24,7 +24,7 @@ TILT_RADIANS = 0.06
 
 def draw(name: str, height: int, width: int, rng: np.random.Generator) -> Plane:
     """Coverage `(height, width)` of the texture called `name`, its period, phase and tilt drawn from `rng`."""
-    period_pixels = min(height, width) * rng.uniform(1 / 8, 1 / 5)
+    period_pixels = min(height, width) * rng.uniform(1 / 7, 1 / 5)
     tilt = rng.uniform(-TILT_RADIANS, TILT_RADIANS)
     phase_u, phase_v = rng.uniform(0, 64, 2)
     cosine, sine = np.float32(np.cos(tilt) / period_pixels), np.float32(np.sin(tilt) / period_pixels)
