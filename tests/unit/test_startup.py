@@ -127,12 +127,13 @@ def same_threads_afterwards():
 
 @pytest.mark.usefixtures("same_threads_afterwards")
 def test_threads_are_as_configured_else_the_cores_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert set_threads(ClusterConfig(num_threads=3), 2) == torch.get_num_threads() == 3
     cores = len(os.sched_getaffinity(0))
     for local_ranks in (1, 2, 1000):
         expected = max(1, cores // local_ranks)
+        monkeypatch.setenv("OMP_NUM_THREADS", "")  # the call before has set it
         assert set_threads(ClusterConfig(), local_ranks) == torch.get_num_threads() == expected
 
 

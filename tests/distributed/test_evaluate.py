@@ -1,0 +1,113 @@
+"""Evaluation counts every picture once, on any number of ranks, whatever the weights come from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from commands import run
+from conftest import NUM_VALIDATION, Pair, write_shards
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")
+COUNTS = ("num_samples", "num_correct_top1", "num_correct_top5")
+
+
+def evaluate(root: Path, shards: Path, devices: int, *more: str, expect: int = 0) -> tuple[dict[str, Any], str]:
+    """(evaluation.json, what was said)."""
+    where = [f"run_root={root}", "name=check", f"data.root={shards}", f"cluster.devices={devices}"]
+    ended = run(["-m", "pipeline.evaluate", *where, *more], expect=expect)
+    path = root / "check" / "evaluation.json"
+    return json.loads(path.read_text()) if path.exists() else {}, ended.output
+
+
+def test_a_run_is_judged_alike_on_any_number_of_ranks(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
+    results = [evaluate(tmp_path / str(n), shards, n, f"checkpoint={two_ranks.unbroken}", *SMALL)[0] for n in (1, 2, 3)]
+    first = results[0]
+    assert first["schema"] == 1 and "best.ckpt" in first["checkpoint"]
+    assert first["num_samples"] == NUM_VALIDATION
+    assert first["top1"] == first["num_correct_top1"] / NUM_VALIDATION
+    assert first["top5"] == first["num_correct_top5"] / NUM_VALIDATION
+    for other in results[1:]:
+        assert {key: other[key] for key in COUNTS} == {key: first[key] for key in COUNTS}
+        assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_torchvisions_own_state_dict_is_read_as_it_is(shards: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.squeezenet1_1(num_classes=4)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    result, said = evaluate(tmp_path, shards, 1, f"checkpoint={tmp_path / 'theirs.pth'}", *SMALL)
+    assert result["num_samples"] == NUM_VALIDATION and result["num_correct_top5"] == NUM_VALIDATION
+    assert f"of {NUM_VALIDATION}" in said
+    split, _ = evaluate(tmp_path, shards, 1, f"checkpoint={tmp_path / 'theirs.pth'}", "data.split=train", *SMALL)
+    assert split["num_samples"] == 60
+
+
+@pytest.mark.parametrize(
+    ("weights", "override", "code", "words"),
+    [
+        ("another model", "model=squeezenet1_1", 4, ["does not fit squeezenet1_1"]),
+        ("not weights", "model=squeezenet1_1", 4, ["is damaged or holds more than tensors"]),
+        ("none", "model=squeezenet1_1", 4, ["does not exist"]),
+        ("another model", "model=squeezenet1_9", 2, ["squeezenet1_9", "Did you mean"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    weights: str, override: str, code: int, words: list[str], shards: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    if weights == "another model":
+        torch.save(torchvision.models.squeezenet1_0(num_classes=4).state_dict(), path)
+    elif weights == "not weights":
+        path.write_bytes(b"PK\x03\x04 and nothing else")
+    result, said = evaluate(tmp_path, shards, 1, f"checkpoint={path}", override, *SMALL, expect=code)
+    assert not result and "Traceback" not in said
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.slow
+def test_a_picture_that_does_not_decode_is_never_left_out(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", damaged=(70,))
+    torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), tmp_path / "w.pth")
+    result, said = evaluate(tmp_path, shards, 2, f"checkpoint={tmp_path / 'w.pth'}", *SMALL, expect=3)
+    assert not result and "24 of 25 pictures were scored" in said
+
+
+# --- the authors' own weights on real photographs ---
+
+
+def shared(relative: str) -> Path:
+    """A file handed in beside the repository; skips where it is not."""
+    root = Path(os.environ.get("SQUEEZEWIRE_SHARED", REPOSITORY.parent / "shared"))
+    if not (root / relative).exists():
+        pytest.skip(f"{relative} is not in {root} (SQUEEZEWIRE_SHARED names another place)")
+    return root / relative
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 450 sample photographs as shards; their labels are places in the list of ILSVRC2012's 1000 classes."""
+    source, classes = shared("data/imagenet-sample"), shared("data/imagenet_wnids.txt")
+    out = tmp_path_factory.mktemp("photographs") / "shards"
+    run(["-m", "pipeline.prepare", f"source={source}", f"classes={classes}", f"out={out}", "split=val"])
+    return out
+
+
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_the_authors_weights_score_what_they_do_in_caffe(devices: int, photographs: Path, tmp_path: Path) -> None:
+    weights = shared("weights/squeezenet_v1_0_deepcompressed.npz")
+    result, _ = evaluate(tmp_path, photographs, devices, "model=squeezenet1_0_caffe", f"checkpoint={weights}")
+    assert {key: result[key] for key in COUNTS} == {
+        "num_samples": 450,
+        "num_correct_top1": 293,
+        "num_correct_top5": 389,
+    }
+    assert result["loss"] == pytest.approx(1.430, abs=0.005)
+    shutil.rmtree(tmp_path)
