@@ -62,7 +62,7 @@ class BuiltinPictures:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """Two random colours whose brightness differs clearly, in random order."""
+    """The ground's colour and the figure's: random tints, the figure clearly the brighter."""
     middle, difference = rng.uniform(118, 138), rng.uniform(120, 150)
     colours = []
     for brightness in (middle - difference / 2, middle + difference / 2):

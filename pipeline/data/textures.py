@@ -1,4 +1,4 @@
-"""Ten textures a network must recognise by their structure: colour, phase, scale and contrast say nothing.
+"""Ten textures a network must recognise by their structure: colour, phase and scale say nothing.
 
 Every texture is a function from lattice coordinates to a coverage in [0, 1]. `u_HW` grows to the right and `v_HW`
 downwards, both in units of one period. No class depends on left and right, so a horizontal flip keeps the label; none
