@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -69,9 +70,9 @@ class Result:
         content = {
             "schema": 1,
             "benchmark": self.name,
-            "command": shlex.join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{self.name}", *map(portable, sys.argv[1:])]),
             "conditions": conditions(),
-            "settings": dict(self.settings),
+            "settings": {key: portable(value) for key, value in self.settings.items()},
             **self.figures,
             "floors": [
                 {"figure": floor.figure, "value": floor.value, "at_least": floor.at_least, "at_most": floor.at_most}
@@ -86,6 +87,14 @@ class Result:
             print(f"  {floor}")
         print(f"  written to {path}", flush=True)
         return 0 if content["passed"] else 1
+
+
+def portable(value: Any) -> Any:
+    """As it may be published: a path by its name alone, for where it lies on this machine helps nobody."""
+    path = Path(value) if isinstance(value, str | Path) else None
+    if path is not None and path.is_absolute():
+        return path.name
+    return str(value) if isinstance(value, Path) else value
 
 
 def conditions() -> dict[str, Any]:
@@ -139,6 +148,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def last_of(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
     """The latest value of `key` that was recorded, or None."""
     return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def median_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Over the steps, the first left out: it carries the start."""
+    return statistics.median(row[key] for row in rows[1:] or rows)
+
+
+def show(name: str, row: Mapping[str, Any]) -> None:
+    """One line of what was found."""
+    values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print(f"  {name}: {', '.join(values)}", flush=True)
 
 
 def train_overrides(seed: int, steps: int | None, extra: Sequence[str]) -> list[str]:

@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -202,8 +201,12 @@ def report(options: argparse.Namespace, world: "World", timings: dict[str, Timin
     """Print, and write the result; returns the exit code."""
     result = common.Result(
         "train_step",
-        {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        | {"threads": world.num_threads, "num_classes": NUM_CLASSES, "precision": world.compute.sentence},
+        {
+            **vars(options),
+            "threads": world.num_threads,
+            "num_classes": NUM_CLASSES,
+            "arithmetic": world.compute.sentence,
+        },
     )
     result.figures["loops"] = {name: timing.as_json(options.batch) for name, timing in timings.items()}
     for name, timing in timings.items():
