@@ -64,7 +64,7 @@ def linear_top1(root: Path) -> float:
             optimizer.zero_grad()
             loss = F.cross_entropy(train_ND @ weight_DK + bias_K, train_labels_N) + penalty * weight_DK.square().sum()
             loss.backward()
-            return float(loss)
+            return loss.item()
 
         optimizer.step(closure)
         with torch.no_grad():
