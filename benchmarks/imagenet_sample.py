@@ -46,7 +46,9 @@ def write_curve(rows: Sequence[Mapping[str, Any]], num_classes: int, directory: 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "train/loss", "train/top1", "lr"])
-    writer.writerows([row["trainer/step"], *(f"{row[key]:.6g}" for key in ("train/loss", "train/top1", "lr"))] for row in rows)
+    writer.writerows(
+        [row["trainer/step"], *(f"{row[key]:.6g}" for key in ("train/loss", "train/top1", "lr"))] for row in rows
+    )
     directory.mkdir(parents=True, exist_ok=True)
     write_text_atomic(directory / "imagenet_sample.csv", text.getvalue())
 
