@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="class folders of JPEGs")
     parser.add_argument("--classes", type=Path, required=True, help="1000 class names, one per line, in index order")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("extra", nargs="*", metavar="key=value", help="further overrides of pipeline.train")
     options = parser.parse_args(arguments)
