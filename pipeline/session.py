@@ -165,6 +165,7 @@ def quieten() -> None:
         ".*`srun` command is available.*",  # ranks are started by us, or by srun
         ".*LeafSpec.*",  # Lightning 2.6.6 against torch 2.14, 2026-11
         ".*does not have many workers.*",  # chosen from the cores
+        ".*defined a `validation_step` but have no.*",  # trainer.validate_every_steps=0 asks for just that
         ".*You defined a `validation_step` but have no `val_dataloader`.*",  # trainer.validate_every_steps=0
     ):
         warnings.filterwarnings("ignore", message)
