@@ -204,7 +204,16 @@ def _help_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
 
 
 def field_docs(schema: Any) -> dict[str, str]:
-    """The string written under each field of a dataclass."""
+    """The string written under each field of a dataclass, inherited fields included."""
+    docs = {}
+    for base in reversed(schema.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _docs_of_body(base)
+    return docs
+
+
+def _docs_of_body(schema: Any) -> dict[str, str]:
+    """`field_docs` of what the class itself says."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(tree, ast.ClassDef)
     docs = {}

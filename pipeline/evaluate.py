@@ -14,6 +14,14 @@ from pipeline.config import ClusterConfig, DataConfig, InputConfig, ModelConfig,
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateDataConfig(DataConfig):
+    """Where the shards are, and which of their splits is scored."""
+
+    split: str | None = None
+    """Which split to score; null: val_split."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Exact top-1, top-5 and loss of one set of weights on one split."""
 
@@ -22,12 +30,10 @@ class EvaluateConfig:
     run_root: str = "runs"
     checkpoint: str
     """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict, or the Caffe .npz."""
-    split: str | None = None
-    """Null: data.val_split."""
     precision: str = "fp32"
     """`fp32`, `bf16`, or `auto` as in training."""
     batch_per_rank: int = 64
-    data: DataConfig
+    data: EvaluateDataConfig
     model: ModelConfig
     cluster: ClusterConfig
 
@@ -49,13 +55,16 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> int:
     """Score the weights; returns the exit code."""
+    from pipeline.models import zoo
     from pipeline.preflight import check_root
     from pipeline.run.launch import find_ranks, supervise
 
-    split = config.split or config.data.val_split
+    split = config.data.split or config.data.val_split
     ranks = find_ranks(config.cluster.devices)
-    if ranks is None:
+    if ranks is None or ranks.source == "single":
+        zoo.check(config.model.name, config.model.metaparameters)
         check_root(config.data.root, split)
+    if ranks is None:
         command = [sys.executable, "-m", "pipeline.evaluate", *sys.argv[1:]]
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
