@@ -14,6 +14,7 @@ from pipeline.data.manifest import Manifest, Shard, Split
 from pipeline.files import sha256_of_file
 
 CLASSES = ("ant", "bee", "cat", "dog")
+PAIR_OPTIONS = ("batch.max_per_rank=3", "recipe.ema_decay=0.9", "model.num_classes=1000", "tracking=offline")
 NUM_VALIDATION = 25  # divisible by neither 2 nor 3 ranks
 
 
@@ -98,5 +99,4 @@ def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
     The supervisor is killed when rank 1 is fed the second half of step 7, in the second epoch.
     """
-    options = ("batch.max_per_rank=3", "recipe.ema_decay=0.9", "model.num_classes=1000", "tracking=offline")
-    return make_pair(tmp_path_factory.mktemp("two"), shards, 2, "1 7 1 supervisor", *options)
+    return make_pair(tmp_path_factory.mktemp("two"), shards, 2, "1 7 1 supervisor", *PAIR_OPTIONS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from commands import rows, train_recorded
-from conftest import CLASSES, NUM_VALIDATION, Pair
+from conftest import NUM_VALIDATION, PAIR_OPTIONS, Pair
 
 from pipeline.comm import wire
 
@@ -206,8 +206,7 @@ def contents(run: Path) -> dict[str, str]:
 
 def test_a_finished_run_ends_at_once_and_changes_nothing(two_ranks: Pair, shards: Path) -> None:
     before = contents(two_ranks.unbroken)
-    options = ("batch.max_per_rank=3", "recipe.ema_decay=0.9", "model.num_classes=1000", "tracking=offline")
-    ended = train_recorded(two_ranks.root, shards, "unbroken", 2, *options)
+    ended = train_recorded(two_ranks.root, shards, "unbroken", 2, *PAIR_OPTIONS)
     assert "unbroken is finished: 11 of 11 steps are done. Nothing to do." in ended.output
     assert contents(two_ranks.unbroken) == before
 
@@ -223,4 +222,3 @@ def test_what_the_run_is_made_of_is_written_down(two_ranks: Pair) -> None:
     assert best["metric"] == "val/top1" and round(best["score"] * NUM_VALIDATION) == pytest.approx(
         best["score"] * NUM_VALIDATION
     )
-    assert len(CLASSES) == 4

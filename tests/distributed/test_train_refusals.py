@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import SMALL, run, train, train_recorded
-from conftest import write_shards
+from conftest import PAIR_OPTIONS, Pair, write_shards
 
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")
 
@@ -124,47 +124,48 @@ def test_a_loss_that_is_not_finite(shards: Path, tmp_path: Path) -> None:
 # --- a run that goes on ---
 
 
-@pytest.fixture(scope="session")
-def begun(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run_root of a run `first` of 4 steps, saved after 2 and 4."""
-    root = tmp_path_factory.mktemp("begun")
-    train(root, shards, "first", 2, *SHORT)
-    return root
-
-
 @pytest.fixture
-def root(begun: Path, tmp_path: Path) -> Path:
-    """A copy to be spoiled."""
-    return Path(shutil.copytree(begun, tmp_path / "runs"))
+def root(two_ranks: Pair, tmp_path: Path) -> Path:
+    """run_root with a copy, to be spoiled, of the run `unbroken`: saved after 9 and 11 steps, the best kept too."""
+    shutil.copytree(two_ranks.unbroken, tmp_path / "unbroken")
+    return tmp_path
 
 
+def go_on(root: Path, shards: Path, *more: str, expect: int) -> str:
+    """Make the run two steps longer."""
+    return train(root, shards, "unbroken", 2, *PAIR_OPTIONS, "trainer.max_steps=13", *more, expect=expect).output
+
+
+@pytest.mark.slow
 def test_another_model_does_not_go_on_from_this_ones_checkpoint(root: Path, shards: Path) -> None:
-    config = (root / "first" / "config.yaml").read_bytes()
-    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6", "model=squeezenet1_0", expect=4)
-    for sentence in sentences(ended.output):
+    config = (root / "unbroken" / "config.yaml").read_bytes()
+    said = sentences(go_on(root, shards, "model=squeezenet1_0", expect=4))
+    assert said
+    for sentence in said:
         assert "squeezenet1_1" in sentence and "squeezenet1_0" in sentence and "name=" in sentence
-    assert sentences(ended.output)
-    assert (root / "first" / "config.yaml").read_bytes() == config  # still tells what the run is made of
+    assert (root / "unbroken" / "config.yaml").read_bytes() == config  # still tells what the run is made of
 
 
 def test_nothing_is_trained_over_checkpoints_that_cannot_be_trusted(root: Path, shards: Path) -> None:
-    for path in (root / "first" / "checkpoints").glob("*.ckpt"):
+    directory = root / "unbroken" / "checkpoints"
+    for path in directory.glob("*.ckpt"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    before = {path: path.read_bytes() for path in (root / "first" / "checkpoints").iterdir()}
-    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6", expect=4)
-    assert "none verifies" in sentences(ended.output)[0]
-    assert ended.output.count("checkpoint passed over") == 2
-    assert {path: path.read_bytes() for path in (root / "first" / "checkpoints").iterdir()} == before
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    output = go_on(root, shards, expect=4)
+    assert "none verifies" in sentences(output)[0]
+    assert output.count("checkpoint passed over") == len(list(directory.glob("*.ckpt")))
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
 
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(root: Path, shards: Path) -> None:
-    newest = root / "first" / "checkpoints" / "step=000000004.ckpt"
+    newest = root / "unbroken" / "checkpoints" / "step=000000011.ckpt"
+    newest.with_name("best.ckpt").unlink()  # which may be of step 11 too, and sound
     newest.write_bytes(newest.read_bytes()[:-100])
-    ended = train(root, shards, "first", 2, *SHORT, "trainer.max_steps=6")
-    assert "checkpoint passed over" in ended.output and "resumed from step=000000002.ckpt" in ended.output
+    output = go_on(root, shards, expect=0)
+    assert "checkpoint passed over" in output and "resumed from step=000000009.ckpt" in output
 
 
 def test_a_full_disk_is_said_and_what_was_saved_stays(shards: Path, tmp_path: Path) -> None:
