@@ -324,8 +324,20 @@ class Learner(pl.LightningModule):
         return self._micro == 0
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums anew."""
+        """Start the sums anew, with the same network on every rank."""
         self.validation.reset()
+        self._share_averaged_buffers()
+
+    def _share_averaged_buffers(self) -> None:
+        """Rank 0's averaged buffers to all ranks. Collective, where there are any.
+
+        Running statistics come from each rank's own pictures; DDP broadcasts those of the model itself, and nobody
+        those of its average, of which the checkpoint holds rank 0's.
+        """
+        if self._average and dist.is_initialized() and dist.get_world_size() > 1:
+            with self.origin("buffers"):
+                for buffer in self._average[0].module.buffers():
+                    dist.broadcast(buffer, src=0)
 
     def validation_step(self, loaded: Any, batch_idx: int) -> None:
         """Add one micro-batch to the sums."""
