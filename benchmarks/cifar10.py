@@ -30,7 +30,7 @@ def evaluate_last(name: str) -> dict[str, float]:
     model, data = config["model"], config["data"]
     overrides = [
         f"name={common.fresh(f'{name}-evaluation')}",
-        f"checkpoint='{info.path}'",  # quoted for Hydra's grammar: the file's name holds a `=`
+        f"checkpoint={info.path}",
         f"data.root={data['root']}",
         f"data.size={'null' if data['size'] is None else data['size']}",
         f"model={model['name']}",

@@ -91,6 +91,7 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         f"No configuration at {CONF_DIRECTORY}: install with `pip install -e .` from the checkout.",
     )
     groups = config_groups()
+    overrides = [_quoted(override) for override in overrides]
     choices = [override for override in overrides if _split_override(override)[0] in groups]
     try:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
@@ -121,6 +122,18 @@ def _split_override(override: str) -> tuple[str, str]:
     """(key, value) of `+key=value`, `~key` and the like."""
     key, _, value = override.partition("=")
     return key.lstrip("+~").partition("@")[0], value
+
+
+def _quoted(override: str) -> str:
+    """The override, its value in quotes where it holds a `=`, which Hydra's grammar takes in quotes only.
+
+    Names of runs and of checkpoints hold one: `name=sweep/lr=0.1`.
+    """
+    key, _, value = override.partition("=")
+    if "=" not in value or value[0] in "'\"[{$" or "(" in value:
+        return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
@@ -244,8 +257,8 @@ def _run_hydra_application(
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument not in overrides]
+    overrides = [_quoted(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
     sys.argv = [
         f"pipeline.{command}",
         *overrides,

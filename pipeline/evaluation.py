@@ -12,7 +12,7 @@ from pipeline.data.loader import choose_num_workers, evaluation_loader
 from pipeline.data.store import ShardIndex
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.files import write_json_atomic
-from pipeline.learner import Batch, ExactMetrics, Normalizer
+from pipeline.learner import NAME_PREFIX, Batch, ExactMetrics, Normalizer
 from pipeline.models import zoo
 from pipeline.models.caffe import load_npz
 from pipeline.run import checkpoint as checkpoints
@@ -21,8 +21,6 @@ from pipeline.world import World
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateConfig
-
-PREFIX = "model."  # of parameters inside a learner's checkpoint
 
 
 def open_split(config: "EvaluateConfig", split: str) -> ShardIndex:
@@ -81,7 +79,7 @@ def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     average = content.get(checkpoints.SECTION, {}).get("learner", {}).get("average")
     if average is not None:  # an AveragedModel keeps its weights under `module.`
         return {key.removeprefix("module."): value for key, value in average.items() if key != "n_averaged"}
-    return {key.removeprefix(PREFIX): value for key, value in content.get("state_dict", content).items()}
+    return {key.removeprefix(NAME_PREFIX): value for key, value in content.get("state_dict", content).items()}
 
 
 def _checkpoint_of_run(run: Path) -> Path:

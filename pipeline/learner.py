@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from pipeline.config import InputConfig, RecipeConfig
 from pipeline.errors import NonFiniteError
 
+NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -365,8 +366,9 @@ class Learner(pl.LightningModule):
             optimizer_state: of SGD, as saved.
             extra: what `extra_state` returned.
         """
-        prefix = "model."
-        weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        weights = {
+            key.removeprefix(NAME_PREFIX): value for key, value in state_dict.items() if key.startswith(NAME_PREFIX)
+        }
         self.model.load_state_dict(weights)
         self.optimizer_state = optimizer_state
         if self._average:

@@ -72,24 +72,13 @@ def _quote_list(argument: str) -> str:
     if not listed.endswith("]") or ":" not in listed or "'" in listed or '"' in listed:
         return argument
     specs: list[str] = []
-    for item in _split_outside_brackets(listed[1:-1]):
+    for item in zoo.split_outside_brackets(listed[1:-1]):
         continues = specs and "=" in item and ":" not in item.partition("=")[0]
         if continues:
             specs[-1] += f",{item.strip()}"
         else:
             specs.append(item.strip())
     return f"{key}=[{','.join(_literal(spec) for spec in specs)}]"
-
-
-def _split_outside_brackets(text: str) -> list[str]:
-    items, depth = [""], 0
-    for character in text:
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += character
-    return items
 
 
 def check_candidates(config: "CompareConfig") -> list[Candidate]:

@@ -72,10 +72,12 @@ class StepClock:
         return seconds
 
     def percentiles(self) -> tuple[float, float] | None:
-        """(p50, p90) of the step, or None before two steps. The first step of an attempt is left out where possible."""
+        """(p50, p90) of the step, or None before the first. The first step of an attempt is left out where possible."""
         steady = list(self.step_seconds)[1:] or list(self.step_seconds)
-        if len(steady) < 2:
-            return (steady[0], steady[0]) if steady else None
+        if not steady:
+            return None
+        if len(steady) == 1:
+            return steady[0], steady[0]
         return statistics.median(steady), statistics.quantiles(steady, n=10, method="inclusive")[8]
 
     def mean_wait_seconds(self) -> float | None:
@@ -89,7 +91,7 @@ class StepClock:
 
 
 class Recorder(pl.Callback):
-    """Writes rows, validates and saves at the plan's steps.
+    """Writes a row per step, and saves at the plan's steps.
 
     Args:
         plan: which steps are validated and saved.
@@ -97,7 +99,7 @@ class Recorder(pl.Callback):
         loader: the timed training loader.
         log: takes (step, row); rows come once per step, in order.
         save: takes (step, score or None) and makes a checkpoint; called on all ranks alike.
-        num_classes: for the plateau detector.
+        plateau: watches the training loss.
         best_score: of earlier attempts.
     """
 

@@ -19,7 +19,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.batches import Quarantine
 from pipeline.errors import DataError
 from pipeline.files import write_json_atomic
-from pipeline.learner import Learner, StepResult
+from pipeline.learner import NAME_PREFIX, Learner, StepResult
 from pipeline.recorder import Recorder
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.cluster_environment import RankEnvironment
@@ -28,7 +28,6 @@ from pipeline.run.tracking import Tracker
 from pipeline.startup import Plan
 from pipeline.world import World
 
-NAME_PREFIX = "model."  # of parameters inside the learner
 LEDGER_EVERY_SECONDS = 30.0
 
 
@@ -57,7 +56,8 @@ class BucketWarmUp(Callback):
 class Persistence(Callback):
     """Puts our facts into every checkpoint, and keeps `ledger.json` fresh.
 
-    A killed attempt can only report what it wrote: the ledger is written again at most every LEDGER_EVERY_SECONDS.
+    A killed attempt can only report what it wrote: the ledger is written before every checkpoint, and between them when
+    it is older than LEDGER_EVERY_SECONDS.
     """
 
     def __init__(self, config: TrainConfig, world: World, directory: RunDirectory, ledger: Ledger, plan: Plan) -> None:
@@ -108,10 +108,13 @@ class Persistence(Callback):
 
 
 class Saver:
-    """Saves checkpoints: the record durable first, then the state, then the best one kept beside the last."""
+    """Saves checkpoints: the record and the ledger first, then the state, then the best one kept beside the last.
 
-    def __init__(self, directory: Path, keep: int, tracker: Tracker, world: World) -> None:
-        self.directory, self.tracker, self.world = directory, tracker, world
+    In this order a kill at any moment leaves no checkpoint that knows of a step which the files beside it lack.
+    """
+
+    def __init__(self, directory: Path, keep: int, tracker: Tracker, persistence: Persistence, world: World) -> None:
+        self.directory, self.tracker, self.persistence, self.world = directory, tracker, persistence, world
         self.io = checkpoints.AtomicCheckpointIO(keep=keep)
         self.trainer: pl.Trainer | None = None
 
@@ -120,6 +123,7 @@ class Saver:
         assert self.trainer is not None
         path = checkpoints.checkpoint_path(self.directory, step)
         self.tracker.sync()
+        self.persistence.write_ledger(ended=False)
         self.trainer.save_checkpoint(path)
         if best_score is not None and self.world.is_first:
             self.io.keep_as_best(path, best_score, "val/top1")

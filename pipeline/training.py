@@ -33,8 +33,6 @@ from pipeline.run.tracking import Tracker
 from pipeline.startup import Plan
 from pipeline.world import World, join_group
 
-NAME_PREFIX = "model."  # of parameters inside the learner
-
 
 @contextlib.contextmanager
 def join(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
@@ -57,12 +55,14 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     return directory
 
 
-def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "Start") -> int:
+def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "Start", learner: Learner) -> int:
     """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
     hosts = world.gather_hosts()
+    model = dataclasses.replace(config.model, num_classes=learner.num_classes)
+    resolved = dataclasses.replace(config, model=model)
 
     def begin() -> int:
-        run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+        run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(resolved)), sort_keys=False))
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
         run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
@@ -157,7 +157,7 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
 
     def load() -> Start:
         path = directory / chosen
-        info, content = checkpoints.verify(path), checkpoints.load(path)
+        info, content = checkpoints.load_proven(path)
         _refuse_drift(config, content[checkpoints.SECTION], path)
         return Start(info.step, info, content)
 
@@ -225,7 +225,7 @@ def fit(
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
-    attempt = begin_attempt(config, world, run, start)
+    attempt = begin_attempt(config, world, run, start, learner)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
     ledger = Ledger(world.meter, owed, world.placement, attempt=attempt)
@@ -243,7 +243,7 @@ def fit(
         loader = TimedLoader(data.train_dataloader())
         persistence = session.Persistence(config, world, run, ledger, plan)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
-        saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, world)
+        saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
         recorder = Recorder(
             plan,
             ledger,

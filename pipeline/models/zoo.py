@@ -201,7 +201,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, colon, tail = spec.strip().partition(":")
     metaparameters: dict[str, Any] = {}
-    for item in _split_outside_brackets(tail) if colon else ():
+    for item in split_outside_brackets(tail) if colon else ():
         key, equals, value = (part.strip() for part in item.partition("="))
         require(
             bool(key and equals and value),
@@ -229,7 +229,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _split_outside_brackets(text: str) -> list[str]:
+def split_outside_brackets(text: str) -> list[str]:
     """Split at the commas that are not inside [...]."""
     items, depth, start = [], 0, 0
     for position, character in enumerate(text):

@@ -118,8 +118,13 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it does not verify, or holds anything else.
     """
-    verify(path)
-    return load_foreign(path)
+    return load_proven(path)[1]
+
+
+def load_proven(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """`load`, and what was proven of the file."""
+    info = verify(path)
+    return info, load_foreign(path)
 
 
 def load_foreign(path: Path) -> dict[str, Any]:

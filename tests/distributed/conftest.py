@@ -1,6 +1,7 @@
 """Small shards, and runs over them that several tests look at."""
 
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: st
     killed = train_recorded(root, shards, "resumed", devices, *options, kill_at=kill_at, expect=None)
     assert killed.code == (-9 if kill_at.endswith("supervisor") else 1), killed.output
     assert (root / "resumed" / "metrics.jsonl").read_text().count("\n") < 11
+    saved = json.loads((root / "resumed" / "checkpoints" / "last.json").read_text())["step"]
+    told = json.loads((root / "resumed" / "ledger.json").read_text())["num_steps"]
+    assert told >= saved, "a checkpoint must never know of a step that the ledger lacks"
     ended = train_recorded(root, shards, "resumed", devices, *options)
     assert "resumed from" in ended.output
     return Pair(root, devices)

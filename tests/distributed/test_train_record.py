@@ -1,9 +1,7 @@
 """What a two-rank training leaves behind: its ledger, its mirror, and nothing changed once it is finished."""
 
 import hashlib
-import importlib
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 from commands import rows, train_recorded
 from conftest import NUM_VALIDATION, PAIR_OPTIONS, Pair
+from wandb_file import records
 
 from pipeline.comm import wire
 
@@ -138,26 +137,6 @@ def test_every_metric_of_the_record_is_filled(two_ranks: Pair) -> None:
         assert all(isinstance(row[name], int | float) for name in METRICS)
         assert (row.keys() >= VALIDATION) == (row["trainer/step"] in (4, 8, 11))
     assert [row["samples"] for row in lines] == [12 * step for step in range(1, 12)]
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; a record's header
-    is checksum, length and type: 1 a whole record, 2, 3 and 4 its first, middle and last part)."""
-    record_type: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-    content, position, payload = path.read_bytes(), 7, b""
-    while position + 7 <= len(content):
-        left_in_block = 32_768 - position % 32_768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        payload += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = record_type()
-            record.ParseFromString(payload)
-            yield record
-            payload = b""
 
 
 def mirrored(run: Path) -> tuple[list[str], list[dict[str, float]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from commands import rows, train_recorded
 from conftest import Pair, make_pair
 
@@ -79,7 +80,11 @@ def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
 
 
 def test_one_rank_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:
-    assert_same(make_pair(tmp_path, shards, 1, "0 4 0 rank"))
+    pair = make_pair(tmp_path, shards, 1, "0 4 0 rank")
+    assert_same(pair)
+    # Null in the command: the record of a run says what it was.
+    config = yaml.safe_load((pair.resumed / "config.yaml").read_text())
+    assert config["model"]["num_classes"] == load(pair.resumed)["squeezewire"]["num_classes"]
 
 
 def test_three_ranks(shards: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pipeline.cli import CONF_DIRECTORY, compose, config_groups, field_docs, help_text
 from pipeline.config import TrainConfig, TrainerConfig
 from pipeline.errors import ConfigError
+from pipeline.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]
@@ -39,6 +40,17 @@ def test_a_wrong_key_or_choice_names_the_nearest(override: str, nearest: str) ->
 def test_metaparameters_are_open() -> None:
     config = compose("train", TrainConfig, [*BASE, "model.metaparameters.sr=0.5"])
     assert config.model.metaparameters["sr"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["sweep/lr=0.1", "a=b=c", "'sweep/lr=0.1'"])
+def test_a_value_may_hold_an_equals_sign(name: str) -> None:
+    assert compose("train", TrainConfig, [*BASE[1:], f"name={name}"]).name == name.strip("'")
+
+
+def test_the_path_of_a_checkpoint_is_taken_as_it_is() -> None:
+    path = "runs/x/checkpoints/step=000000012.ckpt"
+    config = compose("evaluate", EvaluateConfig, ["data.root=somewhere", f"checkpoint={path}"])
+    assert config.checkpoint == path
 
 
 def test_an_unset_name_is_asked_for() -> None:

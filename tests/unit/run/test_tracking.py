@@ -3,11 +3,9 @@
 import contextlib
 import gc
 import http.server
-import importlib
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from wandb_file import records
 
 from pipeline.config import TrackingConfig
 from pipeline.run import wandb_mirror
@@ -68,27 +67,6 @@ def wandb_processes() -> list[psutil.Process]:
 
 def track(run: RunDirectory, mode: str = "offline", **changes: Any) -> Tracker:
     return Tracker(run, TrackingConfig(mode=mode), **({"rank": 0, "model": "squeezenet1_1"} | changes))
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; a record's header
-    is checksum, length and type, of which 1 is a whole record, 2, 3 and 4 its first, middle and last part)."""
-    record_type: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
-    content, position, payload = path.read_bytes(), 7, b""
-    assert content[:4] == b":W&B"
-    while position + 7 <= len(content):
-        left_in_block = 32_768 - position % 32_768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        payload += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = record_type()
-            record.ParseFromString(payload)
-            yield record
-            payload = b""
 
 
 def mirrored(run: RunDirectory) -> tuple[set[str], list[dict[str, str]]]:

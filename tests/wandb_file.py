@@ -1,0 +1,28 @@
+"""Read back what wandb wrote offline."""
+
+import importlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; a record's header
+    is checksum, length and type, of which 1 is a whole record, 2, 3 and 4 its first, middle and last part)."""
+    record_type: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    content, position, payload = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        left_in_block = 32_768 - position % 32_768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        payload += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = record_type()
+            record.ParseFromString(payload)
+            yield record
+            payload = b""
