@@ -22,6 +22,7 @@ VERSION = 1
 SIZES = ((375, 500), (333, 500), (500, 375), (400, 500), (300, 400), (480, 640))
 """(height, width) in pixels, and how often each occurs: the common ones of ImageNet."""
 SIZE_SHARES = (0.45, 0.15, 0.15, 0.10, 0.10, 0.05)
+SHARE_INVERTED = 0.25  # of the pictures: dark figures on bright ground
 JPEG_QUALITY = 91
 EXPECTED_BYTES = 106_000
 """What a file is planned with before it exists."""
@@ -62,12 +63,18 @@ class BuiltinPictures:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """The ground's colour and the figure's: random tints, the figure clearly the brighter."""
+    """The ground's colour and the figure's: random tints, the figure clearly the brighter, or the darker in some.
+
+    Without the exceptions a picture's mean brightness tells how much of it the figure covers, and with that its class:
+    enough for a linear model to reach one half.
+    """
     middle, difference = rng.uniform(118, 138), rng.uniform(120, 150)
     colours = []
     for brightness in (middle - difference / 2, middle + difference / 2):
         tint = rng.uniform(-30, 30, 3).astype(np.float32)
         colours.append(tint - LUMA @ tint + np.float32(brightness))
+    if rng.random() < SHARE_INVERTED:
+        colours.reverse()
     return colours[0], colours[1]
 
 
