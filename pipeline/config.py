@@ -269,6 +269,8 @@ class CommConfig:
     bucket_megabytes: float | None = None
     """DDP's bucket_cap_mb, in MiB as torch counts it, for every bucket. Null: torch's default, a first bucket of 1 MiB
     and 25 MiB after it."""
+    strict: bool | None = None
+    """Fail with exit code 6 when bytes measured and predicted differ. Null: yes on gloo, whose bytes are exact."""
     hook: str = "none"
     """Compression of gradients on the wire: `none`, `fp16`, `bf16`."""
     find_unused_parameters: bool = False

@@ -123,10 +123,12 @@ class Saver:
         assert self.trainer is not None
         path = checkpoints.checkpoint_path(self.directory, step)
         self.tracker.sync()
+        unexplained = self.persistence.ledger.compare()
         self.persistence.write_ledger(ended=False)
         self.trainer.save_checkpoint(path)
         if best_score is not None and self.world.is_first:
             self.io.keep_as_best(path, best_score, "val/top1")
+        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
 
 
 class BadSamples(Callback):

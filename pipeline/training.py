@@ -15,6 +15,7 @@ import yaml
 from pipeline import session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
+from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.config import TrainConfig
 from pipeline.data.loader import ShardData
@@ -228,7 +229,8 @@ def fit(
     attempt = begin_attempt(config, world, run, start, learner)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
-    ledger = Ledger(world.meter, owed, world.placement, attempt=attempt)
+    reconciler = make_reconciler(config, world)
+    ledger = Ledger(world.meter, owed, world.placement, attempt=attempt, reconciler=reconciler, rank=world.rank)
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], _previous_ledger(run))
     _announce(config, world, shards, plan, start, sum(owed.values()))
@@ -261,11 +263,23 @@ def fit(
         session.connect(trainer, learner, plan, recorder, persistence, saver)
         try:
             trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
+            unexplained = ledger.compare()
         finally:
             recorder.flush()
             persistence.write_ledger(ended=True)
+        ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
     _close(config, world, run, recorder, plan)
+
+
+def make_reconciler(config: TrainConfig, world: World) -> Reconciler | None:
+    """Ready to compare the ranks' counts; None where the kernel counts nothing. Collective."""
+    if world.counter is None:
+        return None
+    strict = world.compute.backend == "gloo" if config.comm.strict is None else config.comm.strict
+    reconciler = Reconciler(world.counter, world.rank, world.placement, strict=strict)
+    reconciler.start()
+    return reconciler
 
 
 def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> ShardData:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.counters import SocketCounter
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
 from pipeline.errors import ExitCode, UserError
@@ -30,6 +31,8 @@ class World:
     meter: CollectiveMeter
     placement: Placement
     num_threads: int
+    counter: SocketCounter | None = None
+    """Of this rank's connections; None where nothing is exchanged, metered or counted by the kernel."""
 
     @property
     def rank(self) -> int:
@@ -156,8 +159,9 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
     dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
     recorder = CollectiveMeter(enabled=meter)
     recorder.attach()
+    counter = _counter(recorder, ranks.master_port)
     try:
-        yield World(ranks, compute, recorder, _placement(ranks), num_threads)
+        yield World(ranks, compute, recorder, _placement(ranks), num_threads, counter)
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise
@@ -166,8 +170,20 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
             " that rank said, here or in its own log."
         ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
+    recorder.on_phase_end = None
     recorder.detach()
     dist.destroy_process_group()
+
+
+def _counter(meter: CollectiveMeter, store_port: int) -> SocketCounter | None:
+    """Begins to count this rank's connections, while all is silent, and is told when a phase ends."""
+    if not meter.enabled or meter.world_size == 1:
+        return None
+    counter = SocketCounter(store_port)
+    if not counter.available:
+        return None
+    meter.on_phase_end = counter.end_phase
+    return counter
 
 
 def _placement(ranks: RankInfo) -> Placement:

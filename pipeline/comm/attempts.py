@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.comm.collectives import Call
-from pipeline.comm.traffic import Placement, price
+from pipeline.comm.collectives import PHASES, Call
+from pipeline.comm.reconcile import Measured
+from pipeline.comm.traffic import Placement, Traffic, price
 
 METER_OFF = "The meter was off in this run or one of its attempts (comm.meter=false)."
 
@@ -42,6 +43,8 @@ class Attempt:
     """(number of calls, payload bytes) after its last checkpoint, as its ledger.json told."""
     complete: bool = False
     """It said that it issued nothing more."""
+    measured: Measured | None = None
+    """What its ranks counted when they last compared; of a past attempt, as of its checkpoint or its last word."""
 
     def totals(self) -> dict[RowKey, tuple[int, int]]:
         """(number of calls, payload bytes) of every row, whether checkpointed or told later."""
@@ -86,6 +89,7 @@ class Attempt:
             "open_train": _pack_calls(self.open_train),
             "later": [[*key, *totals] for key, totals in self.later.items()],
             "complete": self.complete,
+            "measured": None if self.measured is None else self.measured.to_json(),
         }
 
     @classmethod
@@ -102,6 +106,7 @@ class Attempt:
             open_train=_unpack_calls(packed["open_train"]),
             later={RowKey(*row[:4]): (row[4], row[5]) for row in packed["later"]},
             complete=packed["complete"],
+            measured=None if packed["measured"] is None else Measured.from_json(packed["measured"]),
         )
 
     def adopt_later_work(self, previous: dict[str, Any] | None) -> None:
@@ -113,8 +118,9 @@ class Attempt:
         if previous is None:
             return
         for told in previous["attempts"]:
-            if told["attempt"] == self.number and told["lost_payload_bytes"] is not None:
-                self.complete = True
+            if told["attempt"] == self.number:
+                self.complete = self.complete or told["lost_payload_bytes"] is not None
+                self._adopt_later_measurement(told.get("measured"))
         known = self.totals()
         extra: dict[RowKey, tuple[int, int]] = {}
         for row in previous["collectives"]:
@@ -127,6 +133,25 @@ class Attempt:
                 _add(extra, told_key._replace(committed=told_key.phase != "train"), more_calls, more_bytes)
         for key, (num_calls, payload_bytes) in extra.items():
             _add(self.later, key, num_calls, payload_bytes)
+
+    def _adopt_later_measurement(self, told: dict[str, Any] | None) -> None:
+        """Take a comparison later than the checkpoint's, its steps after the checkpoint as lost work."""
+        if told is None:
+            return
+        later = Measured.from_json(told)
+        kept_steps = 0 if self.measured is None else self.measured.num_steps
+        if later.num_steps >= kept_steps:
+            kept = None if self.measured is None else self.measured.row("train", True)
+            self.measured = later.with_committed(kept)
+
+    def predictions(self) -> dict[tuple[str, bool], Traffic]:
+        """Predicted traffic by (phase, committed), of everything issued so far."""
+        by_phase = {phase: Counter[Call]() for phase in PHASES if phase != "train"}
+        for call, count in self.outside.items():
+            by_phase[call.phase][call] += count
+        calls = {(phase, True): found for phase, found in by_phase.items()}
+        calls |= {("train", True): self.committed, ("train", False): self.open_train}
+        return {label: price(found, self.placement, self.backend) for label, found in calls.items()}
 
 
 def predicted_totals(attempts: Sequence[Attempt]) -> tuple[list[int] | None, list[int] | None, str | None]:

@@ -63,6 +63,8 @@ class CollectiveMeter:
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
         self._num_bucket_calls = 0
+        self.on_phase_end: Callable[[str], None] | None = None
+        """Told the phase that ends, before the next begins; no collective of this rank is under way then."""
         self._phase = "startup"
         self._local = _ThreadOrigin()
         self._lock = threading.Lock()
@@ -104,7 +106,10 @@ class CollectiveMeter:
     def set_phase(self, phase: str) -> str:
         """Enter `phase` until further notice; returns the one left."""
         assert phase in PHASES, phase
-        previous, self._phase = self._phase, phase
+        previous = self._phase
+        if phase != previous and self.on_phase_end is not None:
+            self.on_phase_end(previous)
+        self._phase = phase
         return previous
 
     @contextmanager
@@ -114,7 +119,7 @@ class CollectiveMeter:
         try:
             yield
         finally:
-            self._phase = previous
+            self.set_phase(previous)
 
     @contextmanager
     def origin(self, origin: str, *, only_if_unknown: bool = False) -> Iterator[None]:

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.comm.attempts import METER_OFF, Attempt, predicted_totals
+from pipeline.comm.attempts import METER_OFF, Attempt
 from pipeline.comm.collectives import Call, CollectiveMeter
+from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.traffic import Placement, StepTraffic, Traffic, price
+from pipeline.comm.transport import WORLD_OF_ONE, attempt_rows, transport_and_servers
 from pipeline.errors import LedgerError
 
 SCHEMA = 1
 STATE_VERSION = 1
 
-_NOT_MEASURED = "Bytes on the wire are predicted in this run, not read from the kernel's counters."
+_NOT_MEASURED = "The kernel's counts were not read in this run."
+_NOT_COMPARED = "The ranks have not compared their counts yet: they do so at checkpoints and at the end."
 _NOT_TIMED = "Communication was not timed in this run."
-_WORLD_OF_ONE = "A world of one exchanges nothing."
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Ledger:
 
     gradient_bytes_by_parameter: trainable parameters in the model's order (strategy.gradient_bytes_by_parameter).
     attempt: number of this start of the run, from 1; raised if the loaded state is as late.
+    reconciler: compares with the kernel's counts; None where nothing is measured. rank: of this process.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Ledger:
         gradient_bytes_by_parameter: dict[str, int],
         placement: Placement | None = None,
         attempt: int = 1,
+        reconciler: Reconciler | None = None,
+        rank: int = 0,
     ) -> None:
         placement = placement or Placement.assumed(meter.world_size)
         assert placement.world_size == meter.world_size
@@ -62,6 +67,7 @@ class Ledger:
         self._total_egress_bytes: int | None = 0
         self._open_gradient_bytes = 0  # of the step under way
         self._last: StepTraffic | None = None
+        self._reconciler, self._rank = reconciler, rank
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
         # A world of one has nothing to count.
         self._present = Attempt(attempt, 0, placement, meter.backend, meter.enabled or meter.world_size == 1)
@@ -99,6 +105,7 @@ class Ledger:
             traffic.bytes_per_rank,
             traffic.egress_per_server,
             self._total_egress_bytes,
+            None if self._reconciler is None else self._reconciler.counter.commit(),
         )
         return self._last
 
@@ -130,6 +137,25 @@ class Ledger:
                 self._priced.clear()
             self._priced[key] = price(train, self._present.placement, self._present.backend)
         return self._priced[key]
+
+    def compare(self) -> str | None:
+        """Lay predicted and counted bytes of all ranks side by side. Collective; no collective may be under way.
+
+        Returns the sentence about bytes nobody can explain, on every rank, or None. `refuse` makes it an error.
+        """
+        if self._reconciler is None:
+            return None
+        self._collect()
+        measured, unexplained = self._reconciler.compare(
+            self._meter.phase_name, self._present.predictions, self.num_steps
+        )
+        self._present.measured = measured
+        return unexplained
+
+    def refuse(self, unexplained: str | None) -> None:
+        """Raise LedgerError on every rank if `compare` found something and the run is strict."""
+        if self._reconciler is not None:
+            self._reconciler.refuse(unexplained)
 
     # --- over restarts ---
 
@@ -177,15 +203,16 @@ class Ledger:
         self._collect()
         self._present.complete = ended
         attempts = [*self._past, self._present]
-        transport, egress, reason = predicted_totals(attempts)
         placement, last = self._present.placement, self._last
-        reasons = _null_reasons(self._meter, conditions, reason, last)
-        for index, attempt in enumerate(attempts):
-            if attempt.lost_payload_bytes() is None:
-                reasons[f"attempts.{index}.lost_payload_bytes"] = _why_unknown(attempt, attempt is self._present)
+        why = self._why_unmeasured()
+        compared, reasons = transport_and_servers(attempts, self.num_steps, why)
+        listed, more_reasons = attempt_rows(attempts, why)
+        reasons |= more_reasons | _null_reasons(
+            self._meter, conditions, reasons.get("transport.predicted_bytes_per_rank"), last
+        )
         return {
             "schema": SCHEMA,
-            "closed": None,
+            "closed": compared["closed"],
             "run": conditions.run,
             "model": conditions.model,
             "backend": self._meter.backend,
@@ -204,27 +231,9 @@ class Ledger:
                 for index, bucket in sorted(self._meter.buckets.items())
             ],
             "collectives": [row for attempt in attempts for row in attempt.rows()],
-            "attempts": [
-                {
-                    "attempt": attempt.number,
-                    "first_step": attempt.first_step,
-                    "lost_payload_bytes": attempt.lost_payload_bytes(),
-                }
-                for attempt in attempts
-            ],
-            "transport": {
-                "predicted_bytes_per_rank": transport,
-                "measured_bytes_per_rank": None,
-                "retransmitted_bytes_per_rank": None,
-                "residual_bytes_per_rank": None,
-            },
-            "servers": {
-                "predicted_egress_bytes": egress,
-                "measured_egress_bytes": None,
-                "counter": None,
-                "interface": None,
-                "residual_fraction": None,
-            },
+            "attempts": listed,
+            "transport": compared["transport"],
+            "servers": compared["servers"],
             "per_step": {
                 "payload_bytes": None if last is None else last.payload_bytes,
                 "transport_bytes_per_rank": _list_or_none(last and last.transport_bytes_per_rank),
@@ -241,6 +250,13 @@ class Ledger:
             "null_reasons": reasons,
         }
 
+    def _why_unmeasured(self) -> str:
+        if self._meter.world_size == 1:
+            return WORLD_OF_ONE
+        if not self._present.metered:
+            return METER_OFF
+        return _NOT_MEASURED if self._reconciler is None else _NOT_COMPARED
+
 
 def _layers(by_parameter: dict[str, int]) -> list[dict[str, Any]]:
     """Weight and bias of a module are one layer; shares sum to 1."""
@@ -252,15 +268,6 @@ def _layers(by_parameter: dict[str, int]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "share": size / total} for name, size in by_layer.items()]
 
 
-def _why_unknown(attempt: Attempt, running: bool) -> str:
-    """Why the lost work of `attempt` is not known."""
-    if not attempt.metered:
-        return METER_OFF
-    if running:
-        return "This attempt is still running."
-    return "This attempt ended without a last word; what it issued after it last wrote is not known."
-
-
 def _list_or_none(values: Sequence[int] | None) -> list[int] | None:
     return None if values is None else list(values)
 
@@ -269,29 +276,13 @@ def _null_reasons(
     meter: CollectiveMeter, conditions: Conditions, reason: str | None, last: StepTraffic | None
 ) -> dict[str, str]:
     """Why each null is null, by its path."""
-    unmeasured = _WORLD_OF_ONE if meter.world_size == 1 else _NOT_MEASURED
     reasons: dict[str, str] = {}
-    reasons |= dict.fromkeys(
-        (
-            "closed",
-            "transport.measured_bytes_per_rank",
-            "transport.retransmitted_bytes_per_rank",
-            "transport.residual_bytes_per_rank",
-            "servers.measured_egress_bytes",
-            "servers.counter",
-            "servers.interface",
-            "servers.residual_fraction",
-        ),
-        unmeasured,
-    )
-    untimed = _WORLD_OF_ONE if meter.world_size == 1 else _NOT_TIMED
+    untimed = WORLD_OF_ONE if meter.world_size == 1 else _NOT_TIMED
     for name in ("communication_seconds", "exposed_seconds", "bus_bandwidth_bytes_per_second"):
         reasons[f"time.{name}"] = untimed
     reasons["meter_overhead_fraction"] = "The meter's cost is measured by a benchmark of its own, not in every run."
     if meter.backend != "gloo":
         reasons["algorithm"] = f"{meter.backend} chooses its algorithm at run time."
-    if reason is not None:
-        reasons["transport.predicted_bytes_per_rank"] = reasons["servers.predicted_egress_bytes"] = reason
     if last is None:
         for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes"):
             reasons[f"per_step.{name}"] = "This attempt has completed no step."

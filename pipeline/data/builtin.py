@@ -22,7 +22,7 @@ VERSION = 1
 SIZES = ((375, 500), (333, 500), (500, 375), (400, 500), (300, 400), (480, 640))
 """(height, width) in pixels, and how often each occurs: the common ones of ImageNet."""
 SIZE_SHARES = (0.45, 0.15, 0.15, 0.10, 0.10, 0.05)
-SHARE_INVERTED = 0.25  # of the pictures: dark figures on bright ground
+SHARE_CORRECTION = 0.5  # 1 makes the mean brightness of all pictures the same, but betrays the share by the ground's
 JPEG_QUALITY = 91
 EXPECTED_BYTES = 106_000
 """What a file is planned with before it exists."""
@@ -53,7 +53,7 @@ class BuiltinPictures:
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         height, width = SIZES[rng.choice(len(SIZES), p=SIZE_SHARES)]
         coverage_HW = draw(CLASSES[self.label(index)], height, width, rng)
-        ground, figure = _two_colours(rng)
+        ground, figure = _two_colours(float(coverage_HW.mean()), rng)
         pixels_HWC = coverage_HW[:, :, None] * (figure - ground) + ground
         _light(pixels_HWC, rng)
         _clutter(pixels_HWC, rng)
@@ -62,19 +62,18 @@ class BuiltinPictures:
         return np.clip(pixels_HWC, 0, 255, out=pixels_HWC).astype(np.uint8)
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[Plane, Plane]:
-    """The ground's colour and the figure's: random tints, the figure clearly the brighter, or the darker in some.
+def _two_colours(share: float, rng: np.random.Generator) -> tuple[Plane, Plane]:
+    """The ground's colour and the figure's: random tints, the figure clearly the brighter.
 
-    Without the exceptions a picture's mean brightness tells how much of it the figure covers, and with that its class:
-    enough for a linear model to reach one half.
+    share: of the picture that the figure covers. Without the correction by it a picture's mean brightness tells the
+    share, and with that its class: enough for a linear model to reach one half.
     """
     middle, difference = rng.uniform(118, 138), rng.uniform(120, 150)
+    middle -= SHARE_CORRECTION * difference * (share - 0.5)
     colours = []
     for brightness in (middle - difference / 2, middle + difference / 2):
         tint = rng.uniform(-30, 30, 3).astype(np.float32)
         colours.append(tint - LUMA @ tint + np.float32(brightness))
-    if rng.random() < SHARE_INVERTED:
-        colours.reverse()
     return colours[0], colours[1]
 
 

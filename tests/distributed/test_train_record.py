@@ -27,7 +27,7 @@ METRICS = (
     *(f"train/{name}" for name in ("loss", "top1")),
     *(f"perf/{name}" for name in ("images_per_second", "step_seconds", "data_wait_seconds", "data_wait_share")),
     *(f"comm/{name}_bytes" for name in ("gradient", "payload", "transport", "server_egress")),
-    *("comm/total_gigabytes", "lr"),
+    *("comm/total_gigabytes", "comm/residual_bytes", "lr"),
 )
 VALIDATION = {"val/loss", "val/top1", "val/top5"}
 
@@ -55,7 +55,7 @@ def test_the_ledger_has_every_key_of_its_schema(ledger: dict[str, Any]) -> None:
     assert (ledger["backend"], ledger["algorithm"], ledger["hook"]) == ("gloo", "ring", "none")
     assert (ledger["world_size"], ledger["num_servers"], ledger["server_of_rank"]) == (2, 2, [0, 1])
     assert (ledger["placement"], ledger["num_steps"], ledger["global_batch"]) == ("assumed", 11, 12)
-    assert ledger["closed"] is None
+    assert ledger["closed"] is True
     assert sum(layer["share"] for layer in ledger["layers"]) == pytest.approx(1)
     assert sum(layer["bytes"] for layer in ledger["layers"]) == GRADIENT_BYTES
 
