@@ -107,7 +107,7 @@ def test_runs_on_different_links_are_not_mixed(make_run, tmp_path):
         lab = {"servers": 2, "bandwidth_bits_per_second": rate, "offloads": False}
         environment = json.loads((run / "environment.json").read_text())
         (run / "environment.json").write_text(json.dumps(environment | {"lab": lab}))
-    with pytest.raises(ConfigError, match="link of a server is 1 Gbit/s, emulated for .* and unshaped"):
+    with pytest.raises(ConfigError, match=r"link of a server is 1 Gbit/s, emulated for .* and unshaped"):
         compare(from_runs(tmp_path, *runs))
 
 
