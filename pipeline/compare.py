@@ -16,6 +16,19 @@ from pipeline.errors import ExitCode, LedgerError
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareLabConfig:
+    """Whether each training runs on a cluster of network namespaces, as `pipeline.lab` makes one."""
+
+    servers: int | None = None
+    """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
+    ranks_per_server: int = 1
+    bandwidth: str | None = None
+    """Of each server's link: 1gbit, 100mbit. Null: as fast as the machine."""
+    placement: str = "contiguous"
+    offloads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Train several models for a few steps each, under the same conditions, and compare what they send."""
 
@@ -41,6 +54,7 @@ class CompareConfig:
     batch: BatchConfig
     cluster: ClusterConfig
     comm: CommConfig
+    lab: CompareLabConfig
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
@@ -49,10 +63,15 @@ class CompareConfig:
         require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
         require(self.num_classes >= 2, f"num_classes={self.num_classes} must be at least 2.")
         require(
-            bool(self.runs) or self.cluster.devices >= 2,
-            f"cluster.devices={self.cluster.devices}: one rank alone sends nothing; give at least 2.",
+            bool(self.runs) or self.num_ranks >= 2,
+            "One rank alone sends nothing: give cluster.devices, or lab.servers, at least 2.",
         )
         require(self.comm.meter or bool(self.runs), "comm.meter=false leaves nothing to compare: set it to true.")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of each training."""
+        return self.lab.servers * self.lab.ranks_per_server if self.lab.servers else self.cluster.devices
 
     @property
     def directory(self) -> Path:

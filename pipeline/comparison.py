@@ -162,6 +162,8 @@ def conditions_of(run: RunRecord) -> dict[str, Any]:
         "servers": ledger["num_servers"],
         "placement": ledger["placement"],
         "server of rank": ledger["server_of_rank"],
+        "link of a server": run.link,
+        "segmentation offloads": environment.get("lab.offloads"),
         "backend": ledger["backend"],
         "algorithm": ledger["algorithm"],
         "compression hook": ledger["hook"],

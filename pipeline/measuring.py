@@ -17,10 +17,12 @@ from pipeline.cli import compose
 from pipeline.comparison import Outcome, choose_baseline, metered_gradient_bytes, refuse_to_mix
 from pipeline.config import TrainConfig, require
 from pipeline.errors import DataError, ExitCode, LedgerError, UserError
+from pipeline.lab import LabConfig
 from pipeline.models import zoo
 from pipeline.preflight import check_root
 from pipeline.report.records import RunRecord, flat, read_run
 from pipeline.run.directory import validate_name
+from pipeline.run.ranks import LAB_VARIABLE
 
 if TYPE_CHECKING:
     from pipeline.compare import CompareConfig
@@ -35,6 +37,7 @@ _RANK_VARIABLES = (
     "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    LAB_VARIABLE,
 )
 LONGEST_REASON = 300  # characters of a run's last words
 
@@ -108,7 +111,8 @@ def _check_candidate(config: "CompareConfig", spec: str) -> Candidate:
     overrides = tuple(_overrides(config, plain, name, metaparameters))
     train = compose("train", TrainConfig, [*overrides, "data.root=checked-later"])
     validate_name(train.name)
-    train.batch.split(train.cluster.devices)
+    train.batch.split(config.num_ranks)
+    compose("lab", LabConfig, _lab_overrides(config, train.name))
     with torch.device("meta"):  # the shapes, without the memory
         model = zoo.build(train.model.name, config.num_classes, **train.model.metaparameters)
     parameters = list(model.parameters())
@@ -137,6 +141,19 @@ def _overrides(config: "CompareConfig", candidate: Candidate, name: str, metapar
         "trainer.precision": config.precision,
     }
     return [f"model={name}", "tracking=disabled", *(f"{key}={_literal(value)}" for key, value in values.items())]
+
+
+def _lab_overrides(config: "CompareConfig", name: str) -> list[str]:
+    """The lab's overrides: lab.json goes to the run's own directory."""
+    if config.lab.servers is None:
+        return []
+    values = {
+        "name": name,
+        "run_root": config.run_root,
+        **asdict(config.lab),
+        "num_threads": config.cluster.num_threads,
+    }
+    return [f"{key}={_literal(value)}" for key, value in values.items()]
 
 
 def _literal(value: Any) -> str:
@@ -205,8 +222,10 @@ def _measure_one(config: "CompareConfig", candidate: Candidate, shards: Path) ->
     if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
         shutil.rmtree(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    shards_override = f"data.root={_literal(str(shards))}"
-    command = [sys.executable, "-m", "pipeline.train", *candidate.overrides, shards_override]
+    command = [sys.executable, "-m", "pipeline.train", *candidate.overrides, f"data.root={_literal(str(shards))}"]
+    if config.lab.servers is not None:
+        lab = _lab_overrides(config, f"{config.name}/{candidate.slug}")
+        command = [sys.executable, "-m", "pipeline.lab", *lab, "--", *command]
     with _log_path(directory).open("w") as log:
         finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
     outcome = Outcome(candidate.model, candidate.num_parameters, candidate.parameter_bytes, command=_command_line())
@@ -240,7 +259,7 @@ def _environment() -> dict[str, str]:
 
 
 def _reason(returncode: int, log: Path) -> str:
-    """Why a training command failed: its own last error sentence, else its last line."""
+    """Why a training command failed: its own last error sentence, else the exception, else its last line."""
     number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
     if number in set(signal.Signals):
         name = signal.Signals(number).name
@@ -250,7 +269,8 @@ def _reason(returncode: int, log: Path) -> str:
     errors = [line.partition("error: ")[2] for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
     if errors:
         return f"{errors[-1]} (exit code {returncode})"
-    last_words = textwrap.shorten(lines[-1], LONGEST_REASON) if lines else "It said nothing"
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last_words = textwrap.shorten((exceptions or lines)[-1], LONGEST_REASON) if lines else "It said nothing"
     return f"{last_words} (exit code {returncode}; its output is in {log})"
 
 

@@ -16,7 +16,7 @@ from pipeline.comm.counters import SocketCounter
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
 from pipeline.errors import ExitCode, UserError
-from pipeline.run.ranks import RankInfo
+from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def _counter(meter: CollectiveMeter, store_port: int) -> SocketCounter | None:
 
 def _placement(ranks: RankInfo) -> Placement:
     """Servers as the launcher knows them; on a single machine every rank is taken as a server of its own."""
-    if ranks.num_nodes == 1:
+    if ranks.num_nodes == 1 and lab_conditions() is None:
         return Placement.assumed(ranks.world_size)
     nodes: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(nodes, str(ranks.node_rank))

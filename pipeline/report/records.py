@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import DataError
-from pipeline.report.units import median
+from pipeline.report.units import format_bandwidth, median
 
 STEP = "trainer/step"
 
@@ -49,6 +49,15 @@ class RunRecord:
         """Bytes that leave the busiest server in a step; predicted unless the ledger measured them."""
         per_server = self.ledger["per_step"]["server_egress_bytes"]
         return max(per_server) if per_server else None
+
+    @property
+    def link(self) -> str | None:
+        """Of each server, in words; None where no lab promised one."""
+        lab = self.environment.get("lab")
+        if not lab:
+            return None
+        rate = lab["bandwidth_bits_per_second"]
+        return "unshaped, within one machine" if rate is None else f"{format_bandwidth(rate)}, emulated"
 
     @property
     def wire_gradient_bytes(self) -> float | None:

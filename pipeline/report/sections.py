@@ -118,6 +118,7 @@ def run_conditions(run: RunRecord) -> list[Fact]:
         "crop": f"{size} × {size} pixels" if size else None,
         "ranks": format_count(ledger["world_size"]),
         "servers": f"{ledger['num_servers']} ({ledger['placement']})",
+        "link of a server": run.link,
         "backend": " ".join(filter(None, (ledger["backend"], ledger["algorithm"]))),
         "gradient compression": ledger["hook"],
         "arithmetic": run.environment.get("arithmetic") or config.get("trainer.precision"),

@@ -202,3 +202,22 @@ def buckets_table(ledger: Mapping[str, Any]) -> Table:
         Column("num_parameters", "tensors", format_count),
     )
     return make_table("", columns, ledger.get("buckets") or [])
+
+
+def lab_table(record: Mapping[str, Any]) -> Table:
+    """What each server's interface counted, from a `lab.json`. Bytes are exact: they are compared with predictions."""
+    counted = "as whole packets before segmentation" if record["offloads"] else "as frames of the wire"
+    columns = (
+        Column("server", "server"),
+        Column("address", "address"),
+        Column("ranks", "ranks"),
+        Column("tx_bytes", "bytes out", format_count),
+        Column("rx_bytes", "bytes in", format_count),
+        Column("tx_packets", "packets out", format_count),
+    )
+    ranks = list(enumerate(record["server_of_rank"]))
+    rows = [
+        {**row, "ranks": ",".join(str(rank) for rank, server in ranks if server == row["server"])}
+        for row in record["interfaces"]
+    ]
+    return make_table(f"{record['interfaces'][0]['interface']} of each server, counted {counted}", columns, rows)

@@ -46,6 +46,16 @@ def format_rate(rate: float | None) -> str:
     return f"{rate:,.0f}" if rate >= 99.95 else f"{rate:#.3g}"
 
 
+def format_bandwidth(bits_per_second: float | None) -> str:
+    """`1 Gbit/s`, `2.5 Gbit/s`, `100 Mbit/s`."""
+    if bits_per_second is None:
+        return MISSING
+    power = 0
+    while bits_per_second >= 1000 and power < len(_PREFIXES) - 1:
+        bits_per_second, power = bits_per_second / 1000, power + 1
+    return f"{bits_per_second:g} {_PREFIXES[power]}bit/s"
+
+
 def format_times(factor: float | None) -> str:
     """`48.94×`."""
     return MISSING if factor is None else f"{factor:,.2f}×"

@@ -1,7 +1,6 @@
 """Lightning's view of `RankInfo`."""
 
 import os
-from typing import NoReturn
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from typing_extensions import override
@@ -49,7 +48,10 @@ class RankEnvironment(ClusterEnvironment):
     def set_world_size(self, size: int) -> None:
         """Lightning tells the size it derived from devices and nodes. It must be the true one."""
         if size != self._ranks.world_size:
-            self._refuse("world size", size, self._ranks.world_size)
+            raise ConfigError(
+                f"Lightning derives world size {size}, but this process was started as one of {self._ranks.world_size}"
+                f" (host {os.uname().nodename}): start the same number of ranks on every node."
+            )
 
     @override
     def global_rank(self) -> int:
@@ -57,9 +59,12 @@ class RankEnvironment(ClusterEnvironment):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        """Lightning tells the rank it derived from node and local rank. It must be the true one."""
-        if rank != self._ranks.rank:
-            self._refuse("rank", rank, self._ranks.rank)
+        """Lightning tells the rank it derived from node and local rank. The one this process was started as stands.
+
+        The derivation takes ranks for contiguous. Where they are dealt out to the nodes in turn (Slurm's
+        `--distribution=cyclic`) it is another process's rank. Nothing in Lightning 2.6 depends on it: strategies and
+        samplers ask `global_rank`.
+        """
 
     @override
     def local_rank(self) -> int:
@@ -68,9 +73,3 @@ class RankEnvironment(ClusterEnvironment):
     @override
     def node_rank(self) -> int:
         return self._ranks.node_rank
-
-    def _refuse(self, what: str, derived: int, told: int) -> NoReturn:
-        raise ConfigError(
-            f"Lightning derives {what} {derived}, but this process was started as {told}"
-            f" (host {os.uname().nodename}): start the same number of ranks on every node."
-        )

@@ -2,8 +2,8 @@
 
 1. The parent imports no torch and has one thread. It blocks the signals it cares about and takes them one at a time
    with `sigtimedwait`, so there is no handler and no moment at which a signal is lost.
-2. Each child is the same command line with torchrun-style variables, in a process group of its own (Ctrl-C reaches it
-   once, through the parent), with stdin closed. The kernel kills it should the parent die, however the parent dies.
+2. Each child is a command line with torchrun-style variables, in a process group of its own (Ctrl-C reaches it once,
+   through the parent), with stdin closed. The kernel kills it should the parent die, however the parent dies.
 3. Signals to the parent are passed on to every rank that still runs.
 4. When a rank fails, its peers get a moment to end by themselves, then SIGTERM, then SIGKILL. When a rank ends, what is
    left of its process group (data loader workers) goes with it.
@@ -26,7 +26,17 @@ from pipeline.errors import ConfigError, ExitCode
 from pipeline.run.ports import is_free, reserved_port
 from pipeline.run.ranks import SPAWNED_MARK, RankInfo, find_ranks
 
-__all__ = ["Ended", "Patience", "RankInfo", "exit_code_of", "find_ranks", "supervise"]
+__all__ = [
+    "Ended",
+    "Patience",
+    "RankCommand",
+    "RankInfo",
+    "exit_code_of",
+    "find_ranks",
+    "supervise",
+    "supervise_commands",
+    "threads_of_a_rank",
+]
 
 FORWARDED_SIGNALS = (
     signal.SIGTERM,
@@ -57,6 +67,15 @@ class Patience:
 
 
 @dataclass(frozen=True)
+class RankCommand:
+    """How one rank is started."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    """All of it: nothing is inherited."""
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a rank ended."""
 
@@ -81,23 +100,34 @@ def supervise(
     `num_threads`: compute threads per rank (OMP_NUM_THREADS); default: what the environment says, else the cores of
     this process divided by the ranks. `environment`: of the ranks, default this process's.
 
-    Must be called in the main thread: the kernel ties the children to the thread that started them.
-
     Raises:
         ConfigError: not on Linux, the command cannot be started, or no port is free.
     """
     assert devices >= 1, devices
-    assert threading.current_thread() is threading.main_thread()
     if sys.platform != "linux":
         raise ConfigError(
             f"cluster.devices={devices} needs Linux: set cluster.devices=1, or start the ranks with torchrun."
         )
     environment = os.environ if environment is None else environment
-    with _port(environment) as port, _signals_blocked() as (signals, mask):
+    with _port(environment) as port:
+        places = (_environment_of(rank, devices, port, num_threads, environment) for rank in range(devices))
+        return supervise_commands([RankCommand(argv, place) for place in places], patience=patience)
+
+
+def supervise_commands(commands: Sequence[RankCommand], *, patience: Patience | None = None) -> int:
+    """Run one command per rank, in the order of the ranks, until all have ended. Returns their exit code.
+
+    Must be called in the main thread: the kernel ties the children to the thread that started them.
+
+    Raises:
+        ConfigError: a command cannot be started.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    with _signals_blocked() as (signals, mask):
         children = _Children()
         try:
-            for rank in range(devices):
-                children.start(argv, _environment_of(rank, devices, port, num_threads, environment), mask)
+            for command in commands:
+                children.start(command, mask)
             return _Supervision(children, patience or Patience()).run(signals)
         finally:
             children.kill()
@@ -160,9 +190,7 @@ def _signals_blocked() -> Iterator[tuple[set[signal.Signals], set[signal.Signals
 def _environment_of(
     rank: int, devices: int, port: int, num_threads: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of one rank. A value the user set for threads or the interface stands."""
-    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // devices)
-    defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
+    """The variables of one rank. A value the user set for the interface stands."""
     own = {
         "RANK": str(rank),
         "WORLD_SIZE": str(devices),
@@ -171,11 +199,17 @@ def _environment_of(
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads_of_a_rank(devices, num_threads, environment),
         SPAWNED_MARK: "1",
     }
+    return {"GLOO_SOCKET_IFNAME": "lo", **environment, **own}
+
+
+def threads_of_a_rank(num_ranks: int, num_threads: int | None, environment: Mapping[str, str]) -> str:
+    """OMP_NUM_THREADS: as asked, else as the environment says, else this process's cores divided by the ranks."""
     if num_threads is not None:
-        own["OMP_NUM_THREADS"] = str(num_threads)
-    return {**defaults, **environment, **own}
+        return str(num_threads)
+    return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 class _Children:
@@ -186,7 +220,7 @@ class _Children:
         self.ended: list[Ended] = []
         self.told_to_stop = False
 
-    def start(self, argv: Sequence[str], environment: dict[str, str], mask: set[signal.Signals]) -> None:
+    def start(self, command: RankCommand, mask: set[signal.Signals]) -> None:
         """Start the next rank.
 
         Raises:
@@ -194,14 +228,14 @@ class _Children:
         """
         try:
             child = subprocess.Popen(
-                argv,
-                env=environment,
+                command.argv,
+                env=command.environment,
                 stdin=subprocess.DEVNULL,
                 process_group=0,
                 preexec_fn=_die_with_parent(mask),
             )
         except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"Cannot start a rank as {argv[0]!r}: {error}.") from error
+            raise ConfigError(f"Cannot start a rank as {command.argv[0]!r}: {error}.") from error
         self.running[len(self.running) + len(self.ended)] = child
 
     def send(self, number: signal.Signals) -> None:
@@ -238,13 +272,14 @@ def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
     """What a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
 
     Everything it needs exists before the fork. Should the parent have died before the request was made, the child's
-    parent is already another process, and the child ends itself.
+    parent is already another process, and the child ends itself. A parent outside of the child's PID namespace is seen
+    as process 0; once it has died, the namespace's first process, number 1, stands in its place.
     """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
+    parents = (os.getpid(), 0)
 
     def prepare() -> None:
-        if prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0 or os.getppid() != parent:
+        if prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0 or os.getppid() not in parents:
             os._exit(int(ExitCode.INTERNAL))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

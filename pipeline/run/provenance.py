@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.ranks import RankInfo
+from pipeline.run.ranks import RankInfo, lab_conditions
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 10.0
@@ -34,7 +34,7 @@ CPU_FLAGS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512_vnni", "avx512f", "a
 
 
 def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads: int | None = None) -> dict[str, Any]:
-    """Plain values for environment.json. Environment variables are left out: they hold secrets.
+    """Plain values for environment.json. Of the environment's variables the lab's alone: others hold secrets.
 
     `hosts`: host name of every rank, default this one alone. `num_threads`: compute threads per rank, default torch's.
     """
@@ -49,6 +49,7 @@ def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads
         "platform": platform.platform(),
         "hosts": list(hosts) if hosts is not None else [socket.gethostname()],
         "ranks": asdict(ranks),
+        "lab": lab_conditions(),
         "cpu": describe_cpu(),
         "num_threads_per_rank": torch.get_num_threads() if num_threads is None else num_threads,
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

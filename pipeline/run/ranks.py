@@ -3,16 +3,20 @@
 Nothing here imports torch: the parent that only starts ranks must stay small and single-threaded.
 """
 
+import json
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.run.ports import SERVICE_PORTS, free_port
 
 SPAWNED_MARK = "SQUEEZEWIRE_SPAWNED"
+# What `pipeline.lab` promises its ranks, as JSON.
+LAB_VARIABLE = "SQUEEZEWIRE_LAB"
 # Slurm numbers its own pseudo-steps (batch shell, interactive shell, extern) downwards from 0xfffffffd; real steps
 # count up from 0.
 FIRST_SPECIAL_STEP_ID = 0xFFFFFFF0
@@ -188,6 +192,12 @@ def expand_tasks_per_node(text: str) -> list[int]:
             raise ConfigError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 2(x3),1: start with srun.")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def lab_conditions(environment: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """What `pipeline.lab` promises this rank (servers, bandwidth_bits_per_second, ...); None outside of a lab."""
+    promised = (os.environ if environment is None else environment).get(LAB_VARIABLE)
+    return json.loads(promised) if promised else None
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

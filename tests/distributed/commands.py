@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,15 @@ def run(
     expect: int | None = 0,
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    prefix: Sequence[str] = (),
 ) -> Ended:
-    """Run `python ARGUMENTS` to its end. `expect`: the exit code, or None to take any."""
+    """Run `python ARGUMENTS` to its end. `expect`: the exit code, or None to take any.
+
+    `prefix`: a command that runs the rest of its words as a command, such as `unshare --net`.
+    """
     with _nothing_left_behind() as mark:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*prefix, sys.executable, *arguments],
             env={**clean_environment(), "PYTHONPATH": str(HERE.parents[1]), **mark, **(environment or {})},
             cwd=cwd,
             stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.run.launch import Ended, Patience, exit_code_of, supervise
+from pipeline.run.launch import Ended, Patience, RankCommand, exit_code_of, supervise, supervise_commands
 
 MARK = "SQUEEZEWIRE_TEST_MARK"
 DEADLINE_SECONDS = 30.0
@@ -105,6 +105,19 @@ def test_threads_are_the_cores_shared_out_unless_set(devices: int, tmp_path: Pat
     assert (tmp_path / "1").read_text() == str(max(1, len(os.sched_getaffinity(0)) // devices))
     assert supervise(rank_command(tmp_path, body), devices, environment=mark | {"OMP_NUM_THREADS": "7"}) == 0
     assert (tmp_path / "1").read_text() == "7"
+
+
+def test_each_rank_may_have_a_command_of_its_own(tmp_path: Path, mark: dict[str, str]) -> None:
+    commands = [
+        RankCommand(
+            [*rank_command(tmp_path, '(out / f"{rank}").write_text(str(sys.argv[2:]))'), word], mark | variables
+        )
+        for word, variables in (("a", {"RANK": "0"}), ("b", {"RANK": "1"}))
+    ]
+    assert supervise_commands(commands) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["['a']", "['b']"]
+    failing = RankCommand(["sh", "-c", "exit 4"], mark)
+    assert supervise_commands([RankCommand(["sleep", "1000"], mark), failing], patience=Patience(peer=0.1)) == 4
 
 
 @pytest.mark.parametrize("devices", [2, 3])

@@ -101,6 +101,16 @@ def test_a_compressed_run_owes_the_same_gradients(make_run, tmp_path):
     assert result_of(config)["models"][0]["gradient_bytes"] == 4_993_696
 
 
+def test_runs_on_different_links_are_not_mixed(make_run, tmp_path):
+    runs = [make_run("a"), make_run("b", model="squeezenet1_1")]
+    for run, rate in zip(runs, (10**9, None), strict=True):
+        lab = {"servers": 2, "bandwidth_bits_per_second": rate, "offloads": False}
+        environment = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps(environment | {"lab": lab}))
+    with pytest.raises(ConfigError, match=r"link of a server is 1 Gbit/s, emulated for .* and unshaped"):
+        compare(from_runs(tmp_path, *runs))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report.units import MISSING, format_bytes, format_seconds, format_times, median
+from pipeline.report.units import MISSING, format_bandwidth, format_bytes, format_seconds, format_times, median
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,14 @@ def test_no_size_prints_more_than_three_digits_before_the_point(num_bytes):
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("bits_per_second", "text"),
+    [(9600, "9.6 kbit/s"), (10**8, "100 Mbit/s"), (25 * 10**8, "2.5 Gbit/s"), (800, "800 bit/s"), (None, MISSING)],
+)
+def test_bandwidth(bits_per_second, text):
+    assert format_bandwidth(bits_per_second) == text
 
 
 def test_what_was_not_measured_is_a_dash_and_zero_is_not():

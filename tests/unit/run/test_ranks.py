@@ -192,8 +192,15 @@ def test_lightning_sees_the_same_ranks() -> None:
     assert (environment.world_size(), environment.global_rank()) == (4, 3)
     assert (environment.local_rank(), environment.node_rank()) == (1, 1)
     environment.set_world_size(4)
-    environment.set_global_rank(3)
     with pytest.raises(ConfigError, match="every node"):
         environment.set_world_size(3)
-    with pytest.raises(ConfigError, match="every node"):
-        environment.set_global_rank(2)
+
+
+def test_the_rank_told_stands_where_lightning_derives_another() -> None:
+    """Ranks dealt out to the nodes in turn: 0,2 and 1,3. Lightning derives 2 for rank 1."""
+    interleaved = TORCHRUN | {"RANK": "1", "LOCAL_RANK": "0", "GROUP_RANK": "1"}
+    ranks = find_ranks(1, interleaved)
+    assert ranks is not None and ranks == RankInfo(1, 4, 0, 2, 1, 2, "head", 29500, "torchrun")
+    environment = RankEnvironment(ranks)
+    environment.set_global_rank(environment.node_rank() * 2 + environment.local_rank())
+    assert environment.global_rank() == 1
