@@ -121,15 +121,23 @@ def measure(case: Case, root: Path, runs: Path) -> dict[str, Any]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """One line a training."""
-    print(f"\n  {'model':<15}{'servers':>8}{'ranks':>6}  {'hook':<6}{'micro':>6}  {'unused':<7}"
-          f"{'out of a server, bytes/step':>28}{'residual':>10}{'card':>10}")  # fmt: skip
+    heads = ("model", "servers", "ranks", "hook", "micro", "unused", "out of a server, bytes/step", "residual", "card")
+    widths = (15, 8, 7, 6, 6, 8, 29, 10, 10)
+    print("\n  " + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
     for row in rows:
-        ranks = row["servers"] * row["ranks_per_server"]
-        mixed = "*" if row["placement"] == "interleaved" else ""
-        card = "" if row["card_residual_fraction"] is None else f"{row['card_residual_fraction']:.4%}"
-        unused = "looked" if row["find_unused"] else ""
-        print(f"  {row['model']:<15}{row['servers']:>8}{ranks:>6}{mixed:<2}{row['hook']:<6}{row['accumulate']:>6}  {unused:<7}"
-              f"{row['egress_bytes_per_step']:>28,.0f}{row['residual_bytes']:>10,}{card:>10}")  # fmt: skip
+        card = row["card_residual_fraction"]
+        cells = (
+            row["model"],
+            row["servers"],
+            f"{row['servers'] * row['ranks_per_server']}{'*' if row['placement'] == 'interleaved' else ''}",
+            row["hook"],
+            row["accumulate"],
+            "looked" if row["find_unused"] else "",
+            f"{row['egress_bytes_per_step']:,.0f}",
+            f"{row['residual_bytes']:,}",
+            "" if card is None else f"{card:.4%}",
+        )
+        print("  " + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     if any(row["placement"] == "interleaved" for row in rows):
         print("  * ranks dealt out to the servers in turn")
 
