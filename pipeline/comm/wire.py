@@ -12,6 +12,9 @@ because each carries a preamble of six 8-byte words (gloo/transport/tcp/pair.h, 
 `sendUnboundBuffer`). These are the bytes handed to TCP: headers of TCP, IP and Ethernet and retransmissions are not in
 them. Sources named below are files of gloo at commit 70dc360; that the gloo inside torch 2.14 behaves so is measured by
 tests/distributed/test_meter_transport.py against the kernel's own counters.
+
+torch's object collectives (`all_gather_object`, `broadcast_object_list`, ...) are short sequences of these operations,
+sizes first, and need no formula of their own. NCCL is in wire_nccl.py, other ways to reduce are in wire_plans.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +33,7 @@ class Link:
     """What one rank sends to another in one direction, without preambles."""
 
     num_messages: int
+    """Messages that carry gloo's preambles; 0 in links of anything else, which are then data alone."""
     data_bytes: int
 
 
@@ -47,8 +51,8 @@ class NotDerivable:
 def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int, backend: str) -> Links | NotDerivable:
     """The links of one collective, or why there are none.
 
-    payload_bytes: bytes of one rank's input (all_reduce, broadcast, all_gather, reduce, gather), of the root's whole
-    list for scatter. itemsize: bytes per element. root: -1 where the operation has none.
+    payload_bytes: bytes of one rank's input, of the root's whole list for scatter. itemsize: bytes per element, of
+    which a complex number is two. root: -1 where the operation has none.
     """
     if num_ranks == 1:
         return _NO_LINKS
@@ -69,8 +73,22 @@ def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int,
             return gloo_gather(payload_bytes, num_ranks, root)
         case "barrier":
             return gloo_barrier(num_ranks)
+        case "reduce_scatter":
+            return gloo_reduce_scatter(payload_bytes, itemsize, num_ranks)
+        case "scatter":
+            return gloo_scatter(payload_bytes, num_ranks, root)
+        case "all_to_all":
+            return gloo_all_to_all(((payload_bytes // num_ranks,) * num_ranks,) * num_ranks)
         case _:
-            return NotDerivable(f"No exact formula is known here for gloo's {op}.")
+            return NotDerivable(_GLOO_REASONS.get(op, f"No exact formula is known here for gloo's {op}."))
+
+
+_GLOO_REASONS = {
+    "send": "A gloo send concerns two ranks, so that one rank's record does not tell what the others sent.",
+    "recv": "A gloo recv concerns two ranks, so that one rank's record does not tell what the others sent.",
+    "all_to_all_single": "torch's hook does not tell how gloo's all_to_all_single splits its tensor.",
+    "sparse_all_reduce": "A sparse all-reduce of gloo sends every rank's non-zero values, and their numbers differ.",
+}
 
 
 def sent_bytes_per_rank(links: Links, num_ranks: int) -> list[int]:
@@ -186,6 +204,46 @@ def gloo_barrier(num_ranks: int) -> Links:
     return _frozen(messages)
 
 
+@lru_cache(maxsize=1024)
+def gloo_reduce_scatter(payload_bytes: int, itemsize: int, num_ranks: int) -> Links:
+    """A whole all-reduce, of which each rank keeps its part: twice what a reduce-scatter needs.
+
+    ProcessGroupGloo.cpp, `reduce_scatter_single_coalesced`. Its list form all-reduces every tensor of the list on its
+    own; the meter records each as one operation.
+    """
+    return gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
+
+
+@lru_cache(maxsize=1024)
+def gloo_scatter(payload_bytes: int, num_ranks: int, root: int) -> Links:
+    """The root sends everybody else its n-th part of the list (gloo/scatter.cc)."""
+    return _frozen({(root, rank): Link(1, payload_bytes // num_ranks) for rank in range(num_ranks) if rank != root})
+
+
+@lru_cache(maxsize=1024)
+def gloo_all_to_all(split_bytes: tuple[tuple[int, ...], ...]) -> Links:
+    """Everybody sends everybody else one message, also an empty one (gloo/alltoall.cc, alltoallv.cc).
+
+    split_bytes[r][d]: bytes from rank r to rank d; what a rank keeps for itself is not sent. gloo's list form takes
+    even parts only.
+    """
+    num_ranks = len(split_bytes)
+    return _frozen(
+        {
+            (source, destination): Link(1, split_bytes[source][destination])
+            for source in range(num_ranks)
+            for destination in range(num_ranks)
+            if source != destination
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def gloo_send(payload_bytes: int, source: int, destination: int) -> Links:
+    """One message (ProcessGroupGloo.cpp, `send` and `recv`), also if the tensor is empty."""
+    return _frozen({(source, destination): Link(1, payload_bytes)})
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +272,19 @@ def _ring_walk(
 def _frozen(messages: dict[tuple[int, int], Link]) -> Links:
     """Read-only, for results live in a cache; pairs that exchange nothing are left out."""
     return MappingProxyType({pair: link for pair, link in messages.items() if link.num_messages})
+
+
+def data_links(data_bytes: Mapping[tuple[int, int], int]) -> Links:
+    """Links without preambles, from the bytes between each pair; pairs that exchange nothing are left out."""
+    return MappingProxyType({pair: Link(0, size) for pair, size in data_bytes.items() if size})
+
+
+def ranks_by_server(server_of_rank: Sequence[int]) -> list[list[int]]:
+    """The ranks of each server, ascending; servers in order of their first rank."""
+    ranks: dict[int, list[int]] = {}
+    for rank, server in enumerate(server_of_rank):
+        ranks.setdefault(server, []).append(rank)
+    return list(ranks.values())
 
 
 def _ceil_div(numerator: int, denominator: int) -> int:
