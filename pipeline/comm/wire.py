@@ -171,8 +171,8 @@ def gloo_ring_reduce(payload_bytes: int, itemsize: int, num_ranks: int, root: in
     if num_ranks == 1 or payload_bytes == 0:
         return _NO_LINKS
     max_segment_bytes = itemsize * (MAX_SEGMENT_BYTES // itemsize)
-    segment_bytes = _round_up(min(_ceil_div(payload_bytes, 2 * num_ranks), max_segment_bytes), itemsize)
-    num_segments = _round_up(max(_ceil_div(payload_bytes, segment_bytes), 2 * num_ranks), num_ranks)
+    segment_bytes = round_up(min(ceil_div(payload_bytes, 2 * num_ranks), max_segment_bytes), itemsize)
+    num_segments = round_up(max(ceil_div(payload_bytes, segment_bytes), 2 * num_ranks), num_ranks)
     per_rank = num_segments // num_ranks
     messages: dict[tuple[int, int], Link] = {}
     for rank in range(num_ranks):
@@ -250,8 +250,8 @@ def gloo_send(payload_bytes: int, source: int, destination: int) -> Links:
 def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> tuple[int, int]:
     """(number of segments, bytes of a full segment) of gloo's ring all-reduce."""
     max_segment_bytes = itemsize * max(1, MAX_SEGMENT_BYTES // itemsize)
-    num_segments = _round_up(max(_ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
-    return num_segments, _round_up(_ceil_div(payload_bytes, num_segments), itemsize)
+    num_segments = round_up(max(ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
+    return num_segments, round_up(ceil_div(payload_bytes, num_segments), itemsize)
 
 
 def _ring_walk(
@@ -287,12 +287,14 @@ def ranks_by_server(server_of_rank: Sequence[int]) -> list[list[int]]:
     return list(ranks.values())
 
 
-def _ceil_div(numerator: int, denominator: int) -> int:
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient, rounded up."""
     return -(-numerator // denominator)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return _ceil_div(value, multiple) * multiple
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple, or value itself."""
+    return ceil_div(value, multiple) * multiple
 
 
 _NO_LINKS: Links = MappingProxyType({})
