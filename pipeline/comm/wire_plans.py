@@ -123,11 +123,10 @@ def halving_doubling(payload_bytes: int, itemsize: int, num_ranks: int) -> Links
         low, high = 0, num_ranks  # the parts this rank still works on
         distance = 1
         while distance < num_ranks:
+            # One half on the way out and the other, which it goes on with, on the way back: together all it holds.
+            sent[rank, rank ^ distance] = ends[high] - ends[low]
             middle = (low + high) // 2
-            lower, upper = (low, middle), (middle, high)
-            (low, high), given = (upper, lower) if rank & distance else (lower, upper)
-            both = (ends[high] - ends[low]) + (ends[given[1]] - ends[given[0]])
-            sent[rank, rank ^ distance] = both  # the given half on the way out, the kept one on the way back
+            low, high = (middle, high) if rank & distance else (low, middle)
             distance *= 2
     return data_links(sent)
 

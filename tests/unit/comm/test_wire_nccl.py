@@ -63,6 +63,20 @@ def test_ring_is_even_when_chunks_are(chunk_elements: int, num_ranks: int, scale
     assert sent == [2 * (num_ranks - 1) * payload_bytes // num_ranks] * num_ranks
 
 
+@given(st.integers(1, 5000), st.integers(2, 9))
+def test_uneven_chunks_step_by_step(elements: int, num_ranks: int) -> None:
+    """The rank at position p passes chunks p - 1, p - 2, ..., p + 1 towards the sum, then p, p - 1, ..., p + 2 back."""
+    chunk_bytes = 16 * -(-4 * elements // num_ranks // 16)
+    chunks = [max(0, min(chunk_bytes, 4 * elements - position * chunk_bytes)) for position in range(num_ranks)]
+    links = links_of("all_reduce", 4 * elements, [0] * num_ranks)
+    for position in range(num_ranks):
+        passed = [position - 1 - step for step in range(num_ranks - 1)] + [
+            position - step for step in range(num_ranks - 1)
+        ]
+        link = links.get((position, (position + 1) % num_ranks), wire.Link(0, 0))
+        assert link.data_bytes == sum(chunks[chunk % num_ranks] for chunk in passed)
+
+
 @given(element_counts, placements)
 def test_other_operations_move_what_they_must(elements: int, server_of_rank: list[int]) -> None:
     num_ranks, payload_bytes = len(server_of_rank), 4 * elements

@@ -44,6 +44,48 @@ def test_every_element_crosses_2n_minus_2_links(plan: str, elements: int, log2_r
     assert total(links) == 2 * (num_ranks - 1) * 4 * elements
 
 
+@given(st.integers(0, 300), st.integers(2, 9))
+def test_ring_step_by_step(elements: int, num_ranks: int) -> None:
+    """Rank r passes parts r - 1, r - 2, ..., r + 1 towards the sum, then r, r - 1, ..., r + 2 back."""
+    parts = wire_plans.even_parts(4 * elements, 4, num_ranks)
+    sent = wire.sent_bytes_per_rank(links_of("ring", 4 * elements, [0] * num_ranks), num_ranks)
+    for rank in range(num_ranks):
+        passed = [rank - 1 - step for step in range(num_ranks - 1)] + [rank - step for step in range(num_ranks - 1)]
+        assert sent[rank] == sum(parts[part % num_ranks] for part in passed)
+
+
+@given(st.integers(0, 300), st.integers(1, 5))
+def test_one_server_is_a_hierarchy_of_its_ring(elements: int, ranks_per_server: int) -> None:
+    server_of_rank = [0] * ranks_per_server
+    assert links_of("hierarchical", 4 * elements, server_of_rank) == links_of("ring", 4 * elements, server_of_rank)
+
+
+@given(st.integers(0, 300), st.integers(1, 4))
+def test_halving_doubling_step_by_step(elements: int, log2_ranks: int) -> None:
+    """Partners at distance d hold the same parts and split them; each part ends summed with one rank."""
+    num_ranks = 2**log2_ranks
+    parts = wire_plans.even_parts(4 * elements, 4, num_ranks)
+    held = [set(range(num_ranks)) for _ in range(num_ranks)]
+    sent = dict.fromkeys([(rank, rank ^ 2**step) for rank in range(num_ranks) for step in range(log2_ranks)], 0)
+    history = []
+    for step in range(log2_ranks):
+        for rank in range(num_ranks):
+            partner = rank ^ 2**step
+            if rank < partner:
+                assert held[rank] == held[partner]
+                ordered = sorted(held[rank])
+                held[rank], held[partner] = set(ordered[: len(ordered) // 2]), set(ordered[len(ordered) // 2 :])
+                history.append((rank, partner, held[rank], held[partner]))
+    assert sorted(part for its in held for part in its) == list(range(num_ranks))
+    for rank, partner, kept, given_away in history:
+        whole = sum(parts[part] for part in kept | given_away)
+        sent[rank, partner] = sent[partner, rank] = whole  # one half on the way out, the other on the way back
+    found = links_of("halving_doubling", 4 * elements, [0] * num_ranks)
+    assert {pair: link.data_bytes for pair, link in found.items()} == {
+        pair: size for pair, size in sent.items() if size
+    }
+
+
 @given(element_counts, st.integers(1, 12), st.integers(1, 5))
 def test_a_parameter_server_carries_everybody_in_and_out(elements: int, num_ranks: int, num_servers: int) -> None:
     """FireCaffe's argument: n payloads in and n out, over k servers."""
