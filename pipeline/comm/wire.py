@@ -167,7 +167,11 @@ def gloo_ring_all_gather(payload_bytes: int, num_ranks: int) -> Links:
 
 @lru_cache(maxsize=1024)
 def gloo_ring_reduce(payload_bytes: int, itemsize: int, num_ranks: int, root: int) -> Links:
-    """Ring reduce-scatter as in all-reduce, then every rank sends its chunk to the root (gloo/reduce.cc)."""
+    """Ring reduce-scatter as in all-reduce, then every rank sends its chunk to the root (gloo/reduce.cc).
+
+    The ring stops two segments before all were sent, not one rank's share before: beyond 2 MiB a rank, where a share is
+    more than two segments, gloo sends more than the sum needs, and a reduce more than an all-reduce.
+    """
     if num_ranks == 1 or payload_bytes == 0:
         return _NO_LINKS
     max_segment_bytes = itemsize * (MAX_SEGMENT_BYTES // itemsize)

@@ -73,6 +73,7 @@ def cases(num_ranks: int) -> list[tuple[str, str, int, int]]:
             ("reduce", dtype, 333, 0),
         ]
     listed += [(op, "float32", 0, 0) for op in ("all_reduce", "broadcast", "reduce", "gather", "all_gather")]
+    listed += [("reduce", "float32", num_ranks * 524_288 + 1, root) for root in (0, num_ranks - 1)]
     listed += [(op, "uint8", elements, num_ranks - 1) for op in OBJECTS for elements in (1, 3_000)]
     return listed
 

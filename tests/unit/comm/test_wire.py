@@ -107,8 +107,12 @@ def test_all_gather_brings_every_contribution_everywhere(elements: int, num_rank
     assert sum(link.data_bytes for link in links.values()) == num_ranks * (num_ranks - 1) * 4 * elements
 
 
-@given(element_counts, itemsizes, ranks, st.data())
-def test_reduce_is_no_more_than_all_reduce(elements: int, itemsize: int, num_ranks: int, data: st.DataObject) -> None:
+@given(st.integers(1, 2 * wire.MAX_SEGMENT_BYTES // 8), itemsizes, ranks, st.data())
+def test_reduce_is_no_more_than_all_reduce(
+    elements_per_rank: int, itemsize: int, num_ranks: int, data: st.DataObject
+) -> None:
+    """While a rank's share is two segments."""
+    elements = num_ranks * elements_per_rank - data.draw(st.integers(0, num_ranks - 1))
     root = data.draw(st.integers(0, num_ranks - 1))
     links = links_of("reduce", elements * itemsize, itemsize, root, num_ranks)
     whole = links_of("all_reduce", elements * itemsize, itemsize, num_ranks=num_ranks)
@@ -167,6 +171,12 @@ def test_all_to_all_sends_all_but_what_is_kept(num_ranks: int, data: st.DataObje
     sent_bytes = wire.sent_bytes_per_rank(wire.gloo_all_to_all(split_bytes), num_ranks)
     for rank in range(num_ranks):
         assert sent_bytes[rank] == sum(split_bytes[rank]) - split_bytes[rank][rank] + 144 * (num_ranks - 1)
+
+
+def test_a_large_reduce_sends_more_than_it_needs() -> None:
+    """Bytes the kernel counted for 1,048,576 floats and for one more, on two ranks: a third segment, sent in vain."""
+    assert sent("reduce", 4 * 1_048_576, root=1) == [4_194_688, 2_097_488]
+    assert sent("reduce", 4 * 1_048_577, root=1) == [5_243_460, 4_194_880]
 
 
 def test_send_is_one_message() -> None:
