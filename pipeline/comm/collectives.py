@@ -29,9 +29,9 @@ class Call(NamedTuple):
     origin: str
     op: str
     payload_bytes: int
-    """Bytes of this rank's input tensors."""
+    """Bytes of this rank's input tensors; of the root's whole list for scatter, on every rank."""
     itemsize: int
-    """Bytes per element; 1 when there is no tensor."""
+    """Bytes per element, of which a complex number is two; 1 when there is no tensor."""
     root: int
     """-1 where the operation has none."""
 
@@ -69,6 +69,8 @@ class CollectiveMeter:
         self._local = _ThreadOrigin()
         self._lock = threading.Lock()
         self._group: dist.ProcessGroup | None = None
+        self.observer: Callable[[Call], None] | None = None
+        """Called with each operation as it is recorded, in order; by the thread that issues it, so be quick."""
 
     # --- the group ---
 
@@ -161,13 +163,16 @@ class CollectiveMeter:
 
     def _on_collective(self, args: Any) -> None:
         op = _OP_NAMES.get(args.name, "unknown")
-        payload_bytes, itemsize = 0, 1
-        for tensor in args.input_tensors:
-            payload_bytes += tensor.nbytes
-            itemsize = tensor.itemsize
-        call = Call(self._phase, self._local.origin, op, payload_bytes, itemsize, args.root)
+        inputs, outputs = args.input_tensors, args.output_tensors
+        calls = [
+            Call(self._phase, self._local.origin, *issued, args.root)
+            for issued in _issued(op, inputs, outputs, self.world_size, self.backend)
+        ]
         with self._lock:
-            self._counts[call] += 1
+            for call in calls:
+                self._counts[call] += 1
+                if self.observer is not None:
+                    self.observer(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +184,33 @@ class Taken:
     """Bytes of the gradient buckets DDP handed over in phase `train`, before compression."""
     num_bucket_calls: int
     """How often the communication hook ran in phase `train`."""
+
+
+def _issued(
+    op: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], world_size: int, backend: str
+) -> list[tuple[str, int, int]]:
+    """(operation, payload bytes, bytes per element) of all that one call of the hook stands for."""
+    if op == "scatter":  # only the root has inputs; what arrives is the same everywhere
+        return [(op, world_size * _num_bytes(outputs), _itemsize(outputs))]
+    if op == "reduce_scatter" and backend == "gloo":  # one operation per tensor (wire.gloo_reduce_scatter)
+        return [(op, _num_bytes([tensor]), _itemsize([tensor])) for tensor in inputs]
+    if op == "all_to_all" and len(inputs) == 1:  # its splits are not told; the list form has one tensor per rank
+        op = "all_to_all_single"
+    if any(tensor.is_sparse for tensor in inputs):
+        op = f"sparse_{op}"
+    return [(op, _num_bytes(inputs), _itemsize(inputs))]
+
+
+def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(
+        tensor._values().nbytes + tensor._indices().nbytes if tensor.is_sparse else tensor.nbytes for tensor in tensors
+    )
+
+
+def _itemsize(tensors: Sequence[torch.Tensor]) -> int:
+    if not tensors:
+        return 1
+    return tensors[-1].itemsize // (2 if tensors[-1].is_complex() else 1)
 
 
 class _ThreadOrigin(threading.local):

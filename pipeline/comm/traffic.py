@@ -8,6 +8,10 @@ from pipeline.comm import wire
 from pipeline.comm.collectives import Call
 
 BYTES_PER_GIGABYTE = 10**9
+BYTES_PER_MEGABYTE = 10**6
+WARNED_EXCESS = 1.05
+"""A placement is warned of when the busiest server sends so many times what it could; less is an uneven tail."""
+SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,10 @@ class Placement:
         """From the host name of every rank; servers are numbered in order of appearance."""
         numbers: dict[str, int] = {}
         return cls(tuple(numbers.setdefault(host, len(numbers)) for host in hosts), measured=True)
+
+    def contiguous(self) -> "Placement":
+        """As many ranks on each server as here, with consecutive numbers."""
+        return Placement(tuple(sorted(self.server_of_rank)), self.measured)
 
     @property
     def world_size(self) -> int:
@@ -73,6 +81,28 @@ def price(calls: Counter[Call], placement: Placement, backend: str) -> Traffic:
     if reason is not None:
         return Traffic(payload_bytes, None, None, reason)
     return Traffic(payload_bytes, tuple(per_rank), tuple(per_server), None)
+
+
+def placement_warning(step: Counter[Call] | int, placement: Placement, backend: str) -> str | None:
+    """A sentence if the order of the ranks makes servers send more than the same ranks in order would, with the remedy.
+
+    step: the calls of one step, or the bytes of its gradients, taken as one all-reduce of 4-byte elements. None where
+    the order costs nothing, or where no formula tells: NCCL joins the ranks of each server itself (wire_nccl.py).
+    """
+    if isinstance(step, int):
+        step = Counter({Call("train", "gradients", "all_reduce", step, 4, -1): 1})
+    given = price(step, placement, backend).egress_per_server
+    ordered = price(step, placement.contiguous(), backend).egress_per_server
+    if given is None or ordered is None or max(given) <= WARNED_EXCESS * max(ordered):
+        return None
+    shown = ", ".join(map(str, placement.server_of_rank[:SHOWN_RANKS]))
+    more = ", ..." if placement.world_size > SHOWN_RANKS else ""
+    return (
+        f"Ranks 0, 1, 2, ... sit on servers {shown}{more}: the busiest server sends "
+        f"{max(given) / BYTES_PER_MEGABYTE:,.2f} MB a step to the others, and would send "
+        f"{max(ordered) / BYTES_PER_MEGABYTE:,.2f} MB if the ranks of each server had consecutive numbers. "
+        "Start them with `srun --distribution=block`, or with torchrun, which numbers them so."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ because each carries a preamble of six 8-byte words (gloo/transport/tcp/pair.h, 
 `sendUnboundBuffer`). These are the bytes handed to TCP: headers of TCP, IP and Ethernet and retransmissions are not in
 them. Sources named below are files of gloo at commit 70dc360; that the gloo inside torch 2.14 behaves so is measured by
 tests/distributed/test_meter_transport.py against the kernel's own counters.
+
+torch's object collectives (`all_gather_object`, `broadcast_object_list`, ...) are short sequences of these operations,
+sizes first, and need no formula of their own. NCCL is in wire_nccl.py, other ways to reduce are in wire_plans.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +33,7 @@ class Link:
     """What one rank sends to another in one direction, without preambles."""
 
     num_messages: int
+    """Messages that carry gloo's preambles; 0 in links of anything else, which are then data alone."""
     data_bytes: int
 
 
@@ -47,8 +51,8 @@ class NotDerivable:
 def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int, backend: str) -> Links | NotDerivable:
     """The links of one collective, or why there are none.
 
-    payload_bytes: bytes of one rank's input (all_reduce, broadcast, all_gather, reduce, gather), of the root's whole
-    list for scatter. itemsize: bytes per element. root: -1 where the operation has none.
+    payload_bytes: bytes of one rank's input, of the root's whole list for scatter. itemsize: bytes per element, of
+    which a complex number is two. root: -1 where the operation has none.
     """
     if num_ranks == 1:
         return _NO_LINKS
@@ -69,8 +73,22 @@ def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int,
             return gloo_gather(payload_bytes, num_ranks, root)
         case "barrier":
             return gloo_barrier(num_ranks)
+        case "reduce_scatter":
+            return gloo_reduce_scatter(payload_bytes, itemsize, num_ranks)
+        case "scatter":
+            return gloo_scatter(payload_bytes, num_ranks, root)
+        case "all_to_all":
+            return gloo_all_to_all(((payload_bytes // num_ranks,) * num_ranks,) * num_ranks)
         case _:
-            return NotDerivable(f"No exact formula is known here for gloo's {op}.")
+            return NotDerivable(_GLOO_REASONS.get(op, f"No exact formula is known here for gloo's {op}."))
+
+
+_GLOO_REASONS = {
+    "send": "A gloo send concerns two ranks, so that one rank's record does not tell what the others sent.",
+    "recv": "A gloo recv concerns two ranks, so that one rank's record does not tell what the others sent.",
+    "all_to_all_single": "torch's hook does not tell how gloo's all_to_all_single splits its tensor.",
+    "sparse_all_reduce": "A sparse all-reduce of gloo sends every rank's non-zero values, and their numbers differ.",
+}
 
 
 def sent_bytes_per_rank(links: Links, num_ranks: int) -> list[int]:
@@ -149,12 +167,16 @@ def gloo_ring_all_gather(payload_bytes: int, num_ranks: int) -> Links:
 
 @lru_cache(maxsize=1024)
 def gloo_ring_reduce(payload_bytes: int, itemsize: int, num_ranks: int, root: int) -> Links:
-    """Ring reduce-scatter as in all-reduce, then every rank sends its chunk to the root (gloo/reduce.cc)."""
+    """Ring reduce-scatter as in all-reduce, then every rank sends its chunk to the root (gloo/reduce.cc).
+
+    The ring stops two segments before all were sent, not one rank's share before: beyond 2 MiB a rank, where a share is
+    more than two segments, gloo sends more than the sum needs, and a reduce more than an all-reduce.
+    """
     if num_ranks == 1 or payload_bytes == 0:
         return _NO_LINKS
     max_segment_bytes = itemsize * (MAX_SEGMENT_BYTES // itemsize)
-    segment_bytes = _round_up(min(_ceil_div(payload_bytes, 2 * num_ranks), max_segment_bytes), itemsize)
-    num_segments = _round_up(max(_ceil_div(payload_bytes, segment_bytes), 2 * num_ranks), num_ranks)
+    segment_bytes = round_up(min(ceil_div(payload_bytes, 2 * num_ranks), max_segment_bytes), itemsize)
+    num_segments = round_up(max(ceil_div(payload_bytes, segment_bytes), 2 * num_ranks), num_ranks)
     per_rank = num_segments // num_ranks
     messages: dict[tuple[int, int], Link] = {}
     for rank in range(num_ranks):
@@ -186,14 +208,54 @@ def gloo_barrier(num_ranks: int) -> Links:
     return _frozen(messages)
 
 
+@lru_cache(maxsize=1024)
+def gloo_reduce_scatter(payload_bytes: int, itemsize: int, num_ranks: int) -> Links:
+    """A whole all-reduce, of which each rank keeps its part: twice what a reduce-scatter needs.
+
+    ProcessGroupGloo.cpp, `reduce_scatter_single_coalesced`. Its list form all-reduces every tensor of the list on its
+    own; the meter records each as one operation.
+    """
+    return gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
+
+
+@lru_cache(maxsize=1024)
+def gloo_scatter(payload_bytes: int, num_ranks: int, root: int) -> Links:
+    """The root sends everybody else its n-th part of the list (gloo/scatter.cc)."""
+    return _frozen({(root, rank): Link(1, payload_bytes // num_ranks) for rank in range(num_ranks) if rank != root})
+
+
+@lru_cache(maxsize=1024)
+def gloo_all_to_all(split_bytes: tuple[tuple[int, ...], ...]) -> Links:
+    """Everybody sends everybody else one message, also an empty one (gloo/alltoall.cc, alltoallv.cc).
+
+    split_bytes[r][d]: bytes from rank r to rank d; what a rank keeps for itself is not sent. gloo's list form takes
+    even parts only.
+    """
+    num_ranks = len(split_bytes)
+    return _frozen(
+        {
+            (source, destination): Link(1, split_bytes[source][destination])
+            for source in range(num_ranks)
+            for destination in range(num_ranks)
+            if source != destination
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def gloo_send(payload_bytes: int, source: int, destination: int) -> Links:
+    """One message (ProcessGroupGloo.cpp, `send` and `recv`), also if the tensor is empty."""
+    return _frozen({(source, destination): Link(1, payload_bytes)})
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 
 def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> tuple[int, int]:
     """(number of segments, bytes of a full segment) of gloo's ring all-reduce."""
     max_segment_bytes = itemsize * max(1, MAX_SEGMENT_BYTES // itemsize)
-    num_segments = _round_up(max(_ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
-    return num_segments, _round_up(_ceil_div(payload_bytes, num_segments), itemsize)
+    num_segments = round_up(max(ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
+    return num_segments, round_up(ceil_div(payload_bytes, num_segments), itemsize)
 
 
 def _ring_walk(
@@ -216,12 +278,27 @@ def _frozen(messages: dict[tuple[int, int], Link]) -> Links:
     return MappingProxyType({pair: link for pair, link in messages.items() if link.num_messages})
 
 
-def _ceil_div(numerator: int, denominator: int) -> int:
+def data_links(data_bytes: Mapping[tuple[int, int], int]) -> Links:
+    """Links without preambles, from the bytes between each pair; pairs that exchange nothing are left out."""
+    return MappingProxyType({pair: Link(0, size) for pair, size in data_bytes.items() if size})
+
+
+def ranks_by_server(server_of_rank: Sequence[int]) -> list[list[int]]:
+    """The ranks of each server, ascending; servers in order of their first rank."""
+    ranks: dict[int, list[int]] = {}
+    for rank, server in enumerate(server_of_rank):
+        ranks.setdefault(server, []).append(rank)
+    return list(ranks.values())
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient, rounded up."""
     return -(-numerator // denominator)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return _ceil_div(value, multiple) * multiple
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple, or value itself."""
+    return ceil_div(value, multiple) * multiple
 
 
 _NO_LINKS: Links = MappingProxyType({})

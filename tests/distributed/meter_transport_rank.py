@@ -6,13 +6,15 @@ import socket
 import struct
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.comm import wire
-from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.collectives import Call, CollectiveMeter
 
 TCP_INFO_BYTES = 232  # linux/tcp.h, struct tcp_info up to tcpi_bytes_retrans and beyond
 
@@ -61,7 +63,54 @@ def cases(num_ranks: int) -> list[tuple[str, str, int, int]]:
         listed += [("broadcast", "float32", elements, root) for root in range(num_ranks)]
         listed += [(op, "float32", elements, num_ranks - 1) for op in ("reduce", "gather")]
         listed += [("all_gather", "float32", elements, -1), ("all_gather", "uint8", elements, -1)]
+    for elements in (0, 1, 5, 100_003):
+        listed += [(op, "float32", elements, -1) for op in WITHOUT_ROOT]
+        listed += [("scatter", "float32", elements, root) for root in range(num_ranks)]
+    for dtype in ("bfloat16", "int64", "complex64"):
+        listed += [
+            ("reduce_scatter_single", dtype, 3_333, -1),
+            ("all_reduce", dtype, 333, -1),
+            ("reduce", dtype, 333, 0),
+        ]
+    listed += [(op, "float32", 0, 0) for op in ("all_reduce", "broadcast", "reduce", "gather", "all_gather")]
+    listed += [("reduce", "float32", num_ranks * 524_288 + 1, root) for root in (0, num_ranks - 1)]
+    listed += [(op, "uint8", elements, num_ranks - 1) for op in OBJECTS for elements in (1, 3_000)]
     return listed
+
+
+WITHOUT_ROOT = (
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter coalesced",
+    "all_reduce coalesced",
+    "all_gather coalesced",
+    "all_gather_single",
+    "all_to_all",
+    "all_to_all_single",
+    "send",
+)
+OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
+
+
+def split_elements(elements: int, num_ranks: int) -> list[list[int]]:
+    """Uneven: what each rank (row) sends to each other one."""
+    return [[elements * (1 + source + 2 * other) for other in range(num_ranks)] for source in range(num_ranks)]
+
+
+def links_of(case: tuple[str, str, int, int], calls: Counter[Call], num_ranks: int) -> list[wire.Links]:
+    """The formula of every recorded call; where a record is not enough, that of what the case is known to do."""
+    op, _, elements, _ = case
+    if op == "send":
+        return [wire.gloo_send(4 * elements, source=num_ranks - 1, destination=0)]
+    if op == "all_to_all_single":
+        rows = split_elements(elements, num_ranks)
+        return [wire.gloo_all_to_all(tuple(tuple(4 * size for size in row) for row in rows))]
+    found = []
+    for call, count in calls.items():
+        links = wire.links(call.op, call.payload_bytes, call.itemsize, call.root, num_ranks, "gloo")
+        assert not isinstance(links, wire.NotDerivable), links
+        found += [links] * count
+    return found
 
 
 def issue(op: str, tensor: torch.Tensor, root: int, rank: int, num_ranks: int) -> None:
@@ -73,12 +122,69 @@ def issue(op: str, tensor: torch.Tensor, root: int, rank: int, num_ranks: int) -
             dist.all_reduce(tensor)
         case "broadcast":
             dist.broadcast(tensor, root)
+        case "send" if rank not in (0, num_ranks - 1):
+            pass
         case "reduce":
             dist.reduce(tensor, root)
         case "gather":
             dist.gather(tensor, outputs if rank == root else None, root)
         case "all_gather":
             dist.all_gather(outputs, tensor)
+        case "scatter":
+            dist.scatter(tensor, outputs if rank == root else None, root)
+        case "all_to_all":
+            dist.all_to_all(outputs, [tensor] * num_ranks)
+        case "all_to_all_single":
+            rows = split_elements(tensor.numel(), num_ranks)
+            sent, received = rows[rank], [row[rank] for row in rows]
+            dist.all_to_all_single(torch.empty(sum(received)), torch.ones(sum(sent)), received, sent)
+        case "send" if rank == num_ranks - 1:
+            dist.send(tensor, 0)
+        case "send" if rank == 0:
+            dist.recv(tensor, num_ranks - 1)
+        case _ if op in OBJECTS:
+            issue_objects(op, "x" * tensor.numel() * (rank + 1), root, rank, num_ranks)
+        case _:
+            issue_single_and_coalesced(op, tensor, num_ranks)
+
+
+def issue_objects(op: str, value: str, root: int, rank: int, num_ranks: int) -> None:
+    """torch pickles them and sends sizes first; a gather pads all to the longest."""
+    places: list[Any] = [None] * num_ranks
+    match op:
+        case "all_gather_object":
+            dist.all_gather_object(places, value)
+        case "broadcast_object_list":
+            dist.broadcast_object_list([value, rank], root)
+        case "gather_object":
+            dist.gather_object(value, places if rank == root else None, root)
+        case "scatter_object_list":
+            dist.scatter_object_list(places[:1], [value] * num_ranks if rank == root else None, root)
+
+
+def issue_single_and_coalesced(op: str, tensor: torch.Tensor, num_ranks: int) -> None:
+    whole, longer = tensor.repeat(num_ranks), torch.cat([tensor, tensor[:1]])
+    match op:
+        case "reduce_scatter":
+            dist.reduce_scatter(tensor, [tensor.clone() for _ in range(num_ranks)])
+        case "reduce_scatter_single":
+            dist.reduce_scatter_single(tensor, whole)
+        case "all_gather_single":
+            dist.all_gather_single(whole, tensor)
+        case "all_reduce coalesced":
+            with dist.distributed_c10d._coalescing_manager():
+                dist.all_reduce(tensor)
+                dist.all_reduce(longer)
+        case "reduce_scatter coalesced":
+            with dist.distributed_c10d._coalescing_manager():
+                dist.reduce_scatter_single(tensor, whole)
+                dist.reduce_scatter_single(longer, longer.repeat(num_ranks))
+        case "all_gather coalesced":
+            with dist.distributed_c10d._coalescing_manager():
+                dist.all_gather_single(whole, tensor)
+                dist.all_gather_single(longer.repeat(num_ranks), longer)
+        case _:
+            raise AssertionError(op)
 
 
 def settled(handles: list[socket.socket]) -> int | None:
@@ -101,24 +207,26 @@ def main(out: Path) -> None:
     meter.take()
     handles = gloo_sockets(int(os.environ["MASTER_PORT"]))
     rows = []
-    for op, dtype, elements, root in cases(num_ranks):
-        before = settled(handles)
-        store_barrier(rank, num_ranks)  # nobody starts while another still reads
+    before = settled(handles)
+    store_barrier(rank, num_ranks)
+    for case in cases(num_ranks):
+        op, dtype, elements, root = case
         issue(op, torch.ones(elements, dtype=getattr(torch, dtype)), root, rank, num_ranks)
         store_barrier(rank, num_ranks)
         after = settled(handles)
-        store_barrier(rank, num_ranks)
-        ((call, count),) = meter.take().calls.items()
-        links = wire.links(call.op, call.payload_bytes, call.itemsize, call.root, num_ranks, meter.backend)
-        assert not isinstance(links, wire.NotDerivable)
+        store_barrier(rank, num_ranks)  # nobody starts while another still reads
+        calls = meter.take().calls
         rows.append(
             {
-                "case": [op, dtype, elements, root],
-                "recorded": [call.op, call.payload_bytes, call.itemsize, call.root, count],
-                "predicted": wire.sent_bytes_per_rank(links, num_ranks)[rank],
+                "case": case,
+                "recorded": [[call.op, call.payload_bytes, call.itemsize, call.root, n] for call, n in calls.items()],
+                "predicted": sum(
+                    wire.sent_bytes_per_rank(links, num_ranks)[rank] for links in links_of(case, calls, num_ranks)
+                ),
                 "measured": None if before is None or after is None else after - before,
             }
         )
+        before = after
     (out / f"rank{rank}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ import pytest
 from meter_ranks import run_ranks
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_prediction_is_what_the_kernel_counted(num_ranks: int, tmp_path: Path) -> None:
     ranks = run_ranks("meter_transport_rank.py", num_ranks, tmp_path)
     if any(row["measured"] is None for rows in ranks for row in rows):

@@ -58,10 +58,12 @@ def test_prices_add_up(one: Counter[Call], other: Counter[Call]) -> None:
 
 
 def test_one_unknown_operation_makes_the_sum_unknown() -> None:
-    priced = price(Counter({all_reduce(400): 1, Call("train", "other", "all_to_all", 8, 4, -1): 1}), three, "gloo")
+    priced = price(
+        Counter({all_reduce(400): 1, Call("train", "other", "all_to_all_single", 8, 4, -1): 1}), three, "gloo"
+    )
     assert priced.bytes_per_rank is None
     assert priced.payload_bytes == 408
-    assert "all_to_all" in str(priced.reason)
+    assert "all_to_all_single" in str(priced.reason)
 
 
 def test_unknown_values_are_left_out_of_the_metrics() -> None:
