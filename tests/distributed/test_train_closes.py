@@ -52,7 +52,7 @@ def test_not_strict_the_run_goes_on_and_keeps_its_residual(shards: Path, tmp_pat
     ("devices", "options"),
     [
         (2, ["model=resnet18", "comm.hook=fp16"]),
-        (3, ["model=resnet18", "batch.max_per_rank=1", "comm.find_unused_parameters=true"]),
+        (3, ["model=resnet18", "data.size=64", "batch.max_per_rank=2", "comm.find_unused_parameters=true"]),
     ],
     ids=["buffers, fp16", "accumulating on three, unused parameters looked for"],
 )
