@@ -274,8 +274,19 @@ class CommConfig:
     hook: str = "none"
     """Compression of gradients on the wire: `none`, `fp16`, `bf16`."""
     find_unused_parameters: bool = False
+    nccl_algorithm: str | None = None
+    """Hold NCCL to `ring` or `tree`, so that its bytes can be predicted. Null: it chooses at run time."""
+    nccl_protocol: str | None = None
+    """With nccl_algorithm: `simple`, or `ll`, which sends every byte twice to save latency."""
 
     def __post_init__(self) -> None:
+        require(
+            (self.nccl_algorithm is None) == (self.nccl_protocol is None),
+            "comm.nccl_algorithm and comm.nccl_protocol belong together: set both, or neither.",
+        )
+        if self.nccl_algorithm is not None and self.nccl_protocol is not None:
+            one_of("comm.nccl_algorithm", self.nccl_algorithm, ("ring", "tree"))
+            one_of("comm.nccl_protocol", self.nccl_protocol, ("simple", "ll"))
         one_of("comm.hook", self.hook, ("none", "fp16", "bf16"))
         require(
             self.bucket_megabytes is None or self.bucket_megabytes > 0,

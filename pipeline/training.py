@@ -17,6 +17,7 @@ from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import gradient_bytes_by_parameter
+from pipeline.comm.traffic import placement_warning
 from pipeline.config import TrainConfig
 from pipeline.data.loader import ShardData
 from pipeline.data.store import ShardIndex
@@ -41,7 +42,7 @@ def join(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
     compute = startup.choose_compute(config.trainer, config.cluster)
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
-    with join_group(ranks, compute, config.cluster, meter=config.comm.meter) as joined:
+    with join_group(ranks, compute, config.cluster, config.comm) as joined:
         yield joined
 
 
@@ -325,6 +326,9 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
+    warning = placement_warning(owed_bytes, world.placement, world.compute.backend)
+    if warning and world.is_first:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _close(config: TrainConfig, world: World, run: RunDirectory, recorder: Recorder, plan: Plan) -> None:

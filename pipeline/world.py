@@ -1,6 +1,7 @@
 """All ranks of a run as one: the process group, its meter, and decisions taken together."""
 
 import contextlib
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline.comm import wire_nccl
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.counters import SocketCounter
 from pipeline.comm.traffic import Placement
-from pipeline.config import ClusterConfig
+from pipeline.config import ClusterConfig, CommConfig
 from pipeline.errors import ExitCode, UserError
 from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
@@ -140,7 +142,9 @@ def _gist(error: RuntimeError) -> str:
 
 
 @contextlib.contextmanager
-def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
+def join_group(
+    ranks: RankInfo, compute: Compute, cluster: ClusterConfig, comm: CommConfig | None = None
+) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
@@ -156,8 +160,11 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
         keep_freed_memory()
     store = f"tcp://{ranks.master_addr}:{ranks.master_port}"
     timeout = timedelta(seconds=cluster.timeout_seconds)
+    comm = comm or CommConfig()
+    pinned = _pin_nccl(compute.backend, comm)
     dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
-    recorder = CollectiveMeter(enabled=meter)
+    recorder = CollectiveMeter(enabled=comm.meter)
+    recorder.pinned = pinned
     recorder.attach()
     counter = _counter(recorder, ranks.master_port)
     try:
@@ -173,6 +180,14 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
     recorder.on_phase_end = None
     recorder.detach()
     dist.destroy_process_group()
+
+
+def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:
+    """Tell NCCL, before its first communicator, which algorithm and protocol to use; returns them."""
+    if backend != "nccl" or comm.nccl_algorithm is None or comm.nccl_protocol is None:
+        return None
+    os.environ.update(wire_nccl.environment(comm.nccl_algorithm, comm.nccl_protocol))
+    return comm.nccl_algorithm, comm.nccl_protocol
 
 
 def _counter(meter: CollectiveMeter, store_port: int) -> SocketCounter | None:

@@ -31,6 +31,8 @@ class Attempt:
     """Committed steps before it."""
     placement: Placement
     backend: str
+    pinned: tuple[str, str] | None = None
+    """NCCL's (algorithm, protocol), if the configuration held it to one."""
     metered: bool = True
     """False: something was exchanged and nobody counted."""
     committed: Counter[Call] = field(default_factory=Counter)
@@ -83,6 +85,7 @@ class Attempt:
             "server_of_rank": list(self.placement.server_of_rank),
             "placement_measured": self.placement.measured,
             "backend": self.backend,
+            "pinned": None if self.pinned is None else list(self.pinned),
             "metered": self.metered,
             "committed": _pack_calls(self.committed),
             "outside": _pack_calls(self.outside),
@@ -100,6 +103,7 @@ class Attempt:
             first_step=packed["first_step"],
             placement=Placement(tuple(packed["server_of_rank"]), packed["placement_measured"]),
             backend=packed["backend"],
+            pinned=None if packed["pinned"] is None else tuple(packed["pinned"]),
             metered=packed["metered"],
             committed=_unpack_calls(packed["committed"]),
             outside=_unpack_calls(packed["outside"]),
@@ -151,7 +155,7 @@ class Attempt:
             by_phase[call.phase][call] += count
         calls = {(phase, True): found for phase, found in by_phase.items()}
         calls |= {("train", True): self.committed, ("train", False): self.open_train}
-        return {label: price(found, self.placement, self.backend) for label, found in calls.items()}
+        return {label: price(found, self.placement, self.backend, self.pinned) for label, found in calls.items()}
 
 
 def predicted_totals(attempts: Sequence[Attempt]) -> tuple[list[int] | None, list[int] | None, str | None]:
@@ -161,7 +165,7 @@ def predicted_totals(attempts: Sequence[Attempt]) -> tuple[list[int] | None, lis
     worked = [attempt for attempt in attempts if attempt.committed] or attempts[-1:]
     if len({attempt.placement.server_of_rank for attempt in worked}) > 1:
         return None, None, "Attempts of this run had different ranks or servers; their bytes cannot be added by rank."
-    parts = [price(attempt.committed, attempt.placement, attempt.backend) for attempt in worked]
+    parts = [price(attempt.committed, attempt.placement, attempt.backend, attempt.pinned) for attempt in worked]
     for part in parts:
         if part.reason is not None:
             return None, None, part.reason

@@ -58,6 +58,8 @@ class CollectiveMeter:
         self.enabled = enabled
         self.world_size = 1
         self.backend = "none"
+        self.pinned: tuple[str, str] | None = None
+        """NCCL's (algorithm, protocol), where the configuration holds it to one."""
         self.buckets: dict[int, Bucket] = {}
         """DDP's present buckets by index, filled by the communication hook."""
         self._counts: Counter[Call] = Counter()

@@ -70,7 +70,8 @@ class Ledger:
         self._reconciler, self._rank = reconciler, rank
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
         # A world of one has nothing to count.
-        self._present = Attempt(attempt, 0, placement, meter.backend, meter.enabled or meter.world_size == 1)
+        metered = meter.enabled or meter.world_size == 1
+        self._present = Attempt(attempt, 0, placement, meter.backend, meter.pinned, metered)
         self._past: list[Attempt] = []
 
     @property
@@ -135,7 +136,7 @@ class Ledger:
         if key not in self._priced:
             if len(self._priced) >= 256:
                 self._priced.clear()
-            self._priced[key] = price(train, self._present.placement, self._present.backend)
+            self._priced[key] = price(train, self._present.placement, self._present.backend, self._present.pinned)
         return self._priced[key]
 
     def compare(self) -> str | None:
@@ -216,7 +217,7 @@ class Ledger:
             "run": conditions.run,
             "model": conditions.model,
             "backend": self._meter.backend,
-            "algorithm": "ring" if self._meter.backend == "gloo" else None,
+            "algorithm": self._algorithm(),
             "hook": conditions.hook,
             "world_size": self._meter.world_size,
             "num_servers": placement.num_servers,
@@ -250,6 +251,11 @@ class Ledger:
             "null_reasons": reasons,
         }
 
+    def _algorithm(self) -> str | None:
+        if self._meter.pinned is not None:
+            return " ".join(self._meter.pinned)
+        return "ring" if self._meter.backend == "gloo" else None
+
     def _why_unmeasured(self) -> str:
         if self._meter.world_size == 1:
             return WORLD_OF_ONE
@@ -281,7 +287,7 @@ def _null_reasons(
     for name in ("communication_seconds", "exposed_seconds", "bus_bandwidth_bytes_per_second"):
         reasons[f"time.{name}"] = untimed
     reasons["meter_overhead_fraction"] = "The meter's cost is measured by a benchmark of its own, not in every run."
-    if meter.backend != "gloo":
+    if meter.backend != "gloo" and meter.pinned is None:
         reasons["algorithm"] = f"{meter.backend} chooses its algorithm at run time."
     if last is None:
         for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes"):

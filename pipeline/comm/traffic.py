@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.comm import wire
+from pipeline.comm import wire, wire_nccl
 from pipeline.comm.collectives import Call
 
 BYTES_PER_GIGABYTE = 10**9
@@ -63,14 +63,20 @@ class Traffic:
         return None if self.egress_per_server is None else sum(self.egress_per_server)
 
 
-def price(calls: Counter[Call], placement: Placement, backend: str) -> Traffic:
-    """Sum of the wire bytes of `calls`, each multiplied by how often it was issued."""
+def price(calls: Counter[Call], placement: Placement, backend: str, pinned: tuple[str, str] | None = None) -> Traffic:
+    """Sum of the wire bytes of `calls`, each multiplied by how often it was issued.
+
+    pinned: NCCL's (algorithm, protocol) where the configuration holds it to one.
+    """
     num_ranks = placement.world_size
     payload_bytes, reason = 0, None
     per_rank, per_server = [0] * num_ranks, [0] * placement.num_servers
     for call, count in calls.items():
         payload_bytes += count * call.payload_bytes
-        links = wire.links(call.op, call.payload_bytes, call.itemsize, call.root, num_ranks, backend)
+        if pinned is not None:
+            links = wire_nccl.links(*call[2:], placement.server_of_rank, *pinned)
+        else:
+            links = wire.links(*call[2:], num_ranks, backend)
         if isinstance(links, wire.NotDerivable):
             reason = links.reason
             continue
