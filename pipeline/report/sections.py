@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.report import figures
 from pipeline.report.records import RunRecord, flat
-from pipeline.report.tables import Table, buckets_table, collectives_table
+from pipeline.report.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
 from pipeline.report.units import (
     MISSING,
     format_accuracy,
@@ -44,6 +44,8 @@ class LedgerView:
     summary: str
     facts: list[Fact]
     collectives: Table
+    reconciliation: Table | None
+    cards: Table | None
     buckets: Table | None
     layers: PageFigure
 
@@ -200,12 +202,15 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
         "ledger closed": closed,
     }
     buckets = buckets_table(ledger)
+    reconciliation, cards = reconciliation_table(ledger), cards_table(ledger)
     num_buckets = len(buckets.rows) or "unknown"
     return LedgerView(
         title=title,
         summary=f"{format_bytes(ledger['gradient_bytes'])} per step, buckets: {num_buckets}",
         facts=[Fact(label, text) for label, text in facts.items()],
         collectives=collectives_table(ledger),
+        reconciliation=reconciliation if reconciliation.rows else None,
+        cards=cards if cards.rows else None,
         buckets=buckets if buckets.rows else None,
         layers=svg_figure(layers, f"layers-{name}", caption),
     )

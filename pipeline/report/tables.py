@@ -194,6 +194,57 @@ def collectives_table(ledger: Mapping[str, Any]) -> Table:
     return make_table("", columns, shown, lambda row: "" if row["phase"] == "train" else "outside")
 
 
+def reconciliation_table(ledger: Mapping[str, Any]) -> Table:
+    """Predicted beside measured bytes, by attempt and phase, over all ranks; the residual is the worst rank's."""
+    several = len(ledger["attempts"]) > 1
+    rows = []
+    for attempt in ledger["attempts"]:
+        for row in (attempt.get("measured") or {}).get("rows", ()):
+            predicted, residual = row["predicted_bytes_per_rank"], row["residual_bytes_per_rank"]
+            rows.append(
+                {
+                    "attempt": attempt["attempt"],
+                    "phase": row["phase"] if row["committed"] else LOST,
+                    "predicted": None if predicted is None else sum(predicted),
+                    "measured": sum(row["measured_bytes_per_rank"]),
+                    "residual": None if residual is None else max(residual, key=abs),
+                    "egress": max(row["measured_egress_bytes"]) if ledger["placement"] == "measured" else None,
+                }
+            )
+    columns = [
+        Column("phase", "phase"),
+        Column("predicted", "predicted", _exact, "what the recorded collectives send by gloo's formulas, all ranks"),
+        Column("measured", "measured", _exact, "what the kernel counted on the connections between ranks, all ranks"),
+        Column("residual", "residual", _exact, "measured minus predicted, of the rank where it is largest"),
+    ]
+    if several:
+        columns.insert(0, Column("attempt", "attempt", format_count))
+    if any(row["egress"] is not None for row in rows):
+        columns.append(Column("egress", "out of a server", _exact, "measured, of the server that sends most"))
+    return make_table("", columns, rows, lambda row: "" if row["phase"] == "train" else "outside")
+
+
+def cards_table(ledger: Mapping[str, Any]) -> Table:
+    """The servers' network cards beside the connections that use them, in the present attempt."""
+    cards = (ledger["attempts"][-1].get("measured") or {}).get("interfaces", ())
+    unit = {False: "frames", True: "super-packets", None: "unknown"}
+    rows = [{**card, "unit": unit[card["segmentation_offload"]]} for card in cards]
+    columns = (
+        Column("server", "server", format_count),
+        Column("interface", "interface"),
+        Column("unit", "counts", note="frames of the wire, or what is handed to the card before it is cut into frames"),
+        Column("interface_bytes", "card", _exact, "everything the card sent while the run trained"),
+        Column("tcp_bytes", "connections", _exact, "data of the ranks and of torch's store, retransmissions included"),
+        Column("header_bytes", "headers", _exact, "Ethernet, IP and TCP, of every packet"),
+        Column("residual_fraction", "unexplained", lambda share: MISSING if share is None else f"{share:+.4%}"),
+    )
+    return make_table("", columns, rows)
+
+
+def _exact(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
 def buckets_table(ledger: Mapping[str, Any]) -> Table:
     """DDP's gradient buckets in the order they are reduced."""
     columns = (
