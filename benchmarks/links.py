@@ -1,0 +1,189 @@
+"""What a link costs: two servers in the lab, three models, several links, batches and bucket sizes.
+
+    python -m benchmarks.links              step, exposed time and scaling at 1 Gbit/s and 100 Mbit/s; a picture
+    python -m benchmarks.links --batches    SqueezeNet and AlexNet at 1 Gbit/s, per-rank batches of 1, 4 and 16
+
+Servers are network namespaces (`pipeline.lab`), one rank with one thread on each; `alone` is one such rank without a
+network. Steps are the median of a run less its wait for data. Scaling is pictures per second and rank against one rank
+alone. `wire` is what the busiest server's card sends in a step, frames included, over the link's bandwidth.
+`forward + max(backward, wire)` is the least a step can take when communication overlaps the backward pass.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import common
+
+MODELS = ("squeezenet1_0", "resnet18", "alexnet")
+BANDWIDTHS = {"1gbit": 1e9, "100mbit": 1e8}
+LARGEST_DEVIATION = 0.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    model: str
+    bandwidth: str | None
+    """None: one rank alone."""
+    batch: int
+    bucket_megabytes: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        return f"links-{self.model}-{self.bandwidth or 'alone'}-{self.batch}-{self.bucket_megabytes or 'default'}"
+
+
+def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
+    """Train; the row."""
+    shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
+    ranks = 2 if case.bandwidth else 1
+    where = [f"name={case.name}", f"run_root={common.RUNS}"]
+    train = [
+        *where, f"data.root={common.SHARDS / 'links'}", f"data.size={size}", "data.num_workers=0",
+        "data.augment.crop=center", f"model={case.model}", "model.num_classes=1000", "recipe.lr=0.0001",
+        "tracking=disabled", f"batch.global_size={case.batch * ranks}", f"trainer.max_steps={steps}",
+        "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=0", "cluster.num_threads=1",
+        f"comm.bucket_megabytes={case.bucket_megabytes or 'null'}",
+    ]  # fmt: skip
+    if case.bandwidth:
+        lab = [*where, "servers=2", f"bandwidth={case.bandwidth}", "num_threads=1"]
+        common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
+    else:
+        common.run("train", *train)
+    ledger = common.read_json(common.RUNS / case.name / "ledger.json")
+    rows = list(common.read_rows(case.name))[1:]
+    step = statistics.median(row["perf/step_seconds"] - row["perf/data_wait_seconds"] for row in rows)
+    told = ledger["time"]
+    row = {
+        "model": case.model,
+        "bandwidth": case.bandwidth,
+        "batch_per_rank": case.batch,
+        "bucket_megabytes": case.bucket_megabytes,
+        "step_seconds": step,
+        "images_per_second_and_rank": case.batch / step,
+        "exposed_seconds": told["exposed_seconds"],
+        "communication_seconds": told["communication_seconds"],
+        "forward_seconds": told.get("forward_seconds"),
+        "backward_seconds": told.get("backward_seconds"),
+        "closed": ledger["closed"],
+        "wire_seconds": None,
+    }
+    if case.bandwidth:
+        cards = ledger["attempts"][-1]["measured"]["interfaces"]
+        sent = max(ledger["servers"]["measured_egress_bytes"]) / ledger["num_steps"]
+        headers = max(card["interface_bytes"] / card["tcp_bytes"] for card in cards)
+        row["wire_seconds"] = 8 * sent * headers / BANDWIDTHS[case.bandwidth]
+    return row
+
+
+def scaling_rows(steps: dict[str, int], batch: int, size: int) -> list[dict[str, Any]]:
+    """Every model on every link, beside one rank alone."""
+    rows = []
+    for model in MODELS:
+        alone = measure(Case(model, None, batch), steps["1gbit"], size)
+        for bandwidth in BANDWIDTHS:
+            row = measure(Case(model, bandwidth, batch), steps[bandwidth], size)
+            row["scaling_efficiency"] = row["images_per_second_and_rank"] / alone["images_per_second_and_rank"]
+            row["step_seconds_alone"] = alone["step_seconds"]
+            rows.append(row)
+    return rows
+
+
+def least(row: dict[str, Any]) -> float | None:
+    """forward + max(backward, wire), seconds."""
+    if None in (row["forward_seconds"], row["backward_seconds"], row["wire_seconds"]):
+        return None
+    return row["forward_seconds"] + max(row["backward_seconds"], row["wire_seconds"])
+
+
+def batch_rows(steps: int, size: int) -> list[dict[str, Any]]:
+    """SqueezeNet and AlexNet at 1 Gbit/s; what the buckets do to both."""
+    rows = []
+    for model in ("squeezenet1_0", "alexnet"):
+        for batch in (1, 4, 16):
+            for bucket in (None, 1.0, 25.0) if batch == 4 else (None,):
+                row = measure(Case(model, "1gbit", batch, bucket), steps, size)
+                row["least_seconds"] = least(row)
+                row["over_least"] = row["step_seconds"] / row["least_seconds"] - 1 if row["least_seconds"] else None
+                rows.append(row)
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+    """Seconds in milliseconds, the rest as it is."""
+    print("\n  " + "".join(f"{key.removesuffix('_seconds'):>18}" for key in keys))
+    for row in rows:
+        cells = []
+        for key in keys:
+            value = row[key]
+            if key.endswith("seconds") or key == "step_seconds_alone":
+                cells.append("" if value is None else f"{1e3 * value:,.1f} ms")
+            else:
+                cells.append("" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value))
+        print("  " + "".join(f"{cell:>18}" for cell in cells))
+
+
+def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Step time by model and link: the rank's own work, and what the network adds."""
+    import matplotlib.pyplot as plt
+
+    from pipeline.report.figures import save
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    labels = [f"{row['model']}\n{row['bandwidth']}" for row in rows]
+    alone = [row["step_seconds_alone"] for row in rows]
+    added = [max(0.0, row["step_seconds"] - own) for row, own in zip(rows, alone, strict=True)]
+    axes.bar(labels, alone, color="#0072b2", label="one rank alone")
+    axes.bar(labels, added, bottom=alone, color="#d55e00", hatch="//", label="added on two servers")
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds per step")
+    axes.set_title(f"{options.batch} pictures per rank, {options.size} px, two servers", loc="left", fontsize=10)
+    axes.legend(frameon=False)
+    save(figure, options.results / "links")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Both tables go to one kind of JSON each."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--batches", action="store_true", help="the second table")
+    parser.add_argument("--batch", type=int, default=16, help="pictures per rank in the first table (%(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="crop side in pixels (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="at 1 Gbit/s; a third of it at 100 Mbit/s (%(default)s)")
+    options = parser.parse_args(arguments)
+    common.print_conditions()
+    common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
+    name = "links_batches" if options.batches else "links"
+    result = common.Result(name, vars(options))
+    if options.batches:
+        rows = batch_rows(options.steps, options.size)
+        shown = ("model", "batch_per_rank", "bucket_megabytes", "step_seconds", "forward_seconds", "backward_seconds",
+                 "wire_seconds", "least_seconds", "over_least", "exposed_seconds")  # fmt: skip
+        over = [abs(row["over_least"]) for row in rows if row["model"] == "squeezenet1_0" and row["over_least"]]
+        result.floors = [
+            common.Floor("SqueezeNet's step over the least it can take", max(over), at_most=LARGEST_DEVIATION)
+        ]
+    else:
+        steps = {"1gbit": options.steps, "100mbit": max(4, options.steps // 3)}
+        rows = scaling_rows(steps, options.batch, options.size)
+        shown = ("model", "bandwidth", "step_seconds_alone", "step_seconds", "wire_seconds", "exposed_seconds",
+                 "scaling_efficiency")  # fmt: skip
+    print_table(rows, shown)
+    result.figures["runs"] = rows
+    result.floors.append(
+        common.Floor("runs whose ledger closed", sum(row["closed"] is True for row in rows), at_least=len(rows))
+    )
+    code = result.finish(options.results)
+    if not options.batches:
+        draw(rows, options)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
