@@ -28,7 +28,9 @@ class ForeignSplit:
 
     def __init__(self, names: Sequence[str], counts: dict[str, int] | None = None, told_by: Path | None = None) -> None:
         self.names = tuple(names)
-        self._counts, self._told_by = counts or {}, told_by
+        self.counts = counts or {}
+        """Samples by shard, as far as `_info.json` tells."""
+        self._told_by = told_by
 
     def check_counts(self, found: Iterable[tuple[str, int]]) -> None:
         """Compare (shard, samples found in it) with what was said.
@@ -37,9 +39,9 @@ class ForeignSplit:
             DataError: they differ; the message names the shards.
         """
         wrong = [
-            f"{name} holds {count} samples and not {self._counts[name]}"
+            f"{name} holds {count} samples and not {self.counts[name]}"
             for name, count in found
-            if self._counts.get(name, count) != count
+            if self.counts.get(name, count) != count
         ]
         if wrong:
             raise DataError(
@@ -88,6 +90,25 @@ def find_split(root: Path, split: str) -> ForeignSplit:
             " shards as data.root, and as the split what stands before the `-`, or file names with braces."
         )
     return ForeignSplit(by_prefix)
+
+
+def find_all(root: Path) -> dict[str, ForeignSplit]:
+    """Every tar in `root`, by the split of `_info.json` that it belongs to, else by what stands before the last `-`.
+
+    Raises:
+        DataError: there is no tar, or `_info.json` contradicts itself or the directory.
+    """
+    _, info = _load_info(root)
+    found = {split: find_split(root, split) for split in _splits(info)}
+    listed = {name for split in found.values() for name in split.names}
+    rest: dict[str, list[str]] = {}
+    for name in sorted(path.name for path in root.glob("*.tar")):
+        if name not in listed:
+            stem = name.removesuffix(".tar")
+            rest.setdefault(stem.rpartition("-")[0] or stem, []).append(name)
+    if not found and not rest:
+        raise DataError(f"{root} holds no shards (*.tar): give the directory that does.")
+    return found | {split: ForeignSplit(names) for split, names in rest.items() if split not in found}
 
 
 def expand(pattern: str) -> tuple[str, ...]:

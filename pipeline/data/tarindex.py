@@ -43,6 +43,7 @@ more."""
 NUM_EXTENSIONS_COUNTED = 32
 
 _BLOCK_BYTES = 512
+_NO_LABEL, _GOOD_LABEL, _BAD_LABEL = range(3)
 _ZERO_BLOCK = bytes(_BLOCK_BYTES)
 # A label's header, its content and the next picture's header fit into one read.
 _WINDOW_BYTES = 4096
@@ -120,7 +121,7 @@ class _Samples:
         self._numbers: dict[bytes, int] = {}
         # Offset and length -1: not seen yet.
         self._offsets, self._lengths, self._labels = array("q"), array("q"), array("q")
-        self._has_label = bytearray()
+        self._label_state = bytearray()
         self._json_offsets, self._json_lengths = array("q"), array("q")
         self._ignored: dict[str, int] = {}
 
@@ -157,7 +158,7 @@ class _Samples:
             raise self._tar.error(f"holds more than {MAX_SAMPLES:,} samples: make more and smaller shards")
         for column in (self._offsets, self._lengths, self._labels, self._json_offsets, self._json_lengths):
             column.append(-1)
-        self._has_label.append(0)
+        self._label_state.append(_NO_LABEL)
         return number
 
     def _add_picture(self, number: int, name: bytes, key: bytes, offset: int, length: int) -> None:
@@ -170,15 +171,15 @@ class _Samples:
             self._offsets[number], self._lengths[number] = offset, length
 
     def _add_label(self, number: int, key: bytes, offset: int, length: int) -> None:
-        if self._has_label[number]:
+        if self._label_state[number] != _NO_LABEL:
             self._complain(self._tar.error(f"holds sample {_text(key)} twice"))
             return
         try:
             self._labels[number] = label_of_cls(self._tar.read(offset, min(length, MAX_LABEL_BYTES + 1)))
         except LabelError as error:
-            self._complain(self._bad_label(key, error))
-            self._labels[number] = -1
-        self._has_label[number] = 1
+            self._refuse_label(number, key, error)
+        else:
+            self._label_state[number] = _GOOD_LABEL
 
     def _add_json_label(self, number: int, key: bytes) -> None:
         """For a sample without `.cls`: what its `.json` says."""
@@ -188,13 +189,14 @@ class _Samples:
                 raise LabelError(f"is a .json of {length} bytes, and {MAX_JSON_BYTES} are read")
             self._labels[number] = label_of_json(self._tar.read(offset, length))
         except LabelError as error:
-            self._complain(self._bad_label(key, error))
+            self._refuse_label(number, key, error)
         else:
-            self._has_label[number] = 1
+            self._label_state[number] = _GOOD_LABEL
 
-    def _bad_label(self, key: bytes, error: LabelError) -> DataError:
-        return DataError(
-            f"The label of sample {_text(key)} of shard {self._tar.name} {error}: prepare the shards again."
+    def _refuse_label(self, number: int, key: bytes, error: LabelError) -> None:
+        self._label_state[number] = _BAD_LABEL
+        self._complain(
+            DataError(f"The label of sample {_text(key)} of shard {self._tar.name} {error}: prepare the shards again.")
         )
 
     def _ignore(self, extension: bytes) -> None:
@@ -208,19 +210,7 @@ class _Samples:
         whole: list[bytes] = []
         numbers: list[int] = []
         for key, number in self._numbers.items():
-            has_json = self._json_offsets[number] >= 0
-            if self._offsets[number] < 0 and not self._has_label[number]:
-                # A lone .json is metadata of the shard, or of a sample whose picture has another extension.
-                self._ignored[".json"] = self._ignored.get(".json", 0) + 1
-                continue
-            if self._offsets[number] < 0:
-                self._complain(self._missing(key, f"picture (.jpg, .jpeg or .png){self._others()}"))
-                continue
-            if not self._has_label[number] and has_json:
-                self._add_json_label(number, key)
-            elif not self._has_label[number]:
-                self._complain(self._missing(key, f"label (.cls, or {JSON_FIELD!r} in a .json)"))
-            if self._has_label[number]:
+            if self._is_whole(key, number):
                 whole.append(key)
                 numbers.append(number)
         chosen = np.array(numbers, np.int64)
@@ -231,6 +221,20 @@ class _Samples:
             labels=np.frombuffer(self._labels, np.int64)[chosen],
             ignored=dict(sorted(self._ignored.items())),
         )
+
+    def _is_whole(self, key: bytes, number: int) -> bool:
+        """Whether it has a picture and a good label; complains where it has not."""
+        has_picture, has_json = self._offsets[number] >= 0, self._json_offsets[number] >= 0
+        if not has_picture and self._label_state[number] == _NO_LABEL:
+            # A lone .json is metadata of the shard, or of a sample whose picture has another extension.
+            self._ignored[".json"] = self._ignored.get(".json", 0) + has_json
+        elif not has_picture:
+            self._complain(self._missing(key, f"picture (.jpg, .jpeg or .png){self._others()}"))
+        elif self._label_state[number] == _NO_LABEL and has_json:
+            self._add_json_label(number, key)
+        elif self._label_state[number] == _NO_LABEL:
+            self._complain(self._missing(key, f"label (.cls, or {JSON_FIELD!r} in a .json)"))
+        return has_picture and self._label_state[number] == _GOOD_LABEL
 
     def _missing(self, key: bytes, what: str) -> DataError:
         return DataError(f"Sample {_text(key)} of shard {self._tar.name} has no {what}: prepare the shards again.")
@@ -313,10 +317,10 @@ class _Tar:
         """Bytes of the content: pax says it in decimal, ustar in octal, GNU in base 256 if the first bit is set."""
         if decimal is None and digits[0] & 0x80:
             return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
-        said = digits.strip(b" \0") if decimal is None else decimal
+        said, base = (digits.strip(b" \0") or b"0", 8) if decimal is None else (decimal, 10)
         try:
             # `isdigit` keeps out what int() would take beside digits: signs, underscores, white space.
-            value = int(said or b"0", 8 if decimal is None else 10) if said.isdigit() or not said else -1
+            value = int(said, base) if said.isdigit() else -1
         except ValueError:
             value = -1
         if value < 0:
