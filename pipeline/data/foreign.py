@@ -20,6 +20,7 @@ INFO_NAMES = ("_info.json", "info.json")
 MAX_SHARDS = 100_000
 
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+_LIST = re.compile(r"\{[^{}]*,[^{}]*\}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -123,7 +124,8 @@ def expand(pattern: str) -> tuple[str, ...]:
     sizes = [
         abs(int(end) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, end, step in _RANGE.findall(pattern)
     ]
-    too_many = DataError(f"{pattern!r} stands for more than {MAX_SHARDS:,} shards: shorten the ranges in its braces.")
+    sizes += [group.count(",") + 1 for group in _LIST.findall(pattern)]
+    too_many = DataError(f"{pattern!r} stands for more than {MAX_SHARDS:,} shards: shorten what its braces hold.")
     if math.prod(sizes) > MAX_SHARDS:
         raise too_many
     try:
