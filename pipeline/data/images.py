@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
@@ -44,6 +45,13 @@ def not_a_picture(content: bytes) -> str:
         return "empty file"
     found = (name for offset, mark, name in _OTHER_FORMATS if content.startswith(mark, offset))
     return f"neither JPEG nor PNG but {name}" if (name := next(found, None)) else "neither JPEG nor PNG"
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB. Grey of 16 bits is scaled to 8, where Pillow's own conversion would cut it off to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def check_picture(content: bytes) -> None:
@@ -131,7 +139,7 @@ def _encoded_again(image: Image.Image, encoding: Encoding) -> bytes:
         scale = encoding.short_side / min(size)
         size = (max(encoding.short_side, round(width * scale)), max(encoding.short_side, round(height * scale)))
         image.draft("RGB", (size[0] * SQUARE_TO_JPEG_DRAFT, size[1] * SQUARE_TO_JPEG_DRAFT))
-    image = image.convert("RGB")
+    image = as_rgb(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     buffer = io.BytesIO()

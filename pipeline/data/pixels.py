@@ -21,7 +21,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.config import AugmentConfig, InputConfig
-from pipeline.data.images import MAX_PIXELS, not_a_picture
+from pipeline.data.images import MAX_PIXELS, as_rgb, not_a_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -274,7 +274,7 @@ def _decode(content: bytes, source: tuple[int, int], reduction: int) -> tuple[Pi
         return pixels, reduction
     except ValueError:
         with _opened(content) as image:
-            return np.asarray(image.convert("RGB")), 1
+            return np.asarray(as_rgb(image)), 1
 
 
 @contextmanager
