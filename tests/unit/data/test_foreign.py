@@ -1,6 +1,7 @@
 """Shards without a manifest: which files a split is, what timm's `_info.json` says of them, what is never followed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from small_shards import samples_of, write_tar
 
 from pipeline.data.foreign import MAX_SHARDS, expand, find_all
-from pipeline.data.store import ShardIndex
+from pipeline.data.store import CACHE_DIRECTORY, ShardIndex
 from pipeline.errors import DataError, ExitCode
 
 SIZES = {"imagenet-train-0000.tar": 4, "imagenet-train-0001.tar": 5, "imagenet-validation-00.tar": 3}
@@ -105,6 +106,21 @@ def test_the_other_name_of_info(root):
     assert ShardIndex.open(root, "train").num_samples == 9
     (root / "info.json").write_text('{"made_by": "something else"}')  # a common name: not everyone's means this
     assert ShardIndex.open(root, "imagenet-train").num_samples == 9
+
+
+def test_the_cached_index_of_another_set_is_not_used(tmp_path):
+    """Names and sizes are the same; what a copied cache knows beside them are the times of the files it was made of."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for directory, first in ((ours, 0), (other, 50)):
+        directory.mkdir()
+        write_tar(directory / "train-0.tar", samples_of(first, 3))
+    assert (ours / "train-0.tar").stat().st_size == (other / "train-0.tar").stat().st_size
+    expected = ShardIndex.open(ours, "train").index_hash
+    assert ShardIndex.open(other, "train").index_hash != expected
+    shutil.rmtree(ours / CACHE_DIRECTORY)
+    shutil.copytree(other / CACHE_DIRECTORY, ours / CACHE_DIRECTORY)
+    index = ShardIndex.open(ours, "train")
+    assert index.index_hash == expected and index.sample_key(0) == "000000000"
 
 
 def test_a_shard_that_info_does_not_list_is_named(tmp_path):
