@@ -125,12 +125,14 @@ def _split_override(override: str) -> tuple[str, str]:
 
 
 def _quoted(override: str) -> str:
-    """The override, its value in quotes where it holds a `=`, which Hydra's grammar takes in quotes only.
+    """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
 
-    Names of runs and of checkpoints hold one: `name=sweep/lr=0.1`.
+    Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
+    `data.train_split=imagenet-train-{0000..1023}.tar`.
     """
     key, _, value = override.partition("=")
-    if "=" not in value or value[0] in "'\"[{$" or "(" in value:
+    is_special = "=" in value or ("{" in value and ".." in value)
+    if not is_special or value[0] in "'\"[{$" or "(" in value:
         return override
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"

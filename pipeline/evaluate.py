@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
     compute = startup.choose_compute(config.trainer, config.cluster)
     with join_group(ranks, compute, config.cluster) as world:
-        index = world.agree(lambda: evaluation.open_split(config, split))
+        index = evaluation.open_split(config, world, split)
         weights = world.agree(lambda: evaluation.load_weights(config, index.num_classes))
         results = evaluation.score(config, world, weights, index)
         world.first_decides(lambda: evaluation.write(config, weights, results))

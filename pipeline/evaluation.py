@@ -9,7 +9,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from pipeline.data.loader import choose_num_workers, evaluation_loader
-from pipeline.data.store import ShardIndex
+from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
+from pipeline.data.store import TRUST_THE_FIRST, ShardIndex
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Batch, ExactMetrics, Normalizer
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateConfig
 
 
-def open_split(config: "EvaluateConfig", split: str) -> ShardIndex:
-    """Index and verify the split. Raises DataError."""
-    return ShardIndex.open(Path(config.data.root or ""), split, verify=config.data.verify)
+def open_split(config: "EvaluateConfig", world: World, split: str) -> ShardIndex:
+    """Index and verify the split. Collective. Raises DataError."""
+
+    def open_one(is_first: bool) -> ShardIndex:
+        return ShardIndex.open(
+            Path(config.data.root or ""), split, verify=config.data.verify if is_first else TRUST_THE_FIRST
+        )
+
+    return world.locally_first(open_one)
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,25 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
         ),
         pin_memory=on_gpu,
     )
+    bad: list[BadSample] = []
     for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
+        bad.extend(loaded.bad)
         batch = Batch.of(loaded).to(world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):
             logits_BK = model(normalizer(batch.images_BCHW, world.compute.memory_format))
         metrics.update(logits_BK, batch)
     with world.meter.origin("metrics"):
         results = metrics.compute()
-    if results["num_samples"] != index.num_samples:
-        raise DataError(f"{results['num_samples']} of {index.num_samples} pictures were scored; some do not decode.")
+    world.agree(lambda: _refuse(bad, f"{results['num_samples']} of {index.num_samples} pictures were scored"))
+    assert results["num_samples"] == index.num_samples
     return results
+
+
+def _refuse(bad: list[BadSample], how_many: str) -> None:
+    """Raise `DataError` naming them, if there are any: the split without them is another one."""
+    if bad:
+        named = "; ".join(sample.reason for sample in bad[:NUM_BAD_SHOWN])
+        raise DataError(f"{how_many}; others cannot be used: {named}. Prepare the split again without them.")
 
 
 def write(config: "EvaluateConfig", weights: Weights, results: dict[str, float | int]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.config import TrainConfig
+from pipeline.data.foreign import find_split
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.errors import DataError
 from pipeline.models import zoo
@@ -25,7 +26,7 @@ def check_before_ranks(config: TrainConfig) -> None:
 
 
 def check_root(root: str | None, split: str) -> None:
-    """Raise `DataError` unless `root` is a directory with a manifest that has `split`, or with tar files."""
+    """Raise `DataError` unless `root` is a directory with a manifest that has `split`, or with shards of that name."""
     assert root is not None
     path = Path(root)
     if not path.is_dir():
@@ -37,3 +38,5 @@ def check_root(root: str | None, split: str) -> None:
         Manifest.load(path).split(split)
     elif not any(path.glob("*.tar")):
         raise DataError(f"data.root={root} holds no shards (*.tar): give the directory that `prepare` wrote.")
+    else:
+        find_split(path, split)

@@ -31,6 +31,7 @@ def prepare_shards(config: "PrepareConfig") -> None:
     Raises:
         DataError: the source, the pictures or the output directory are not as they must be.
     """
+    assert config.source is not None  # PrepareConfig refuses it
     start_seconds = time.monotonic()
     out = Path(config.out)
     classes = read_classes(Path(config.classes)) if config.classes else None
@@ -75,6 +76,7 @@ def prepare_shards(config: "PrepareConfig") -> None:
 
 def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[str, Any]:
     """All that determines the shards. It names no directory of this machine, so that shards can be compared."""
+    assert config.source is not None
     request: dict[str, Any] = {
         "source": Path(config.source).resolve().name if config.source != "builtin" else "builtin",
         "seed": config.seed,

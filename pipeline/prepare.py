@@ -2,6 +2,7 @@
 
 python -m pipeline.prepare source=builtin out=shards/builtin
 python -m pipeline.prepare source=ILSVRC2012/ out=shards/imagenet devkit=ILSVRC2012_devkit_t12.tar.gz short_side=256
+python -m pipeline.prepare verify=true out=shards/imagenet         read it all, and say what is wrong
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ class PrepareConfig:
     at once.
     """
 
-    source: str
+    source: str | None = None
     """A directory of class folders, a tar of them, one of ILSVRC2012's archives or the directory that holds them, or
     `builtin`: the generator of a learnable picture set."""
     out: str
     """Directory for the shards. Splits that are there already are kept, if they have the same classes."""
+    verify: bool = False
+    """Write nothing: read the shards in `out`, ours or foreign ones, and name everything that is wrong with sizes,
+    hashes, members, labels and pictures. Exit code 3 if anything is. `split` and `num_workers` count here too."""
     split: str | None = None
     """The split to write. Null: every split that the source has. Where it has none of its own, the name to give it
     (null: train). A `test` folder becomes `val`, unless there is a `val` too."""
@@ -55,9 +59,14 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.kind is not None:
             one_of("kind", self.kind, KINDS)
+        require(self.source is not None or self.verify, "source is not set: add source=... to the command.")
+        require(
+            self.source is None or not self.verify,
+            f"verify=true checks out={self.out} and reads no source: leave out source={self.source}, or verify=.",
+        )
         name = self.split or "train"
         require(
-            name.replace("_", "").isalnum() and name.isascii(),
+            self.verify or (name.replace("_", "").isalnum() and name.isascii()),
             f"split={self.split!r} names files: use letters, digits and underscores.",
         )
         require(self.shard_bytes >= 1, f"shard_bytes={self.shard_bytes} must be positive.")
@@ -76,14 +85,19 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write the shards that `config` asks for, and say what they are.
+    """Write the shards that `config` asks for and say what they are, or verify those that are there.
 
     Raises:
         DataError: the source, the pictures or the output directory are not as they must be.
     """
-    from pipeline.preparation import prepare_shards
+    if config.verify:
+        from pipeline.verification import verify_shards
 
-    prepare_shards(config)
+        verify_shards(config)
+    else:
+        from pipeline.preparation import prepare_shards
+
+        prepare_shards(config)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pipeline import startup
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
 from pipeline.config import TrainConfig
-from pipeline.data.batches import Quarantine
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.store import ShardIndex
 from pipeline.errors import DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Learner, StepResult
@@ -132,10 +133,10 @@ class Saver:
 
 
 class BadSamples(Callback):
-    """Names pictures that do not decode, once each, and stops the run beyond the budget."""
+    """Names pictures that do not decode, once each over all ranks, and stops the run beyond the budget."""
 
-    def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
-        self.quarantine = Quarantine(num_samples, max_bad_fraction)
+    def __init__(self, index: ShardIndex, max_bad_fraction: float, path: Path) -> None:
+        self.quarantine = Quarantine(index, max_bad_fraction, path)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -144,6 +145,13 @@ class BadSamples(Callback):
         del trainer, pl_module, batch_idx
         for sample in self.quarantine.add(batch.bad):
             print(f"warning: another picture takes the place of {sample.reason}", file=sys.stderr, flush=True)
+
+    def sentence(self) -> str:
+        """How many pictures were replaced in this run, and where they are named; empty if none were."""
+        quarantine = self.quarantine
+        if not (number := quarantine.refresh()):
+            return ""
+        return f"  quarantine  {number} of {quarantine.index.num_samples:,} pictures were replaced: {quarantine.path}\n"
 
     def on_validation_batch_end(
         self,

@@ -20,7 +20,7 @@ from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.traffic import placement_warning
 from pipeline.config import TrainConfig
 from pipeline.data.loader import ShardData
-from pipeline.data.store import ShardIndex
+from pipeline.data.store import TRUST_THE_FIRST, ShardIndex
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learner import Learner
 from pipeline.models import zoo
@@ -84,19 +84,17 @@ class Shards:
 
 
 def open_shards(config: TrainConfig, world: World) -> Shards:
-    """Index and verify the shards.
+    """Index and verify the shards: the first rank of each machine, then the others from the index it leaves.
 
     Raises:
         DataError: missing, damaged or mislabelled shards. ConfigError: model.num_classes is too small for the labels.
     """
 
-    def open_both() -> Shards:
-        root = Path(config.data.root or "")
-        training = ShardIndex.open(root, config.data.train_split, verify=config.data.verify)
+    def open_both(is_first: bool) -> Shards:
+        root, verify = Path(config.data.root or ""), config.data.verify if is_first else TRUST_THE_FIRST
+        training = ShardIndex.open(root, config.data.train_split, verify=verify)
         wants_validation = config.trainer.validate_every_steps != 0
-        validation = (
-            ShardIndex.open(root, config.data.val_split, verify=config.data.verify) if wants_validation else None
-        )
+        validation = ShardIndex.open(root, config.data.val_split, verify=verify) if wants_validation else None
         num_classes = config.model.num_classes or training.num_classes
         if num_classes < training.num_classes:
             raise ConfigError(
@@ -105,7 +103,7 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
             )
         return Shards(training, validation, num_classes)
 
-    return world.agree(open_both)
+    return world.locally_first(open_both)
 
 
 def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
@@ -256,7 +254,7 @@ def fit(
             plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
             best_score=start.section.get("best_score"),
         )
-        bad_samples = session.BadSamples(shards.training.num_samples, config.data.max_bad_fraction)
+        bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
         trainer = session.make_trainer(
             config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars]
@@ -270,7 +268,7 @@ def fit(
             persistence.write_ledger(ended=True)
         ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
-    _close(config, world, run, recorder, plan)
+    _close(config, world, run, recorder, plan, bad_samples)
 
 
 def make_reconciler(config: TrainConfig, world: World) -> Reconciler | None:
@@ -331,12 +329,24 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _close(config: TrainConfig, world: World, run: RunDirectory, recorder: Recorder, plan: Plan) -> None:
+def _close(
+    config: TrainConfig,
+    world: World,
+    run: RunDirectory,
+    recorder: Recorder,
+    plan: Plan,
+    bad_samples: session.BadSamples,
+) -> None:
     """The summary on stdout, and the report."""
     if not world.is_first:
         return
     report = write_run_report(run.path)
-    print(f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n  report      {report}", flush=True)
+    print(
+        f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n"
+        f"{bad_samples.sentence()}"
+        f"  report      {report}",
+        flush=True,
+    )
 
 
 def _plain(value: Any) -> Any:

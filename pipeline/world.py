@@ -1,10 +1,13 @@
 """All ranks of a run as one: the process group, its meter, and decisions taken together."""
 
 import contextlib
+import functools
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +25,8 @@ from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
 T = TypeVar("T")
+# Ranks that wait for long work of another one meet after this share of a collective's patience.
+SHARE_OF_TIMEOUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class World:
     num_threads: int
     counter: SocketCounter | None = None
     """Of this rank's connections; None where nothing is exchanged, metered or counted by the kernel."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for the other ranks."""
 
     @property
     def rank(self) -> int:
@@ -82,6 +89,28 @@ class World:
                 raise error if error is not None else _same_error(rank, *found)
         return result  # type: ignore[return-value]
 
+    def locally_first(self, work: Callable[[bool], T]) -> T:
+        """`work(True)` on the first rank of each machine; when all of these are done, `work(False)` on the others.
+
+        For work that leaves something on the machine which spares the others most of it. It may take longer than a
+        collective may wait: the ranks ask one another now and then.
+
+        Raises:
+            UserError: as `agree`. Collective.
+        """
+        if self.size == 1:
+            return work(True)
+        result: list[T] = []
+        is_first = self.ranks.local_rank == 0
+        for whose_turn in (True, False):
+            mine = [_begun(functools.partial(work, whose_turn))] if whose_turn == is_first else []
+            while True:
+                wait(mine, self.timeout_seconds * SHARE_OF_TIMEOUT)
+                if all(self._gather(all(future.done() for future in mine))):
+                    break
+            result += self.agree(lambda futures=mine: [future.result() for future in futures])
+        return result[0]
+
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
         result: list[Any] = [None]
@@ -111,6 +140,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def _begun(work: Callable[[], T]) -> "Future[T]":
+    """`work()` in a thread of its own, which does not keep a process that is told to end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class _Elsewhere(UserError):
@@ -168,7 +211,9 @@ def join_group(
     recorder.attach()
     counter = _counter(recorder, ranks.master_port)
     try:
-        yield World(ranks, compute, recorder, _placement(ranks), num_threads, counter)
+        yield World(
+            ranks, compute, recorder, _placement(ranks), num_threads, counter, timeout_seconds=cluster.timeout_seconds
+        )
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise

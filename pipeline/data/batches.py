@@ -15,20 +15,11 @@ from torch.utils.data import Dataset, Sampler
 from pipeline.config import AugmentConfig, InputConfig
 from pipeline.data.order import PADDING, BatchOrder, evaluation_stripe, stripe
 from pipeline.data.pixels import SampleError, eval_view, train_view
+from pipeline.data.quarantine import BadSample
 from pipeline.data.store import ShardIndex
-from pipeline.errors import DataError
 
 NUM_REPLACEMENT_TRIES = 16
-NUM_BAD_SHOWN = 5
 _DOMAIN = 0x7265_706C_6163_6564  # keeps the choice of replacements apart from other streams
-
-
-class BadSample(NamedTuple):
-    """A sample that could not be read or decoded."""
-
-    sample_id: int
-    reason: str
-    """A clause with key, shard and cause."""
 
 
 class LoadedBatch(NamedTuple):
@@ -116,7 +107,7 @@ class TrainSamples(Dataset[LoadedBatch]):
                 try:
                     images_BHWC[place] = self._view(candidate, item.epoch)
                 except (SampleError, OSError) as error:
-                    bad.append(_describe(self.index, candidate, error))
+                    bad.append(BadSample.of(self.index, candidate, error))
                 else:
                     labels_B[place] = self.index.label(candidate)
                     break
@@ -148,7 +139,7 @@ class EvalSamples(Dataset[LoadedBatch]):
             try:
                 images_BHWC[place] = eval_view(self.index.read(sample_id), self.config)
             except (SampleError, OSError) as error:
-                bad.append(_describe(self.index, sample_id, error))
+                bad.append(BadSample.of(self.index, sample_id, error))
             else:
                 labels_B[place], ids_B[place] = self.index.label(sample_id), sample_id
         return _batch(images_BHWC, labels_B, ids_B, bad)
@@ -162,45 +153,6 @@ def replacements(sample_id: int, num_samples: int) -> list[int]:
     key = np.array([sample_id, _DOMAIN], np.uint64)
     words = np.random.Philox(key=key).random_raw(NUM_REPLACEMENT_TRIES)
     return [int(word) for word in words % np.uint64(num_samples)]
-
-
-class Quarantine:
-    """The bad samples this process has met, named once each, and the budget after which the run stops.
-
-    Args:
-        num_samples: of the split.
-        max_bad_fraction: share of them that may be bad; each rank counts what it has met itself.
-    """
-
-    def __init__(self, num_samples: int, max_bad_fraction: float) -> None:
-        self.num_samples, self.max_bad_fraction = num_samples, max_bad_fraction
-        self.reasons: dict[int, str] = {}
-        """By sample id, in the order they were met."""
-
-    def add(self, bad: Sequence[BadSample]) -> list[BadSample]:
-        """Take note; returns those not met before.
-
-        Raises:
-            DataError: more samples are bad than the budget allows.
-        """
-        new = [sample for sample in dict(bad).items() if sample[0] not in self.reasons]
-        self.reasons.update(new)
-        allowed = int(self.max_bad_fraction * self.num_samples)
-        if len(self.reasons) > allowed:
-            shown = "; ".join(list(self.reasons.values())[-NUM_BAD_SHOWN:])
-            raise DataError(
-                f"{len(self.reasons)} of {self.num_samples} samples cannot be used, and"
-                f" data.max_bad_fraction={self.max_bad_fraction} allows {allowed}:"
-                f" {shown}. Prepare the shards again without them, or allow more."
-            )
-        return [BadSample(*sample) for sample in new]
-
-
-def _describe(index: ShardIndex, sample_id: int, error: Exception) -> BadSample:
-    cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    return BadSample(
-        sample_id, f"sample {index.sample_key(sample_id)!r} of shard {index.shard_name(sample_id)}: {cause}"
-    )
 
 
 def _batch(

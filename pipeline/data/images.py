@@ -2,8 +2,11 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
@@ -15,8 +18,50 @@ SQUARE_TO_JPEG_DRAFT = 2
 """libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
 
 
+_OTHER_FORMATS = (
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WebP"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"jP  ", "JPEG 2000"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"BM", "BMP"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<", "a web page or XML"),
+    (0, b"version https://git-lfs", "a Git LFS pointer"),
+)
+"""(offset, bytes there, name) of what is found under a JPEG's name now and then."""
+
+
 class BadImageError(DataError):
     """A picture that cannot be decoded, with the reason."""
+
+
+def not_a_picture(content: bytes) -> str:
+    """Why `content`, which is neither JPEG nor PNG, is refused: a clause that says what it is, where that shows."""
+    if not content:
+        return "empty file"
+    found = (name for offset, mark, name in _OTHER_FORMATS if content.startswith(mark, offset))
+    return f"neither JPEG nor PNG but {name}" if (name := next(found, None)) else "neither JPEG nor PNG"
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB. Grey of 16 bits is scaled to 8, where Pillow's own conversion would cut it off to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def check_picture(content: bytes) -> None:
+    """Decode a picture as far as it takes to know whether training can use it: every byte, at an eighth of the size.
+
+    Raises:
+        BadImageError: empty, neither JPEG nor PNG, cut short, or more than MAX_PIXELS.
+    """
+    with _judged(content):
+        _load_if_doubtful(_opened(content), content)
 
 
 @dataclass(frozen=True)
@@ -37,29 +82,43 @@ def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
     Raises:
         BadImageError: empty, not a picture, cut short, or more than MAX_PIXELS.
     """
+    with _judged(content):
+        image = _opened(content)
+        is_small_enough = encoding.short_side is None or min(image.size) <= encoding.short_side
+        if image.format != "JPEG" or not is_small_enough:
+            return _encoded_again(image, encoding)
+        _load_if_doubtful(image, content)
+        return content
+
+
+@contextmanager
+def _judged(content: bytes) -> Iterator[None]:
+    """Whatever Pillow raises for a broken file becomes `BadImageError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata and the like: a picture is judged by its pixels alone
-            return _shard_jpeg(content, encoding)
+            yield
     except UnidentifiedImageError:
-        raise BadImageError("neither JPEG nor PNG" if content else "empty file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise BadImageError(not_a_picture(content)) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, BadImageError):
             raise
         raise BadImageError(str(error)) from error
 
 
-def _shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
+def _opened(content: bytes) -> Image.Image:
+    """The picture with its header read, and nothing decoded yet."""
     image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-    is_small_enough = encoding.short_side is None or min(width, height) <= encoding.short_side
-    if image.format != "JPEG" or not is_small_enough:
-        return _encoded_again(image, encoding)
-    if not _decodes_strictly(content):
-        image.load()  # libjpeg complains of stray bytes too, which do no harm; Pillow stops at a real hole
-    return content
+    return image
+
+
+def _load_if_doubtful(image: Image.Image, content: bytes) -> None:
+    """Raise what Pillow raises at a real hole. libjpeg complains of stray bytes too, which do no harm."""
+    if image.format != "JPEG" or not _decodes_strictly(content):
+        image.load()
 
 
 def _decodes_strictly(content: bytes) -> bool:
@@ -80,7 +139,7 @@ def _encoded_again(image: Image.Image, encoding: Encoding) -> bytes:
         scale = encoding.short_side / min(size)
         size = (max(encoding.short_side, round(width * scale)), max(encoding.short_side, round(height * scale)))
         image.draft("RGB", (size[0] * SQUARE_TO_JPEG_DRAFT, size[1] * SQUARE_TO_JPEG_DRAFT))
-    image = image.convert("RGB")
+    image = as_rgb(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     buffer = io.BytesIO()

@@ -1,6 +1,7 @@
 """`manifest.json`: what lies beside the shards, and the promise that they are complete. It is written last."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pipeline.files import write_json_atomic
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
+# Neither a path nor a URL, whose scheme ends with a colon: `pipe:` would be a command.
+_PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/:\x00-\x1f]+")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Manifest:
                 f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
                 f"Run `python -m pipeline.prepare source=... out={root}` (again), or correct the directory."
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
         return _parse(value, path)
 
@@ -130,6 +133,10 @@ def _parse_split(name: str, value: dict[str, Any], path: Path) -> Split:
     shards = tuple(_parse_shard(shard, path) for shard in value["shards"])
     extra = {key: inner for key, inner in value.items() if key not in ("num_samples", "shards")}
     split = Split(shards=shards, extra=extra)
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: split {name!r} lists {twice!r} twice. Run `prepare` again.")
     if split.num_samples != value["num_samples"]:
         raise DataError(
             f"{path}: split {name!r} says {value['num_samples']} samples, and its shards sum to {split.num_samples}. "
@@ -140,7 +147,7 @@ def _parse_split(name: str, value: dict[str, Any], path: Path) -> Split:
 
 def _parse_shard(value: dict[str, Any], path: Path) -> Shard:
     shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
-    is_plain_name = isinstance(shard.name, str) and shard.name not in ("", ".", "..") and "/" not in shard.name
+    is_plain_name = isinstance(shard.name, str) and bool(_PLAIN_NAME.fullmatch(shard.name))
     counts = (shard.bytes, shard.num_samples)
     if not is_plain_name or not all(type(count) is int and count >= 0 for count in counts):
         raise DataError(

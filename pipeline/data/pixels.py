@@ -21,7 +21,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.config import AugmentConfig, InputConfig
-from pipeline.data.images import MAX_PIXELS
+from pipeline.data.images import MAX_PIXELS, as_rgb, not_a_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -192,15 +192,25 @@ def _padded_view(
     """Resize, add `pad` black pixels on each side, crop at random."""
     size = config.size
     height, width = _resized_size(source, config, pad)
-    whole = _resize(_decode(content, source, 1)[0], Box(0, 0, *source), (height, width), exact_edges=True)
     top, left = (
         _integer(draw[0], height + 2 * pad - size + 1) - pad,
         _integer(draw[1], width + 2 * pad - size + 1) - pad,
     )
-    canvas = np.zeros((size, size, 3), np.uint8)
-    part = whole[max(0, top) : top + size, max(0, left) : left + size]
-    row, column = max(0, -top), max(0, -left)
-    canvas[row : row + part.shape[0], column : column + part.shape[1]] = part
+    pixels, canvas = _decode(content, source, 1)[0], np.zeros((size, size, 3), np.uint8)
+    # Only what is shown is computed: resized whole, a strip of 1 x 65,000 pixels would take gigabytes.
+    first_row, end_row = max(0, top), min(height, top + size)
+    first_column, end_column = max(0, left), min(width, left + size)
+    if first_row < end_row and first_column < end_column:
+        per_row, per_column = source[0] / height, source[1] / width
+        box = Box(
+            first_row * per_row,
+            first_column * per_column,
+            (end_row - first_row) * per_row,
+            (end_column - first_column) * per_column,
+        )
+        out = (end_row - first_row, end_column - first_column)
+        place = (slice(first_row - top, end_row - top), slice(first_column - left, end_column - left))
+        canvas[place] = _resize(pixels, box, out, exact_edges=False)
     return canvas
 
 
@@ -264,7 +274,7 @@ def _decode(content: bytes, source: tuple[int, int], reduction: int) -> tuple[Pi
         return pixels, reduction
     except ValueError:
         with _opened(content) as image:
-            return np.asarray(image.convert("RGB")), 1
+            return np.asarray(as_rgb(image)), 1
 
 
 @contextmanager
@@ -277,7 +287,7 @@ def _opened(content: bytes) -> Iterator["Image.Image"]:
         try:
             yield Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
         except UnidentifiedImageError:
-            raise SampleError("neither JPEG nor PNG" if content else "empty") from None
+            raise SampleError(not_a_picture(content)) from None
         except MemoryError:
             raise
         except Exception as error:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.foreign import find_split
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.data.tarindex import ShardSamples, index_shard
 from pipeline.errors import DataError
@@ -32,6 +33,9 @@ SCHEMA = 1
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
 NUM_SCAN_THREADS = 16
+"""Waiting for headers is what they share. On local disks the interpreter is the limit, at some 5 us a header."""
+TRUST_THE_FIRST = "size"
+"""`verify` for the ranks of a machine that follow one which has read and hashed the same files."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,7 @@ class ShardIndex:
 
         Args:
             root: directory with `manifest.json` and its shards, or with foreign shards.
-            split: name in the manifest. Without a manifest: shards are `<split>-*.tar`, or `split` is itself a file
-                name with braces, as in `imagenet-train-{0000..1023}.tar`.
+            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it.
             verify: `size` compares each shard's bytes with the manifest; `sha256` reads and hashes it too.
 
         Raises:
@@ -122,12 +125,16 @@ class ShardIndex:
         if not root.is_dir():
             raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
         manifest = Manifest.load(root) if _has_manifest(root) else None
-        shards = _listed(manifest, root, split) if manifest else _found(root, split)
+        foreign = None if manifest else find_split(root, split)
+        shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
         if verify == "sha256":
             _check_hashes(root, shards)
         table = _cached_table(root, split, shards) if shards else None
         if table is None or not len(table.label):
             raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
+        if foreign:
+            counts = np.bincount(table.shard, minlength=len(shards)).tolist()
+            foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
         num_classes = len(manifest.classes) if manifest else int(table.label.max()) + 1
         index = cls(root, split, shards, table, num_classes=num_classes, classes=manifest.classes if manifest else None)
         index._check_labels()
@@ -238,21 +245,8 @@ def _listed(manifest: Manifest, root: Path, split: str) -> tuple[ShardFile, ...]
     return shards
 
 
-def _found(root: Path, split: str) -> tuple[ShardFile, ...]:
-    """Foreign shards by name, in the order of their names."""
-    if split.endswith(".tar"):
-        from braceexpand import braceexpand
-
-        names = list(braceexpand(split))
-    else:
-        names = sorted(path.name for path in root.glob("*.tar") if path.name.startswith(f"{split}-"))
-    if not names:
-        tars = sorted(path.name for path in root.glob("*.tar"))
-        there = f"the tars there are {tars[0]} .. {tars[-1]}" if tars else "no tar at all"
-        raise DataError(
-            f"{root} has no {MANIFEST_NAME} and no shards {split}-*.tar ({there}): give the directory of the shards as"
-            " data.root, and as the split what stands before the `-`, or file names with braces."
-        )
+def _found(root: Path, names: tuple[str, ...]) -> tuple[ShardFile, ...]:
+    """Foreign shards, each there."""
     sizes = {name: _size(root / name) for name in names}
     missing = [name for name, size in sizes.items() if size is None]
     if missing:

@@ -4,33 +4,69 @@ Understands what tar writers of this field produce: ustar, GNU long names, pax `
 count. A member that could reach outside the archive (links, devices, absolute names, `..`) condemns the shard, because
 no honest writer of shards makes one. Nothing is ever extracted.
 
-WebDataset's convention: the name up to the first dot of its last component is the key, the rest the extension.
+WebDataset's convention: the name up to the first dot of its last component is the key, the rest the extension. Members
+of other extensions (`.pth`, `.txt`, ...) are counted and never read.
 """
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.labels import (
+    JSON_EXTENSION,
+    JSON_FIELD,
+    LABEL_EXTENSION,
+    MAX_JSON_BYTES,
+    MAX_LABEL_BYTES,
+    LabelError,
+    label_of_cls,
+    label_of_json,
+)
 from pipeline.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset({b"jpg", b"jpeg", b"png"})
-LABEL_EXTENSION = b"cls"
 
 MAX_IMAGE_BYTES = 256 * 2**20
-MAX_LABEL_BYTES = 32
 MAX_KEY_BYTES = 255
 MAX_EXTENDED_BYTES = 64 * 1024  # a long name or a pax record
+MAX_SAMPLES = 2**20
+"""Of one shard. The scan takes memory per sample, and a tar of nothing but headers can hold very many."""
+MAX_ZERO_BYTES = 2**20
+"""After the last member. Writers fill up to 10 KiB; a download that was given its whole length and then died leaves
+more."""
+NUM_EXTENSIONS_COUNTED = 32
 
 _BLOCK_BYTES = 512
+_NO_LABEL, _GOOD_LABEL, _BAD_LABEL = range(3)
+_ZERO_BLOCK = bytes(_BLOCK_BYTES)
 # A label's header, its content and the next picture's header fit into one read.
 _WINDOW_BYTES = 4096
+_ADLER_MODULUS = 65521
 _REGULAR, _DIRECTORY = frozenset({b"0", b"\0", b"7"}), b"5"
 _GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
-_FORBIDDEN = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
+_EXTENDED = frozenset({_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL})
+_FORBIDDEN = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a FIFO",
+    b"S": "a sparse file",
+}
+_NOT_A_TAR = {
+    b"\x1f\x8b": "is compressed with gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: unpack it",
+    b"\xfd7zXZ": "is compressed with xz: unpack it",
+    b"BZh": "is compressed with bzip2: unpack it",
+    b"version https://git-lfs": "is a Git LFS pointer: fetch what it points to",
+    b"<": "is a web page or XML, perhaps a server's complaint: fetch the shard again",
+}
 
 
 @dataclass(frozen=True)
@@ -43,78 +79,169 @@ class ShardSamples:
     lengths: NDArray[np.int32]
     """Bytes of the picture."""
     labels: NDArray[np.int64]
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Number of members that were not read, by extension; beyond NUM_EXTENSIONS_COUNTED of them under `...`."""
 
 
-@dataclass
-class _Sample:
-    offset: int = -1
-    length: int = -1
-    label: int | None = None
+Complain = Callable[[DataError], None]
+"""What is done about a sample that cannot be used. Unless it raises, the sample is left out and the scan goes on."""
 
 
-def index_shard(path: Path) -> ShardSamples:
+def raise_it(error: DataError) -> None:
+    """The strict way: one bad sample condemns the shard."""
+    raise error
+
+
+def index_shard(path: Path, complain: Complain = raise_it) -> ShardSamples:
     """Scan the tar at `path`.
 
+    Args:
+        complain: called with what is wrong with single samples. What is wrong with the tar itself is always raised.
+
     Raises:
-        DataError: the tar is cut short, damaged, has forbidden members, or a sample lacks its picture or its label.
+        DataError: the tar is cut short, damaged or has forbidden members; with the default `complain` also if a sample
+            lacks its picture or its label, or comes twice.
     """
-    samples: dict[bytes, _Sample] = {}
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         tar = _Tar(descriptor, path.name)
+        samples = _Samples(tar, complain)
         for name, offset, length in tar.regular_files():
-            _add(samples, tar, name, offset, length)
+            samples.add(name, offset, length)
+        return samples.finish()
     finally:
         os.close(descriptor)
-    for key, sample in samples.items():
-        missing = (
-            "label (.cls)" if sample.label is None else "picture (.jpg, .jpeg or .png)" if sample.offset < 0 else None
+
+
+class _Samples:
+    """What has been found so far: arrays rather than objects, because a shard can hold a million samples."""
+
+    def __init__(self, tar: "_Tar", complain: Complain) -> None:
+        self._tar, self._complain = tar, complain
+        self._numbers: dict[bytes, int] = {}
+        # Offset and length -1: not seen yet.
+        self._offsets, self._lengths, self._labels = array("q"), array("q"), array("q")
+        self._label_state = bytearray()
+        self._json_offsets, self._json_lengths = array("q"), array("q")
+        self._ignored: dict[str, int] = {}
+
+    def add(self, name: bytes, offset: int, length: int) -> None:
+        """Note one regular file, if it belongs to a sample."""
+        directory, slash, base = name.rpartition(b"/")
+        stem, _, extension = base.partition(b".")
+        extension = extension.lower()
+        if not stem or (
+            extension not in IMAGE_EXTENSIONS and extension != LABEL_EXTENSION and extension != JSON_EXTENSION
+        ):
+            if stem:
+                self._ignore(extension)
+            return
+        key = directory + slash + stem
+        number = self._numbers.get(key)
+        if number is None and (number := self._new(key)) is None:
+            return
+        if extension in IMAGE_EXTENSIONS:
+            self._add_picture(number, name, key, offset, length)
+        elif extension == LABEL_EXTENSION:
+            self._add_label(number, key, offset, length)
+        elif self._json_offsets[number] < 0:
+            # Read at the end, where there is no .cls: most shards have both.
+            self._json_offsets[number], self._json_lengths[number] = offset, length
+
+    def _new(self, key: bytes) -> int | None:
+        if len(key) > MAX_KEY_BYTES:
+            what = f"has a key of {len(key)} bytes, and {MAX_KEY_BYTES} are allowed: shorten the names"
+            self._complain(self._tar.error(what))
+            return None
+        number = self._numbers[key] = len(self._numbers)
+        if number >= MAX_SAMPLES:
+            raise self._tar.error(f"holds more than {MAX_SAMPLES:,} samples: make more and smaller shards")
+        for column in (self._offsets, self._lengths, self._labels, self._json_offsets, self._json_lengths):
+            column.append(-1)
+        self._label_state.append(_NO_LABEL)
+        return number
+
+    def _add_picture(self, number: int, name: bytes, key: bytes, offset: int, length: int) -> None:
+        if self._offsets[number] >= 0:
+            self._complain(self._tar.error(f"holds sample {_text(key)} twice"))
+        elif length > MAX_IMAGE_BYTES:
+            what = f"holds {_text(name)} with {length} bytes, and a picture may have {MAX_IMAGE_BYTES}"
+            self._complain(self._tar.error(what))
+        else:
+            self._offsets[number], self._lengths[number] = offset, length
+
+    def _add_label(self, number: int, key: bytes, offset: int, length: int) -> None:
+        if self._label_state[number] != _NO_LABEL:
+            self._complain(self._tar.error(f"holds sample {_text(key)} twice"))
+            return
+        try:
+            self._labels[number] = label_of_cls(self._tar.read(offset, min(length, MAX_LABEL_BYTES + 1)))
+        except LabelError as error:
+            self._refuse_label(number, key, error)
+        else:
+            self._label_state[number] = _GOOD_LABEL
+
+    def _add_json_label(self, number: int, key: bytes) -> None:
+        """For a sample without `.cls`: what its `.json` says."""
+        offset, length = self._json_offsets[number], self._json_lengths[number]
+        try:
+            if length > MAX_JSON_BYTES:
+                raise LabelError(f"is a .json of {length} bytes, and {MAX_JSON_BYTES} are read")
+            self._labels[number] = label_of_json(self._tar.read(offset, length))
+        except LabelError as error:
+            self._refuse_label(number, key, error)
+        else:
+            self._label_state[number] = _GOOD_LABEL
+
+    def _refuse_label(self, number: int, key: bytes, error: LabelError) -> None:
+        self._label_state[number] = _BAD_LABEL
+        self._complain(
+            DataError(f"The label of sample {_text(key)} of shard {self._tar.name} {error}: prepare the shards again.")
         )
-        if missing:
-            raise DataError(f"Sample {_text(key)} of shard {path.name} has no {missing}: prepare the shards again.")
-    return ShardSamples(
-        keys=np.array(list(samples), dtype=np.bytes_) if samples else np.empty(0, "S1"),
-        offsets=np.fromiter((sample.offset for sample in samples.values()), np.int64, len(samples)),
-        lengths=np.fromiter((sample.length for sample in samples.values()), np.int32, len(samples)),
-        labels=np.fromiter((sample.label for sample in samples.values()), np.int64, len(samples)),
-    )
 
+    def _ignore(self, extension: bytes) -> None:
+        name = f".{extension.decode(errors='backslashreplace')}" if extension else "none"
+        if name not in self._ignored and len(self._ignored) >= NUM_EXTENSIONS_COUNTED:
+            name = "..."
+        self._ignored[name] = self._ignored.get(name, 0) + 1
 
-def _add(samples: dict[bytes, _Sample], tar: "_Tar", name: bytes, offset: int, length: int) -> None:
-    """Note one regular file, if it is a picture or a label."""
-    directory, slash, base = name.rpartition(b"/")
-    stem, _, extension = base.partition(b".")
-    extension = extension.lower()
-    is_image = extension in IMAGE_EXTENSIONS
-    if not stem or not (is_image or extension == LABEL_EXTENSION):
-        return
-    key = directory + slash + stem
-    if len(key) > MAX_KEY_BYTES:
-        raise tar.error(f"has a key of {len(key)} bytes, and {MAX_KEY_BYTES} are allowed: shorten the names")
-    sample = samples.setdefault(key, _Sample())
-    if (sample.offset >= 0) if is_image else (sample.label is not None):
-        raise tar.error(f"holds sample {_text(key)} twice")
-    if not is_image:
-        sample.label = _read_label(tar, key, offset, length)
-        return
-    if length > MAX_IMAGE_BYTES:
-        raise tar.error(f"holds {_text(name)} with {length} bytes, and a picture may have {MAX_IMAGE_BYTES}")
-    sample.offset, sample.length = offset, length
-
-
-def _read_label(tar: "_Tar", key: bytes, offset: int, length: int) -> int:
-    content = tar.read(offset, min(length, MAX_LABEL_BYTES + 1))
-    try:
-        label = int(content.decode("ascii")) if length <= MAX_LABEL_BYTES else None
-    except ValueError:
-        label = None
-    if label is None or not -(2**63) <= label < 2**63:
-        shown = content[:MAX_LABEL_BYTES]
-        raise DataError(
-            f"The label of sample {_text(key)} of shard {tar.name} is {shown!r}, and must be a class index as ASCII"
-            " digits: prepare the shards again."
+    def finish(self) -> ShardSamples:
+        """Check that every sample is whole; the arrays hold those that are."""
+        whole: list[bytes] = []
+        numbers: list[int] = []
+        for key, number in self._numbers.items():
+            if self._is_whole(key, number):
+                whole.append(key)
+                numbers.append(number)
+        chosen = np.array(numbers, np.int64)
+        return ShardSamples(
+            keys=np.array(whole, dtype=np.bytes_) if whole else np.empty(0, "S1"),
+            offsets=np.frombuffer(self._offsets, np.int64)[chosen],
+            lengths=np.frombuffer(self._lengths, np.int64)[chosen].astype(np.int32),
+            labels=np.frombuffer(self._labels, np.int64)[chosen],
+            ignored=dict(sorted(self._ignored.items())),
         )
-    return label
+
+    def _is_whole(self, key: bytes, number: int) -> bool:
+        """Whether it has a picture and a good label; complains where it has not."""
+        has_picture, has_json = self._offsets[number] >= 0, self._json_offsets[number] >= 0
+        if not has_picture and self._label_state[number] == _NO_LABEL:
+            # A lone .json is metadata of the shard, or of a sample whose picture has another extension.
+            self._ignored[".json"] = self._ignored.get(".json", 0) + has_json
+        elif not has_picture:
+            self._complain(self._missing(key, f"picture (.jpg, .jpeg or .png){self._others()}"))
+        elif self._label_state[number] == _NO_LABEL and has_json:
+            self._add_json_label(number, key)
+        elif self._label_state[number] == _NO_LABEL:
+            self._complain(self._missing(key, f"label (.cls, or {JSON_FIELD!r} in a .json)"))
+        return has_picture and self._label_state[number] == _GOOD_LABEL
+
+    def _missing(self, key: bytes, what: str) -> DataError:
+        return DataError(f"Sample {_text(key)} of shard {self._tar.name} has no {what}: prepare the shards again.")
+
+    def _others(self) -> str:
+        """What else the shard holds, which may be the pictures in a format that is not read."""
+        return f"; {', '.join(self._ignored)} are not read" if self._ignored else ""
 
 
 class _Tar:
@@ -151,23 +278,22 @@ class _Tar:
                     f"is cut short: it ends after {self._num_bytes} bytes"
                     + (" inside a header" if header else " without the end mark of a tar")
                 )
-            if not header.strip(b"\0"):
+            if header == _ZERO_BLOCK:
                 self._check_end(position)
                 return
             self._check_sum(header, position)
             kind = header[156:157]
-            length = self._number(extended.get(b"size"), header[124:136], position)
+            length = self._size(extended.get(b"size"), header[124:136], position)
             name = extended.get(b"path") or self._name(header)
             content = position + _BLOCK_BYTES
-            position = content + -(-length // _BLOCK_BYTES) * _BLOCK_BYTES
-            if content + length > self._num_bytes:
+            # A directory has no content, whatever its size field says (POSIX.1-2017, pax, ustar).
+            position = content + (0 if kind == _DIRECTORY else -(-length // _BLOCK_BYTES) * _BLOCK_BYTES)
+            if content + length > self._num_bytes and kind != _DIRECTORY:
                 raise self.error(
                     f"is cut short: {_text(name)} needs {content + length} bytes, and the file has {self._num_bytes}"
                 )
-            if kind in (_GNU_LONG_NAME, _PAX):
+            if kind in _EXTENDED:
                 extended.update(self._extended(kind, content, length))
-                continue
-            if kind in (_GNU_LONG_LINK, _PAX_GLOBAL):
                 continue
             extended = {}
             self._check_member(kind, name)
@@ -175,23 +301,26 @@ class _Tar:
                 yield name, content, length
 
     def _check_sum(self, header: bytes, position: int) -> None:
-        """The header's own checksum: the sum of its bytes, the field itself counted as blanks."""
-        try:
-            expected = int(header[148:156].split(b"\0")[0].strip() or b"x", 8)
-        except ValueError:
-            expected = -1
-        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
+        """The header's own checksum: the sum of its bytes, the field itself counted as blanks.
+
+        Adler-32's low half is 1 + the sum of the bytes, modulo 65521, and much faster than a sum in Python.
+        """
+        digits = header[148:156]
+        found = (zlib.adler32(header) & 0xFFFF) - 1 - sum(digits) + 8 * ord(" ")
+        said = digits.strip(b" \0")
+        if not said.isdigit() or b"8" in said or b"9" in said or (found - int(said, 8)) % _ADLER_MODULUS:
+            if position == 0 and (what := next((w for m, w in _NOT_A_TAR.items() if header.startswith(m)), None)):
+                raise DataError(f"Shard {self.name} is no tar: it {what}.")
             raise self.error(f"has a damaged tar header at byte {position}")
 
-    def _number(self, decimal: bytes | None, field: bytes, position: int) -> int:
-        """A size: pax says it in decimal, ustar in octal, GNU in base 256 if the first bit is set."""
+    def _size(self, decimal: bytes | None, digits: bytes, position: int) -> int:
+        """Bytes of the content: pax says it in decimal, ustar in octal, GNU in base 256 if the first bit is set."""
+        if decimal is None and digits[0] & 0x80:
+            return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
+        said, base = (digits.strip(b" \0") or b"0", 8) if decimal is None else (decimal, 10)
         try:
-            if decimal is not None:
-                value = int(decimal)
-            elif field[0] & 0x80:
-                value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-            else:
-                value = int(field.split(b"\0")[0].strip() or b"0", 8)
+            # `isdigit` keeps out what int() would take beside digits: signs, underscores, white space.
+            value = int(said, base) if said.isdigit() else -1
         except ValueError:
             value = -1
         if value < 0:
@@ -200,18 +329,19 @@ class _Tar:
 
     def _name(self, header: bytes) -> bytes:
         name = header[:100].split(b"\0", 1)[0]
-        if header[257:263] == b"ustar\0":  # GNU's magic differs, and its prefix field holds other things
-            prefix = header[345:500].split(b"\0", 1)[0]
-            return prefix + b"/" + name if prefix else name
+        if header[345] and header[257:263] == b"ustar\0":  # GNU's magic differs, and its prefix holds other things
+            return header[345:500].split(b"\0", 1)[0] + b"/" + name
         return name
 
     def _extended(self, kind: bytes, offset: int, length: int) -> dict[bytes, bytes]:
-        """{path, size} as far as a GNU long name or a pax record gives them."""
+        """{path, size} of the next member, as far as a GNU long name or a pax record gives them."""
         if length > MAX_EXTENDED_BYTES:
             raise self.error(f"has an extended tar header of {length} bytes, and {MAX_EXTENDED_BYTES} are allowed")
         content = self.read(offset, length)
         if kind == _GNU_LONG_NAME:
             return {b"path": content.split(b"\0", 1)[0]}
+        if kind == _GNU_LONG_LINK:
+            return {}
         found, start = {}, 0
         while start < length:  # records of the form b"<length> <key>=<value>\n"
             digits = content[start : start + 20].split(b" ", 1)[0]
@@ -219,24 +349,31 @@ class _Tar:
             key, equals, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
             if end <= start or end > length or not equals:
                 raise self.error(f"has a damaged pax record at byte {offset + start}")
+            if key.startswith(b"GNU.sparse."):
+                raise self.error(f"holds a sparse file at byte {offset}, and only whole files are read")
             if key in (b"path", b"size"):
                 found[key] = value
             start = end
+        if kind == _PAX_GLOBAL and found:
+            raise self.error(f"gives all its members one {' and '.join(map(_text, found))} (byte {offset})")
         return found
 
     def _check_member(self, kind: bytes, name: bytes) -> None:
         if kind not in _REGULAR and kind != _DIRECTORY:
             what = _FORBIDDEN.get(kind, f"a member of type {kind!r}")
             raise self.error(f"holds {what}, {_text(name)}, and only regular files are read")
-        if name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
+        if name.startswith(b"/") or (b".." in name and b".." in name.split(b"/")) or b"\0" in name:
             raise self.error(f"holds {_text(name)}, a name that leaves the archive")
 
     def _check_end(self, position: int) -> None:
-        """After the end mark only zeros may follow: what else came there would be lost without a word."""
+        """After the end mark only zeros may follow, and few: what else came there would be lost without a word."""
+        num_zeros = self._num_bytes - position
         while rest := os.pread(self._descriptor, 2**20, position):
             if rest.strip(b"\0"):
                 raise self.error(f"goes on after the end mark at byte {position}, like several tars joined into one")
             position += len(rest)
+        if num_zeros > MAX_ZERO_BYTES:
+            raise self.error(f"ends with {num_zeros} bytes of zeros, as a download leaves that died on its way")
 
 
 def _text(name: bytes) -> str:

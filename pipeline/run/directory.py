@@ -43,6 +43,7 @@ class RunDirectory:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ledger = self.path / "ledger.json"
+        self.quarantine = self.path / "quarantine.jsonl"
         self.attempts = self.path / "attempts.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.wandb = self.path / "wandb"

@@ -75,19 +75,37 @@ def test_a_picture_too_many_that_does_not_decode(tmp_path: Path) -> None:
     assert "'000000017' of shard train-000000.tar" in sentence
 
 
-def test_trouble_that_may_not_stop_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [2, 3])
+def test_trouble_that_may_not_stop_a_run(devices: int, tmp_path: Path) -> None:
     """Two bad pictures within the budget, and a W&B server that is not there."""
     shards = write_shards(tmp_path / "shards", damaged=(17, 41))
     unreachable = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     options = (*SHORT, "trainer.max_steps=5", "data.max_bad_fraction=0.04", "tracking=online")
-    ended = train(tmp_path / "runs", shards, "goes_on", 2, *options, environment=unreachable)
+    ended = train(tmp_path / "runs", shards, "goes_on", devices, *options, environment=unreachable)
+    run_directory = tmp_path / "runs" / "goes_on"
     for key, shard in (("000000017", "train-000000.tar"), ("000000041", "train-000001.tar")):
-        # Once by each rank that meets it: itself, or as the first stand-in for the other.
-        assert 1 <= ended.output.count(f"another picture takes the place of sample '{key}' of shard {shard}") <= 2
+        assert ended.output.count(f"another picture takes the place of sample '{key}' of shard {shard}") == 1
+    noted = [json.loads(line) for line in (run_directory / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted((bad["sample_id"], bad["key"]) for bad in noted) == [(17, "000000017"), (41, "000000041")]
+    assert f"2 of 60 pictures were replaced: {run_directory / 'quarantine.jsonl'}" in ended.output
     assert ended.output.count("W&B stays offline") == 1
-    assert list((tmp_path / "runs" / "goes_on" / "wandb").glob("offline-run-*/*.wandb"))
-    steps = [json.loads(line) for line in (tmp_path / "runs" / "goes_on" / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 5
+    assert list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
+    steps = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    assert [row["trainer/step"] for row in steps] == [1, 2, 3, 4, 5]  # every rank had a full batch for each
+
+
+@pytest.mark.slow
+def test_the_budget_is_of_all_ranks_and_attempts_together(tmp_path: Path) -> None:
+    """Three bad pictures on three ranks, one of them met by an earlier attempt; two are allowed."""
+    shards = write_shards(tmp_path / "shards", damaged=(10, 25, 50))
+    options = (*SHORT, "trainer.max_steps=5", "data.max_bad_fraction=0.04", "trainer.checkpoint_every_steps=1")
+    ended = train(tmp_path / "runs", shards, "stopped", 3, *options, expect=3)
+    assert any("3 of 60 samples cannot be used" in sentence for sentence in sentences(ended.output))
+    quarantine = tmp_path / "runs" / "stopped" / "quarantine.jsonl"
+    assert sorted(json.loads(line)["sample_id"] for line in quarantine.read_text().splitlines()) == [10, 25, 50]
+    again = train(tmp_path / "runs", shards, "stopped", 3, *options, "data.max_bad_fraction=0.05")
+    assert "3 of 60 pictures were replaced" in again.output
+    assert len(quarantine.read_text().splitlines()) == 3
 
 
 @pytest.mark.slow

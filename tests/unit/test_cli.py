@@ -47,6 +47,11 @@ def test_a_value_may_hold_an_equals_sign(name: str) -> None:
     assert compose("train", TrainConfig, [*BASE[1:], f"name={name}"]).name == name.strip("'")
 
 
+def test_names_of_shards_may_hold_ranges_in_braces() -> None:
+    names = "imagenet-train-{0000..1023}.tar"
+    assert compose("train", TrainConfig, [*BASE, f"data.train_split={names}"]).data.train_split == names
+
+
 def test_the_path_of_a_checkpoint_is_taken_as_it_is() -> None:
     path = "runs/x/checkpoints/step=000000012.ckpt"
     config = compose("evaluate", EvaluateConfig, ["data.root=somewhere", f"checkpoint={path}"])

@@ -93,6 +93,28 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
         assert facts["servers"] == list(range(num_ranks)) and facts["measured"] is False
 
 
+def test_the_first_rank_works_first_and_may_take_longer_than_a_collective_may(tmp_path: Path) -> None:
+    """The other ranks wait 12 seconds for it, and a collective of theirs only 6."""
+    body = """
+    import dataclasses, time
+    with join_group(ranks, compute, dataclasses.replace(cluster, timeout_seconds=6)) as world:
+        def work(is_first):
+            began = time.monotonic()
+            time.sleep(12 if is_first else 0)
+            return is_first, began, time.monotonic()
+        quick = outcome(lambda: world.locally_first(lambda is_first: is_first))
+        first = outcome(lambda: world.locally_first(lambda is_first: refusing((0,), DataError("gone"))()))
+        other = outcome(lambda: world.locally_first(lambda is_first: refusing((1,), DataError("gone"))()))
+        tell(quick=quick, first=first, other=other, times=world.locally_first(work))
+    """
+    told = on_ranks(2, tmp_path, body)
+    for rank, facts in enumerate(told):
+        assert facts["quick"] == ["value", rank == 0]
+        assert facts["first"][0] == facts["other"][0] == 3 and "gone" in facts["other"][1]
+    (is_first, _, ended), (is_also_first, began, _) = (facts["times"] for facts in told)
+    assert (is_first, is_also_first) == (True, False) and ended <= began
+
+
 @pytest.mark.parametrize("how", ["dist.all_reduce(torch.ones(3))", "world.agree(lambda: 1)", "dist.barrier()"])
 def test_a_lost_peer_is_one_sentence_and_no_cause(how: str, tmp_path: Path) -> None:
     body = f"""
@@ -149,6 +171,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def test_a_world_of_one_needs_nobody(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert (alone.rank, alone.size, alone.is_first, str(alone.device)) == (0, 1, True, "cpu")
     assert alone.agree(lambda: 7) == alone.first_decides(lambda: 7) == 7
+    assert alone.locally_first(lambda is_first: is_first) is True
     assert len(alone.gather_hosts()) == 1
     alone.say("once")
     assert capsys.readouterr().out == "once\n"

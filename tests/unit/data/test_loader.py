@@ -15,12 +15,11 @@ from pictures_on_disk import picture
 from small_shards import samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.config import AugmentConfig, DataConfig, InputConfig
-from pipeline.data.batches import BadSample, LoadedBatch, Quarantine, replacements
+from pipeline.data.batches import LoadedBatch, replacements
 from pipeline.data.loader import ShardData, evaluation_loader
 from pipeline.data.order import BatchOrder
 from pipeline.data.store import ShardIndex
 from pipeline.data.workers import choose_num_workers
-from pipeline.errors import DataError
 
 INPUT = InputConfig(size=16, resize_side=20)
 GLOBAL_BATCH = 12
@@ -255,22 +254,6 @@ def test_where_nothing_can_be_read_the_batch_is_black_and_everything_is_named(tm
     assert not batch.images_BCHW.any() and {bad.sample_id for bad in batch.bad} == set(range(10))
     assert batch.labels_B.tolist() == [index.label(i) for i in batch.sample_ids_B.tolist()]
     assert all("No such file" in bad.reason for bad in batch.bad)
-
-
-def test_the_budget_counts_each_bad_sample_once():
-    quarantine = Quarantine(num_samples=100, max_bad_fraction=0.02)
-    first, second, third = (BadSample(number, f"sample '{number}' of shard a.tar: empty") for number in range(3))
-    assert quarantine.add([]) == []
-    assert quarantine.add([first, first]) == [first]
-    assert quarantine.add([first, second]) == [second]
-    with pytest.raises(DataError, match=r"3 of 100 .*max_bad_fraction=0\.02 allows 2.*sample '2' of shard a\.tar"):
-        quarantine.add([third])
-
-
-def test_without_a_budget_the_first_bad_sample_stops_the_run(damaged):
-    (batch,) = one_epoch(damaged)
-    with pytest.raises(DataError, match=r"0000\d+' of shard train-000000\.tar"):
-        Quarantine(damaged.num_samples, 0.0).add(batch.bad)
 
 
 # Workers

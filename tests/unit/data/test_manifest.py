@@ -12,6 +12,7 @@ from pipeline.data.manifest import Manifest, Shard, Split
 from pipeline.errors import DataError, ExitCode
 
 SHARD = Shard("train-000000.tar", 10240, "ab" * 32, 3)
+TWICE = {"name": "train-000000.tar", "bytes": 10240, "sha256": "ab" * 32, "num_samples": 3}
 MANIFEST = Manifest(("cat", "dog"), {"train": Split((SHARD,), {"seed": 7})}, {"made_by": "a test"})
 
 
@@ -38,7 +39,11 @@ shards = st.builds(
     sha256=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
     num_samples=st.integers(0, 10**9),
 )
-splits = st.builds(Split, shards=st.lists(shards, max_size=3).map(tuple), extra=st.just({"seed": 1}))
+splits = st.builds(
+    Split,
+    shards=st.lists(shards, max_size=3, unique_by=lambda shard: shard.name).map(tuple),
+    extra=st.just({"seed": 1}),
+)
 
 
 @given(
@@ -74,6 +79,7 @@ def test_no_manifest_means_unfinished(tmp_path: Path) -> None:
         ({"splits": {"train": {"num_samples": 4, "shards": []}}}, "says 4 samples.*sum to 0"),
         ({"splits": {"train": {"num_samples": 0}}}, "not a manifest"),
         ({"splits": []}, "not a manifest"),
+        ({"splits": {"train": MANIFEST.to_json()["splits"]["train"] | {"shards": [TWICE, TWICE]}}}, "twice"),
         ({"splits": {"train": {"num_samples": 1, "shards": [{"name": "../x.tar"}]}}}, "not a manifest"),
     ],
 )
@@ -84,7 +90,19 @@ def test_contradictions_are_named(tmp_path: Path, change: dict[str, Any], senten
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "../../x.tar"}, {"name": "/x.tar"}, {"name": ""}, {"bytes": -1}, {"bytes": True}, {"name": 3}]
+    "change",
+    [
+        {"name": "../../x.tar"},
+        {"name": "/x.tar"},
+        {"name": ""},
+        {"name": "."},
+        {"name": ".."},
+        {"name": "pipe:touch marker"},
+        {"name": "x\n.tar"},
+        {"name": 3},
+        {"bytes": -1},
+        {"bytes": True},
+    ],
 )
 def test_a_shard_cannot_lie_elsewhere_or_be_negative(tmp_path: Path, change: dict[str, Any]) -> None:
     value = MANIFEST.to_json()
@@ -94,7 +112,7 @@ def test_a_shard_cannot_lie_elsewhere_or_be_negative(tmp_path: Path, change: dic
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"null", b"[" * 10**5])
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match="manifest"):

@@ -1,0 +1,149 @@
+"""`prepare verify=true`: everything that is wrong with shards is named in one go, and nothing is touched."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures_on_disk import contents_of, picture
+from small_shards import samples_of, write_manifest, write_shards, write_tar
+
+from pipeline.errors import ExitCode
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+DEADLINE_SECONDS = 120
+
+
+def verify(root: Path, *overrides: str, code: ExitCode = ExitCode.DONE) -> tuple[list[str], str]:
+    """(lines on stdout, text on stderr) of the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.prepare", "verify=true", f"out={root}", *overrides],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def wrong(lines: list[str]) -> list[str]:
+    return sorted(line.removeprefix("wrong: ") for line in lines if line.startswith("wrong: "))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "shards", train=(4, 5), val=(3,))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_sound_shards_are_counted_and_left_as_they_are(root, num_workers):
+    before = contents_of(root)
+    lines, errors = verify(root, f"num_workers={num_workers}")
+    assert errors == "" and not wrong(lines)
+    assert re.fullmatch(r"train: 9 sound pictures, .* MB, 2 shards, all sound; labels 0 to 3", lines[0])
+    assert re.fullmatch(r"val: 3 sound pictures, .* MB, 1 shards, all sound; labels 0 to 2", lines[1])
+    assert lines[2].startswith("12 pictures decoded in ")
+    assert contents_of(root) == before
+
+
+def test_everything_that_is_wrong_is_named_at_once(root):
+    """A missing shard, one cut short, one changed, and one whose samples are bad in every way."""
+    samples = samples_of(20, 6)
+    samples[1]["jpg"] = picture(0)[:200]
+    samples[2]["jpg"] = picture(0, encoding="WEBP")
+    samples[3]["cls"] = "4"
+    samples[4]["cls"] = "dog"
+    del samples[5]["cls"]
+    write_tar(root / "train-000002.tar", samples)
+    for number in (3, 4, 5):
+        write_tar(root / f"train-00000{number}.tar", samples_of(30 + number, 1))
+    counts = {f"train-{number:06d}.tar": count for number, count in enumerate((4, 5, 6, 1, 1, 1))}
+    write_manifest(root, {"train": counts, "val": {"val-000000.tar": 3}})
+    (root / "train-000003.tar").unlink()
+    os.truncate(root / "train-000004.tar", 700)
+    content = bytearray((root / "train-000005.tar").read_bytes())
+    content[600] ^= 1
+    (root / "train-000005.tar").write_bytes(content)
+    write_tar(root / "stray.tar", samples_of(0, 1))
+
+    lines, errors = verify(root, "num_workers=2", code=ExitCode.DATA)
+    assert "stray.tar is in no split" in lines[0]
+    found = wrong(lines)
+    expected = [
+        "train-000002.tar: Sample '000000025' of shard train-000002.tar has no label",
+        "train-000002.tar: The label of sample '000000024' of shard train-000002.tar is 'dog'",
+        "train-000002.tar: holds 4 whole samples and not 6",
+        "train-000002.tar: sample '000000021': ",
+        "train-000002.tar: sample '000000022': neither JPEG nor PNG but WebP",
+        "train-000002.tar: sample '000000023': its label is 4, and there are 4 classes, 0 to 3",
+        "train-000003.tar: is missing",
+        "train-000004.tar: Shard train-000004.tar is cut short",
+        "train-000004.tar: has 700 bytes, and the manifest says 10240",
+        "train-000005.tar: has SHA-256 ",
+    ]
+    flipped = [line for line in found if line.startswith("train-000005.tar: sample")]  # it may decode all the same
+    assert len(found) == len(expected) + len(flipped)
+    for line, start in zip(found, expected, strict=False):
+        assert line.startswith(start), (line, start)
+    assert re.search(r"train: \d+ sound pictures, .* 6 shards, 4 not sound", "\n".join(lines))
+    assert re.fullmatch(
+        rf"error: Not sound: 4 of 7 shards of .*, with {len(found)} faults, each named above\. .*\n", errors
+    )
+
+
+def test_one_split_alone(root):
+    (root / "train-000000.tar").unlink()
+    lines, _ = verify(root, "split=val", "num_workers=1")
+    assert lines[0].startswith("val: 3 sound pictures")
+
+
+def test_foreign_shards_are_checked_as_far_as_anything_is_known(root):
+    (root / "manifest.json").unlink()
+    lines, _ = verify(root, "num_workers=1")
+    assert "sizes and hashes are not known" in lines[0]
+    assert [line.split(",")[0] for line in lines[1:3]] == ["train: 9 sound pictures", "val: 3 sound pictures"]
+    samples = samples_of(0, 2)
+    samples[0]["json"] = "{}"
+    samples[1]["jpg"] = b""
+    write_tar(root / "val-000000.tar", samples)
+    lines, _ = verify(root, "split=val", "num_workers=1", code=ExitCode.DATA)
+    assert wrong(lines) == ["val-000000.tar: sample '000000001': empty file"]
+    (root / "val-000000.tar").write_bytes((root / "val-000000.tar").read_bytes()[:-10240])
+    lines, _ = verify(root, "split=val-{000000..000000}.tar", "num_workers=1", code=ExitCode.DATA)
+    assert "cut short" in wrong(lines)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["verify=true", "out=nowhere"], ExitCode.DATA, "out=nowhere is not a directory"),
+        (["verify=true", "out={root}", "split=test"], ExitCode.DATA, "train, val"),
+        (["verify=true", "out={root}", "source=builtin"], ExitCode.CONFIG, "leave out source=builtin"),
+        (["out={root}"], ExitCode.CONFIG, "source is not set"),
+        (["verify=true", "out=pipe:touch marker"], ExitCode.DATA, "is not a directory"),
+    ],
+)
+def test_what_cannot_be_verified_is_a_sentence(root, overrides, code, words):
+    arguments = [override.format(root=root) for override in overrides]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.prepare", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == code and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (REPOSITORY / "marker").exists()
+
+
+def test_shards_that_prepare_has_not_finished_are_not_called_sound(root):
+    (root / "manifest.json").unlink()
+    (root / ".prepare").mkdir()
+    _, errors = verify(root, code=ExitCode.DATA)
+    assert "unfinished" in errors
