@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
 from pipeline.errors import ExitCode, UserError
@@ -23,11 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The ranks, what they compute with, and the meter of what they exchange."""
+    """The ranks, what they compute with, the meter of what they exchange and the timeline of when."""
 
     ranks: RankInfo
     compute: Compute
     meter: CollectiveMeter
+    timeline: Timeline
     placement: Placement
     num_threads: int
 
@@ -54,6 +56,12 @@ class World:
             if self.compute.accelerator == "gpu"
             else torch.device("cpu")
         )
+
+    @contextlib.contextmanager
+    def exchanging(self, origin: str) -> Iterator[None]:
+        """Blocking collectives inside come from `origin`, and their time is waiting."""
+        with self.meter.origin(origin), self.timeline.waiting():
+            yield
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -137,7 +145,9 @@ def _gist(error: RuntimeError) -> str:
 
 
 @contextlib.contextmanager
-def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True) -> Iterator[World]:
+def join_group(
+    ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, meter: bool = True, timeline: bool = True
+) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
@@ -156,8 +166,10 @@ def join_group(ranks: RankInfo, compute: Compute, cluster: ClusterConfig, *, met
     dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
     recorder = CollectiveMeter(enabled=meter)
     recorder.attach()
+    clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
+    times = Timeline(recorder, clock, enabled=timeline)
     try:
-        yield World(ranks, compute, recorder, _placement(ranks), num_threads)
+        yield World(ranks, compute, recorder, times, _placement(ranks), num_threads)
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise

@@ -51,7 +51,8 @@ class CollectiveMeter:
     nothing, so nothing is recorded there. `enabled=False` never attaches: the switch for measuring the meter itself.
 
     Threads: gradients are reduced from autograd's threads while the main thread waits in `backward()`. The phase is the
-    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread.
+    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread. Futures run
+    their callbacks in threads of the backend, which know of no origin: what those issue is of `callback_origin`.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -60,6 +61,10 @@ class CollectiveMeter:
         self.backend = "none"
         self.buckets: dict[int, Bucket] = {}
         """DDP's present buckets by index, filled by the communication hook."""
+        self.callback_origin = "other"
+        """Origin of what is issued by threads that never named one: those that run the callbacks of futures."""
+        self.on_call: Callable[[Call], None] = lambda call: None
+        """Told of every operation as it is issued, by the issuing thread. Must not wait, nor issue anything."""
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
         self._num_bucket_calls = 0
@@ -124,7 +129,7 @@ class CollectiveMeter:
         """
         assert origin in ORIGINS, origin
         local = self._local
-        previous = local.origin
+        previous, local.has_named_one = local.origin, True
         if not (only_if_unknown and previous != "other"):
             local.origin = origin
         try:
@@ -160,9 +165,11 @@ class CollectiveMeter:
         for tensor in args.input_tensors:
             payload_bytes += tensor.nbytes
             itemsize = tensor.itemsize
-        call = Call(self._phase, self._local.origin, op, payload_bytes, itemsize, args.root)
+        origin = self._local.origin if self._local.has_named_one else self.callback_origin
+        call = Call(self._phase, origin, op, payload_bytes, itemsize, args.root)
         with self._lock:
             self._counts[call] += 1
+        self.on_call(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +185,7 @@ class Taken:
 
 class _ThreadOrigin(threading.local):
     origin = "other"
+    has_named_one = False
 
 
 def _op_names() -> dict[Any, str]:
