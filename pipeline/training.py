@@ -15,6 +15,7 @@ import yaml
 from pipeline import session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
+from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.traffic import placement_warning
@@ -111,13 +112,15 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
 
     def plan() -> Plan:
         config.batch.split(world.size)
-        return startup.make_plan(
+        made = startup.make_plan(
             config.trainer,
             config.batch,
             shards.training.num_samples,
             world.size,
             validate=shards.validation is not None,
         )
+        startup.require_compression(config.comm, made, world.compute)
+        return made
 
     return world.agree(plan)
 
@@ -200,7 +203,7 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
             rank=world.rank,
             num_micro=config.batch.split(world.size)[1],
             memory_format=world.compute.memory_format,
-            origin=world.meter.origin,
+            origin=world.exchanging,
         )
         if start.content is not None and start.info is not None:
             checkpoints.require_same_model(
@@ -217,6 +220,30 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
     return world.agree(make)
 
 
+def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD | None:
+    """The compression with its state from the checkpoint; None for any other `comm.hook`.
+
+    A run that was not compressed before starts it without a debt.
+
+    Raises:
+        CheckpointError: the state is of another rank of approximation.
+    """
+    if config.comm.hook != "powersgd":
+        return None
+    powersgd = PowerSGD(
+        rank=config.comm.powersgd_rank,
+        start_step=config.comm.powersgd_start_step,
+        seed=config.seed,
+        step=start.step,
+        device=world.device,
+        waiting=world.timeline.waiting,
+    )
+    saved = start.section.get("powersgd")
+    if saved is not None:
+        powersgd.load_state_dict(saved, world.rank, world.size)
+    return powersgd
+
+
 def fit(
     config: TrainConfig, world: World, run: RunDirectory, shards: Shards, plan: Plan, start: Start, learner: Learner
 ) -> None:
@@ -225,6 +252,7 @@ def fit(
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
+    powersgd = make_powersgd(config, world, start)
     attempt = begin_attempt(config, world, run, start, learner)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
@@ -242,12 +270,13 @@ def fit(
         resume_step=start.step,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())
-        persistence = session.Persistence(config, world, run, ledger, plan)
+        persistence = session.Persistence(config, world, run, ledger, plan, powersgd)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
         saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
         recorder = Recorder(
             plan,
             ledger,
+            world.timeline,
             loader,
             log=tracker.log,
             save=saver.save,
@@ -257,7 +286,7 @@ def fit(
         bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
         trainer = session.make_trainer(
-            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars]
+            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars], powersgd
         )
         session.connect(trainer, learner, plan, recorder, persistence, saver)
         try:

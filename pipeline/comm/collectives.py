@@ -51,7 +51,8 @@ class CollectiveMeter:
     nothing, so nothing is recorded there. `enabled=False` never attaches: the switch for measuring the meter itself.
 
     Threads: gradients are reduced from autograd's threads while the main thread waits in `backward()`. The phase is the
-    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread.
+    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread. Futures run
+    their callbacks in threads of the backend, which know of no origin: what those issue is of `callback_origin`.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -62,6 +63,10 @@ class CollectiveMeter:
         """NCCL's (algorithm, protocol), where the configuration holds it to one."""
         self.buckets: dict[int, Bucket] = {}
         """DDP's present buckets by index, filled by the communication hook."""
+        self.callback_origin = "other"
+        """Origin of what is issued by threads that never named one: those that run the callbacks of futures."""
+        self.on_call: Callable[[Call], None] = lambda call: None
+        """Told of every operation in the order of issue, by the issuing thread. Must not wait, nor ask the meter."""
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
         self._num_bucket_calls = 0
@@ -71,8 +76,6 @@ class CollectiveMeter:
         self._local = _ThreadOrigin()
         self._lock = threading.Lock()
         self._group: dist.ProcessGroup | None = None
-        self.observer: Callable[[Call], None] | None = None
-        """Called with each operation as it is recorded, in order; by the thread that issues it, so be quick."""
 
     # --- the group ---
 
@@ -133,7 +136,7 @@ class CollectiveMeter:
         """
         assert origin in ORIGINS, origin
         local = self._local
-        previous = local.origin
+        previous, local.has_named_one = local.origin, True
         if not (only_if_unknown and previous != "other"):
             local.origin = origin
         try:
@@ -166,15 +169,15 @@ class CollectiveMeter:
     def _on_collective(self, args: Any) -> None:
         op = _OP_NAMES.get(args.name, "unknown")
         inputs, outputs = args.input_tensors, args.output_tensors
+        origin = self._local.origin if self._local.has_named_one else self.callback_origin
         calls = [
-            Call(self._phase, self._local.origin, *issued, args.root)
+            Call(self._phase, origin, *issued, args.root)
             for issued in _issued(op, inputs, outputs, self.world_size, self.backend)
         ]
         with self._lock:
             for call in calls:
                 self._counts[call] += 1
-                if self.observer is not None:
-                    self.observer(call)
+                self.on_call(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +220,7 @@ def _itemsize(tensors: Sequence[torch.Tensor]) -> int:
 
 class _ThreadOrigin(threading.local):
     origin = "other"
+    has_named_one = False
 
 
 def _op_names() -> dict[Any, str]:

@@ -86,13 +86,13 @@ def main(out: Path) -> None:
     trace = out / f"trace{dist.get_rank()}.json"
     meter, calls = CollectiveMeter(), list[Call]()
     meter.attach()
-    meter.observer = calls.append
+    meter.on_call = calls.append
     dist.barrier()
     before = max(entry["record_id"] for entry in recorded())
     calls.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         train(meter)
-    meter.observer = None
+    meter.on_call = lambda call: None
     profiler.export_chrome_trace(str(trace))
     found = {
         "meter": [(call.op, call.payload_bytes) for call in calls],
