@@ -1,4 +1,4 @@
-"""`pipeline.train` up to the open shards; every rank tells in `<OPENED_TO>/rank<r>.json` which tars it opened so far."""
+"""`pipeline.train` up to the open shards; each rank tells in `<OPENED_TO>/rank<r>.json` which tars it opened so far."""
 
 import json
 import os
