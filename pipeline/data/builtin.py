@@ -22,7 +22,7 @@ VERSION = 1
 SIZES = ((375, 500), (333, 500), (500, 375), (400, 500), (300, 400), (480, 640))
 """(height, width) in pixels, and how often each occurs: the common ones of ImageNet."""
 SIZE_SHARES = (0.45, 0.15, 0.15, 0.10, 0.10, 0.05)
-SHARE_CORRECTION = 0.5  # 1 makes the mean brightness of all pictures the same, but betrays the share by the ground's
+SHARE_CORRECTION = 0.25  # 1 makes the mean brightness of all pictures the same, but betrays the share by the ground's
 JPEG_QUALITY = 91
 EXPECTED_BYTES = 106_000
 """What a file is planned with before it exists."""
