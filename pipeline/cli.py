@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.config import build, nearest, require
+from pipeline.building import build
+from pipeline.config import nearest, require
 from pipeline.errors import ConfigError, ExitCode, UserError
 
 T = TypeVar("T")

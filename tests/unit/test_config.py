@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig, build
+from pipeline.building import build
+from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig
 from pipeline.errors import ConfigError
 
 

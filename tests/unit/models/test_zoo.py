@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.building import build as build_config
 from pipeline.config import ModelConfig
-from pipeline.config import build as build_config
 from pipeline.errors import ConfigError
 from pipeline.models import zoo
 from pipeline.models.squeezenet import SqueezeNet
