@@ -262,6 +262,8 @@ class CommConfig:
 
     meter: bool = True
     """Record every collective. Off only to measure what the recording costs."""
+    timeline: bool = True
+    """Time each step's communication, and how much of it is exposed. Needs the meter. Off only to measure its cost."""
     bucket_megabytes: float | None = None
     """DDP's bucket_cap_mb, in MiB as torch counts it, for every bucket. Null: torch's default, a first bucket of 1 MiB
     and 25 MiB after it."""

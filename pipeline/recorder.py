@@ -14,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from pipeline.comm.ledger import Ledger
+from pipeline.comm.timeline import Timeline
 from pipeline.learner import Learner, StepResult
 from pipeline.models.plateau import PlateauDetector
 from pipeline.startup import Plan
@@ -96,6 +97,7 @@ class Recorder(pl.Callback):
     Args:
         plan: which steps are validated and saved.
         ledger: prices each step.
+        timeline: times each step's communication.
         loader: the timed training loader.
         log: takes (step, row); rows come once per step, in order.
         save: takes (step, score or None) and makes a checkpoint; called on all ranks alike.
@@ -107,6 +109,7 @@ class Recorder(pl.Callback):
         self,
         plan: Plan,
         ledger: Ledger,
+        timeline: Timeline,
         loader: TimedLoader,
         *,
         log: Callable[[int, dict[str, float | int | None]], None],
@@ -114,7 +117,7 @@ class Recorder(pl.Callback):
         plateau: PlateauDetector,
         best_score: float | None = None,
     ) -> None:
-        self.plan, self.ledger, self.loader = plan, ledger, loader
+        self.plan, self.ledger, self.timeline, self.loader = plan, ledger, timeline, loader
         self.write_row, self.save_state = log, save
         self.plateau = plateau
         self.best_score = best_score
@@ -125,7 +128,7 @@ class Recorder(pl.Callback):
         """Time starts after the warm-up of the buckets."""
         del trainer, pl_module
         self.loader.take()
-        self.clock.restart()
+        self._resume_time()
 
     def on_step(self, result: StepResult) -> None:
         """A step was committed: price it, write its row, save if due and no validation comes first."""
@@ -140,7 +143,7 @@ class Recorder(pl.Callback):
             self._save_if_due(result.step, None)
 
     def _row(self, result: StepResult, seconds: float, waited: float) -> dict[str, float | int | None]:
-        traffic = self.ledger.commit_step()
+        traffic, times = self.ledger.commit_step(), self.timeline.take_step()
         return {
             "samples": result.step * self.plan.global_batch,
             "epoch": result.step / self.plan.steps_per_epoch,
@@ -153,6 +156,7 @@ class Recorder(pl.Callback):
             "perf/data_wait_seconds": waited,
             "perf/data_wait_share": min(1.0, waited / seconds),
             **traffic.metrics(),
+            **({} if times is None else times.metrics(seconds)),
         }
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -167,7 +171,7 @@ class Recorder(pl.Callback):
         score = float(results["top1"])
         self._save_if_due(step, score)
         self.flush()
-        self.clock.restart()
+        self._resume_time()
 
     def _save_if_due(self, step: int, score: float | None) -> None:
         is_best = score is not None and (self.best_score is None or score > self.best_score)
@@ -176,7 +180,12 @@ class Recorder(pl.Callback):
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):
             self.flush()
             self.save_state(step, score if is_best else None)
-            self.clock.restart()
+            self._resume_time()
+
+    def _resume_time(self) -> None:
+        """A pause is over: what happened in it belongs to no step."""
+        self.clock.restart()
+        self.timeline.restart()
 
     def flush(self) -> None:
         """Write the row that waited for its validation results."""

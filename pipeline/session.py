@@ -30,6 +30,7 @@ from pipeline.startup import Plan
 from pipeline.world import World
 
 LEDGER_EVERY_SECONDS = 30.0
+NO_STEP_TIMED = "No step of this attempt has been timed."
 
 
 class BucketWarmUp(Callback):
@@ -104,6 +105,8 @@ class Persistence(Callback):
             step_seconds_p50=p50,
             step_seconds_p90=p90,
             data_wait_seconds=self.recorder.clock.mean_wait_seconds(),
+            communication=self.world.timeline.medians(),
+            why_untimed=self.world.timeline.why_off or NO_STEP_TIMED,
         )
         write_json_atomic(self.directory.ledger, self.ledger.to_json(conditions, ended=ended))
 
@@ -192,6 +195,7 @@ def make_trainer(
     quieten()
     strategy = MeteredDDPStrategy(
         meter=world.meter,
+        timeline=world.timeline,
         hook=config.comm.hook,
         bucket_megabytes=config.comm.bucket_megabytes,
         find_unused_parameters=config.comm.find_unused_parameters,

@@ -200,7 +200,7 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
             rank=world.rank,
             num_micro=config.batch.split(world.size)[1],
             memory_format=world.compute.memory_format,
-            origin=world.meter.origin,
+            origin=world.exchanging,
         )
         if start.content is not None and start.info is not None:
             checkpoints.require_same_model(
@@ -248,6 +248,7 @@ def fit(
         recorder = Recorder(
             plan,
             ledger,
+            world.timeline,
             loader,
             log=tracker.log,
             save=saver.save,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pipeline.comm import wire_nccl
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.counters import SocketCounter
+from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, CommConfig
 from pipeline.errors import ExitCode, UserError
@@ -31,11 +32,12 @@ SHARE_OF_TIMEOUT = 0.25
 
 @dataclass(frozen=True)
 class World:
-    """The ranks, what they compute with, and the meter of what they exchange."""
+    """The ranks, what they compute with, the meter of what they exchange and the timeline of when."""
 
     ranks: RankInfo
     compute: Compute
     meter: CollectiveMeter
+    timeline: Timeline
     placement: Placement
     num_threads: int
     counter: SocketCounter | None = None
@@ -66,6 +68,12 @@ class World:
             if self.compute.accelerator == "gpu"
             else torch.device("cpu")
         )
+
+    @contextlib.contextmanager
+    def exchanging(self, origin: str) -> Iterator[None]:
+        """Blocking collectives inside come from `origin`, and their time is waiting."""
+        with self.meter.origin(origin), self.timeline.waiting():
+            yield
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -209,10 +217,13 @@ def join_group(
     recorder = CollectiveMeter(enabled=comm.meter)
     recorder.pinned = pinned
     recorder.attach()
+    clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
+    timeline = Timeline(recorder, clock, enabled=comm.timeline)
     counter = _counter(recorder, ranks.master_port)
     try:
+        placement = _placement(ranks)
         yield World(
-            ranks, compute, recorder, _placement(ranks), num_threads, counter, timeout_seconds=cluster.timeout_seconds
+            ranks, compute, recorder, timeline, placement, num_threads, counter, timeout_seconds=cluster.timeout_seconds
         )
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):

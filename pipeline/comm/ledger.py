@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.comm.attempts import METER_OFF, Attempt
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.reconcile import Reconciler
+from pipeline.comm.step_times import MedianTimes, bucket_fields, time_fields
 from pipeline.comm.traffic import Placement, StepTraffic, Traffic, price
 from pipeline.comm.transport import WORLD_OF_ONE, attempt_rows, transport_and_servers
 from pipeline.errors import LedgerError
@@ -21,7 +22,6 @@ STATE_VERSION = 1
 
 _NOT_MEASURED = "The kernel's counts were not read in this run."
 _NOT_COMPARED = "The ranks have not compared their counts yet: they do so at checkpoints and at the end."
-_NOT_TIMED = "Communication was not timed in this run."
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Conditions:
     step_seconds_p90: float | None = None
     data_wait_seconds: float | None = None
     """Mean per step."""
+    communication: MedianTimes | None = None
+    """Medians of this attempt's steps (Timeline.medians)."""
+    why_untimed: str = "Communication was not timed in this run."
+    """The reason why there are none."""
 
 
 class Ledger:
@@ -228,7 +232,12 @@ class Ledger:
             "gradient_bytes": self.gradient_bytes,
             "layers": _layers(self._by_parameter),
             "buckets": [
-                {"index": index, "bytes": bucket.num_bytes, "num_parameters": len(bucket.parameters)}
+                {
+                    "index": index,
+                    "bytes": bucket.num_bytes,
+                    "num_parameters": len(bucket.parameters),
+                    **bucket_fields(conditions.communication, index),
+                }
                 for index, bucket in sorted(self._meter.buckets.items())
             ],
             "collectives": [row for attempt in attempts for row in attempt.rows()],
@@ -242,10 +251,8 @@ class Ledger:
             },
             "time": {
                 "step_seconds": {"p50": conditions.step_seconds_p50, "p90": conditions.step_seconds_p90},
-                "communication_seconds": None,
-                "exposed_seconds": None,
                 "data_wait_seconds": conditions.data_wait_seconds,
-                "bus_bandwidth_bytes_per_second": None,
+                **time_fields(conditions.communication),
             },
             "meter_overhead_fraction": None,
             "null_reasons": reasons,
@@ -283,9 +290,14 @@ def _null_reasons(
 ) -> dict[str, str]:
     """Why each null is null, by its path."""
     reasons: dict[str, str] = {}
-    untimed = WORLD_OF_ONE if meter.world_size == 1 else _NOT_TIMED
-    for name in ("communication_seconds", "exposed_seconds", "bus_bandwidth_bytes_per_second"):
-        reasons[f"time.{name}"] = untimed
+    untimed = WORLD_OF_ONE if meter.world_size == 1 else conditions.why_untimed
+    for name, value in time_fields(conditions.communication).items():
+        if value is None:
+            reasons[f"time.{name}"] = untimed
+    for position, index in enumerate(sorted(meter.buckets)):
+        for name, value in bucket_fields(conditions.communication, index).items():
+            if value is None:
+                reasons[f"buckets.{position}.{name}"] = untimed
     reasons["meter_overhead_fraction"] = "The meter's cost is measured by a benchmark of its own, not in every run."
     if meter.backend != "gloo" and meter.pinned is None:
         reasons["algorithm"] = f"{meter.backend} chooses its algorithm at run time."

@@ -5,7 +5,8 @@ says nothing otherwise; here the hook is registered on every device.
 """
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,38 +14,18 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.comm.collectives import CollectiveMeter
-
-GradientFuture = torch.futures.Future[torch.Tensor]
-Hook = Callable[[Any, GradBucket], GradientFuture]
-
-
-def _average(state: object, bucket: GradBucket) -> GradientFuture:
-    """Mean over ranks, bit for bit what DDP does without a hook: multiply by 1/n, then sum.
-
-    torch's `allreduce_hook` divides by n instead, which rounds differently when n is not a power of two.
-    """
-    buffer = bucket.buffer()
-    buffer.mul_(1.0 / dist.get_world_size())
-    work = dist.all_reduce(buffer, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])
-
-
-HOOKS: dict[str, Hook] = {
-    "none": _average,
-    "fp16": default_hooks.fp16_compress_hook,
-    "bf16": default_hooks.bf16_compress_hook,
-}
+from pipeline.comm.hooks import HOOKS, Hook
+from pipeline.comm.timeline import Timeline
 
 
 class MeteredDDP(DistributedDataParallel):
     """DistributedDataParallel whose traffic the meter can attribute; also usable without Lightning.
 
     meter: attached to the default process group, or a detached one, then this is plain DDP with `hook`.
+    timeline: of `meter`; None: nothing is timed.
     hook: a key of HOOKS. name_prefix: removed from the front of parameter names, e.g. "model.".
     Further keywords are DistributedDataParallel's.
     """
@@ -54,34 +35,36 @@ class MeteredDDP(DistributedDataParallel):
         module: torch.nn.Module,
         *,
         meter: CollectiveMeter,
+        timeline: Timeline | None = None,
         hook: str = "none",
         name_prefix: str = "",
         **ddp_kwargs: Any,
     ) -> None:
         with meter.origin("parameters"):
             super().__init__(module, **ddp_kwargs)
-        self._meter = meter
+        self._meter, self._timeline = meter, timeline or Timeline(meter, enabled=False)
         if dist.get_world_size() == 1:
             return
         if meter.enabled:
-            self.register_comm_hook(None, _metered(HOOKS[hook], meter, _names_by_id(module, name_prefix)))
+            names = _names_by_id(module, name_prefix)
+            self.register_comm_hook(None, _metered(HOOKS[hook], meter, self._timeline, names))
         elif hook != "none":
             self.register_comm_hook(None, HOOKS[hook])
 
     def _sync_buffers(self) -> None:
-        with self._meter.origin("buffers"):
+        with self._meter.origin("buffers"), self._timeline.waiting():
             super()._sync_buffers()
 
 
-def _metered(inner: Hook, meter: CollectiveMeter, name_of: dict[int, str]) -> Hook:
-    """`inner`, recorded. DDP insists that the second parameter is called `bucket`."""
+def _metered(inner: Hook, meter: CollectiveMeter, timeline: Timeline, name_of: dict[int, str]) -> Hook:
+    """`inner`, recorded and timed. DDP insists that the second parameter is called `bucket`."""
 
     def hook(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         meter.record_bucket(
             bucket.index(), bucket.buffer().nbytes, lambda: [name_of[id(p)] for p in bucket.parameters()]
         )
         with meter.origin("gradients"):
-            return inner(state, bucket)
+            return timeline.hand_over(bucket.index(), lambda: inner(state, bucket))
 
     return hook
 
@@ -100,7 +83,7 @@ def gradient_bytes_by_parameter(module: torch.nn.Module, name_prefix: str = "") 
 
 
 class MeteredDDPStrategy(DDPStrategy):
-    """Lightning's DDPStrategy with MeteredDDP inside and the phases of the run told to the meter.
+    """Lightning's DDPStrategy with MeteredDDP inside, the phases of the run told to the meter, and its steps timed.
 
     Phases: `train` while Lightning trains, `validation` inside validation, `checkpoint` inside `save_checkpoint`,
     `startup` before and after all that. What Lightning issues through the strategy counts as `lightning` unless an
@@ -114,6 +97,7 @@ class MeteredDDPStrategy(DDPStrategy):
         self,
         *,
         meter: CollectiveMeter,
+        timeline: Timeline | None = None,
         hook: str = "none",
         bucket_megabytes: float | None = None,
         find_unused_parameters: bool = False,
@@ -123,6 +107,7 @@ class MeteredDDPStrategy(DDPStrategy):
         kwargs.setdefault("gradient_as_bucket_view", True)
         super().__init__(bucket_cap_mb=bucket_megabytes, find_unused_parameters=find_unused_parameters, **kwargs)
         self.meter = meter
+        self.timeline = timeline or Timeline(meter, enabled=False)
         self._hook = hook
         self._name_prefix = name_prefix
         self._phase_before_validation = "startup"
@@ -143,6 +128,7 @@ class MeteredDDPStrategy(DDPStrategy):
         return MeteredDDP(
             model,
             meter=self.meter,
+            timeline=self.timeline,
             hook=self._hook,
             name_prefix=self._name_prefix,
             device_ids=self.determine_ddp_device_ids(),
@@ -158,30 +144,45 @@ class MeteredDDPStrategy(DDPStrategy):
         inner = type(loop)._broadcast_sigterm_tensor
 
         def claimed() -> None:
-            with self.meter.origin("lightning"):
+            with self.meter.origin("lightning"), self.timeline.waiting():
                 inner(loop)
 
         loop._broadcast_sigterm_tensor = claimed
 
     # --- Lightning's own collectives ---
 
+    @contextmanager
+    def _lightnings_own(self) -> Iterator[None]:
+        with self.meter.origin("lightning", only_if_unknown=True), self.timeline.waiting():
+            yield
+
     def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
         # Lightning waits for all ranks after a checkpoint, outside `save_checkpoint`; the name tells.
         phase = "checkpoint" if name == "Trainer.save_checkpoint" else self.meter.phase_name
-        with self.meter.phase(phase), self.meter.origin("lightning", only_if_unknown=True):
+        with self.meter.phase(phase), self._lightnings_own():
             super().barrier(name, *args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        with self.meter.origin("lightning", only_if_unknown=True):
+        with self._lightnings_own():
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        with self.meter.origin("lightning", only_if_unknown=True):
+        with self._lightnings_own():
             return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        with self.meter.origin("lightning", only_if_unknown=True):
+        with self._lightnings_own():
             return super().all_gather(tensor, group, sync_grads)
+
+    # --- the step ---
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.timeline.forward():
+            return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.timeline.backward():
+            return super().backward(closure_loss, *args, **kwargs)
 
     # --- phases ---
 

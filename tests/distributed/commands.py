@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 MARK = "SQUEEZEWIRE_COMMAND_MARK"
 DEADLINE_SECONDS = 300.0
 LEFT_BEHIND_SECONDS = 30.0
+TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
 SMALL = (
     "data.size=32",
     "data.num_workers=0",
@@ -130,4 +131,7 @@ def train_recorded(
 def rows(run_directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what is measured in seconds."""
     lines = (run_directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("perf/") and key not in TIMES}
+        for line in lines
+    ]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
+from pipeline.comm.timeline import Timeline
 from pipeline.errors import LedgerError
 
 CONDITIONS = Conditions(run="test", model="small", hook="none", global_batch=6)
@@ -48,11 +50,19 @@ class Training:
     """SGD with momentum on a metered DDP model, step by step, resumable."""
 
     def __init__(
-        self, model: nn.Module, *, metered: bool = True, warm_up: bool = True, size: int = 10, **ddp: Any
+        self,
+        model: nn.Module,
+        *,
+        metered: bool = True,
+        timed: bool = False,
+        warm_up: bool = True,
+        size: int = 10,
+        **ddp: Any,
     ) -> None:
         self.meter = CollectiveMeter(enabled=metered)
         self.meter.attach()
-        self.ddp = MeteredDDP(model, meter=self.meter, **ddp)
+        self.timeline = Timeline(self.meter, enabled=timed)
+        self.ddp = MeteredDDP(model, meter=self.meter, timeline=self.timeline, **ddp)
         self.ledger = Ledger(self.meter, gradient_bytes_by_parameter(model))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         self.size = size
@@ -67,11 +77,12 @@ class Training:
         torch.manual_seed(step)
         with self.meter.phase("train"):
             for micro in range(num_micro_batches):
-                if micro + 1 < num_micro_batches:
-                    with self.ddp.no_sync():
-                        self.loss(step).backward()
-                else:
-                    self.loss(step).backward()
+                with self.ddp.no_sync() if micro + 1 < num_micro_batches else nullcontext():
+                    with self.timeline.forward():
+                        loss = self.loss(step)
+                    with self.timeline.backward():
+                        loss.backward()
+            self.times = self.timeline.take_step()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.ledger.commit_step().metrics()
@@ -127,15 +138,20 @@ def hooks(out: Path) -> dict[str, Any]:
 
 
 def neutral(out: Path) -> dict[str, str]:
-    """Weights after three steps, with and without the meter, with and without gradients as views of the buckets."""
+    """Weights after three steps: with and without meter and timeline, with and without gradients as views of buckets.
+
+    The smallest buckets, so that there are several.
+    """
     digests = {}
     for name, kwargs in {
         "metered": {},
         "plain": {"metered": False},
         "views": {"gradient_as_bucket_view": True},
         "plain views": {"metered": False, "gradient_as_bucket_view": True},
+        "timed": {"timed": True},
+        "timed views": {"timed": True, "gradient_as_bucket_view": True},
     }.items():
-        training = Training(seeded(batch_norm=True), **kwargs)
+        training = Training(seeded(batch_norm=True), bucket_cap_mb=0.1, **kwargs)
         for step in range(3):
             training.step(step)
         digests[name] = training.digest()

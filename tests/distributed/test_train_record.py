@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import rows, train_recorded
+from commands import TIMES, rows, train_recorded
 from conftest import NUM_VALIDATION, PAIR_OPTIONS, Pair
 from wandb_file import records
 
@@ -21,13 +21,15 @@ KEYS_OF = {
     " residual_bytes_per_rank",
     "servers": "predicted_egress_bytes measured_egress_bytes counter interface residual_fraction",
     "per_step": "payload_bytes transport_bytes_per_rank server_egress_bytes",
-    "time": "step_seconds communication_seconds exposed_seconds data_wait_seconds bus_bandwidth_bytes_per_second",
+    "time": "step_seconds communication_seconds exposed_seconds data_wait_seconds bus_bandwidth_bytes_per_second"
+    " forward_seconds backward_seconds overlapped_seconds",
 }
 METRICS = (
     *(f"train/{name}" for name in ("loss", "top1")),
     *(f"perf/{name}" for name in ("images_per_second", "step_seconds", "data_wait_seconds", "data_wait_share")),
     *(f"comm/{name}_bytes" for name in ("gradient", "payload", "transport", "server_egress")),
     *("comm/total_gigabytes", "comm/residual_bytes", "lr"),
+    *TIMES,
 )
 VALIDATION = {"val/loss", "val/top1", "val/top5"}
 

@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger import Ledger
+from pipeline.comm.timeline import Timeline
 from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig
 from pipeline.learner import Learner, StepResult
 from pipeline.models.plateau import PlateauDetector
@@ -32,9 +33,11 @@ class Training:
         self.learner = Learner(
             torch.nn.Linear(1, 2), recipe=RecipeConfig(), input_config=InputConfig(), num_classes=2, seed=0, num_steps=9
         )
+        meter = CollectiveMeter()
         self.recorder = Recorder(
             self.plan,
-            Ledger(CollectiveMeter(), {"weight": 8}),
+            Ledger(meter, {"weight": 8}),
+            Timeline(meter),
             TimedLoader([]),
             log=lambda step, row: self.rows.append((step, dict(row))),
             save=lambda step, score: self.saved.append((step, score, len(self.rows))),

@@ -13,6 +13,7 @@ from webdataset.writer import TarWriter
 from pipeline import training
 from pipeline.cli import compose
 from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.timeline import Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, TrainConfig, TrainerConfig
 from pipeline.data.manifest import Manifest, Shard, Split
@@ -30,7 +31,8 @@ def world() -> World:
     ranks = find_ranks(1, {})
     assert ranks is not None
     compute = choose_compute(TrainerConfig(max_steps=1, precision="fp32"), ClusterConfig(accelerator="cpu"))
-    return World(ranks, compute, CollectiveMeter(), Placement.assumed(1), num_threads=1)
+    meter = CollectiveMeter()
+    return World(ranks, compute, meter, Timeline(meter), Placement.assumed(1), num_threads=1)
 
 
 def write_tar(path: Path, labels: list[str]) -> Shard:
