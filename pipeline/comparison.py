@@ -13,8 +13,9 @@ from pipeline.models import zoo
 from pipeline.report.records import RunRecord, flat
 
 SCHEMA = 1
-# Bytes on the wire per byte of gradient, by comm.hook.
+# Bytes on the wire per byte of gradient, by comm.hook; powersgd's share depends on the shapes of the layers.
 _WIRE_SHARE = {"none": 1.0, "fp16": 0.5, "bf16": 0.5}
+_POWERSGD_KEYS = ("powersgd_rank", "powersgd_start_step")
 _NO_SINGLE_RANK = "No run on a single rank was made under these conditions, against which to measure scaling."
 
 
@@ -76,19 +77,23 @@ def choose_baseline(baseline: str | None, models: Sequence[str]) -> str:
 def metered_gradient_bytes(run: RunRecord, parameter_bytes: int) -> int:
     """Gradient bytes of a step as the run's collectives carried them, compression undone.
 
+    Where the compression has no fixed share, what DDP handed over in each step, which must be no less than was carried.
+
     Raises:
         LedgerError: nothing was carried, or not what the model's parameters owe.
     """
     wire_bytes = run.wire_gradient_bytes
-    hook = run.ledger["hook"]
+    share = _WIRE_SHARE.get(run.ledger["hook"])
     if wire_bytes is None:
         raise LedgerError(
             f"{run.directory} recorded no gradient collective: a comparison needs at least 2 ranks and comm.meter=true."
         )
-    carried = wire_bytes / _WIRE_SHARE[hook]
-    if not carried == parameter_bytes == run.ledger["gradient_bytes"]:
+    handed_over = {wire_bytes / share} if share else set(run.series("comm/gradient_bytes")[1])
+    is_closed = handed_over == {parameter_bytes} and run.ledger["gradient_bytes"] == parameter_bytes
+    if not is_closed or wire_bytes > parameter_bytes:
+        carried = " and ".join(f"{num_bytes:,.10g}" for num_bytes in sorted(handed_over)) or "an unknown number of"
         raise LedgerError(
-            f"{run.directory} carried {carried:,.10g} bytes of gradients per step and its ledger owes "
+            f"{run.directory} carried {carried} bytes of gradients per step and its ledger owes "
             f"{run.ledger['gradient_bytes']:,}, but the parameters of {run.ledger['model']} are {parameter_bytes:,}"
             " bytes; the run was made by another version of the model or its ledger was changed: repeat it."
         )
@@ -167,6 +172,7 @@ def conditions_of(run: RunRecord) -> dict[str, Any]:
         "backend": ledger["backend"],
         "algorithm": ledger["algorithm"],
         "compression hook": ledger["hook"],
+        **({key: config.get(f"comm.{key}") for key in _POWERSGD_KEYS} if ledger["hook"] == "powersgd" else {}),
         "bucket size in MiB": config.get("comm.bucket_megabytes"),
         "arithmetic": environment.get("arithmetic") or config.get("trainer.precision"),
         "largest micro-batch per rank": config.get("batch.max_per_rank"),

@@ -270,7 +270,11 @@ class CommConfig:
     strict: bool | None = None
     """Fail with exit code 6 when bytes measured and predicted differ. Null: yes on gloo, whose bytes are exact."""
     hook: str = "none"
-    """Compression of gradients on the wire: `none`, `fp16`, `bf16`."""
+    """Compression of gradients on the wire: `none`, `fp16`, `bf16`, `powersgd`."""
+    powersgd_rank: int = 1
+    """powersgd: rank of the matrices that stand for a layer's gradient. Higher: closer to it, and more bytes."""
+    powersgd_start_step: int = 1000
+    """powersgd: optimiser steps of the run that reduce plainly before the first compressed one, at least 2."""
     find_unused_parameters: bool = False
     nccl_algorithm: str | None = None
     """Hold NCCL to `ring` or `tree`, so that its bytes can be predicted. Null: it chooses at run time."""
@@ -285,7 +289,14 @@ class CommConfig:
         if self.nccl_algorithm is not None and self.nccl_protocol is not None:
             one_of("comm.nccl_algorithm", self.nccl_algorithm, ("ring", "tree"))
             one_of("comm.nccl_protocol", self.nccl_protocol, ("simple", "ll"))
-        one_of("comm.hook", self.hook, ("none", "fp16", "bf16"))
+        one_of("comm.hook", self.hook, ("none", "fp16", "bf16", "powersgd"))
+        for key, least in (("powersgd_rank", 1), ("powersgd_start_step", 2)):
+            require(getattr(self, key) >= least, f"comm.{key}={getattr(self, key)} must be at least {least}.")
+        require(
+            self.hook != "powersgd" or not self.find_unused_parameters,
+            "comm.hook=powersgd cannot compress the zero gradients of unused parameters:"
+            " set comm.find_unused_parameters=false, or another comm.hook.",
+        )
         require(
             self.bucket_megabytes is None or self.bucket_megabytes > 0,
             f"comm.bucket_megabytes={self.bucket_megabytes} must be positive, or null for torch's default.",

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 
 from pipeline import startup
 from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
 from pipeline.config import TrainConfig
 from pipeline.data.quarantine import Quarantine
@@ -62,8 +63,17 @@ class Persistence(Callback):
     it is older than LEDGER_EVERY_SECONDS.
     """
 
-    def __init__(self, config: TrainConfig, world: World, directory: RunDirectory, ledger: Ledger, plan: Plan) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        directory: RunDirectory,
+        ledger: Ledger,
+        plan: Plan,
+        powersgd: PowerSGD | None,
+    ) -> None:
         self.config, self.world, self.directory, self.ledger, self.plan = config, world, directory, ledger, plan
+        self.powersgd = powersgd
         self.recorder: Recorder | None = None
         self._written = time.monotonic()
 
@@ -74,6 +84,7 @@ class Persistence(Callback):
         del trainer
         assert isinstance(pl_module, Learner) and self.recorder is not None
         step = pl_module.committed_steps
+        compression = self._compression_state()  # before the ledger's: gathering it is traffic
         checkpoint["global_step"] = step
         checkpoint["epoch"] = step // self.plan.steps_per_epoch
         checkpoint[checkpoints.SECTION] = {
@@ -87,7 +98,15 @@ class Persistence(Callback):
             "best_score": self.recorder.best_score,
             "ledger": self.ledger.state_dict(),
             "learner": pl_module.extra_state(),
+            "powersgd": compression,
         }
+
+    def _compression_state(self) -> dict[str, Any] | None:
+        """Of PowerSGD, where the run has it. Collective."""
+        if self.powersgd is None:
+            return None
+        with self.world.meter.phase("checkpoint"), self.world.meter.origin("gradients"):
+            return self.powersgd.state_dict()
 
     def write_ledger(self, *, ended: bool, only_if_old: bool = False) -> None:
         """`ledger.json`, by rank 0."""
@@ -189,14 +208,19 @@ def quieten() -> None:
 
 
 def make_trainer(
-    config: TrainConfig, world: World, plan: Plan, start_step: int, callbacks: list[Callback]
+    config: TrainConfig,
+    world: World,
+    plan: Plan,
+    start_step: int,
+    callbacks: list[Callback],
+    powersgd: PowerSGD | None = None,
 ) -> pl.Trainer:
     """Lightning's trainer for the steps that remain. It saves, logs and requeues nothing by itself."""
     quieten()
     strategy = MeteredDDPStrategy(
         meter=world.meter,
         timeline=world.timeline,
-        hook=config.comm.hook,
+        hook=powersgd or config.comm.hook,
         bucket_megabytes=config.comm.bucket_megabytes,
         find_unused_parameters=config.comm.find_unused_parameters,
         name_prefix=NAME_PREFIX,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config import BatchConfig, ClusterConfig, TrainConfig, TrainerConfig
+from pipeline.config import BatchConfig, ClusterConfig, CommConfig, TrainConfig, TrainerConfig
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -146,6 +146,28 @@ def make_plan(trainer: TrainerConfig, batch: BatchConfig, num_samples: int, worl
         validate_every_steps=validate_every if validate else 0,
         checkpoint_every_steps=checkpoint_every,
     )
+
+
+def require_compression(comm: CommConfig, plan: Plan, compute: Compute) -> None:
+    """Refuse a compression that would never begin, or that torch's hook cannot do here.
+
+    Raises:
+        ConfigError: as said.
+    """
+    import torch
+
+    if comm.hook != "powersgd":
+        return
+    if comm.powersgd_start_step >= plan.num_steps:
+        raise ConfigError(
+            f"comm.powersgd_start_step={comm.powersgd_start_step}, but the run has {plan.num_steps} steps, so that none"
+            f" would be compressed: lower it, or set comm.hook=none."
+        )
+    if compute.accelerator == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "comm.hook=powersgd on the CPU of a machine with a GPU: torch's hook would synchronise the GPU and fail."
+            " Hide it (CUDA_VISIBLE_DEVICES=), or choose another hook."
+        )
 
 
 def choose_num_threads(

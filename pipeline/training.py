@@ -15,6 +15,7 @@ import yaml
 from pipeline import session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
+from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.traffic import placement_warning
@@ -111,13 +112,15 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
 
     def plan() -> Plan:
         config.batch.split(world.size)
-        return startup.make_plan(
+        made = startup.make_plan(
             config.trainer,
             config.batch,
             shards.training.num_samples,
             world.size,
             validate=shards.validation is not None,
         )
+        startup.require_compression(config.comm, made, world.compute)
+        return made
 
     return world.agree(plan)
 
@@ -217,6 +220,32 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
     return world.agree(make)
 
 
+def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD | None:
+    """The compression with its state from the checkpoint; None for any other `comm.hook`.
+
+    A run that was not compressed before starts it without a debt.
+
+    Raises:
+        CheckpointError: the state is of another rank of approximation.
+    """
+    saved = start.section.get("powersgd")
+    if config.comm.hook != "powersgd":
+        if saved is not None and saved["errors"]:
+            world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
+        return None
+    powersgd = PowerSGD(
+        rank=config.comm.powersgd_rank,
+        start_step=config.comm.powersgd_start_step,
+        seed=config.seed,
+        step=start.step,
+        device=world.device,
+        waiting=world.timeline.waiting,
+    )
+    if saved is not None:
+        powersgd.load_state_dict(saved, world.rank, world.size)
+    return powersgd
+
+
 def fit(
     config: TrainConfig, world: World, run: RunDirectory, shards: Shards, plan: Plan, start: Start, learner: Learner
 ) -> None:
@@ -225,6 +254,7 @@ def fit(
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
+    powersgd = make_powersgd(config, world, start)
     attempt = begin_attempt(config, world, run, start, learner)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
@@ -242,7 +272,7 @@ def fit(
         resume_step=start.step,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())
-        persistence = session.Persistence(config, world, run, ledger, plan)
+        persistence = session.Persistence(config, world, run, ledger, plan, powersgd)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
         saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
         recorder = Recorder(
@@ -258,7 +288,7 @@ def fit(
         bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
         trainer = session.make_trainer(
-            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars]
+            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars], powersgd
         )
         session.connect(trainer, learner, plan, recorder, persistence, saver)
         try:

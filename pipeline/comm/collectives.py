@@ -51,7 +51,8 @@ class CollectiveMeter:
     nothing, so nothing is recorded there. `enabled=False` never attaches: the switch for measuring the meter itself.
 
     Threads: gradients are reduced from autograd's threads while the main thread waits in `backward()`. The phase is the
-    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread.
+    run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread. Futures run
+    their callbacks in threads of the backend, which know of no origin: what those issue is of `callback_origin`.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -62,6 +63,8 @@ class CollectiveMeter:
         """NCCL's (algorithm, protocol), where the configuration holds it to one."""
         self.buckets: dict[int, Bucket] = {}
         """DDP's present buckets by index, filled by the communication hook."""
+        self.callback_origin = "other"
+        """Origin of what is issued by threads that never named one: those that run the callbacks of futures."""
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
         self._num_bucket_calls = 0
@@ -133,7 +136,7 @@ class CollectiveMeter:
         """
         assert origin in ORIGINS, origin
         local = self._local
-        previous = local.origin
+        previous, local.has_named_one = local.origin, True
         if not (only_if_unknown and previous != "other"):
             local.origin = origin
         try:
@@ -166,8 +169,9 @@ class CollectiveMeter:
     def _on_collective(self, args: Any) -> None:
         op = _OP_NAMES.get(args.name, "unknown")
         inputs, outputs = args.input_tensors, args.output_tensors
+        origin = self._local.origin if self._local.has_named_one else self.callback_origin
         calls = [
-            Call(self._phase, self._local.origin, *issued, args.root)
+            Call(self._phase, origin, *issued, args.root)
             for issued in _issued(op, inputs, outputs, self.world_size, self.backend)
         ]
         with self._lock:
@@ -217,6 +221,7 @@ def _itemsize(tensors: Sequence[torch.Tensor]) -> int:
 
 class _ThreadOrigin(threading.local):
     origin = "other"
+    has_named_one = False
 
 
 def _op_names() -> dict[Any, str]:

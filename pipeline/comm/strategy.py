@@ -6,7 +6,7 @@ says nothing otherwise; here the hook is registered on every device.
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the classes themselves.
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.hooks import HOOKS, Hook
+from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.timeline import Timeline
 
 
@@ -26,7 +27,7 @@ class MeteredDDP(DistributedDataParallel):
 
     meter: attached to the default process group, or a detached one, then this is plain DDP with `hook`.
     timeline: of `meter`; None: nothing is timed.
-    hook: a key of HOOKS. name_prefix: removed from the front of parameter names, e.g. "model.".
+    hook: a key of HOOKS, or a PowerSGD. name_prefix: removed from the front of parameter names, e.g. "model.".
     Further keywords are DistributedDataParallel's.
     """
 
@@ -36,20 +37,24 @@ class MeteredDDP(DistributedDataParallel):
         *,
         meter: CollectiveMeter,
         timeline: Timeline | None = None,
-        hook: str = "none",
+        hook: str | PowerSGD = "none",
         name_prefix: str = "",
         **ddp_kwargs: Any,
     ) -> None:
         with meter.origin("parameters"):
             super().__init__(module, **ddp_kwargs)
         self._meter, self._timeline = meter, timeline or Timeline(meter, enabled=False)
+        self.powersgd = hook if isinstance(hook, PowerSGD) else None
+        inner = HOOKS[hook] if isinstance(hook, str) else hook.reduce
         if dist.get_world_size() == 1:
             return
+        if self.powersgd is not None:
+            meter.callback_origin = "gradients"  # from there it issues its second and third all-reduce
         if meter.enabled:
             names = _names_by_id(module, name_prefix)
-            self.register_comm_hook(None, _metered(HOOKS[hook], meter, self._timeline, names))
+            self.register_comm_hook(None, _metered(inner, meter, self._timeline, names))
         elif hook != "none":
-            self.register_comm_hook(None, HOOKS[hook])
+            self.register_comm_hook(None, inner)
 
     def _sync_buffers(self) -> None:
         with self._meter.origin("buffers"), self._timeline.waiting():
@@ -98,7 +103,7 @@ class MeteredDDPStrategy(DDPStrategy):
         *,
         meter: CollectiveMeter,
         timeline: Timeline | None = None,
-        hook: str = "none",
+        hook: str | PowerSGD = "none",
         bucket_megabytes: float | None = None,
         find_unused_parameters: bool = False,
         name_prefix: str = "",
@@ -221,13 +226,15 @@ def rebuild_buckets(
     step. After this call every step uses the final layout.
 
     make_loss: forward through `ddp` and a scalar loss, on any batch; called `num_passes` times, on all ranks alike.
-    Buffers and random states are restored, gradients end as None, the optimiser is not involved. The traffic counts
-    as phase `startup`.
+    Buffers and random states are restored, gradients end as None, neither the optimiser nor the state of a compression
+    is involved. The traffic counts as phase `startup`.
     """
     assert all(p.grad is None for p in ddp.parameters()), "rebuild_buckets() comes before the first backward pass"
     buffers = [(buffer, buffer.clone()) for buffer in ddp.buffers()]
     devices: Sequence[int] = [ddp.device.index] if ddp.device.type == "cuda" else []
-    with meter.phase("startup"), torch.random.fork_rng(devices=devices):
+    powersgd = ddp.powersgd if isinstance(ddp, MeteredDDP) else None
+    resting = powersgd.resting() if powersgd is not None else nullcontext()
+    with meter.phase("startup"), torch.random.fork_rng(devices=devices), resting:
         for _ in range(num_passes):
             make_loss().backward()
             for parameter in ddp.parameters():

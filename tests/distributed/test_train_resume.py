@@ -62,7 +62,7 @@ def assert_same(pair: Pair) -> None:
     unbroken, resumed = load(pair.unbroken), load(pair.resumed)
     for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
         assert not differences(unbroken[part], resumed[part], part)
-    for part in ("step", "learner", "best_score", "must_match"):
+    for part in ("step", "learner", "best_score", "must_match", "powersgd"):
         assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
     assert rows(pair.unbroken) == rows(pair.resumed)
     assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, 12))
@@ -97,6 +97,59 @@ def test_one_rank_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> N
     # Null in the command: the record of a run says what it was.
     config = yaml.safe_load((pair.resumed / "config.yaml").read_text())
     assert config["model"]["num_classes"] == load(pair.resumed)["squeezewire"]["num_classes"]
+
+
+COMPRESSED = ("comm.hook=powersgd", "comm.powersgd_start_step=2", "comm.bucket_megabytes=0.5")
+
+
+def assert_compressed(pair: Pair) -> None:
+    """The checkpoint holds an error memory of every rank, no two alike, and the wire carried less."""
+    errors = load(pair.resumed)["squeezewire"]["powersgd"]["errors"]
+    assert len(errors) > 2, "several buckets are needed to see the order of their collectives"
+    for memory in errors.values():
+        assert len({tuple(row.tolist()) for row in memory}) == pair.devices
+    ledger = json.loads((pair.resumed / "ledger.json").read_text())
+    training = [row for row in ledger["collectives"] if row["phase"] == "train" and row["committed"]]
+    assert {row["origin"] for row in training} == {"gradients", "metrics", "lightning"}
+    carried = sum(row["payload_bytes"] for row in training if row["origin"] == "gradients")
+    assert carried < 3 * ledger["gradient_bytes"]  # 2 plain steps, and 9 of a few percent each
+    assert all(row["comm/gradient_bytes"] == ledger["gradient_bytes"] for row in rows(pair.resumed))
+    gathered = [row for row in ledger["collectives"] if row["op"] == "gather"]
+    assert gathered and {row["phase"] for row in gathered} == {"checkpoint"}
+
+
+def test_two_ranks_with_powersgd(shards: Path, tmp_path: Path) -> None:
+    """Killed after compression began: every rank takes up its own error memory again."""
+    pair = make_pair(tmp_path, shards, 2, "1 7 0 supervisor", *COMPRESSED)
+    assert_same(pair)
+    assert_compressed(pair)
+
+
+@pytest.mark.slow
+def test_three_ranks_with_powersgd(shards: Path, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, shards, 3, "2 8 0 rank", *COMPRESSED, "comm.powersgd_rank=3")
+    assert_same(pair)
+    assert_compressed(pair)
+
+
+@pytest.mark.slow
+def test_powersgd_goes_on_with_other_ranks(shards: Path, tmp_path: Path) -> None:
+    """From two to one, where nothing is compressed, and on to three."""
+    for devices, kill_at in ((2, "0 4 0 supervisor"), (1, "0 8 0 rank"), (3, "")):
+        train_recorded(tmp_path, shards, "resumed", devices, *COMPRESSED, kill_at=kill_at, expect=None)
+        assert (tmp_path / "resumed" / "ledger.json").exists()
+    assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
+    saved = load(tmp_path / "resumed")["squeezewire"]["powersgd"]
+    assert {len(memory) for memory in saved["errors"].values()} == {3}
+
+
+@pytest.mark.slow
+def test_powersgd_state_of_another_kind_is_refused(shards: Path, tmp_path: Path) -> None:
+    options = (*COMPRESSED, "trainer.max_steps=4", "trainer.validate_every_steps=0")
+    train_recorded(tmp_path, shards, "run", 2, *options, kill_at="0 3 0 rank", expect=None)
+    for override in ("comm.powersgd_rank=2", "comm.bucket_megabytes=1"):
+        refused = train_recorded(tmp_path, shards, "run", 2, *options, override, expect=4)
+        assert "PowerSGD state" in refused.output and override.partition("=")[0] in refused.output
 
 
 def test_three_ranks(shards: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.building import build
-from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig
+from pipeline.config import BatchConfig, CommConfig, InputConfig, RecipeConfig, TrainerConfig
 from pipeline.errors import ConfigError
 
 
@@ -67,6 +67,20 @@ def test_missing_key_names_the_argument_to_add() -> None:
 def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(RecipeConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hook": "fp17"}, "Did you mean 'fp16'"),
+        ({"powersgd_rank": 0}, r"comm\.powersgd_rank=0 must be at least 1"),
+        ({"powersgd_start_step": 1}, r"comm\.powersgd_start_step=1 must be at least 2"),
+        ({"hook": "powersgd", "find_unused_parameters": True}, r"set comm\.find_unused_parameters=false"),
+    ],
+)
+def test_impossible_compressions_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(CommConfig, values)
 
 
 def test_nothing_says_how_long_to_train() -> None:

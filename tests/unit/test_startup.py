@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cli import compose
-from pipeline.config import BatchConfig, ClusterConfig, ConfigError, TrainConfig, TrainerConfig
+from pipeline.config import BatchConfig, ClusterConfig, CommConfig, ConfigError, TrainConfig, TrainerConfig
 from pipeline.errors import DataError
-from pipeline.startup import Plan, choose_compute, make_plan, must_match, set_threads
+from pipeline.startup import Plan, choose_compute, make_plan, must_match, require_compression, set_threads
 
 CPU = ClusterConfig(accelerator="cpu")
 
@@ -80,6 +80,19 @@ def test_without_validation_nothing_is_validated() -> None:
 
 
 # --- arithmetic ---
+
+
+@pytest.mark.parametrize("hook", ["none", "powersgd"])
+def test_a_compression_that_would_never_begin_is_refused(hook: str) -> None:
+    trainer = TrainerConfig(max_steps=20)
+    plan = make_plan(trainer, BatchConfig(global_size=2), 9, 1, validate=False)
+    compute = choose_compute(trainer, CPU)
+    require_compression(CommConfig(hook=hook, powersgd_start_step=19), plan, compute)
+    if hook == "none":
+        require_compression(CommConfig(hook=hook, powersgd_start_step=20), plan, compute)
+        return
+    with pytest.raises(ConfigError, match="the run has 20 steps, so that none would be compressed"):
+        require_compression(CommConfig(hook=hook, powersgd_start_step=20), plan, compute)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -111,6 +111,39 @@ def test_runs_on_different_links_are_not_mixed(make_run, tmp_path):
         compare(from_runs(tmp_path, *runs))
 
 
+def compressed_by_powersgd(run: Path, *, handed_over: int, carried: int) -> None:
+    """Make it a run that handed over so many bytes of gradients per step, of which so many travelled."""
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["collectives"][2]["payload_bytes"] = carried * ledger["num_steps"]
+    change(run, hook="powersgd", collectives=ledger["collectives"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**line, "comm/gradient_bytes": handed_over}) for line in lines]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_powersgd_owes_what_was_handed_over_to_it(make_run, tmp_path):
+    run = make_run("low-rank")
+    compressed_by_powersgd(run, handed_over=4_993_696, carried=60_000)
+    config = from_runs(tmp_path, run)
+    assert compare(config) == 0
+    assert result_of(config)["models"][0]["gradient_bytes"] == 4_993_696
+
+
+@pytest.mark.parametrize(("handed_over", "carried"), [(4_993_692, 60_000), (4_993_696, 4_993_700)])
+def test_powersgd_that_hands_over_or_carries_something_else_fails(make_run, tmp_path, handed_over, carried):
+    run = make_run("low-rank")
+    compressed_by_powersgd(run, handed_over=handed_over, carried=carried)
+    with pytest.raises(LedgerError, match="but the parameters of squeezenet1_0 are 4,993,696 bytes"):
+        compare(from_runs(tmp_path, run))
+
+
+def test_powersgd_without_a_record_of_what_was_handed_over_fails(make_run, tmp_path):
+    run = make_run("low-rank")
+    change(run, hook="powersgd")
+    with pytest.raises(LedgerError, match="an unknown number of bytes"):
+        compare(from_runs(tmp_path, run))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
