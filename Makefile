@@ -56,6 +56,7 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 .PHONY: bench
 bench: venv ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
+	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.builtin_seeds
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.imagenet_sample --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)",@echo "imagenet_sample: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt")
