@@ -1,4 +1,4 @@
-"""Times of a step: interval arithmetic, what counts as exposed, and marks that never wait for their device."""
+"""Times of a step: interval arithmetic, what counts as exposed, and marks; a stand-in for CUDA's events is in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
