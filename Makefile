@@ -57,6 +57,7 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 bench: venv ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
+	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
 	$(PY) -m benchmarks.meter_overhead

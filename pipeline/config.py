@@ -1,7 +1,7 @@
 """The typed configuration. OmegaConf ends here: past this module there are only frozen dataclasses.
 
-A field's name is its YAML key. `build` turns plain containers into a dataclass, refuses unknown keys and wrong types,
-and every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
+A field's name is its YAML key. `building.build` makes them from plain containers and refuses unknown keys and wrong
+types; every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
 """
 
 import dataclasses

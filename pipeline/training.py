@@ -228,7 +228,10 @@ def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD |
     Raises:
         CheckpointError: the state is of another rank of approximation.
     """
+    saved = start.section.get("powersgd")
     if config.comm.hook != "powersgd":
+        if saved is not None and saved["errors"]:
+            world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
         return None
     powersgd = PowerSGD(
         rank=config.comm.powersgd_rank,
@@ -238,7 +241,6 @@ def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD |
         device=world.device,
         waiting=world.timeline.waiting,
     )
-    saved = start.section.get("powersgd")
     if saved is not None:
         powersgd.load_state_dict(saved, world.rank, world.size)
     return powersgd

@@ -217,13 +217,15 @@ def join_group(
     recorder = CollectiveMeter(enabled=comm.meter)
     recorder.pinned = pinned
     recorder.attach()
+    clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
+    timeline = Timeline(recorder, clock, enabled=comm.timeline)
     counter = _counter(recorder, ranks.master_port)
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
     times = Timeline(recorder, clock, enabled=comm.timeline)
     try:
         placement = _placement(ranks)
         yield World(
-            ranks, compute, recorder, times, placement, num_threads, counter, timeout_seconds=cluster.timeout_seconds
+            ranks, compute, recorder, timeline, placement, num_threads, counter, timeout_seconds=cluster.timeout_seconds
         )
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):

@@ -65,8 +65,6 @@ class CollectiveMeter:
         """DDP's present buckets by index, filled by the communication hook."""
         self.callback_origin = "other"
         """Origin of what is issued by threads that never named one: those that run the callbacks of futures."""
-        self.on_call: Callable[[Call], None] = lambda call: None
-        """Told of every operation in the order of issue, by the issuing thread. Must not wait, nor ask the meter."""
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
         self._num_bucket_calls = 0
@@ -76,6 +74,8 @@ class CollectiveMeter:
         self._local = _ThreadOrigin()
         self._lock = threading.Lock()
         self._group: dist.ProcessGroup | None = None
+        self.observer: Callable[[Call], None] | None = None
+        """Called with each operation as it is recorded, in order; by the thread that issues it, so be quick."""
 
     # --- the group ---
 
@@ -177,7 +177,8 @@ class CollectiveMeter:
         with self._lock:
             for call in calls:
                 self._counts[call] += 1
-                self.on_call(call)
+                if self.observer is not None:
+                    self.observer(call)
 
 
 @dataclass(frozen=True, slots=True)

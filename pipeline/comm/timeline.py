@@ -141,7 +141,7 @@ class Timeline:
         self._steps: deque[tuple[bool, StepTimes]] = deque(maxlen=NUM_TIMED_STEPS)
         self._in_hook = _InHook()
         if self._enabled:
-            meter.on_call = self._on_call
+            meter.observer = self._on_call
 
     @property
     def why_off(self) -> str | None:

@@ -86,13 +86,13 @@ def main(out: Path) -> None:
     trace = out / f"trace{dist.get_rank()}.json"
     meter, calls = CollectiveMeter(), list[Call]()
     meter.attach()
-    meter.on_call = calls.append
+    meter.observer = calls.append
     dist.barrier()
     before = max(entry["record_id"] for entry in recorded())
     calls.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         train(meter)
-    meter.on_call = lambda call: None
+    meter.observer = None
     profiler.export_chrome_trace(str(trace))
     found = {
         "meter": [(call.op, call.payload_bytes) for call in calls],

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
 
@@ -38,18 +39,20 @@ class Delay(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Two parameters in two buckets: the gradient of `last` is ready first, then the delay, then that of `first`."""
+    """A bucket per parameter: the gradient of `last` is ready first, then comes the delay, then those of the others."""
 
-    def __init__(self, first: int, last: int, delay: float, buffer: bool) -> None:
+    def __init__(self, first: int, last: int, buffer: bool, middle: bool) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.ones(first))
         self.last = nn.Parameter(torch.ones(last))
-        self.delay = delay
+        self.middle = nn.Parameter(torch.ones(SMALL)) if middle else torch.ones(1)
+        self.delay = 0.0
         if buffer:
             self.register_buffer("running", torch.zeros(3))
 
     def forward(self, scale: torch.Tensor) -> torch.Tensor:
-        return (self.last * Delay.apply((self.first * scale).sum(), self.delay)).sum()
+        middle = (self.middle * (self.first * scale).sum()).sum()
+        return (self.last * Delay.apply(middle, self.delay)).sum()
 
 
 def measure(
@@ -58,6 +61,7 @@ def measure(
     last: int = SMALL,
     delay: float = 0.0,
     buffer: bool = False,
+    compressed: bool = False,
     before_forward: Callable[[], None] = lambda: None,
     before_metrics: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -65,8 +69,9 @@ def measure(
     meter = CollectiveMeter()
     meter.attach()
     timeline = Timeline(meter)
-    net = Net(first, last, 0.0, buffer)
-    ddp = MeteredDDP(net, meter=meter, timeline=timeline, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
+    net = Net(first, last, buffer, middle=compressed)
+    hook = PowerSGD(rank=1, start_step=2, step=2, waiting=timeline.waiting) if compressed else "none"
+    ddp = MeteredDDP(net, meter=meter, timeline=timeline, hook=hook, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
     rebuild_buckets(ddp, lambda: ddp(torch.ones(())), meter)
     net.delay = delay
     ledger = Ledger(meter, gradient_bytes_by_parameter(net))
@@ -111,6 +116,11 @@ def late_buffers(last_rank: int) -> dict[str, Any]:
     return measure(buffer=True, before_forward=sleep_on(0))
 
 
+def late_for_compression(last_rank: int) -> dict[str, Any]:
+    """The hook of the second of three buckets waits for the first, for which the last rank comes late."""
+    return measure(compressed=True, before_forward=sleep_on(last_rank))
+
+
 def hidden(last_rank: int) -> dict[str, Any]:
     """A large tensor travels while everybody still computes."""
     return measure(last=LARGE, delay=2 * DELAY_SECONDS)
@@ -121,7 +131,7 @@ def bare(last_rank: int) -> dict[str, Any]:
     return measure(first=LARGE)
 
 
-SCENARIOS = (late_backward, late_metrics, late_buffers, hidden, bare)
+SCENARIOS = (late_backward, late_metrics, late_buffers, late_for_compression, hidden, bare)
 
 
 def main(out: Path) -> None:

@@ -50,6 +50,15 @@ def test_waiting_for_buffers_is_not_forward_computation(ranks: Results) -> None:
     assert first["late_buffers"]["json"]["time"]["exposed_seconds"] < 0.5 * first["delay"]
 
 
+def test_waiting_inside_a_hook_is_not_backward_computation(ranks: Results) -> None:
+    *others, late = ranks
+    for result in others:
+        assert_waited(result, "late_for_compression")
+        first, _, last = result["late_for_compression"]["json"]["buckets"]
+        assert first["ready_seconds"] < 0.5 * result["delay"] < last["ready_seconds"]
+    assert late["late_for_compression"]["json"]["time"]["exposed_seconds"] < 0.5 * late["delay"]
+
+
 def flight(bucket: dict[str, Any]) -> float:
     return bucket["done_seconds"] - bucket["sent_seconds"]
 

@@ -1,4 +1,4 @@
-"""Times of a step: interval arithmetic, what counts as exposed, and marks that never wait for their device."""
+"""Times of a step: interval arithmetic, what counts as exposed, and marks; a stand-in for CUDA's events is in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,7 +208,8 @@ class Steps:
         self.device.asked += milliseconds
 
     def issue(self, num_bytes: int) -> None:
-        self.meter.on_call(Call(self.meter.phase_name, "gradients", "all_reduce", num_bytes, 4, -1))
+        if self.meter.observer is not None:
+            self.meter.observer(Call(self.meter.phase_name, "gradients", "all_reduce", num_bytes, 4, -1))
 
     def reduce(self, done_after: float) -> torch.futures.Future[torch.Tensor]:
         """Two milliseconds of compression, then an all-reduce."""
