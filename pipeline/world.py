@@ -221,7 +221,7 @@ def join_group(
     timeline = Timeline(recorder, clock, enabled=comm.timeline)
     counter = _counter(recorder, ranks.master_port)
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
-    times = Timeline(recorder, clock, enabled=comm.timeline)
+    timeline = Timeline(recorder, clock, enabled=comm.timeline)
     try:
         placement = _placement(ranks)
         yield World(
