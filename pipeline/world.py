@@ -217,8 +217,6 @@ def join_group(
     recorder = CollectiveMeter(enabled=comm.meter)
     recorder.pinned = pinned
     recorder.attach()
-    clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
-    timeline = Timeline(recorder, clock, enabled=comm.timeline)
     counter = _counter(recorder, ranks.master_port)
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
     timeline = Timeline(recorder, clock, enabled=comm.timeline)
