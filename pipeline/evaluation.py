@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from pipeline.data.loader import choose_num_workers, evaluation_loader
+from pipeline.data.loader import choose_num_workers, evaluation_loader, ranks_served
 from pipeline.data.store import ShardIndex
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.files import write_json_atomic
@@ -21,11 +21,6 @@ from pipeline.world import World
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateConfig
-
-
-def open_split(config: "EvaluateConfig", split: str) -> ShardIndex:
-    """Index and verify the split. Raises DataError."""
-    return ShardIndex.open(Path(config.data.root or ""), split, verify=config.data.verify)
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,7 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
             config.data.num_workers, local_world_size=world.ranks.local_world_size, on_gpu=on_gpu
         ),
         pin_memory=on_gpu,
+        ranks_served=ranks_served(world.rank, world.ranks.local_rank, world.ranks.local_world_size, world.size),
     )
     for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
         batch = Batch.of(loaded).to(world.device)

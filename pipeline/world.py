@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
-from pipeline.errors import ExitCode, UserError
+from pipeline.errors import DataError, ExitCode, UserError
 from pipeline.run.ranks import RankInfo
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
@@ -76,6 +76,11 @@ class World:
             if found is not None:
                 raise error if error is not None else _same_error(rank, *found)
         return result  # type: ignore[return-value]
+
+    def require_same(self, value: str, complaint: str) -> None:
+        """Raise DataError with `complaint` on every rank unless `value` is the same on all. Collective."""
+        if len(set(self._gather(value))) > 1:
+            raise DataError(complaint)
 
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""

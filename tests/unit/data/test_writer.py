@@ -95,7 +95,8 @@ def test_the_manifest_tells_the_truth(source: Source, tmp_path: Path) -> None:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.bytes, shard.sha256)
     assert manifest.split("train").num_samples == 21
     assert Manifest.load(tmp_path / "out") == manifest
-    assert sorted(contents_of(tmp_path / "out")) == ["_info.json", "manifest.json", *(shard.name for shard in shards)]
+    names = ["_info.json", "manifest.json", *(shard.name for shard in shards), "train.index.npz"]
+    assert sorted(contents_of(tmp_path / "out")) == names
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(short_side=12, jpeg_quality=80)])
