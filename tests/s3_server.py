@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def serving_s3(log: Path) -> Iterator[str]:
 
 
 def upload(endpoint: str, directory: Path, prefix: str) -> None:
-    """Put the files of `directory` under s3://bucket/prefix/."""
+    """Put the files of `directory` under s3://bucket/prefix/, alone on the server."""
+    with urllib.request.urlopen(f"{endpoint}/moto-api/reset", b"", timeout=READY_SECONDS) as answer:
+        assert answer.status == 200
     client: Any = client_of(endpoint)
     client.create_bucket(Bucket=BUCKET)
     for path in sorted(directory.iterdir()):

@@ -91,7 +91,7 @@ class ShardServer:
         with urllib.request.urlopen(f"{self.url}/settled", b"", timeout=READY_SECONDS) as answer:
             assert answer.status == 204
         lines = self._log.read_text().splitlines()
-        found = [Request(**json.loads(line)) for line in lines]
+        found = sorted((Request(**json.loads(line)) for line in lines), key=lambda request: request.began)
         return [request for request in found if request.method == method and re.search(pattern, request.path)]
 
     def sent_bytes(self, pattern: str = r"\.tar$", *, host: str = "") -> int:

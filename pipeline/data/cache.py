@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,13 +27,14 @@ from pipeline.errors import DataError
 from pipeline.files import fsync_directory
 
 PART = ".part"
+FAILED = b"squeezewire could not fetch this: "
 LOCK_NAME = "lock"
 POLL_SECONDS = 0.02
 READ_LOCK_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-Produce = Callable[[BinaryIO, Path], None]
+Produce = Callable[[BinaryIO, Path], object]
 """Writes an object into the file that it is given (which lies at that path) and proves it, or raises."""
 
 
@@ -192,6 +194,7 @@ class Cache:
                 return self._find(entry, max_age_seconds)
             found = self._find(entry, max_age_seconds)  # finished between our looking and our locking
             if found is not None:
+                os.ftruncate(descriptor, 0)
                 part.unlink()
                 return found
             self._produce(entry, descriptor, part, produce, wait=wait)
@@ -214,14 +217,14 @@ class Cache:
             if entry.num_bytes is None:
                 with self._locked():
                     self._make_room(0, entry)
-            os.fchmod(descriptor, 0o400)
             os.fsync(descriptor)
+            os.fchmod(descriptor, 0o400)
         except BaseException as error:
             part.unlink(missing_ok=True)
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
                 if isinstance(error, DataError):
-                    os.pwrite(descriptor, json.dumps([self._identity, str(error)]).encode(), 0)
+                    os.pwrite(descriptor, FAILED + json.dumps([self._identity, str(error)]).encode(), 0)
             raise
 
     def _lock_part(self, descriptor: int, entry: Entry, *, wait: bool) -> None:
@@ -237,8 +240,12 @@ class Cache:
 
     def _raise_failure(self, descriptor: int) -> None:
         """Raise what a process of this very job, for which this one waited, left as its reason."""
-        if os.fstat(descriptor).st_nlink == 0 and (content := os.pread(descriptor, 2**16, 0)):
-            identity, reason = json.loads(content)
+        status = os.fstat(descriptor)
+        if status.st_nlink or not status.st_mode & stat.S_IWUSR:  # it is there; or was, and is evicted already
+            return
+        content = os.pread(descriptor, 2**16, 0)
+        if content.startswith(FAILED):  # a sweep leaves nothing, and a killed process whatever it had
+            identity, reason = json.loads(content.removeprefix(FAILED))
             if identity == self._identity:
                 raise DataError(reason)
 

@@ -22,6 +22,7 @@ USER_AGENT = "squeezewire"
 # 408 request timeout, 425 too early, 429 too many requests; of the 5xx those that say "not now".
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 MISSING_STATUS = frozenset({404, 410})
+CHANGED_STATUS = frozenset({412, 416})  # the validator holds no more; the range is beyond the end
 
 
 class FetchError(Exception):
@@ -138,6 +139,8 @@ def error_of_status(status: int, headers: Any, shown: str = "") -> FetchError:
     shown = shown or f"HTTP {status}"
     if status in TRANSIENT_STATUS:
         return Transient(shown, retry_after(headers.get("Retry-After") or headers.get("retry-after")))
+    if status in CHANGED_STATUS:
+        return Changed(shown)
     return Missing(shown) if status in MISSING_STATUS else Refused(shown)
 
 

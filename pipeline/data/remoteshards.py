@@ -20,7 +20,7 @@ from pipeline.data.cache import Cache, CacheSettings, Entry, Produce
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.data.remote import Store, open_store
 from pipeline.data.scan import scan_shard, threads
-from pipeline.data.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, shards_of
+from pipeline.data.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, shards_of
 from pipeline.data.tarindex import ShardSamples
 from pipeline.data.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
 from pipeline.errors import DataError
@@ -254,12 +254,14 @@ class _Place:
         """The index that `prepare` wrote."""
         try:
             name, num_bytes, sha256 = described["name"], described["bytes"], described["sha256"]
-            _check_hash(sha256, name, self.url)
+            if name != index_name(self.split):
+                raise ValueError(name)
             entry = Entry(sha256, f"{name} of {self.url}", int(num_bytes))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.url}/{MANIFEST_NAME} describes the index of split {self.split!r} wrongly. Run `prepare` again."
             ) from error
+        _check_hash(sha256, name, self.url)
 
         def produce(file: BinaryIO, part: Path) -> None:
             del part

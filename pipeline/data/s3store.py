@@ -12,7 +12,6 @@ from botocore.config import Config
 
 from pipeline.data.remote import (
     USER_AGENT,
-    Changed,
     FetchError,
     Refused,
     Stat,
@@ -136,8 +135,6 @@ def _error_of_s3(response: Any) -> FetchError:
     metadata = response.get("ResponseMetadata", {})
     status = int(metadata.get("HTTPStatusCode") or 0)
     shown = f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status} {code}"
-    if status == 412:
-        return Changed(shown)
     if code in TRANSIENT_CODES:
         return Transient(shown, retry_after(metadata.get("HTTPHeaders", {}).get("retry-after")))
     return error_of_status(status, metadata.get("HTTPHeaders", {}), shown)

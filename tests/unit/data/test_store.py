@@ -30,9 +30,9 @@ def root(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards", train=(4, 5), val=(3,))
 
 
-def refused(root: Path, split: str = "train", **arguments: str) -> str:
+def refused(root: Path, split: str = "train", verify: str = "size") -> str:
     with pytest.raises(DataError) as caught:
-        ShardIndex.open(root, split, **arguments)
+        ShardIndex.open(root, split, verify=verify)
     return str(caught.value)
 
 
