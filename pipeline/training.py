@@ -364,13 +364,11 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
-    warning = placement_warning(owed_bytes, world.placement, world.compute.backend)
-    if warning and world.is_first:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
     local_world_size = world.ranks.local_world_size
     misfit = misfit_sentence(shards.training, config.data, local_world_size=local_world_size, world_size=world.size)
-    if misfit and world.is_first:
-        print(f"warning: {misfit}", file=sys.stderr, flush=True)
+    for warning in filter(None, (interleaved, misfit) if world.is_first else ()):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _close(
