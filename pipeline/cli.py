@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.config import build, nearest, require
-from pipeline.errors import ConfigError, ExitCode, UserError
+from pipeline.errors import ConfigError, ExitCode, UserError, redacted, refuse_secret
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
@@ -32,6 +32,8 @@ def run_command(
     """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
+            refuse_secret(*_split_override(argument))
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text(command, schema))
             code = ExitCode.DONE
@@ -64,7 +66,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _print_error(text: str) -> None:
-    """To stderr, marked with the rank unless it is the first."""
+    """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
+    text = redacted(text)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 

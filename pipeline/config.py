@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, refuse_secret
 
 T = TypeVar("T")
 
@@ -113,7 +113,13 @@ class DataConfig:
     """Where the shards are and how they are read."""
 
     root: str | None = None
-    """Directory that `prepare` made, or that holds foreign shards."""
+    """What `prepare` made, or foreign shards: in a directory, at http(s)://host/path or at s3://bucket/prefix."""
+    cache_dir: str | None = None
+    """Shards from elsewhere are kept here, once per server: on a local disk. Null: squeezewire in the user's cache."""
+    cache_bytes: int = 200_000_000_000
+    """Most the cache may hold; what was not used for longest goes first."""
+    fetch_timeout_seconds: float = 300.0
+    """How long a server may fail to deliver before the run stops. Keep it below cluster.timeout_seconds."""
     size: int | None = None
     """Crop side in pixels; null: what the model's input says."""
     train_split: str = "train"
@@ -122,6 +128,8 @@ class DataConfig:
     """DataLoader processes per rank; null: chosen from the cores a rank may use."""
     shuffle_block: int = 0
     """0: one permutation of all samples. N: shards are shuffled and mixed N at a time, which reads in long runs."""
+    shuffle_groups: int = 1
+    """With shuffle_block: parts of a batch that read shards of their own. Servers that divide it fetch their part."""
     max_bad_fraction: float = 0.0
     """Share of samples that may fail to decode (each is replaced and named) before the run stops."""
     verify: str = "size"
@@ -133,6 +141,10 @@ class DataConfig:
         require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
         require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
         require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")
+        refuse_secret("data.root", self.root)
+        require(self.shuffle_groups >= 1, f"data.shuffle_groups={self.shuffle_groups} must be >= 1.")
+        require(self.cache_bytes > 0, f"data.cache_bytes={self.cache_bytes} must be positive.")
+        require(self.fetch_timeout_seconds > 0, "data.fetch_timeout_seconds must be positive.")
         require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1).")
 
 
@@ -318,6 +330,10 @@ class TrainConfig:
             self.data.root is not None,
             "data.root is not set: give the directory that `python -m pipeline.prepare` made"
             " (`python -m pipeline.prepare source=builtin out=shards/builtin` makes one from nothing).",
+        )
+        require(
+            self.batch.global_size % self.data.shuffle_groups == 0,
+            f"data.shuffle_groups={self.data.shuffle_groups} must divide batch.global_size={self.batch.global_size}.",
         )
 
     @property

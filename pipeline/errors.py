@@ -1,6 +1,17 @@
-"""Errors a user can act on, and the exit code each of them ends with."""
+"""Errors a user can act on, and the exit code each of them ends with. What they print holds no password."""
 
+import re
 from enum import IntEnum
+
+# In a URL: what stands before the last `@`, and the query, where signed URLs carry their signature. A password that
+# was not percent-encoded may hold nearly anything, so that too much is hidden rather than too little.
+_URL_USER = re.compile(r"(?<=://)[^\s'\"]*@")
+_URL_QUERY = re.compile(r"(\w://[^\s'\"?#]*)[?#][^\s'\"]*")
+
+
+def redacted(text: str) -> str:
+    """`text` without what URLs in it may hold of secrets: `https://***@host/path?***`."""
+    return _URL_QUERY.sub(r"\1?***", _URL_USER.sub("***@", text))
 
 
 class ExitCode(IntEnum):
@@ -24,6 +35,18 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """The configuration asks for something impossible."""
+
+
+def refuse_secret(key: str, value: str | None) -> None:
+    """Raise `ConfigError`, which does not show it, if the URL `value` may hold a secret.
+
+    A password in a configuration would be copied into config.yaml, the record of the command, W&B and every log.
+    """
+    if value is not None and "://" in value and any(mark in value for mark in "@?#"):
+        raise ConfigError(
+            f"{key}={redacted(value)} must hold no user, password or query: give credentials through the environment,"
+            " ~/.aws or ~/.netrc, and write an @, ? or # that belongs to the path as %40, %3F or %23."
+        )
 
 
 class DataError(UserError):

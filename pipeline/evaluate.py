@@ -63,17 +63,18 @@ def evaluate(config: EvaluateConfig) -> int:
     ranks = find_ranks(config.cluster.devices)
     if ranks is None or ranks.source == "single":
         zoo.check(config.model.name, config.model.metaparameters)
-        check_root(config.data.root, split)
+        check_root(config.data, split)
     if ranks is None:
         command = [sys.executable, "-m", "pipeline.evaluate", *sys.argv[1:]]
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
     from pipeline import evaluation, startup
+    from pipeline.data.store import open_split
     from pipeline.world import join_group
 
     compute = startup.choose_compute(config.trainer, config.cluster)
     with join_group(ranks, compute, config.cluster) as world:
-        index = evaluation.open_split(config, world, split)
+        index = world.locally_first(lambda is_first: open_split(config.data, split, is_first=is_first))
         weights = world.agree(lambda: evaluation.load_weights(config, index.num_classes))
         results = evaluation.score(config, world, weights, index)
         world.first_decides(lambda: evaluation.write(config, weights, results))

@@ -8,9 +8,9 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from pipeline.data.loader import choose_num_workers, evaluation_loader
+from pipeline.data.loader import choose_num_workers, evaluation_loader, ranks_served
 from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
-from pipeline.data.store import TRUST_THE_FIRST, ShardIndex
+from pipeline.data.store import ShardIndex
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Batch, ExactMetrics, Normalizer
@@ -22,17 +22,6 @@ from pipeline.world import World
 
 if TYPE_CHECKING:
     from pipeline.evaluate import EvaluateConfig
-
-
-def open_split(config: "EvaluateConfig", world: World, split: str) -> ShardIndex:
-    """Index and verify the split. Collective. Raises DataError."""
-
-    def open_one(is_first: bool) -> ShardIndex:
-        return ShardIndex.open(
-            Path(config.data.root or ""), split, verify=config.data.verify if is_first else TRUST_THE_FIRST
-        )
-
-    return world.locally_first(open_one)
 
 
 @dataclass(frozen=True)
@@ -118,6 +107,7 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
             config.data.num_workers, local_world_size=world.ranks.local_world_size, on_gpu=on_gpu
         ),
         pin_memory=on_gpu,
+        ranks_served=ranks_served(world.rank, world.ranks.local_rank, world.ranks.local_world_size, world.size),
     )
     bad: list[BadSample] = []
     for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):

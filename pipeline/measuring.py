@@ -154,15 +154,15 @@ def _literal(value: Any) -> str:
             return str(value)
 
 
-def shards_for(config: "CompareConfig") -> Path:
-    """The shards asked for; without any, the built-in ones, made once under run_root.
+def shards_for(config: "CompareConfig") -> str:
+    """Where the shards are: those asked for; without any, the built-in ones, made once under run_root.
 
     Raises:
         DataError: they are not there, or could not be made.
     """
     if config.data.root is not None:
-        check_root(config.data.root, config.data.train_split)
-        return Path(config.data.root)
+        check_root(config.data, config.data.train_split)
+        return config.data.root
     root = Path(config.run_root) / "builtin-shards"
     if not (root / "manifest.json").is_file():
         print(f"No data.root given: making the built-in shards in {root}", flush=True)
@@ -171,13 +171,13 @@ def shards_for(config: "CompareConfig") -> Path:
         )
         if made.returncode:
             raise DataError(f"`pipeline.prepare source=builtin` ended with exit code {made.returncode}; see above.")
-    return root
+    return str(root)
 
 
 # --- the runs ---
 
 
-def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: Path) -> list[Outcome]:
+def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: str) -> list[Outcome]:
     """One training run per candidate, one after another. A failure is an outcome with its reason."""
     # A comparison told to stop takes its run along: leaving `subprocess.run` by an exception kills the run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -200,12 +200,12 @@ def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: Pa
     return outcomes
 
 
-def _measure_one(config: "CompareConfig", candidate: Candidate, shards: Path) -> Outcome:
+def _measure_one(config: "CompareConfig", candidate: Candidate, shards: str) -> Outcome:
     directory = config.directory / candidate.slug
     if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
         shutil.rmtree(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    shards_override = f"data.root={_literal(str(shards))}"
+    shards_override = f"data.root={_literal(shards)}"
     command = [sys.executable, "-m", "pipeline.train", *candidate.overrides, shards_override]
     with _log_path(directory).open("w") as log:
         finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())

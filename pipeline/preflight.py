@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from pipeline.config import TrainConfig
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.data.cache import CacheSettings
 from pipeline.data.foreign import find_split
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.remote import is_url
+from pipeline.data.remoteshards import check_remote
 from pipeline.errors import DataError
 from pipeline.models import zoo
 from pipeline.run.directory import validate_name
@@ -20,14 +23,21 @@ def check_before_ranks(config: TrainConfig) -> None:
     validate_name(config.name)
     zoo.check(config.model.name, config.model.metaparameters)
     config.batch.split(config.cluster.devices)
-    check_root(config.data.root, config.data.train_split)
+    check_root(config.data, config.data.train_split)
     if config.trainer.validate_every_steps != 0:
-        check_root(config.data.root, config.data.val_split)
+        check_root(config.data, config.data.val_split)
 
 
-def check_root(root: str | None, split: str) -> None:
-    """Raise `DataError` unless `root` is a directory with a manifest that has `split`, or with shards of that name."""
+def check_root(data: DataConfig, split: str) -> None:
+    """Raise `DataError` unless there are shards of `split` at `data.root`.
+
+    In a directory: a manifest that has it, or shards of that name. At a URL: every shard, as far as the server tells.
+    """
+    root = data.root
     assert root is not None
+    if is_url(root):
+        check_remote(root, split, CacheSettings.of(data))
+        return
     path = Path(root)
     if not path.is_dir():
         raise DataError(

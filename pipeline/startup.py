@@ -196,4 +196,5 @@ def must_match(config: TrainConfig) -> dict[str, object]:
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "data.shuffle_block": config.data.shuffle_block,
+        "data.shuffle_groups": config.data.shuffle_groups,
     }

@@ -17,8 +17,9 @@ from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.config import TrainConfig
+from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.loader import ShardData
-from pipeline.data.store import TRUST_THE_FIRST, ShardIndex
+from pipeline.data.store import ShardIndex, open_split
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.learner import Learner
 from pipeline.models import zoo
@@ -89,10 +90,9 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
     """
 
     def open_both(is_first: bool) -> Shards:
-        root, verify = Path(config.data.root or ""), config.data.verify if is_first else TRUST_THE_FIRST
-        training = ShardIndex.open(root, config.data.train_split, verify=verify)
+        training = open_split(config.data, config.data.train_split, is_first=is_first)
         wants_validation = config.trainer.validate_every_steps != 0
-        validation = ShardIndex.open(root, config.data.val_split, verify=verify) if wants_validation else None
+        validation = open_split(config.data, config.data.val_split, is_first=is_first) if wants_validation else None
         num_classes = config.model.num_classes or training.num_classes
         if num_classes < training.num_classes:
             raise ConfigError(
@@ -101,7 +101,13 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
             )
         return Shards(training, validation, num_classes)
 
-    return world.locally_first(open_both)
+    shards = world.locally_first(open_both)
+    hashes = [index.index_hash for index in (shards.training, shards.validation) if index is not None]
+    world.require_same(
+        " ".join(hashes),
+        f"The ranks see different shards at data.root={config.data.root}: every server must be given the same ones.",
+    )
+    return shards
 
 
 def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
@@ -277,6 +283,7 @@ def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         global_batch=config.batch.global_size,
         rank=world.rank,
         world_size=world.size,
+        local_rank=world.ranks.local_rank,
         local_world_size=world.ranks.local_world_size,
         accumulate=config.batch.split(world.size)[1],
         start_step=start.step,
@@ -299,16 +306,22 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
     micro, num_micro = config.batch.split(world.size)
     ring = wire.gloo_ring_all_reduce(owed_bytes, 4, world.size)
     sent_bytes = wire.sent_bytes_per_rank(ring, world.size)[0]
+    origin = origin_sentence(shards.training)
     world.say(
         f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
         f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
         f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
         f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
-        f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
+        + (f"  the shards  {origin}\n" if origin else "")
+        + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
         f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
+    local_world_size = world.ranks.local_world_size
+    misfit = misfit_sentence(shards.training, config.data, local_world_size=local_world_size, world_size=world.size)
+    if misfit and world.is_first:
+        print(f"warning: {misfit}", file=sys.stderr, flush=True)
 
 
 def _close(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig
-from pipeline.errors import ExitCode, UserError
+from pipeline.errors import DataError, ExitCode, UserError
 from pipeline.run.ranks import RankInfo
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
@@ -105,6 +105,11 @@ class World:
                     break
             result += self.agree(lambda futures=mine: [future.result() for future in futures])
         return result[0]
+
+    def require_same(self, value: str, complaint: str) -> None:
+        """Raise DataError with `complaint` on every rank unless `value` is the same on all. Collective."""
+        if len(set(self._gather(value))) > 1:
+            raise DataError(complaint)
 
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""

@@ -4,6 +4,7 @@ Shape suffixes: B pictures of a micro-batch, H W pixels, C channels.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from pipeline.config import AugmentConfig, InputConfig
-from pipeline.data.order import PADDING, BatchOrder, evaluation_stripe, stripe
+from pipeline.data.order import PADDING, BatchOrder, Ids, evaluation_stripe, stripe
 from pipeline.data.pixels import SampleError, eval_view, train_view
 from pipeline.data.quarantine import BadSample
 from pipeline.data.store import ShardIndex
@@ -60,16 +61,37 @@ class TrainBatches(Sampler[list[TrainItem]]):
         self.order = order
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.start_step, self.num_steps = start_step, num_steps
+        self.place: int | None = None
+        """The step that was last asked for, while the batches are iterated over."""
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[TrainItem]]:
         for step in range(self.start_step, self.num_steps):
+            self.place = step
             batch, epoch = self.order.batch_samples(step), self.order.epoch_of(step)
             for micro in range(self.accumulate):
-                ids = stripe(batch, rank=self.rank, world_size=self.world_size, micro=micro, accumulate=self.accumulate)
+                ids = self._stripe(batch, self.rank, micro)
                 yield [TrainItem(sample_id, epoch) for sample_id in ids.tolist()]
+        self.place = None
+
+    def _stripe(self, batch: Ids, rank: int, micro: int) -> Ids:
+        return stripe(
+            batch,
+            rank=rank,
+            world_size=self.world_size,
+            micro=micro,
+            accumulate=self.accumulate,
+            by_rank=self.order.groups > 1,
+        )
+
+    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
+        """What `ranks` are to show, step by step from the one last asked for. Safe in a thread of its own."""
+        order = replace(self.order, _latest={})  # its memory of an epoch must not be taken from the iteration
+        for step in range(self.start_step if self.place is None else self.place, self.num_steps):
+            batch = order.batch_samples(step)
+            yield np.concatenate([self._stripe(batch, rank, m) for rank in ranks for m in range(self.accumulate)])
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -78,13 +100,25 @@ class EvalBatches(Sampler[list[int]]):
     def __init__(self, num_samples: int, *, batch_size: int, rank: int, world_size: int) -> None:
         self.ids = evaluation_stripe(num_samples, rank=rank, world_size=world_size)
         self.batch_size = batch_size
+        self.num_samples, self.world_size = num_samples, world_size
+        self.place: int | None = None
+        """The batch that was last asked for, while the batches are iterated over."""
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.ids), self.batch_size):
-            yield self.ids[start : start + self.batch_size].tolist()
+        for place in range(len(self)):
+            self.place = place
+            yield self.ids[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        self.place = None
+
+    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
+        """What `ranks` are to show, batch by batch from the one last asked for. Safe in a thread of its own."""
+        of_rank = [evaluation_stripe(self.num_samples, rank=rank, world_size=self.world_size) for rank in ranks]
+        for place in range(self.place or 0, len(self)):
+            ids = np.concatenate([ids[place * self.batch_size : (place + 1) * self.batch_size] for ids in of_rank])
+            yield ids[ids != PADDING]
 
 
 class TrainSamples(Dataset[LoadedBatch]):

@@ -4,12 +4,16 @@ The sampler names samples, so workers hold no state: which worker makes which ba
 nothing.
 """
 
+from contextlib import AbstractContextManager
+
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from pipeline.config import DataConfig, InputConfig
 from pipeline.data.batches import EvalBatches, EvalSamples, LoadedBatch, TrainBatches, TrainSamples
 from pipeline.data.order import BatchOrder
+from pipeline.data.prefetch import Course, Prefetcher
+from pipeline.data.remoteshards import RemoteFiles
 from pipeline.data.store import ShardIndex
 from pipeline.data.workers import choose_num_workers, make_loader
 
@@ -23,7 +27,7 @@ class ShardData(pl.LightningDataModule):
         input_config: at the crop side of this run.
         seed: of order and augmentation.
         global_batch: pictures per optimiser step.
-        rank, world_size: this process among all; local_world_size: processes of this machine.
+        rank, world_size: this process among all; local_rank, local_world_size: among those of this machine.
         accumulate: micro-batches per step.
         start_step: steps committed by earlier attempts.
         num_steps: steps of the whole run.
@@ -46,6 +50,7 @@ class ShardData(pl.LightningDataModule):
         start_step: int,
         num_steps: int,
         evaluation_batch: int = 64,
+        local_rank: int = 0,
         local_world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
@@ -64,7 +69,9 @@ class ShardData(pl.LightningDataModule):
             index_hash=index_train.index_hash,
             block=data.shuffle_block,
             shard_of_sample=index_train.table.shard,
+            groups=data.shuffle_groups,
         )
+        self.ranks_served = ranks_served(rank, local_rank, local_world_size, world_size)
         self.batches = TrainBatches(
             order,
             rank=rank,
@@ -77,7 +84,13 @@ class ShardData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[LoadedBatch]:
         """The micro-batches still to do."""
         samples = TrainSamples(self.index_train, self.input_config, self.data_config.augment, self.seed)
-        return make_loader(samples, self.batches, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        return make_loader(
+            samples,
+            self.batches,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            ahead=_prefetcher(self.index_train, self.batches, self.ranks_served),
+        )
 
     def val_dataloader(self) -> DataLoader[LoadedBatch] | list[DataLoader[LoadedBatch]]:
         """This rank's share of the validation split; an empty list without one."""
@@ -91,6 +104,7 @@ class ShardData(pl.LightningDataModule):
             world_size=self.world_size,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            ranks_served=self.ranks_served,
         )
 
 
@@ -103,7 +117,24 @@ def evaluation_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    ranks_served: range | None = None,
 ) -> DataLoader[LoadedBatch]:
-    """This rank's share of a split: over all ranks each picture once, with equally many batches on each rank."""
+    """This rank's share of a split: over all ranks each picture once, with equally many batches on each rank.
+
+    `ranks_served`: those for which this one fetches shards ahead; None: itself.
+    """
     batches = EvalBatches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-    return make_loader(EvalSamples(index, config), batches, num_workers=num_workers, pin_memory=pin_memory)
+    ahead = _prefetcher(index, batches, range(rank, rank + 1) if ranks_served is None else ranks_served)
+    return make_loader(EvalSamples(index, config), batches, num_workers=num_workers, pin_memory=pin_memory, ahead=ahead)
+
+
+def ranks_served(rank: int, local_rank: int, local_world_size: int, world_size: int) -> range:
+    """The first rank of a machine fetches ahead for all of them, which are numbered in a row as launchers do it."""
+    return range(rank, min(rank + local_world_size, world_size)) if local_rank == 0 else range(0)
+
+
+def _prefetcher(index: ShardIndex, course: Course, ranks: range) -> AbstractContextManager[None] | None:
+    """None for local shards, and for ranks that fetch nothing ahead."""
+    if isinstance(index.files, RemoteFiles) and ranks:
+        return Prefetcher(index.files, index.table.shard, course, ranks)
+    return None

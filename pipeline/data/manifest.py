@@ -65,13 +65,25 @@ class Manifest:
         """
         path = root / MANIFEST_NAME
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
                 f"Run `python -m pipeline.prepare source=... out={root}` (again), or correct the directory."
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> "Manifest":
+        """The manifest with this content; `path` says in messages where it lies.
+
+        Raises:
+            DataError: as `load`.
+        """
+        try:
+            value = json.loads(content.decode())
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
         return _parse(value, path)
 
@@ -112,7 +124,7 @@ class Manifest:
         return self.splits[name]
 
 
-def _parse(value: Any, path: Path) -> Manifest:
+def _parse(value: Any, path: str) -> Manifest:
     """The typed manifest, or `DataError` naming the first thing that is not as it must be."""
     try:
         if value["schema"] != SCHEMA:
@@ -129,7 +141,7 @@ def _parse(value: Any, path: Path) -> Manifest:
     return Manifest(classes=classes, splits=splits, extra=extra)
 
 
-def _parse_split(name: str, value: dict[str, Any], path: Path) -> Split:
+def _parse_split(name: str, value: dict[str, Any], path: str) -> Split:
     shards = tuple(_parse_shard(shard, path) for shard in value["shards"])
     extra = {key: inner for key, inner in value.items() if key not in ("num_samples", "shards")}
     split = Split(shards=shards, extra=extra)
@@ -145,7 +157,7 @@ def _parse_split(name: str, value: dict[str, Any], path: Path) -> Split:
     return split
 
 
-def _parse_shard(value: dict[str, Any], path: Path) -> Shard:
+def _parse_shard(value: dict[str, Any], path: str) -> Shard:
     shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
     is_plain_name = isinstance(shard.name, str) and bool(_PLAIN_NAME.fullmatch(shard.name))
     counts = (shard.bytes, shard.num_samples)

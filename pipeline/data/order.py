@@ -73,10 +73,14 @@ class BatchOrder:
     index_hash: str
     block: int = 0
     shard_of_sample: NDArray[np.integer] | None = None
+    groups: int = 1
+    """Parts of each global batch that walk through parts of the epoch of their own. With `block` each part reads from
+    few shards, and ranks that take whole parts need no others. Divides the global batch; independent of the ranks."""
     _latest: dict[int, Ids] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert 0 < self.global_batch <= self.num_samples, "less than one global batch: the caller says so to the user"
+        assert self.global_batch % self.groups == 0, "TrainConfig refuses this"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,8 +94,10 @@ class BatchOrder:
     def batch_samples(self, step: int) -> Ids:
         """Sample ids of global batch `step`, of shape (global_batch,), in order."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        start = place * self.global_batch
-        return self._order(epoch)[start : start + self.global_batch]
+        # Part g of batch p: place p of the g-th of `groups` equal runs of the epoch; with one group, slice p of it.
+        used = self._order(epoch)[: self.steps_per_epoch * self.global_batch]
+        parts = used.reshape(self.groups, self.steps_per_epoch, self.global_batch // self.groups)
+        return parts[:, place].reshape(-1)
 
     def _order(self, epoch: int) -> Ids:
         if epoch not in self._latest:
@@ -107,7 +113,9 @@ class BatchOrder:
         return self._latest[epoch]
 
 
-def stripe(batch: Ids, *, rank: int, world_size: int, micro: int = 0, accumulate: int = 1) -> Ids:
+def stripe(
+    batch: Ids, *, rank: int, world_size: int, micro: int = 0, accumulate: int = 1, by_rank: bool = False
+) -> Ids:
     """What rank `rank` takes of a global batch in its micro-batch `micro` of `accumulate`.
 
     The batch is cut into accumulate x world_size equal runs, micro-batch by micro-batch: at any moment the ranks read
@@ -115,11 +123,14 @@ def stripe(batch: Ids, *, rank: int, world_size: int, micro: int = 0, accumulate
 
     Args:
         batch: of shape (B,); B must be divisible by world_size * accumulate.
+        by_rank: rank by rank instead: all micro-batches of a rank are one run of the batch, as groups want it.
 
     Returns:
         of shape (B / world_size / accumulate,).
     """
     assert 0 <= rank < world_size and 0 <= micro < accumulate and len(batch) % (world_size * accumulate) == 0
+    if by_rank:
+        return batch.reshape(world_size, accumulate, -1)[rank, micro]
     return batch.reshape(accumulate, world_size, -1)[micro, rank]
 
 

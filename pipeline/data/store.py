@@ -2,7 +2,7 @@
 
 Opening verifies first: the shards against the manifest, the tars by a scan of their headers (tarindex.py), the labels
 against the classes. The scan is cached in `<root>/.squeezewire/`, where that can be written, and is used again while
-the shards' names, sizes, hashes and times stay the same.
+the shards' names, sizes, hashes and times stay the same. Shards behind a URL: remoteshards.py.
 """
 
 import hashlib
@@ -11,74 +11,39 @@ import os
 import weakref
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.config import DataConfig
+from pipeline.data.cache import CacheSettings
 from pipeline.data.foreign import find_split
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
-from pipeline.data.tarindex import ShardSamples, index_shard
+from pipeline.data.remote import is_url
+from pipeline.data.scan import scanned_table, threads
+from pipeline.data.table import SCHEMA, SampleTable, ShardFile, shards_of
 from pipeline.errors import DataError
 from pipeline.files import sha256_of_file, write_atomic
 
 CACHE_DIRECTORY = ".squeezewire"
-SCHEMA = 1
-"""Of the cached index and of its hash. Raise it when either changes: a cache of another schema is made anew."""
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
-NUM_SCAN_THREADS = 16
-"""Waiting for headers is what they share. On local disks the interpreter is the limit, at some 5 us a header."""
 TRUST_THE_FIRST = "size"
 """`verify` for the ranks of a machine that follow one which has read and hashed the same files."""
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """One tar of the split, and what is known of it before it is read."""
+class ShardFiles(Protocol):
+    """Where the bytes of a split's shards come from. Pickles; what it opens, it opens where it is used."""
 
-    name: str
-    bytes: int
-    """Size of the file."""
-    sha256: str | None
-    """From the manifest; None for foreign shards."""
-    num_samples: int | None
-    """From the manifest; None for foreign shards."""
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Bytes of shard number `shard`. Fewer only at its end. Raises OSError or DataError."""
+        ...
 
-
-@dataclass(frozen=True)
-class SampleTable:
-    """What the index holds per sample: NumPy arrays of shape (num_samples,), about 40 bytes a sample and no objects."""
-
-    shard: NDArray[np.int32]
-    """Position of the shard in the split's list."""
-    offset: NDArray[np.int64]
-    """Bytes from the start of the tar to the picture."""
-    length: NDArray[np.int32]
-    """Bytes of the picture."""
-    label: NDArray[np.int32]
-    """Class index."""
-    key: NDArray[np.bytes_]
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """By name, in a fixed order."""
-        return {name: getattr(self, name) for name in ("shard", "offset", "length", "label", "key")}
-
-    def hash_with(self, shards: tuple[ShardFile, ...]) -> str:
-        """SHA-256 over the shards (name, size, hash where known) and every array: hexadecimal.
-
-        Where the shards lie and when they were written does not enter.
-        """
-        digest = hashlib.sha256(json.dumps([SCHEMA, [asdict(shard) for shard in shards]]).encode())
-        for name, array in self.arrays().items():
-            digest.update(f"{name} {array.dtype.str} {len(array)} ".encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        return digest.hexdigest()
+    def close(self) -> None:
+        """Let go of what was opened; it is opened again when needed."""
+        ...
 
 
 class ShardIndex:
@@ -89,54 +54,48 @@ class ShardIndex:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | str,
         split: str,
         shards: tuple[ShardFile, ...],
         table: SampleTable,
-        *,
-        num_classes: int,
+        files: ShardFiles,
         classes: tuple[str, ...] | None,
     ) -> None:
         """Use `open`; this takes the parts as verified."""
         self.root, self.split = root, split
-        self.shards, self.table = shards, table
-        self.num_classes = num_classes
+        self.shards, self.table, self.files = shards, table, files
+        self.num_classes = int(table.label.max()) + 1 if classes is None else len(classes)
         """From the manifest; of foreign shards the highest label plus one."""
         self.classes = classes
         """Names in index order; None for foreign shards."""
         self.index_hash = table.hash_with(shards)
         """Of content and order, hexadecimal: equal for the same shards anywhere."""
-        self._start_empty()
 
     @classmethod
-    def open(cls, root: Path | str, split: str, *, verify: str = "size") -> "ShardIndex":
-        """Index the shards of `split` in the directory `root`, or take the cached index.
+    def open(
+        cls, root: Path | str, split: str, *, verify: str = "size", cache: CacheSettings | None = None
+    ) -> "ShardIndex":
+        """Index the shards of `split` at `root`, or take the index that is there.
 
         Args:
-            root: directory with `manifest.json` and its shards, or with foreign shards.
-            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it.
+            root: directory or URL with `manifest.json` and its shards, or with foreign shards.
+            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it; at a URL shards are
+                `<split>-*.tar` or file names with braces.
             verify: `size` compares each shard's bytes with the manifest; `sha256` reads and hashes it too.
+            cache: for URLs; None: as without configuration.
 
         Raises:
             DataError: shards are missing, damaged, contradict the manifest, or a label is out of range.
         """
         assert verify in ("size", "sha256")
-        root = Path(root)
-        if not root.is_dir():
-            raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
-        manifest = Manifest.load(root) if _has_manifest(root) else None
-        foreign = None if manifest else find_split(root, split)
-        shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
-        if verify == "sha256":
-            _check_hashes(root, shards)
-        table = _cached_table(root, split, shards) if shards else None
-        if table is None or not len(table.label):
-            raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
-        if foreign:
-            counts = np.bincount(table.shard, minlength=len(shards)).tolist()
-            foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
-        num_classes = len(manifest.classes) if manifest else int(table.label.max()) + 1
-        index = cls(root, split, shards, table, num_classes=num_classes, classes=manifest.classes if manifest else None)
+        if is_url(root):
+            from pipeline.data.remoteshards import open_remote
+
+            index = cls(
+                str(root), split, *open_remote(str(root), split, verify, cache or CacheSettings.of(DataConfig()))
+            )
+        else:
+            index = cls(root, split, *_open_local(Path(root), split, verify))
         index._check_labels()
         return index
 
@@ -167,15 +126,51 @@ class ShardIndex:
             OSError: the shard is gone, has shrunk, or cannot be read.
         """
         length = int(self.table.length[sample_id])
-        content = os.pread(
-            self._descriptor(int(self.table.shard[sample_id])), length, int(self.table.offset[sample_id])
-        )
+        content = self.files.read(int(self.table.shard[sample_id]), int(self.table.offset[sample_id]), length)
         if len(content) != length:
             raise OSError(f"only {len(content)} of {length} bytes could be read")
         return content
 
     def close(self) -> None:
         """Close the files `read` has opened; it opens them again when called again."""
+        self.files.close()
+
+    def _check_labels(self) -> None:
+        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= self.num_classes))
+        if len(wrong):
+            first = int(wrong[0])
+            others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise DataError(
+                f"Sample {self.sample_key(first)!r} of shard {self.shard_name(first)}{others} has label"
+                f" {self.label(first)}, and there are {self.num_classes} classes, 0 to {self.num_classes - 1}:"
+                " prepare the shards again with the right classes."
+            )
+
+
+def open_split(data: DataConfig, split: str, *, is_first: bool = True) -> ShardIndex:
+    """`ShardIndex.open` as configured.
+
+    Args:
+        is_first: False: another process of this server has just opened and verified the same split.
+    """
+    assert data.root is not None
+    verify = data.verify if is_first else TRUST_THE_FIRST
+    return ShardIndex.open(data.root, split, verify=verify, cache=CacheSettings.of(data))
+
+
+class LocalFiles:
+    """The shards of a directory. A bounded number of them stays open."""
+
+    def __init__(self, root: Path, shards: tuple[ShardFile, ...]) -> None:
+        self.root, self.shards = root, shards
+        self._start_empty()
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """See ShardFiles."""
+        return os.pread(self._descriptor(shard), length, offset)
+
+    def close(self) -> None:
+        """See ShardFiles."""
         _close_all(self._open_files)
 
     def _descriptor(self, shard: int) -> int:
@@ -202,21 +197,31 @@ class ShardIndex:
         self.__dict__.update(state)
         self._start_empty()
 
-    def _check_labels(self) -> None:
-        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= self.num_classes))
-        if len(wrong):
-            first = int(wrong[0])
-            others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise DataError(
-                f"Sample {self.sample_key(first)!r} of shard {self.shard_name(first)}{others} has label"
-                f" {self.label(first)}, and there are {self.num_classes} classes, 0 to {self.num_classes - 1}:"
-                " prepare the shards again with the right classes."
-            )
-
 
 def _close_all(open_files: OrderedDict[int, int]) -> None:
     while open_files:
         os.close(open_files.popitem()[1])
+
+
+Opened = tuple[tuple[ShardFile, ...], SampleTable, ShardFiles, tuple[str, ...] | None]
+"""(shards, table, files, classes) of a split."""
+
+
+def _open_local(root: Path, split: str, verify: str) -> Opened:
+    if not root.is_dir():
+        raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
+    manifest = Manifest.load(root) if _has_manifest(root) else None
+    foreign = None if manifest else find_split(root, split)
+    shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
+    if verify == "sha256":
+        _check_hashes(root, shards)
+    table = _cached_table(root, split, shards) if shards else None
+    if table is None or not len(table.label):
+        raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
+    if foreign:
+        counts = np.bincount(table.shard, minlength=len(shards)).tolist()
+        foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
+    return shards, table, LocalFiles(root, shards), manifest.classes if manifest else None
 
 
 def _has_manifest(root: Path) -> bool:
@@ -228,7 +233,7 @@ def _has_manifest(root: Path) -> bool:
 
 def _listed(manifest: Manifest, root: Path, split: str) -> tuple[ShardFile, ...]:
     """The manifest's shards of `split`, each there with its size."""
-    shards = tuple(ShardFile(s.name, s.bytes, s.sha256, s.num_samples) for s in manifest.split(split).shards)
+    shards = shards_of(manifest, split)
     sizes = {shard.name: _size(root / shard.name) for shard in shards}
     missing = [name for name, size in sizes.items() if size is None]
     if missing:
@@ -264,54 +269,13 @@ def _size(path: Path) -> int | None:
 def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
     """Read every shard whose hash is known; hashing lets go of the interpreter, so threads run side by side."""
     known = [shard for shard in shards if shard.sha256 is not None]
-    with _threads(len(os.sched_getaffinity(0))) as pool:
+    with threads(len(os.sched_getaffinity(0))) as pool:
         for shard, found in zip(known, pool.map(lambda s: sha256_of_file(root / s.name), known), strict=True):
             if found != shard.sha256:
                 raise DataError(
                     f"Shard {shard.name} in {root} has SHA-256 {found}, and the manifest says {shard.sha256}: its"
                     " content was damaged or changed. Copy it again from its source, or prepare the shards again."
                 )
-
-
-def _scanned_table(root: Path, shards: tuple[ShardFile, ...]) -> SampleTable:
-    """Scan every shard, several side by side: on a network file system the time goes into waiting for headers."""
-    with _threads(NUM_SCAN_THREADS) as pool:
-        scans = list(pool.map(lambda shard: _scan(root, shard), shards))
-    limits = np.iinfo(np.int32)
-    return SampleTable(
-        shard=np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.keys) for scan in scans]),
-        offset=np.concatenate([scan.offsets for scan in scans]),
-        length=np.concatenate([scan.lengths for scan in scans]),
-        # Clipped rather than wrapped around: a label beyond int32 must stay out of range.
-        label=np.concatenate([scan.labels for scan in scans]).clip(limits.min, limits.max).astype(np.int32),
-        key=np.concatenate([scan.keys for scan in scans]),
-    )
-
-
-def _scan(root: Path, shard: ShardFile) -> ShardSamples:
-    """The samples of one shard, as many as the manifest says."""
-    try:
-        scan = index_shard(root / shard.name)
-    except OSError as error:
-        raise DataError(
-            f"Shard {shard.name} in {root} cannot be read ({error.strerror}): mend its permissions or copy it again."
-        ) from error
-    if shard.num_samples not in (None, len(scan.keys)):
-        raise DataError(
-            f"Shard {shard.name} in {root} holds {len(scan.keys)} samples, and the manifest says"
-            f" {shard.num_samples}: copy it again from its source, or prepare the shards again."
-        )
-    return scan
-
-
-@contextmanager
-def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what has not begun, once something fails."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...]) -> SampleTable:
@@ -321,7 +285,7 @@ def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...]) -> Samp
     known = json.dumps([SCHEMA, times, [asdict(shard) for shard in shards]])
     table = _load_table(path, shards, known)
     if table is None:
-        table = _scanned_table(root, shards)
+        table = scanned_table(root, shards)
         _save_table(path, table, shards, known)
     return table
 

@@ -11,8 +11,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.batches import LoadedBatch
+from pipeline.errors import DataError
 
 MAX_AUTOMATIC_WORKERS = 16
 PREFETCH_BATCHES = 2  # per worker
@@ -41,14 +43,35 @@ def choose_num_workers(configured: int | None, *, local_world_size: int, on_gpu:
     return 1 if cores >= 8 else 0
 
 
+class BatchLoader(DataLoader[LoadedBatch]):
+    """A DataLoader that raises a worker's DataError as it is, and that fetches ahead while it is iterated over."""
+
+    ahead: AbstractContextManager[None] = nullcontext()
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with self.ahead:
+            for batch in super().__iter__():
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                yield batch
+
+
 def make_loader(
-    dataset: Dataset[LoadedBatch], batches: Sampler, *, num_workers: int, pin_memory: bool
-) -> DataLoader[LoadedBatch]:
-    """A DataLoader over whole batches. It draws nothing from torch's global generator; its workers ignore signals."""
+    dataset: Dataset[LoadedBatch],
+    batches: Sampler,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    ahead: AbstractContextManager[None] | None = None,
+) -> BatchLoader:
+    """A DataLoader over whole batches. It draws nothing from torch's global generator; its workers ignore signals.
+
+    `ahead` is entered while the loader is iterated over.
+    """
     if num_workers:
         _start_fork_server()
-    return DataLoader(
-        dataset,
+    loader = BatchLoader(
+        _Reporting(dataset),
         batch_sampler=batches,
         collate_fn=_already_a_batch,
         num_workers=num_workers,
@@ -60,6 +83,32 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCH_BATCHES if num_workers else None,
     )
+    if ahead is not None:
+        loader.ahead = ahead
+    return loader
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way from a worker: torch would wrap it into a traceback, and the sentence would be lost."""
+
+    message: str
+
+
+class _Reporting(Dataset[Any]):
+    """A dataset whose DataErrors are values."""
+
+    def __init__(self, dataset: Dataset[LoadedBatch]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: Sequence[Any]) -> Any:
+        try:
+            return self.dataset.__getitems__(items)  # type: ignore[attr-defined]
+        except DataError as error:
+            return _Failure(str(error))
 
 
 def _already_a_batch(batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 out/train-000000.tar ...      plain WebDataset tars: <key>.jpg, <key>.cls
 out/_info.json                what timm's reader of WebDataset wants to know
+out/train.index.npz           where every sample lies (table.py)
 out/manifest.json             written when everything else is complete
 out/.prepare/<shard>.json     only while unfinished: which plan a finished shard is of, with its size and hash
 """
@@ -18,7 +19,9 @@ from pipeline.data.images import BadImageError, Encoding, shard_jpeg
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
 from pipeline.data.plan import PlannedShard
 from pipeline.data.pool import run_tasks
+from pipeline.data.scan import scanned_table
 from pipeline.data.sources import Reader
+from pipeline.data.table import INDEX_KEY, index_name, shards_of
 from pipeline.errors import DataError
 from pipeline.files import TEMPORARY_MARK, sha256_of_file, write_atomic, write_json_atomic
 
@@ -173,12 +176,21 @@ def write_splits(
         splits[plan.name] = Split(shards, {**plan.record, "num_bad": len(bad), "bad": bad})
     merged = Manifest(classes, splits, manifest.extra if manifest else {})
     try:
+        for plan in plans:
+            merged.splits[plan.name].extra[INDEX_KEY] = _write_index(out, merged, plan.name)
         write_json_atomic(out / TIMM_INFO_NAME, timm_info(merged))
         merged.save(out)
         shutil.rmtree(out / STATE_DIRECTORY)
     except OSError as error:
         raise cannot_write(out, error) from error
     return merged, results
+
+
+def _write_index(out: Path, manifest: Manifest, split: str) -> dict[str, Any]:
+    """Where every sample lies, for readers who fetch the shards from elsewhere; described for the manifest."""
+    path = out / index_name(split)
+    write_atomic(path, scanned_table(out, shards_of(manifest, split)).save)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def timm_info(manifest: Manifest) -> dict[str, Any]:
@@ -222,7 +234,7 @@ def _begin(out: Path, plans: Sequence[SplitPlan], manifest: Manifest | None) -> 
             if path.name not in planned:
                 path.unlink()
         # Nobody else writes here (`planning.exclusive`), so whatever is half-made is left over.
-        for pattern in (f"*.tar{TEMPORARY_MARK}*", f"*.json{TEMPORARY_MARK}*"):
+        for pattern in (f"*.tar{TEMPORARY_MARK}*", f"*.json{TEMPORARY_MARK}*", f"*.npz{TEMPORARY_MARK}*"):
             for path in (*out.glob(pattern), *state.glob(pattern)):
                 path.unlink(missing_ok=True)
     except OSError as error:

@@ -97,7 +97,7 @@ def run(
 
 def train(
     root: Path,
-    shards: Path,
+    shards: Path | str,
     name: str,
     devices: int,
     *more: str,
@@ -112,7 +112,14 @@ def train(
 
 
 def train_recorded(
-    root: Path, shards: Path, name: str, devices: int, *more: str, kill_at: str = "", expect: int | None = 0
+    root: Path,
+    shards: Path | str,
+    name: str,
+    devices: int,
+    *more: str,
+    kill_at: str = "",
+    expect: int | None = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> Ended:
     """The same through train_recorded.py, which leaves `<root>/<name>.fed/rank<r>.jsonl`."""
     fed = root / f"{name}.fed"
@@ -120,7 +127,7 @@ def train_recorded(
     where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
     arguments = [str(HERE / "train_recorded.py"), *where, *SMALL, *tracking, *more]
-    return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at})
+    return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})})
 
 
 def rows(run_directory: Path) -> list[dict[str, Any]]:

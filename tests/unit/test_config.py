@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import BatchConfig, InputConfig, RecipeConfig, TrainerConfig, build
-from pipeline.errors import ConfigError
+from pipeline.cli import compose
+from pipeline.config import BatchConfig, DataConfig, InputConfig, RecipeConfig, TrainConfig, TrainerConfig, build
+from pipeline.errors import ConfigError, redacted
 
 
 @given(
@@ -66,6 +67,52 @@ def test_missing_key_names_the_argument_to_add() -> None:
 def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(RecipeConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cache_bytes": 0}, r"data\.cache_bytes=0 must be positive"),
+        ({"fetch_timeout_seconds": 0}, r"data\.fetch_timeout_seconds must be positive"),
+        ({"shuffle_groups": 0}, r"data\.shuffle_groups=0 must be >= 1"),
+    ],
+)
+def test_impossible_ways_to_read_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(DataConfig, values)
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused() -> None:
+    options = ["name=a", "data.root=x", "trainer.max_steps=1", "batch.global_size=12", "data.shuffle_groups=5"]
+    with pytest.raises(ConfigError, match=r"data\.shuffle_groups=5 must divide batch\.global_size=12"):
+        compose("train", TrainConfig, options)
+
+
+@pytest.mark.parametrize("root", ["https://host:8080/a/b", "s3://bucket/pre/fix", "shards/odd@name?#", "/a/b"])
+def test_addresses_without_secrets_are_taken(root: str) -> None:
+    assert DataConfig(root=root).root == root
+
+
+@pytest.mark.parametrize(
+    "root", ["http://me:geheim@host/x", "http://geheim@host/x", "http://me:geh/eim@host", "http://host/x?key=geheim"]
+)
+def test_an_address_with_a_secret_is_refused_without_it(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root=http://.*\*\*\*.* must hold no user") as caught:
+        DataConfig(root=root)
+    assert "geh" not in str(caught.value) and "eim" not in str(caught.value)
+
+
+@given(
+    user=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True),
+    password=st.text("abcxyz019:/@?#%&=+!$", min_size=1, max_size=12).map(lambda text: f"S3cr3t{text}"),
+    before=st.sampled_from(["", "cannot reach ", "Traceback\n  File 'x'\n"]),
+    after=st.sampled_from(["", " (refused)", "\nnext line", "' and more"]),
+)
+def test_what_is_printed_holds_no_password(user: str, password: str, before: str, after: str) -> None:
+    text = f"{before}https://{user}:{password}@host/path{after}"
+    assert "S3cr3t" not in redacted(text)
+    assert redacted(text).startswith(f"{before}https://***@") and redacted(text).endswith(after)
+    assert redacted(f"{before}{after}") == f"{before}{after}"
 
 
 def test_nothing_says_how_long_to_train() -> None:

@@ -147,6 +147,7 @@ def test_every_field_that_shapes_the_order_or_the_weights_must_match() -> None:
         "seed": dataclasses.replace(config, seed=9),
         "batch.global_size": dataclasses.replace(config, batch=BatchConfig(global_size=8)),
         "data.shuffle_block": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_block=2)),
+        "data.shuffle_groups": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_groups=2)),
     }
     base = must_match(config)
     for key, other in changed.items():

@@ -75,6 +75,8 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
             all=outcome(lambda: world.agree(refusing(range(9), CheckpointError(f"by {ranks.rank}")))),
             first_ok=outcome(lambda: world.first_decides(lambda: {"step": 6, "of": [1, None, "x"]})),
             first_bad=outcome(lambda: world.first_decides(refusing((0,), DataError("no shards")))),
+            alike=outcome(lambda: world.require_same("shards", "the ranks see different shards")),
+            unlike=outcome(lambda: world.require_same(f"of {ranks.rank}", "the ranks see different shards")),
             hosts=world.gather_hosts(),
             still=outcome(lambda: world.agree(refusing((), None))),
             servers=list(world.placement.server_of_rank), measured=world.placement.measured,
@@ -89,6 +91,7 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
         assert facts["all"] == [4, f"by {rank}"]
         assert facts["first_ok"] == ["value", {"step": 6, "of": [1, None, "x"]}]
         assert facts["first_bad"][0] == 3 and "no shards" in facts["first_bad"][1]
+        assert (facts["alike"], facts["unlike"]) == (["value", None], [3, "the ranks see different shards"])
         assert len(facts["hosts"]) == num_ranks and facts["still"] == ["value", rank]
         assert facts["servers"] == list(range(num_ranks)) and facts["measured"] is False
 

@@ -249,7 +249,7 @@ def test_validation_leaves_a_bad_picture_out_and_names_it(damaged):
 
 def test_where_nothing_can_be_read_the_batch_is_black_and_everything_is_named(tmp_path):
     index = ShardIndex.open(write_shards(tmp_path / "shards", train=(10,)), "train")
-    (index.root / "train-000000.tar").unlink()  # in the middle of a run
+    (Path(index.root) / "train-000000.tar").unlink()  # in the middle of a run
     (batch,) = one_epoch(index)
     assert not batch.images_BCHW.any() and {bad.sample_id for bad in batch.bad} == set(range(10))
     assert batch.labels_B.tolist() == [index.label(i) for i in batch.sample_ids_B.tolist()]

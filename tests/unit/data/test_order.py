@@ -105,6 +105,64 @@ def test_steps_cover_each_epoch_once_and_drop_the_tail(data, seed, per_rank, tai
         assert np.array_equal(shown, whole[: num_steps * global_batch])
 
 
+@given(
+    data=st.data(),
+    seed=seeds,
+    epoch=st.integers(0, 3),
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 3),
+    num_steps=st.integers(1, 6),
+    block=st.integers(0, 3),
+)
+def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, groups, per_group, num_steps, block):
+    """Each group's part of the batches, in a row, is one run of the epoch."""
+    global_batch = groups * per_group
+    num_samples = num_steps * global_batch + data.draw(st.integers(0, global_batch - 1))
+    shards = shards_of(num_samples, 5)
+    order = BatchOrder(
+        num_samples=num_samples,
+        global_batch=global_batch,
+        seed=seed,
+        index_hash=HASH,
+        block=block,
+        shard_of_sample=shards,
+        groups=groups,
+    )
+    steps = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
+    of_group = [np.concatenate([step.reshape(groups, -1)[group] for step in steps]) for group in range(groups)]
+    whole = epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH, block=block, shard_of_sample=shards)
+    assert np.array_equal(np.concatenate(of_group), whole[: num_steps * global_batch])
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])
+def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size, accumulate):
+    """16 shards, 4 groups: a rank of W reads 16 / W shards in an epoch, and the batches are those of any other W."""
+    num_samples, global_batch = 16 * 24, 24
+    shards = shards_of(num_samples, 16)
+    order = BatchOrder(
+        num_samples=num_samples,
+        global_batch=global_batch,
+        seed=3,
+        index_hash=HASH,
+        block=2,
+        shard_of_sample=shards,
+        groups=4,
+    )
+    read: list[set[int]] = [set() for _ in range(world_size)]
+    for step in range(order.steps_per_epoch):
+        batch = order.batch_samples(step)
+        stripes = [
+            stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate, by_rank=True)
+            for rank in range(world_size)
+            for micro in range(accumulate)
+        ]
+        assert np.array_equal(np.concatenate(stripes), batch)
+        for rank in range(world_size):
+            read[rank].update(shards[np.concatenate(stripes[rank * accumulate :][:accumulate])].tolist())
+    assert [len(of_rank) for of_rank in read] == [16 // world_size] * world_size
+    assert set.union(*read) == set(range(16))
+
+
 @given(step=st.integers(0, 200), start=st.integers(0, 200))
 def test_a_step_is_the_same_from_wherever_the_run_came(step, start):
     def order() -> BatchOrder:

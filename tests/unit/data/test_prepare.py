@@ -65,7 +65,10 @@ def test_the_builtin_set_by_two_workers(tmp_path: Path) -> None:
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 40, "val": 10}
     assert sorted({sample.label for sample in stored_samples(tmp_path, "val")}) == list(range(10))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["_info.json", "manifest.json", *(shard.name for split in manifest.splits.values() for shard in split.shards)]
+        [
+            *("_info.json", "manifest.json", "train.index.npz", "val.index.npz"),
+            *(shard.name for split in manifest.splits.values() for shard in split.shards),
+        ]
     )
 
 

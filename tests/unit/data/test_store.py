@@ -19,6 +19,7 @@ from small_shards import CLASSES, samples_of, write_manifest, write_shards, writ
 from pipeline.data import store
 from pipeline.data.manifest import Manifest
 from pipeline.data.store import CACHE_DIRECTORY, ShardIndex
+from pipeline.data.tarindex import index_shard
 from pipeline.errors import DataError
 
 BLOCK = 512
@@ -29,9 +30,9 @@ def root(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards", train=(4, 5), val=(3,))
 
 
-def refused(root: Path, split: str = "train", **arguments: str) -> str:
+def refused(root: Path, split: str = "train", verify: str = "size") -> str:
     with pytest.raises(DataError) as caught:
-        ShardIndex.open(root, split, **arguments)
+        ShardIndex.open(root, split, verify=verify)
     return str(caught.value)
 
 
@@ -146,7 +147,7 @@ def test_offsets_and_names_are_those_of_tarfile(tmp_path_factory, format, names)
     content = tar_with(*members, format=format)
     path = tmp_path_factory.mktemp("tar") / "one.tar"
     path.write_bytes(content)
-    found = store.index_shard(path)
+    found = index_shard(path)
     assert [bytes(key).decode() for key in found.keys] == keys
     for key, offset, length in zip(keys, found.offsets, found.lengths, strict=True):
         with tarfile.open(path) as tar:

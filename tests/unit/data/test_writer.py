@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures_on_disk import contents_of, picture, pictures, stored_samples, write_files
+from shard_index import add_index
 
 from pipeline.data.images import BadImageError, Encoding, shard_jpeg
 from pipeline.data.manifest import Manifest
@@ -95,7 +96,10 @@ def test_the_manifest_tells_the_truth(source: Source, tmp_path: Path) -> None:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (shard.bytes, shard.sha256)
     assert manifest.split("train").num_samples == 21
     assert Manifest.load(tmp_path / "out") == manifest
-    assert sorted(contents_of(tmp_path / "out")) == ["_info.json", "manifest.json", *(shard.name for shard in shards)]
+    add_index(tmp_path / "out", "train")  # it is there already, and tells the truth too
+    assert Manifest.load(tmp_path / "out") == manifest
+    names = ["_info.json", "manifest.json", *(shard.name for shard in shards), "train.index.npz"]
+    assert sorted(contents_of(tmp_path / "out")) == names
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(short_side=12, jpeg_quality=80)])

@@ -1,0 +1,145 @@
+"""Shards fetched before they are needed: the order says which, long before.
+
+One process of each server does it for all its ranks. It looks ahead as far as the cache has room, counts what it sees
+as used, so that nothing else is evicted before it, and leaves every failure to who needs the shard.
+"""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.order import Ids
+from pipeline.data.remoteshards import RemoteFiles
+from pipeline.errors import DataError
+
+NUM_THREADS = 4
+SHARE_OF_CACHE = 0.8
+"""The rest is room for what is being fetched and for what is used a little longer than the order says."""
+LOOK_AGAIN_SECONDS = 10.0
+IDLE_SECONDS = 0.1
+JOIN_SECONDS = 2.0
+
+
+class Course(Protocol):
+    """A sampler that knows its future (batches.py)."""
+
+    place: int | None
+    """What was last asked for; None: nothing yet, or everything."""
+
+    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
+        """Sample ids by place, from `place` on."""
+        ...
+
+
+class Prefetcher:
+    """Fetches ahead inside a `with` block, in threads of its own.
+
+    Args:
+        files: of the split.
+        shard_of_sample: of shape (num_samples,).
+        course: what will be asked for.
+        ranks: of this server.
+    """
+
+    def __init__(self, files: RemoteFiles, shard_of_sample: NDArray[np.integer], course: Course, ranks: range) -> None:
+        self.files, self.shard_of_sample, self.course, self.ranks = files, shard_of_sample, course, ranks
+
+    def __enter__(self) -> None:
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._window = _Window(self)
+        self._seen: set[int] = set()
+        self._look_again = 0.0
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(NUM_THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        deadline = time.monotonic() + JOIN_SECONDS  # a thread that waits for the network ends when it hears of it
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            shard = self._next()
+            if shard is None:
+                self._stopped.wait(IDLE_SECONDS)
+                continue
+            try:
+                self.files.fetch_ahead(shard, self._pulse)
+            except DataError:
+                pass  # whoever needs it will meet the error, and say it
+            except _Stopped:
+                return
+
+    def _next(self) -> int | None:
+        """The first shard of the window that was not looked at lately."""
+        with self._lock:
+            if time.monotonic() >= self._look_again:
+                self._look_again = time.monotonic() + LOOK_AGAIN_SECONDS
+                self._seen.clear()
+            for shard in self._window.shards():
+                if shard not in self._seen:
+                    self._seen.add(shard)
+                    return shard
+        return None
+
+    def _pulse(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """The block was left while a shard was on its way."""
+
+
+class _Window:
+    """The shards that are needed from now on, in the order of their first use, as many as the cache has room for."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._files, self._course = prefetcher.files, prefetcher.course
+        self._shard_of_sample = prefetcher.shard_of_sample
+        self._first = self._course.place or 0
+        self._ahead = prefetcher.course.samples_ahead(prefetcher.ranks)
+        self._steps: deque[tuple[int, ...]] = deque()
+        self._uses: Counter[int] = Counter()
+        self._num_bytes = 0
+        self._limit_bytes = SHARE_OF_CACHE * self._files.cache.num_bytes
+        self._is_at_end = False
+
+    def shards(self) -> list[int]:
+        """Recomputed from where the sampler is by now."""
+        if self._course.place is not None:
+            while self._steps and self._first < self._course.place:
+                self._first += 1
+                self._forget(self._steps.popleft())
+        while not self._is_at_end and len(self._uses) < len(self._files.shards) and self._num_bytes < self._limit_bytes:
+            self._look_further()
+        return list(self._uses)
+
+    def _look_further(self) -> None:
+        ids = next(self._ahead, None)
+        if ids is None:
+            self._is_at_end = True
+            return
+        # In the order of first use, not of number: the first to be needed comes first.
+        shards, first_use = np.unique(self._shard_of_sample[ids], return_index=True)
+        step = tuple(shards[np.argsort(first_use)].tolist())
+        self._steps.append(step)
+        for shard in step:
+            if shard not in self._uses:
+                self._num_bytes += self._files.shards[shard].bytes
+            self._uses[shard] += 1
+
+    def _forget(self, step: tuple[int, ...]) -> None:
+        for shard in step:
+            self._uses[shard] -= 1
+            if not self._uses[shard]:
+                del self._uses[shard]
+                self._num_bytes -= self._files.shards[shard].bytes

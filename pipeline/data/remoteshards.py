@@ -1,0 +1,315 @@
+"""The shards of a split behind a URL: listed there, kept in the cache of this server, read from it.
+
+What tells where the samples lie is the index that `prepare` wrote beside the shards (`<split>.index.npz`, with its hash
+in the manifest): reading the headers of remote tars would take a request per sample. Shards without it (foreign ones,
+or of an earlier version) are fetched once and indexed in the cache. Either way a shard's headers are compared with the
+index when it arrives, and the hash of the index is the one it has on a local disk, so that the order is the same.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.data.cache import Cache, CacheSettings, Entry, Produce
+from pipeline.data.foreign import expand
+from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.remote import Store, open_store
+from pipeline.data.scan import scan_shard, threads
+from pipeline.data.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, shards_of
+from pipeline.data.tarindex import ShardSamples
+from pipeline.data.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
+from pipeline.errors import DataError
+from pipeline.files import sha256_of_file
+
+FRESH_SECONDS = 10.0
+"""For so long the processes of a server share what one of them was told: ranks start together."""
+NUM_LISTING_THREADS = 16
+NUM_FETCH_THREADS = 4
+MAX_NAMES_SHOWN = 20
+
+
+class RemoteFiles:
+    """The shards of a split, read through the cache (store.ShardFiles). Pickles; connects where it is used.
+
+    Args:
+        validators: of the server when the run began; one per shard, used for shards without a hash.
+        table: what their headers must say; None: not known yet.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shards: tuple[ShardFile, ...],
+        validators: Sequence[str | None],
+        cache: Cache,
+        table: SampleTable | None = None,
+    ) -> None:
+        self.url, self.shards, self.cache, self.table = url, shards, cache, table
+        self.validators = tuple(validators)
+        self._connection = Connection(url, cache.patience)
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """See ShardFiles; fetches the shard if it is not here.
+
+        Raises:
+            DataError: it cannot be fetched, or is not what it was.
+        """
+        with self.cache.open(self.entry(shard), self.producer(shard)) as descriptor:
+            return os.pread(descriptor, length, offset)
+
+    def fetch_ahead(self, shard: int, pulse: Pulse = no_pulse) -> bool:
+        """Fetch a shard for later; False if that must wait. Raises DataError, and what `pulse` raises."""
+        return self.cache.fetch_ahead(self.entry(shard), self.producer(shard, pulse))
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is here."""
+        return self.cache.has(self.entry(shard))
+
+    def close(self) -> None:
+        """See ShardFiles."""
+        self._connection.close()
+
+    def entry(self, shard: int) -> Entry:
+        """A shard with a hash is known by it, wherever it came from; another by its address, size and tag."""
+        file = self.shards[shard]
+        key = file.sha256 or _key("shard", self.url, file.name, file.bytes, self.validators[shard])
+        return Entry(key, f"{file.name} of {self.url}", file.bytes)
+
+    def producer(self, shard: int, pulse: Pulse = no_pulse) -> Produce:
+        """How a shard comes into the cache: whole, with the right hash, holding what the index says."""
+        file = self.shards[shard]
+        validator = None if file.sha256 else self.validators[shard]
+
+        def produce(sink: BinaryIO, part: Path) -> None:
+            expected = Expected(file.bytes, file.sha256, validator)
+            store, patience = self._connection.store, self.cache.patience
+            fetch(store, file.name, sink, expected=expected, patience=patience, pulse=pulse)
+            if self.table is not None and not self.table.agrees_with(shard, scan_shard(part, file, f"at {self.url}")):
+                raise DataError(
+                    f"Shard {file.name} at {self.url} does not hold the samples that the index lists: copy there again"
+                    " all that `prepare` made."
+                )
+
+        return produce
+
+
+class Connection:
+    """The store of a URL, opened once in each process that uses it."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self.url, self.patience = url, patience
+        self._start_empty()
+
+    @property
+    def store(self) -> Store:
+        """Made by the first thread that asks; a forked child makes its own."""
+        with self._lock:
+            if self._store is None or self._owner != os.getpid():
+                self._store, self._owner = open_store(self.url, self.patience.timeouts), os.getpid()
+            return self._store
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._store = None
+
+    def _start_empty(self) -> None:
+        self._store: Store | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "patience": self.patience}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_empty()
+
+
+def open_remote(
+    url: str, split: str, verify: str, settings: CacheSettings
+) -> tuple[tuple[ShardFile, ...], SampleTable, RemoteFiles, tuple[str, ...] | None]:
+    """(shards, table, files, classes) of a split behind a URL.
+
+    Args:
+        verify: `sha256` hashes again what is in the cache already; what arrives is hashed in any case.
+
+    Raises:
+        DataError: shards are missing, the server or the cache cannot be used, or the index is not of the shards.
+    """
+    place = _Place(url, split, settings)
+    manifest = place.manifest()
+    shards, validators = place.listing(manifest)
+    files = RemoteFiles(place.url, shards, validators, place.cache)
+    if verify == "sha256":
+        _hash_again(files)
+    described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
+    table = place.fetched_table(shards, described) if described else place.scanned_table(files)
+    if not len(table.label):
+        raise DataError(f"Split {split!r} at {place.url} holds no sample: prepare it again.")
+    files.table = table
+    return shards, table, files, manifest.classes if manifest else None
+
+
+def check_remote(url: str, split: str, settings: CacheSettings) -> None:
+    """Raise the DataError that `open_remote` would raise without fetching an index or a shard."""
+    place = _Place(url, split, settings)
+    place.listing(place.manifest())
+
+
+class _Place:
+    """A split at a URL, looked at through the cache: what one process is told, its neighbours take from there."""
+
+    def __init__(self, url: str, split: str, settings: CacheSettings) -> None:
+        self.url, self.split = url.rstrip("/"), split
+        self.cache = Cache(settings, self.url)
+        self.patience = settings.patience
+        self.connection = Connection(self.url, self.patience)
+        assert self.connection.store  # a URL that means nothing is refused before a directory is made
+        self.cache.prepare()
+
+    def manifest(self) -> Manifest | None:
+        """The manifest; None where foreign shards are named one by one, or there is none."""
+        if self.split.endswith(".tar"):
+            return None
+
+        def produce(file: BinaryIO, part: Path) -> None:
+            del part
+            if head(self.connection.store, MANIFEST_NAME, self.patience) is not None:
+                fetch(self.connection.store, MANIFEST_NAME, file, patience=self.patience)
+
+        entry = Entry(_key("manifest", self.url), f"{MANIFEST_NAME} of {self.url}")
+        with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
+            content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        return Manifest.parse(content, f"{self.url}/{MANIFEST_NAME}") if content else None
+
+    def listing(self, manifest: Manifest | None) -> tuple[tuple[ShardFile, ...], list[str | None]]:
+        """The shards, each there with its size, and what the server says of their versions."""
+        shards = shards_of(manifest, self.split) if manifest else ()
+        for shard in shards:
+            _check_hash(shard.sha256, shard.name, self.url)
+
+        def produce(file: BinaryIO, part: Path) -> None:
+            found = shards or [ShardFile(name, -1, None, None) for name in self._foreign_names()]
+            file.write(json.dumps(self._looked_up(found, part)).encode())
+
+        entry = Entry(_key("listing", self.url, self.split, *map(asdict, shards)), f"the listing of {self.url}")
+        with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
+            listed = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        if not shards:
+            shards = tuple(ShardFile(name, num_bytes, None, None) for name, num_bytes, _ in listed)
+        return shards, [validator for _, _, validator in listed]
+
+    def _foreign_names(self) -> list[str]:
+        if self.split.endswith(".tar"):
+            return list(expand(self.split))
+        everything = names(self.connection.store, self.patience)
+        if everything is None:
+            raise DataError(
+                f"{self.url} has no {MANIFEST_NAME}, and a web server does not list its files: give the shards' names"
+                f" with braces as the split, as in 'data.train_split=\"{self.split}-{{000000..000146}}.tar\"'."
+            )
+        found = [name for name in everything if name.startswith(f"{self.split}-") and name.endswith(".tar")]
+        if not found:
+            raise DataError(
+                f"{self.url} has no {MANIFEST_NAME} and no shards {self.split}-*.tar: correct data.root or the split."
+            )
+        return found
+
+    def _looked_up(self, shards: Sequence[ShardFile], part: Path) -> list[tuple[str, int, str | None]]:
+        """[(name, bytes, validator)], asked for side by side."""
+        store = self.connection.store
+        with threads(NUM_LISTING_THREADS) as pool:
+            stats = list(pool.map(lambda s: head(store, s.name, self.patience, lambda: os.utime(part)), shards))
+        missing = [shard.name for shard, stat in zip(shards, stats, strict=True) if stat is None]
+        if missing:
+            shown = ", ".join(missing[:MAX_NAMES_SHOWN]) + (", ..." if len(missing) > MAX_NAMES_SHOWN else "")
+            raise DataError(
+                f"{len(missing)} of {len(shards)} shards of split {self.split!r} are missing at {self.url}: {shown}."
+                " Copy them there again, or prepare the shards again."
+            )
+        listed = []
+        for shard, stat in zip(shards, stats, strict=True):
+            assert stat is not None
+            if stat.num_bytes is None and shard.bytes < 0:
+                raise DataError(f"{self.url} does not say how large {shard.name} is: serve it with a Content-Length.")
+            if stat.num_bytes is not None and shard.bytes not in (-1, stat.num_bytes):
+                raise DataError(
+                    f"Shard {shard.name} at {self.url} has {stat.num_bytes} bytes, and the manifest says"
+                    f" {shard.bytes}: copy it there again from its source, or prepare the shards again."
+                )
+            listed.append((shard.name, stat.num_bytes if stat.num_bytes is not None else shard.bytes, stat.validator))
+        return listed
+
+    def fetched_table(self, shards: tuple[ShardFile, ...], described: Any) -> SampleTable:
+        """The index that `prepare` wrote."""
+        try:
+            name, num_bytes, sha256 = described["name"], described["bytes"], described["sha256"]
+            if name != index_name(self.split):
+                raise ValueError(name)
+            entry = Entry(sha256, f"{name} of {self.url}", int(num_bytes))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.url}/{MANIFEST_NAME} describes the index of split {self.split!r} wrongly. Run `prepare` again."
+            ) from error
+        _check_hash(sha256, name, self.url)
+
+        def produce(file: BinaryIO, part: Path) -> None:
+            del part
+            expected = Expected(num_bytes, sha256)
+            fetch(self.connection.store, name, file, expected=expected, patience=self.patience)
+
+        with self.cache.open(entry, produce):
+            return SampleTable.load(self.cache.path(entry), shards)
+
+    def scanned_table(self, files: RemoteFiles) -> SampleTable:
+        """The index of shards that come without one: made once per server, of all shards, in the cache."""
+
+        def produce(file: BinaryIO, part: Path) -> None:
+            total = sum(shard.bytes for shard in files.shards)
+            say(
+                f"{self.url} has no index of split {self.split!r} (prepare writes one): all of its"
+                f" {len(files.shards)} shards, {total / 1e9:.3g} GB, are fetched to make it"
+            )
+            _scanned(files, lambda: os.utime(part)).save(file)
+
+        known = [files.entry(shard).key for shard in range(len(files.shards))]
+        entry = Entry(_key("index", SCHEMA, *known), f"the index of {self.url}")
+        with self.cache.open(entry, produce):
+            return SampleTable.load(self.cache.path(entry), files.shards)
+
+
+def _scanned(files: RemoteFiles, pulse: Pulse) -> SampleTable:
+    def one(shard: int) -> ShardSamples:
+        entry, file = files.entry(shard), files.shards[shard]
+        with files.cache.open(entry, files.producer(shard, pulse)):
+            return scan_shard(files.cache.path(entry), file, f"at {files.url}")
+
+    with threads(NUM_FETCH_THREADS) as pool:
+        return SampleTable.of(list(pool.map(one, range(len(files.shards)))))
+
+
+def _hash_again(files: RemoteFiles) -> None:
+    """Remove what has changed in the cache, so that it is fetched anew."""
+    for shard, file in enumerate(files.shards):
+        entry = files.entry(shard)
+        if file.sha256 and files.has(shard) and sha256_of_file(files.cache.path(entry)) != file.sha256:
+            say(f"{file.name} was damaged in {files.cache.directory}; it is fetched again")
+            files.cache.remove(entry)
+
+
+def _check_hash(value: Any, name: str, url: str) -> None:
+    """Hashes become file names in the cache: whatever else a manifest may hold must not get there."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise DataError(
+            f"{url}/{MANIFEST_NAME} says that {name} has the SHA-256 {value!r}, which is none. Run `prepare` again."
+        )
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

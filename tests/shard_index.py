@@ -1,0 +1,20 @@
+"""The index that `prepare` leaves beside the shards, for shards that a test wrote by itself."""
+
+from pathlib import Path
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.scan import scanned_table
+from pipeline.data.table import INDEX_KEY, index_name, shards_of
+from pipeline.files import sha256_of_file, write_atomic
+
+
+def add_index(root: Path, *splits: str) -> Path:
+    """Write it and describe it in the manifest. Returns `root`."""
+    manifest = Manifest.load(root)
+    for split in splits:
+        path = root / index_name(split)
+        write_atomic(path, scanned_table(root, shards_of(manifest, split)).save)
+        described = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        manifest.split(split).extra[INDEX_KEY] = described
+    manifest.save(root)
+    return root

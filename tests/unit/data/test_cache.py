@@ -1,0 +1,450 @@
+"""One fetch per server, whoever asks and whoever dies; never more than the bound; never a part taken for the whole."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+from shard_server import Rule, ShardServer, serving
+
+from pipeline.data.cache import PART, Cache, CacheSettings, Entry, Produce
+from pipeline.data.transfer import Patience
+from pipeline.errors import DataError
+
+SIZE = 100_000
+NAMES = [f"train-{number:06d}.tar" for number in range(8)]
+CONTENTS = {name: np.random.default_rng(number).bytes(SIZE) for number, name in enumerate(NAMES)}
+ENTRIES = {name: Entry(hashlib.sha256(content).hexdigest(), name, SIZE) for name, content in CONTENTS.items()}
+DEADLINE_SECONDS = 60.0
+
+READER = """
+import hashlib, os, sys
+from pathlib import Path
+from pipeline.data.cache import Cache, CacheSettings, Entry
+from pipeline.data.remote import open_store
+from pipeline.data.transfer import Expected, Patience, fetch
+from pipeline.errors import DataError
+
+url, directory, bound, seconds, *wanted = sys.argv[1:]
+patience = Patience(float(seconds))
+cache = Cache(CacheSettings(Path(directory), int(bound), patience), url)
+store = open_store(url, patience.timeouts)
+cache.prepare()
+print("ready", flush=True)
+sys.stdin.readline()
+for item in wanted:
+    name, size, sha256 = item.split(":")
+    entry = Entry(sha256, name, int(size))
+    def produce(file, part):
+        fetch(store, name, file, expected=Expected(entry.num_bytes, sha256), patience=patience)
+    try:
+        with cache.open(entry, produce) as descriptor:
+            content = os.pread(descriptor, 2**30, 0)
+        print("got", name, hashlib.sha256(content).hexdigest() == sha256, flush=True)
+    except DataError as error:
+        print("error", error, flush=True)
+"""
+
+
+class Reader:
+    """A process that opens objects through the cache, one after another, once told to begin."""
+
+    def __init__(self, server: ShardServer, directory: Path, *names: str, bound: int = 10**9, seconds: float = 20):
+        wanted = [f"{name}:{SIZE}:{ENTRIES[name].key}" for name in names]
+        arguments = [server.url, str(directory), str(bound), str(seconds), *wanted]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READER, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def begin(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def end(self) -> list[str]:
+        with self.process:
+            output, _ = self.process.communicate(timeout=DEADLINE_SECONDS)
+        return output.splitlines()
+
+    def kill(self) -> None:
+        with self.process:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardServer]:
+    root = tmp_path_factory.mktemp("served")
+    for name, content in CONTENTS.items():
+        (root / name).write_bytes(content)
+    with serving(root, root.parent / "requests.jsonl") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: ShardServer) -> ShardServer:
+    running.requests()
+    running.set_rules()
+    running._log.write_text("")
+    return running
+
+
+def make(directory: Path, *, bound: int = 10**9, seconds: float = 20.0, origin: str = "here") -> Cache:
+    cache = Cache(CacheSettings(directory, bound, Patience(seconds)), origin)
+    cache.prepare()
+    return cache
+
+
+def writes(name: str) -> Produce:
+    def produce(file: BinaryIO, part: Path) -> None:
+        assert part.exists()
+        file.write(CONTENTS[name])
+
+    return produce
+
+
+def put(cache: Cache, *names: str) -> None:
+    """Have these in the cache, each used later than the one before."""
+    for name in names:
+        with cache.open(ENTRIES[name], writes(name)) as descriptor:
+            assert os.pread(descriptor, SIZE + 1, 0) == CONTENTS[name]
+        time.sleep(0.01)
+
+
+def held(cache: Cache) -> list[str]:
+    return [name for name in NAMES if cache.has(ENTRIES[name])]
+
+
+def parts(directory: Path) -> list[Path]:
+    return list(directory.glob(f"*{PART}"))
+
+
+def is_growing(directory: Path) -> bool:
+    """Whether an object is on its way: some of it has been written, which shows in blocks that are not zero."""
+    return any(any(part.read_bytes()[:1000]) for part in parts(directory))
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- once per server ---
+
+
+def test_processes_that_want_the_same_fetch_it_once(server, tmp_path):
+    server.set_rules(Rule("slow", bytes_per_second=200_000))  # half a second: all of them come meanwhile
+    readers = [Reader(server, tmp_path / "cache", *NAMES[:2]) for _ in range(4)]
+    for reader in readers:
+        reader.begin()
+    assert [reader.end() for reader in readers] == [[f"got {name} True" for name in NAMES[:2]]] * 4
+    assert sorted(r.path for r in server.requests()) == [f"/{name}" for name in NAMES[:2]]
+    assert server.sent_bytes() == 2 * SIZE
+    assert not parts(tmp_path / "cache")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir() if path.name != "lock"} == {0o400}
+
+
+def test_a_second_job_takes_what_the_first_has_left(server, tmp_path):
+    for _ in range(2):
+        reader = Reader(server, tmp_path / "cache", *NAMES[:3])
+        reader.begin()
+        assert reader.end() == [f"got {name} True" for name in NAMES[:3]]
+    assert server.sent_bytes() == 3 * SIZE
+
+
+def test_a_failure_is_shared_by_those_who_wait_for_it(server, tmp_path):
+    """Each of them would otherwise spend the whole patience, one after another."""
+    server.set_rules(Rule("status", status=503))
+    readers = [Reader(server, tmp_path / "cache", NAMES[0], seconds=4) for _ in range(3)]
+    began = time.monotonic()
+    for reader in readers:
+        reader.begin()
+    said = [line for reader in readers for line in reader.end()]
+    assert time.monotonic() - began < 2 * 4
+    assert len(said) == 3 and len(set(said)) == 1
+    assert "HTTP 503" in said[0] and not list((tmp_path / "cache").glob("[!l]*"))
+
+
+def test_the_failure_of_another_job_is_not_shared(tmp_path):
+    first, second = make(tmp_path, origin="here"), make(tmp_path, origin="elsewhere")
+    is_under_way, may_fail = threading.Event(), threading.Event()
+
+    def fails(file: BinaryIO, part: Path) -> None:
+        is_under_way.set()
+        may_fail.wait(DEADLINE_SECONDS)
+        raise DataError("only of the first")
+
+    def fail() -> None:
+        with pytest.raises(DataError, match="only of the first"), first.open(ENTRIES[NAMES[0]], fails):
+            pass
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    is_under_way.wait(DEADLINE_SECONDS)
+    threading.Timer(0.2, may_fail.set).start()
+    put(second, NAMES[0])
+    thread.join()
+
+
+def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.data.cache.POLL_SECONDS", 0.3)
+    first, second = make(tmp_path), make(tmp_path)
+    entry, is_under_way, may_end = ENTRIES[NAMES[0]], threading.Event(), threading.Event()
+
+    def slowly(file: BinaryIO, part: Path) -> None:
+        is_under_way.set()
+        may_end.wait(DEADLINE_SECONDS)
+        file.write(CONTENTS[NAMES[0]])
+
+    threads = [threading.Thread(target=first.fetch_ahead, args=(entry, slowly))]
+    threads.append(threading.Thread(target=put, args=(second, NAMES[0])))
+    threads[0].start()
+    is_under_way.wait(DEADLINE_SECONDS)
+    threads[1].start()
+    time.sleep(0.1)  # it has found the object locked, and looks again after 0.3 s
+    may_end.set()
+    threads[0].join()
+    first.remove(entry)
+    threads[1].join()
+    assert held(second) == [NAMES[0]]
+
+
+# --- who is killed ---
+
+
+def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(server, tmp_path):
+    directory = tmp_path / "cache"
+    server.set_rules(Rule("slow", bytes_per_second=50_000, times=1))
+    victim, heir = (Reader(server, directory, NAMES[0]) for _ in range(2))
+    victim.begin()
+    wait_for(lambda: is_growing(directory))
+    heir.begin()  # waits for the victim
+    time.sleep(0.1)
+    victim.kill()
+    assert heir.end() == [f"got {NAMES[0]} True"]
+    assert not parts(directory)
+    assert [r.fault for r in server.requests()] == ["slow", None]
+
+
+def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server, tmp_path):
+    directory = tmp_path / "cache"
+    server.set_rules(Rule("slow", bytes_per_second=50_000))
+    victim, living = (Reader(server, directory, name) for name in NAMES[:2])
+    for reader in (victim, living):
+        reader.begin()
+    wait_for(lambda: len(parts(directory)) == 2 and is_growing(directory))
+    victim.kill()
+    assert make(directory).used_bytes() == SIZE
+    assert [part.name for part in parts(directory)] == [ENTRIES[NAMES[1]].key + PART]
+    assert living.end() == [f"got {NAMES[1]} True"]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_any_moment(server, tmp_path):
+    directory = tmp_path / "cache"
+    moments = np.random.default_rng(0).uniform(0, 0.6, 20)
+    for moment in moments:
+        server.set_rules(Rule("slow", bytes_per_second=400_000))
+        victims = [Reader(server, directory, *NAMES[:4]) for _ in range(2)]
+        for victim in victims:
+            victim.begin()
+        time.sleep(float(moment))
+        for victim in victims:
+            victim.kill()
+        for name in NAMES[:4]:
+            if make(directory).has(ENTRIES[name]):
+                assert (directory / ENTRIES[name].key).read_bytes() == CONTENTS[name]
+    server.set_rules()
+    last = Reader(server, directory, *NAMES[:4])
+    last.begin()
+    assert last.end() == [f"got {name} True" for name in NAMES[:4]] and not parts(directory)
+
+
+# --- room ---
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path):
+    cache = make(tmp_path, bound=3 * SIZE)
+    put(cache, *NAMES[:3])
+    put(cache, NAMES[0], NAMES[3])
+    assert held(cache) == [NAMES[0], NAMES[2], NAMES[3]] and cache.used_bytes() == 3 * SIZE
+
+
+def test_what_is_being_read_stays_whoever_reads_it(tmp_path):
+    cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
+    put(cache, NAMES[0], NAMES[1])
+    with other.open(ENTRIES[NAMES[0]], writes(NAMES[0])) as descriptor:
+        os.utime(tmp_path / ENTRIES[NAMES[0]].key, (1, 1))  # unused for longest, and in use
+        put(cache, NAMES[2])
+        assert held(cache) == [NAMES[0], NAMES[2]]
+        assert os.pread(descriptor, SIZE, 0) == CONTENTS[NAMES[0]]
+
+
+def test_where_everything_is_in_use_it_is_waited_for_and_then_said(tmp_path):
+    cache, other = make(tmp_path, bound=SIZE, seconds=0.5), make(tmp_path, bound=SIZE)
+    put(other, NAMES[0])
+    with (
+        other.open(ENTRIES[NAMES[0]], writes(NAMES[0])),
+        pytest.raises(DataError, match=rf"no room for {NAMES[1]} .*data\.cache_bytes={SIZE}\. Raise it"),
+    ):
+        put(cache, NAMES[1])
+    assert not parts(tmp_path)
+    put(cache, NAMES[1])
+    assert held(cache) == [NAMES[1]]
+
+
+def test_an_object_larger_than_the_cache(tmp_path):
+    with pytest.raises(DataError, match=rf"data\.cache_bytes={SIZE - 1} holds not even {NAMES[0]}"):
+        put(make(tmp_path, bound=SIZE - 1), NAMES[0])
+
+
+def test_the_bound_holds_for_many_processes_with_little_room(server, tmp_path):
+    directory = tmp_path / "cache"
+    readers = [Reader(server, directory, *np.roll(NAMES, 3 * n).tolist(), bound=3 * SIZE) for n in range(3)]
+    for reader in readers:
+        reader.begin()
+    most = 0
+    cache = make(directory)
+    while any(reader.process.poll() is None for reader in readers):
+        most = max(most, cache.used_bytes())
+        time.sleep(0.002)
+    assert [sorted(reader.end()) for reader in readers] == [[f"got {name} True" for name in NAMES]] * 3
+    assert SIZE <= most <= 3 * SIZE
+
+
+def test_what_is_fetched_ahead_waits_for_nobody(tmp_path):
+    cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
+    assert cache.fetch_ahead(ENTRIES[NAMES[0]], writes(NAMES[0])) and held(cache) == [NAMES[0]]
+    part = tmp_path / f"{ENTRIES[NAMES[1]].key}{PART}"
+    with part.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process fetches it
+        assert not cache.fetch_ahead(ENTRIES[NAMES[1]], writes(NAMES[1]))
+    put(cache, NAMES[2])
+    with other.open(ENTRIES[NAMES[0]], writes(NAMES[0])), other.open(ENTRIES[NAMES[2]], writes(NAMES[2])):
+        assert not cache.fetch_ahead(ENTRIES[NAMES[3]], writes(NAMES[3]))
+    assert not held(cache)[2:]
+
+
+def test_an_old_object_is_fetched_anew_where_age_matters(tmp_path):
+    cache = make(tmp_path)
+    entry = Entry("0" * 64, "the listing")
+
+    def read(told: bytes) -> bytes:
+        with cache.open(entry, lambda file, part: file.write(told), max_age_seconds=30) as descriptor:
+            return os.pread(descriptor, 100, 0)
+
+    assert [read(b"first"), read(b"second")] == [b"first", b"first"]
+    for changed_at in (time.time() - 31, time.time() + 31):  # a clock may have been set back
+        os.utime(tmp_path / entry.key, (changed_at, changed_at))
+        assert read(b"at %d" % changed_at) == b"at %d" % changed_at
+
+
+def test_an_object_of_the_wrong_size_is_fetched_anew(tmp_path):
+    cache = make(tmp_path)
+    put(cache, NAMES[0])
+    path = tmp_path / ENTRIES[NAMES[0]].key
+    path.chmod(0o600)
+    path.write_bytes(b"cut")
+    put(cache, NAMES[0])
+
+
+# --- disks ---
+
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from pipeline.data.cache import Cache, CacheSettings, Entry
+from pipeline.data.transfer import Patience
+from pipeline.errors import DataError
+
+cache = Cache(CacheSettings(Path(sys.argv[1]), 10**9, Patience(5.0)), "here")
+cache.prepare()
+entries = [Entry(str(n) * 64, f"shard {n}", 600_000) for n in range(3)]
+def produce(file, part):
+    file.write(b"x" * 600_000)
+for entry in entries:  # the disk has room for one
+    with cache.open(entry, produce) as descriptor:
+        assert os.fstat(descriptor).st_size == 600_000
+print([cache.has(entry) for entry in entries])
+with cache.open(entries[2], produce):
+    try:
+        with cache.open(entries[0], produce):
+            print("there was room")
+    except DataError as error:
+        print(error)
+print(sorted(path.name[:3] + path.suffix for path in cache.directory.iterdir()))
+"""
+
+
+def test_a_disk_that_is_full_before_the_bound_is_made_the_most_of_and_then_said(tmp_path):
+    """A disk of a mebibyte, mounted for one process alone."""
+    script = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    if "unshare" in ended.stderr or "mount" in ended.stderr:
+        pytest.skip(f"needs root, to mount a small disk: {ended.stderr}")
+    assert ended.returncode == 0, ended.stderr
+    kept, sentence, left = ended.stdout.splitlines()
+    assert kept == "[False, False, True]" and left == "['222', 'loc']"
+    assert "data.cache_dir=" in sentence and os.strerror(errno.ENOSPC) in sentence and "free space" in sentence
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "/proc"])
+def test_a_directory_that_cannot_be_used(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    directory = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "/proc": Path("/proc/x")}[place]
+    with pytest.raises(DataError, match=rf"^data\.cache_dir={directory} cannot be used \(.+\): give a directory"):
+        make(directory)
+
+
+def test_a_directory_of_somebody_else(tmp_path):
+    directory = tmp_path / "cache"
+    if os.geteuid() == 0:
+        directory.mkdir()
+        os.chown(directory, 12345, 12345)
+    else:
+        directory = Path("/")
+    with pytest.raises(DataError, match=r"belongs to user .*give a directory of your own"):
+        make(directory)
+
+
+def test_a_link_is_not_followed(tmp_path):
+    cache = make(tmp_path / "cache")
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    (tmp_path / "cache" / f"{ENTRIES[NAMES[0]].key}{PART}").symlink_to(target)
+    with pytest.raises(DataError, match="cannot be used"):
+        put(cache, NAMES[0])
+    assert target.read_text() == "precious"
+
+
+def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.data.cache.GRACE_SECONDS", 0.5)
+    directory = tmp_path / "cache"
+    server.set_rules(Rule("slow", bytes_per_second=50_000))
+    victim = Reader(server, directory, NAMES[0])
+    victim.begin()
+    wait_for(lambda: is_growing(directory))
+    victim.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(DataError, match=rf"Another process has been fetching {NAMES[0]} .* without a byte"):
+            put(make(directory, seconds=0.25), NAMES[0])
+    finally:
+        victim.kill()
