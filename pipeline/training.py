@@ -318,8 +318,13 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
-    local_world_size = world.ranks.local_world_size
-    misfit = misfit_sentence(shards.training, config.data, local_world_size=local_world_size, world_size=world.size)
+    misfit = misfit_sentence(
+        shards.training,
+        config.data,
+        global_batch=plan.global_batch,
+        local_world_size=world.ranks.local_world_size,
+        world_size=world.size,
+    )
     if misfit and world.is_first:
         print(f"warning: {misfit}", file=sys.stderr, flush=True)
 
