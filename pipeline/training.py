@@ -341,10 +341,8 @@ def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
 
 def _previous_ledger(directory: RunDirectory) -> dict[str, Any] | None:
     """The ledger.json an earlier attempt left, if it left one that can be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(directory.ledger.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start, owed_bytes: int) -> None:
@@ -365,8 +363,13 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
     interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
-    local_world_size = world.ranks.local_world_size
-    misfit = misfit_sentence(shards.training, config.data, local_world_size=local_world_size, world_size=world.size)
+    misfit = misfit_sentence(
+        shards.training,
+        config.data,
+        global_batch=plan.global_batch,
+        local_world_size=world.ranks.local_world_size,
+        world_size=world.size,
+    )
     for warning in filter(None, (interleaved, misfit) if world.is_first else ()):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
@@ -395,6 +398,4 @@ def _plain(value: Any) -> Any:
     """Tuples to lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.config import DataConfig
+from pipeline.data.locks import POLL_SECONDS, is_at, try_lock
 from pipeline.data.transfer import Patience
 from pipeline.errors import DataError
 from pipeline.files import fsync_directory
@@ -29,9 +30,9 @@ from pipeline.files import fsync_directory
 PART = ".part"
 FAILED = b"squeezewire could not fetch this: "
 LOCK_NAME = "lock"
-POLL_SECONDS = 0.02
 READ_LOCK_SECONDS = 1.0
 GRACE_SECONDS = 30.0
+RELEASED_SECONDS = 1e8  # three years: longer ago than anything was used
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Produce = Callable[[BinaryIO, Path], object]
@@ -50,6 +51,10 @@ class Entry:
     """If it is known beforehand."""
 
 
+class Busy(Exception):
+    """Another process fetches this object, or there is no room now."""
+
+
 @dataclass(frozen=True)
 class CacheSettings:
     """Where, how much, and how long a server may take."""
@@ -64,10 +69,6 @@ class CacheSettings:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         directory = Path(data.cache_dir) if data.cache_dir else Path(base) / "squeezewire"
         return cls(directory.expanduser(), data.cache_bytes, Patience(data.fetch_timeout_seconds))
-
-
-class Busy(Exception):
-    """Another process fetches this object, or there is no room now."""
 
 
 class Cache:
@@ -135,6 +136,12 @@ class Cache:
                 os.close(descriptor)
             return descriptor is not None
 
+    def release(self, entry: Entry) -> None:
+        """Let an object go first: it is not needed soon. Being read again, it counts as used again."""
+        with suppress(OSError):
+            released = time.time() - RELEASED_SECONDS
+            os.utime(self.path(entry), (released, released))
+
     def remove(self, entry: Entry) -> None:
         """Forget an object."""
         with self._disk_errors():
@@ -169,7 +176,7 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
         # An evictor holds the lock for an instant; what it unlinks stays readable through the descriptor.
-        _try_lock(descriptor, fcntl.LOCK_SH, READ_LOCK_SECONDS)
+        try_lock(descriptor, fcntl.LOCK_SH, READ_LOCK_SECONDS)
         if max_age_seconds is None:
             with suppress(OSError):
                 os.utime(descriptor)
@@ -189,7 +196,7 @@ class Cache:
         keep = False
         try:
             self._lock_part(descriptor, entry, wait=wait)
-            if not _is_at(descriptor, part):  # renamed: it is there now. Removed: it failed, or was swept.
+            if not is_at(descriptor, part):  # renamed: it is there now. Removed: it failed, or was swept.
                 self._raise_failure(descriptor)
                 return self._find(entry, max_age_seconds)
             found = self._find(entry, max_age_seconds)  # finished between our looking and our locking
@@ -230,7 +237,7 @@ class Cache:
     def _lock_part(self, descriptor: int, entry: Entry, *, wait: bool) -> None:
         """Lock the `.part`, as long as its owner shows life by writing to it."""
         longest = 2 * self.patience.seconds + GRACE_SECONDS if wait else 0.0
-        while not _try_lock(descriptor, fcntl.LOCK_EX, longest, while_changing=True):
+        while not try_lock(descriptor, fcntl.LOCK_EX, longest, while_changing=True):
             if not wait:
                 raise Busy
             raise DataError(
@@ -320,7 +327,7 @@ class Cache:
         with suppress(FileNotFoundError):
             descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                if _try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, part):
+                if try_lock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, part):
                     os.ftruncate(descriptor, 0)
                     part.unlink()
             finally:
@@ -331,7 +338,7 @@ class Cache:
         """Alone with the directory, for an instant."""
         descriptor = os.open(self.directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            if not _try_lock(descriptor, fcntl.LOCK_EX, GRACE_SECONDS):
+            if not try_lock(descriptor, fcntl.LOCK_EX, GRACE_SECONDS):
                 raise DataError(
                     f"Another process holds {self.directory / LOCK_NAME} for {GRACE_SECONDS:g} s: end it, or give"
                     " another data.cache_dir."
@@ -357,30 +364,6 @@ class Cache:
             ) from None
 
 
-def _try_lock(descriptor: int, kind: int, seconds: float = 0.0, *, while_changing: bool = False) -> bool:
-    """Whether the lock was got. `while_changing`: as long as the file changes, `seconds` begin anew."""
-    changed, since = -1, time.monotonic()
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            pass
-        if while_changing and (now := os.fstat(descriptor).st_mtime_ns) != changed:
-            changed, since = now, time.monotonic()
-        if time.monotonic() - since >= seconds:
-            return False
-        time.sleep(POLL_SECONDS)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
 def _evict(path: Path) -> bool:
     """Remove an object unless somebody reads it."""
     try:
@@ -388,7 +371,7 @@ def _evict(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        is_free = _try_lock(descriptor, fcntl.LOCK_EX)
+        is_free = try_lock(descriptor, fcntl.LOCK_EX)
         if is_free:
             path.unlink(missing_ok=True)
         return is_free

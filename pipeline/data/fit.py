@@ -23,11 +23,14 @@ def origin_sentence(index: ShardIndex) -> str | None:
     )
 
 
-def misfit_sentence(index: ShardIndex, data: DataConfig, *, local_world_size: int, world_size: int) -> str | None:
+def misfit_sentence(
+    index: ShardIndex, data: DataConfig, *, global_batch: int, local_world_size: int, world_size: int
+) -> str | None:
     """What a server will fetch again and again, and which settings avoid it; None if there is nothing to say.
 
     Args:
         index: of the training split.
+        global_batch: pictures per step.
         local_world_size, world_size: ranks of a server, and of all.
     """
     if not isinstance(index.files, RemoteFiles):
@@ -35,11 +38,13 @@ def misfit_sentence(index: ShardIndex, data: DataConfig, *, local_world_size: in
     sizes = [shard.bytes for shard in index.shards]
     total, mean, usable = sum(sizes), sum(sizes) / len(sizes), SHARE_OF_CACHE * data.cache_bytes
     groups_here = math.ceil(data.shuffle_groups * local_world_size / world_size)
-    at_once = total if not data.shuffle_block else NUM_BLOCKS_HELD * data.shuffle_block * groups_here * mean
+    of_batch = math.ceil(global_batch / data.shuffle_groups * len(sizes) / index.num_samples)  # shards it touches
+    block = max(data.shuffle_block, of_batch)
+    at_once = total if not data.shuffle_block else NUM_BLOCKS_HELD * block * groups_here * mean
     if total <= data.cache_bytes or at_once <= usable:
         return None
-    block = int(usable / (NUM_BLOCKS_HELD * groups_here * mean))
-    advice = f"set data.shuffle_block={block}, or " if block else ""
+    fitting = int(usable / (NUM_BLOCKS_HELD * groups_here * mean))
+    advice = f"set data.shuffle_block={fitting}, or " if fitting >= of_batch else ""
     reads = f"from {data.shuffle_block} at a time" if data.shuffle_block else "from all of them all the time"
     again = index.num_samples * (1 - min(1.0, usable / at_once)) * mean
     return (

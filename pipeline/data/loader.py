@@ -15,7 +15,7 @@ from pipeline.data.order import BatchOrder
 from pipeline.data.prefetch import Course, Prefetcher
 from pipeline.data.remoteshards import RemoteFiles
 from pipeline.data.store import ShardIndex
-from pipeline.data.workers import choose_num_workers, make_loader
+from pipeline.data.workers import PREFETCH_BATCHES, choose_num_workers, make_loader
 
 
 class ShardData(pl.LightningDataModule):
@@ -89,7 +89,7 @@ class ShardData(pl.LightningDataModule):
             self.batches,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            ahead=_prefetcher(self.index_train, self.batches, self.ranks_served),
+            ahead=_prefetcher(self.index_train, self.batches, self.ranks_served, self.num_workers),
         )
 
     def val_dataloader(self) -> DataLoader[LoadedBatch] | list[DataLoader[LoadedBatch]]:
@@ -124,7 +124,8 @@ def evaluation_loader(
     `ranks_served`: those for which this one fetches shards ahead; None: itself.
     """
     batches = EvalBatches(index.num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-    ahead = _prefetcher(index, batches, range(rank, rank + 1) if ranks_served is None else ranks_served)
+    served = range(rank, rank + 1) if ranks_served is None else ranks_served
+    ahead = _prefetcher(index, batches, served, num_workers)
     return make_loader(EvalSamples(index, config), batches, num_workers=num_workers, pin_memory=pin_memory, ahead=ahead)
 
 
@@ -133,8 +134,12 @@ def ranks_served(rank: int, local_rank: int, local_world_size: int, world_size: 
     return range(rank, min(rank + local_world_size, world_size)) if local_rank == 0 else range(0)
 
 
-def _prefetcher(index: ShardIndex, course: Course, ranks: range) -> AbstractContextManager[None] | None:
+def _prefetcher(
+    index: ShardIndex, course: Course, ranks: range, num_workers: int
+) -> AbstractContextManager[None] | None:
     """None for local shards, and for ranks that fetch nothing ahead."""
     if isinstance(index.files, RemoteFiles) and ranks:
-        return Prefetcher(index.files, index.table.shard, course, ranks)
+        # The batches that workers hold, and one where ranks wait for one another in every step.
+        lag = PREFETCH_BATCHES * num_workers + (len(ranks) > 1)
+        return Prefetcher(index.files, index.table.shard, course, ranks, lag=lag)
     return None

@@ -1,7 +1,8 @@
 """Shards fetched before they are needed: the order says which, long before.
 
-One process of each server does it for all its ranks. It looks ahead as far as the cache has room, counts what it sees
-as used, so that nothing else is evicted before it, and leaves every failure to who needs the shard.
+One process of each server does it for all its ranks. It looks ahead as far as the cache has room. What it sees ahead
+counts as used, and what is left behind is released: by last use alone the cache would evict a shard that waits for its
+use rather than one whose use is over. Failures are left to who needs the shard.
 """
 
 import threading
@@ -44,10 +45,20 @@ class Prefetcher:
         shard_of_sample: of shape (num_samples,).
         course: what will be asked for.
         ranks: of this server.
+        lag: places by which readers may be behind the course, which is asked before anything is read.
     """
 
-    def __init__(self, files: RemoteFiles, shard_of_sample: NDArray[np.integer], course: Course, ranks: range) -> None:
-        self.files, self.shard_of_sample, self.course, self.ranks = files, shard_of_sample, course, ranks
+    def __init__(
+        self,
+        files: RemoteFiles,
+        shard_of_sample: NDArray[np.integer],
+        course: Course,
+        ranks: range,
+        *,
+        lag: int = 0,
+    ) -> None:
+        self.files, self.shard_of_sample, self.course = files, shard_of_sample, course
+        self.ranks, self.lag = ranks, lag
 
     def __enter__(self) -> None:
         self._stopped = threading.Event()
@@ -105,32 +116,40 @@ class _Window:
     def __init__(self, prefetcher: Prefetcher) -> None:
         self._files, self._course = prefetcher.files, prefetcher.course
         self._shard_of_sample = prefetcher.shard_of_sample
+        self._lag = prefetcher.lag
         self._first = self._course.place or 0
         self._ahead = prefetcher.course.samples_ahead(prefetcher.ranks)
         self._steps: deque[tuple[int, ...]] = deque()
         self._uses: Counter[int] = Counter()
         self._num_bytes = 0
         self._limit_bytes = SHARE_OF_CACHE * self._files.cache.num_bytes
-        self._is_at_end = False
+        self._next = self._following()
 
     def shards(self) -> list[int]:
         """Recomputed from where the sampler is by now."""
         if self._course.place is not None:
-            while self._steps and self._first < self._course.place:
+            while self._steps and self._first < self._course.place - self._lag:
                 self._first += 1
                 self._forget(self._steps.popleft())
-        while not self._is_at_end and len(self._uses) < len(self._files.shards) and self._num_bytes < self._limit_bytes:
-            self._look_further()
+        while self._next is not None and len(self._uses) < len(self._files.shards) and self._has_room(self._next):
+            self._remember(self._next)
+            self._next = self._following()
         return list(self._uses)
 
-    def _look_further(self) -> None:
+    def _following(self) -> tuple[int, ...] | None:
+        """The shards of the next step, in the order of first use, not of number; None after the last step."""
         ids = next(self._ahead, None)
         if ids is None:
-            self._is_at_end = True
-            return
-        # In the order of first use, not of number: the first to be needed comes first.
+            return None
         shards, first_use = np.unique(self._shard_of_sample[ids], return_index=True)
-        step = tuple(shards[np.argsort(first_use)].tolist())
+        return tuple(shards[np.argsort(first_use)].tolist())
+
+    def _has_room(self, step: tuple[int, ...]) -> bool:
+        """Whether the cache holds this step too; the step that is being read is looked at in any case."""
+        more = sum(self._files.shards[shard].bytes for shard in step if shard not in self._uses)
+        return not self._steps or self._num_bytes + more <= self._limit_bytes
+
+    def _remember(self, step: tuple[int, ...]) -> None:
         self._steps.append(step)
         for shard in step:
             if shard not in self._uses:
@@ -142,4 +161,5 @@ class _Window:
             self._uses[shard] -= 1
             if not self._uses[shard]:
                 del self._uses[shard]
+                self._files.release(shard)
                 self._num_bytes -= self._files.shards[shard].bytes

@@ -67,6 +67,10 @@ class RemoteFiles:
         """Fetch a shard for later; False if that must wait. Raises DataError, and what `pulse` raises."""
         return self.cache.fetch_ahead(self.entry(shard), self.producer(shard, pulse))
 
+    def release(self, shard: int) -> None:
+        """Say that a shard is not needed soon."""
+        self.cache.release(self.entry(shard))
+
     def has(self, shard: int) -> bool:
         """Whether the shard is here."""
         return self.cache.has(self.entry(shard))

@@ -22,7 +22,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 WHOLE = Expected(len(CONTENT), SHA256)
 SHORT = Patience(4.0)  # a second for a connection, for a silence, and to find a server too slow
 SHORTER = Patience(2.0)
-SCHEDULING_SECONDS = 5.0  # what a loaded machine may add
+SCHEDULING_SECONDS = 30.0  # what a loaded machine may add
 
 Serve = Callable[..., ShardServer]
 
