@@ -385,13 +385,8 @@ def _close(
     """The summary on stdout, and the report."""
     if not world.is_first:
         return
-    report = write_run_report(run.path)
-    print(
-        f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n"
-        f"{bad_samples.sentence()}"
-        f"  report      {report}",
-        flush=True,
-    )
+    done = f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
+    print(f"{done}  report      {write_run_report(run.path)}", flush=True)
 
 
 def _plain(value: Any) -> Any:
