@@ -47,7 +47,9 @@ FORWARDED_SIGNALS = (
     signal.SIGUSR2,
 )
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-LONGEST_WAIT_SECONDS = 3600.0  # sigtimedwait takes no infinity
+# Ends are looked for at least so often: where the parent has other threads, one of them may take a SIGCHLD that
+# arrives while this one is not waiting, and the kernel then drops it.
+LONGEST_WAIT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Codes a rank only ends with on purpose, knowing the cause. 1 is what a peer's broken connection looks like.
 TELLING_CODES = {int(code) for code in ExitCode} - {ExitCode.DONE, ExitCode.INTERNAL}
