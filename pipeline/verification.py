@@ -42,8 +42,8 @@ def verify_shards(config: "PrepareConfig") -> None:
     _summarise(found, time.monotonic() - started)
     if wrong := [shard for shard in found if shard.problems]:
         raise DataError(
-            f"Not sound: {len(wrong)} of {len(found)} shards of {root}, with"
-            f" {sum(len(shard.problems) for shard in wrong)} faults, each named above. Copy these shards again from"
+            f"Not sound: {len(wrong)} of {len(found)} files of {root}, with"
+            f" {sum(len(shard.problems) for shard in wrong)} faults, each named above. Copy these again from"
             " their source, or prepare them again."
         )
 
@@ -78,7 +78,7 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
 def _summarise(found: list[Found], seconds: float) -> None:
     """Counts by split, and the rate."""
     for split in sorted({shard.expected.split for shard in found}):
-        shards = [shard for shard in found if shard.expected.split == split]
+        shards = [shard for shard in found if shard.expected.split == split and not shard.expected.is_index]
         num_pictures, num_bytes = (sum(getattr(s, name) for s in shards) for name in ("num_pictures", "num_bytes"))
         num_wrong = sum(bool(shard.problems) for shard in shards)
         labels = [label for shard in shards if shard.labels for label in shard.labels]

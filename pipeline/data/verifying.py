@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.data.foreign import find_all, find_split
 from pipeline.data.images import BadImageError, check_picture
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Split
+from pipeline.data.table import INDEX_KEY, index_name
 from pipeline.data.tarindex import ShardSamples, index_shard
 from pipeline.data.writer import STATE_DIRECTORY
 from pipeline.errors import DataError
@@ -19,7 +20,10 @@ from pipeline.files import sha256_of_file
 
 @dataclass(frozen=True)
 class Expected:
-    """One shard and what is known of it beforehand: all from the manifest, or nothing but counts of foreign shards."""
+    """One shard and what is known of it beforehand: all from the manifest, or nothing but counts of foreign shards.
+
+    The index that `prepare` writes beside the shards is checked like one, but holds no samples.
+    """
 
     split: str
     name: str
@@ -27,6 +31,7 @@ class Expected:
     sha256: str | None = None
     num_samples: int | None = None
     num_classes: int | None = None
+    is_index: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,17 @@ def expected_shards(root: Path, split: str | None) -> tuple[list[Expected], list
 
 
 def _of_manifest(manifest: Manifest, name: str, split: Split) -> list[Expected]:
-    return [
+    shards = [
         Expected(name, shard.name, shard.bytes, shard.sha256, shard.num_samples, len(manifest.classes))
         for shard in split.shards
     ]
+    try:
+        index = split.extra[INDEX_KEY]
+        sha256 = str(index["sha256"])
+        shards.append(Expected(name, index_name(name), int(index["bytes"]), sha256, is_index=True))
+    except (KeyError, TypeError, ValueError):
+        pass  # of an earlier version; who needs one says so
+    return shards
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,9 @@ class ShardVerifier:
             problems.append(f"has {num_bytes} bytes, and the manifest says {expected.num_bytes}")
         elif expected.sha256 is not None and (sha256 := sha256_of_file(path)) != expected.sha256:
             problems.append(f"has SHA-256 {sha256}, and the manifest says {expected.sha256}: its content was changed")
+        if expected.is_index:
+            tick(num_bytes)
+            return Found(expected, num_bytes, problems=tuple(problems))
         try:
             samples = index_shard(path, lambda error: problems.append(str(error)))
         except DataError as error:

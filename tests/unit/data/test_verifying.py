@@ -11,6 +11,7 @@ from pictures_on_disk import contents_of, picture
 from small_shards import samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.errors import ExitCode
+from pipeline.files import sha256_of_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120
@@ -92,8 +93,29 @@ def test_everything_that_is_wrong_is_named_at_once(root):
         assert line.startswith(start), (line, start)
     assert re.search(r"train: \d+ sound pictures, .* 6 shards, 4 not sound", "\n".join(lines))
     assert re.fullmatch(
-        rf"error: Not sound: 4 of 7 shards of .*, with {len(found)} faults, each named above\. .*\n", errors
+        rf"error: Not sound: 4 of 7 files of .*, with {len(found)} faults, each named above\. .*\n", errors
     )
+
+
+def test_the_index_beside_the_shards_is_checked_too(tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.prepare",
+        "source=builtin",
+        f"out={out}",
+        "num_images=40",
+        "num_workers=1",
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=DEADLINE_SECONDS)
+    assert not wrong(verify(out)[0])
+    index = out / "val.index.npz"
+    content = bytearray(index.read_bytes())
+    content[len(content) // 2] ^= 1
+    index.write_bytes(content)
+    lines, _ = verify(out, code=ExitCode.DATA)
+    assert [line.split(",")[0] for line in wrong(lines)] == [f"val.index.npz: has SHA-256 {sha256_of_file(index)}"]
 
 
 def test_one_split_alone(root):
