@@ -150,11 +150,11 @@ def wait_for(condition) -> None:
 
 
 def test_processes_that_want_the_same_fetch_it_once(server, tmp_path):
-    server.set_rules(Rule("slow", bytes_per_second=200_000))  # half a second: all of them come meanwhile
-    readers = [Reader(server, tmp_path / "cache", *NAMES[:2]) for _ in range(4)]
+    server.set_rules(Rule("slow", bytes_per_second=400_000))  # a quarter of a second: all of them come meanwhile
+    readers = [Reader(server, tmp_path / "cache", *NAMES[:2]) for _ in range(3)]
     for reader in readers:
         reader.begin()
-    assert [reader.end() for reader in readers] == [[f"got {name} True" for name in NAMES[:2]]] * 4
+    assert [reader.end() for reader in readers] == [[f"got {name} True" for name in NAMES[:2]]] * 3
     assert sorted(r.path for r in server.requests()) == [f"/{name}" for name in NAMES[:2]]
     assert server.sent_bytes() == 2 * SIZE
     assert not parts(tmp_path / "cache")
@@ -172,7 +172,7 @@ def test_a_second_job_takes_what_the_first_has_left(server, tmp_path):
 def test_a_failure_is_shared_by_those_who_wait_for_it(server, tmp_path):
     """Each of them would otherwise spend the whole patience, one after another."""
     server.set_rules(Rule("status", status=503))
-    readers = [Reader(server, tmp_path / "cache", NAMES[0], seconds=4) for _ in range(3)]
+    readers = [Reader(server, tmp_path / "cache", NAMES[0], seconds=2) for _ in range(3)]
     for reader in readers:
         reader.begin()
     said = [line for reader in readers for line in reader.end()]

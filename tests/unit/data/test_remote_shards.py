@@ -344,7 +344,7 @@ def test_leaving_stops_a_transfer_and_leaves_nothing_half(many, tmp_path):
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_loader_over_http_gives_what_a_local_one_gives(server, root, tmp_path, num_workers):
     server.set_rules(Rule("status", times=1), Rule("short", times=1))
     batches = []
