@@ -208,14 +208,6 @@ def report(options: argparse.Namespace, world: "World", cases: list[Case]) -> in
     return result.finish(options.results)
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Shards, and no run of an earlier time. By whoever starts the ranks."""
-    common.print_conditions()
-    num_images = max(200, NUM_BATCHES * options.batch * options.ranks)
-    common.run("prepare", "source=builtin", f"out={common.SHARDS / NAME}", f"num_images={num_images}")
-    common.fresh(NAME)
-
-
 def main(arguments: Sequence[str]) -> int:
     """The ranks are started as the train command starts them."""
     from pipeline.run.launch import find_ranks, supervise
@@ -223,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     ranks = find_ranks(options.ranks)
     if ranks is None:
-        prepare(options)
+        common.prepare_for_timing(NAME, NUM_BATCHES * options.batch * options.ranks)
         command = [sys.executable, "-m", "benchmarks.buckets", *arguments]
         return supervise(command, options.ranks, num_threads=options.threads)
 

@@ -127,6 +127,13 @@ def run(command: str, *overrides: str) -> float:
     return time.monotonic() - started
 
 
+def prepare_for_timing(name: str, num_pictures: int) -> None:
+    """Shards of at least so many pictures, and no run of an earlier time. By whoever starts the ranks."""
+    print_conditions()
+    run("prepare", "source=builtin", f"out={SHARDS / name}", f"num_images={max(200, num_pictures)}")
+    fresh(name)
+
+
 def fresh(name: str) -> str:
     """The run `benchmarks/<name>`, its directory removed: a figure is of one attempt, never of a resumed one."""
     shutil.rmtree(RUNS / name, ignore_errors=True)

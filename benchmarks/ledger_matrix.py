@@ -1,6 +1,6 @@
 """Every byte accounted for: one table of trainings in the lab, each with what the kernel counted that nobody explains.
 
-    python -m benchmarks.ledger_matrix                 about 30 trainings of a few steps
+    python -m benchmarks.ledger_matrix                 32 trainings of a few steps
     python -m benchmarks.ledger_matrix --small         the small models on 2 and 3 servers
 
 Servers are network namespaces (`pipeline.lab`), ranks real processes, gloo over TCP. `residual` is measured minus

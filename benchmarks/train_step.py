@@ -239,14 +239,6 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Shards, and no run of an earlier time. By whoever starts the ranks."""
-    common.print_conditions()
-    num_images = max(200, NUM_BATCHES * options.batch * options.ranks)
-    common.run("prepare", "source=builtin", f"out={common.SHARDS / RUN}", f"num_images={num_images}")
-    common.fresh(RUN)
-
-
 def main(arguments: Sequence[str]) -> int:
     """One rank is this process; several are started as the train command starts them."""
     from pipeline.run.launch import find_ranks, supervise
@@ -254,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     ranks = find_ranks(options.ranks)
     if ranks is None or ranks.world_size == 1:
-        prepare(options)
+        common.prepare_for_timing(RUN, NUM_BATCHES * options.batch * options.ranks)
     if ranks is None:
         command = [sys.executable, "-m", "benchmarks.train_step", *arguments]
         return supervise(command, options.ranks, num_threads=options.threads)

@@ -14,7 +14,6 @@ from pipeline.comm.sockets import Connection, TcpCounts, own_connections
 
 OPEN_TRAIN = "open train"
 """Label of training that no step has committed so far."""
-TCP_INFO_MISSING = "This kernel does not count the bytes of a TCP connection (Linux 4.19 or later does)."
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pipeline.errors import LedgerError
 SCHEMA = 1
 STATE_VERSION = 1
 
-_NOT_MEASURED = "The kernel's counts were not read in this run."
+_NOT_MEASURED = "The kernel does not count the bytes of a TCP connection (Linux 4.19 or later does)."
 _NOT_COMPARED = "The ranks have not compared their counts yet: they do so at checkpoints and at the end."
 
 
@@ -110,9 +110,16 @@ class Ledger:
             traffic.bytes_per_rank,
             traffic.egress_per_server,
             self._total_egress_bytes,
-            None if self._reconciler is None else self._reconciler.counter.commit(),
+            self._residual_bytes(traffic),
         )
         return self._last
+
+    def _residual_bytes(self, traffic: Traffic) -> int | None:
+        """Of the step that ends. Counts it as committed."""
+        if self._reconciler is None:
+            return None
+        measured = self._reconciler.counter.commit()
+        return None if traffic.bytes_per_rank is None else measured - traffic.bytes_per_rank[self._rank]
 
     def _collect(self) -> None:
         """Take what the meter has into the present attempt."""

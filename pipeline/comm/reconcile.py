@@ -128,7 +128,6 @@ class Measured:
     store_bytes_per_rank: list[int]
     """Of torch's TCPStore, in all phases."""
     interfaces: list[InterfaceRow] = field(default_factory=list)
-    job_endpoints: list[list[tuple[str, int]]] = field(default_factory=list)
 
     @property
     def unexplained(self) -> list[Row]:
@@ -210,37 +209,35 @@ def match(reports: Reports) -> dict[tuple[int, int], int]:
     }
 
 
+def job_endpoints(reports: Reports) -> list[list[tuple[str, int]]]:
+    """Of each rank: the local (address, port) of its connections to other ranks."""
+    peers = match(reports)
+    return [
+        [tuple(c["local"]) for position, c in enumerate(report["connections"]) if (rank, position) in peers]
+        for rank, report in enumerate(reports)
+    ]
+
+
 def lay_side_by_side(
     reports: Reports, predicted: dict[tuple[str, bool], Traffic], placement: Placement, num_steps: int
 ) -> Measured:
     """Add the ranks' reports up, each beside what was predicted. Rows of nothing sent and nothing owed are left out."""
     peers = match(reports)
     rows = [_row(label, reports, peers, predicted[label], placement) for label in LABELS]
+    retransmitted, of_store = [0] * len(reports), [0] * len(reports)
+    for rank, report in enumerate(reports):
+        for position, connection in enumerate(report["connections"]):
+            if (rank, position) in peers:
+                retransmitted[rank] += connection["retransmitted_bytes"]
+            elif connection["store"]:
+                of_store[rank] += sum(connection["by_label"].values())
     return Measured(
         num_steps,
         [row for row in rows if any(row.measured_bytes_per_rank) or any(row.predicted_bytes_per_rank or (1,))],
-        [
-            _total(report, lambda c, at: c["retransmitted_bytes"] if at in peers else 0, r)
-            for r, report in _each(reports)
-        ],
-        [
-            _total(report, lambda c, _: sum(c["by_label"].values()) if c["store"] else 0, r)
-            for r, report in _each(reports)
-        ],
+        retransmitted,
+        of_store,
         _interfaces(reports, peers, placement),
-        [
-            [tuple(c["local"]) for position, c in enumerate(report["connections"]) if (rank, position) in peers]
-            for rank, report in _each(reports)
-        ],
     )
-
-
-def _each(reports: Reports) -> list[tuple[int, dict[str, Any]]]:
-    return list(enumerate(reports))
-
-
-def _total(report: dict[str, Any], bytes_of: Any, rank: int) -> int:
-    return sum(bytes_of(connection, (rank, at)) for at, connection in enumerate(report["connections"]))
 
 
 def _row(
@@ -308,14 +305,7 @@ class Reconciler:
         self._exchange.barrier()
         self.counter.start_interface()
         reports = self._exchange.gather(self._report())
-        endpoints = None
-        if reports is not None:
-            peers = match(reports)
-            endpoints = [
-                [c["local"] for position, c in enumerate(report["connections"]) if (rank, position) in peers]
-                for rank, report in _each(reports)
-            ]
-        self._set_job(self._exchange.share(endpoints))
+        self._set_job(self._exchange.share(None if reports is None else job_endpoints(reports)))
 
     def compare(self, phase: str, predict: Any, num_steps: int) -> tuple[Measured | None, str | None]:
         """Lay everything side by side, at the end of a piece of `phase`.
@@ -326,12 +316,11 @@ class Reconciler:
         self.counter.end_phase(phase)
         self._exchange.barrier()  # all bytes have left every buffer: their receivers are here too
         reports = self._exchange.gather(self._report())
-        measured = None
+        measured, told = None, None
         if reports is not None:
             measured = lay_side_by_side(reports, predict(), self.placement, num_steps)
-        shared = self._exchange.share(
-            None if measured is None else [measured.job_endpoints, unexplained_table(measured.unexplained)]
-        )
+            told = [job_endpoints(reports), unexplained_table(measured.unexplained)]
+        shared = self._exchange.share(told)
         self._set_job(shared[0])
         return measured, shared[1]
 

@@ -126,20 +126,14 @@ class StepTraffic:
     server_egress_bytes: tuple[int, ...] | None
     total_egress_bytes: int | None
     """Over all servers and all committed steps up to this one."""
-    measured_bytes: int | None = None
-    """What the kernel counted on this rank's connections to other ranks; None where it is not read."""
-
-    def residual_bytes(self, rank: int) -> int | None:
-        """Measured minus predicted, of this rank."""
-        if self.measured_bytes is None or self.transport_bytes_per_rank is None:
-            return None
-        return self.measured_bytes - self.transport_bytes_per_rank[rank]
+    residual_bytes: int | None = None
+    """What the kernel counted on this rank's connections to other ranks, less what was predicted for it; None where
+    either is unknown."""
 
     def metrics(self) -> dict[str, float]:
         """Under their public names; what is unknown is left out.
 
-        Transport is the mean over ranks, egress that of the busiest server, the total the sum over servers; the
-        residual is rank 0's, whose record this is.
+        Transport is the mean over ranks, egress that of the busiest server, the total the sum over servers.
         """
         transport, egress, total = self.transport_bytes_per_rank, self.server_egress_bytes, self.total_egress_bytes
         values = {
@@ -148,6 +142,6 @@ class StepTraffic:
             "comm/transport_bytes": None if transport is None else sum(transport) / len(transport),
             "comm/server_egress_bytes": None if egress is None else max(egress),
             "comm/total_gigabytes": None if total is None else total / BYTES_PER_GIGABYTE,
-            "comm/residual_bytes": self.residual_bytes(0),
+            "comm/residual_bytes": self.residual_bytes,
         }
         return {name: value for name, value in values.items() if value is not None}

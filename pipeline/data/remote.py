@@ -155,10 +155,12 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-def content_range(value: str) -> tuple[int, int | None]:
-    """(first byte, bytes of the whole) of `bytes 5-9/10`. Raises Transient if it says something else."""
+def content_range(value: str, asked_start: int) -> tuple[int, int | None]:
+    """(first byte, bytes of the whole) of `bytes 5-9/10`. Raises Transient if it is malformed or not asked for."""
     unit, _, rest = value.partition(" ")
     first, total = rest.partition("-")[0], rest.partition("/")[2]
     if unit != "bytes" or not first.isdigit():
         raise Transient("a range that cannot be understood")
-    return int(first), int(total) if total.isdigit() else None
+    if int(first) != asked_start:
+        raise Transient("a range that was not asked for")
+    return asked_start, int(total) if total.isdigit() else None

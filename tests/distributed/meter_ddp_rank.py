@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
+from meter_ranks import run_scenarios
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
@@ -232,13 +231,5 @@ def product(sizes: list[int]) -> int:
 SCENARIOS = (squeezenet, batch_norm_with_unused, hooks, neutral, resume, silent_hook, flight_recorder)
 
 
-def main(out: Path) -> None:
-    torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo")
-    results = {scenario.__name__: scenario(out) for scenario in SCENARIOS}
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(SCENARIOS)

@@ -1,8 +1,5 @@
 """One rank of DDP with PowerSGD: what travels, what it must not change, what survives a restart."""
 
-import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from meter_ddp_rank import SmallNet, Training
+from meter_ranks import run_scenarios
 
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import rebuild_buckets
@@ -128,13 +126,5 @@ def other_buckets(out: Path) -> str:
 SCENARIOS = (traffic, before_compression, untouched_by_warm_up, resume, other_buckets)
 
 
-def main(out: Path) -> None:
-    torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo")
-    results = {scenario.__name__: scenario(out) for scenario in SCENARIOS}
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_scenarios(SCENARIOS)

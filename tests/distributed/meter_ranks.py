@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def run_ranks(script: str, num_ranks: int, out: Path, *arguments: str, env: dict
             process.kill()
             process.wait()
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def run_scenarios(scenarios: Sequence[Callable[[Path], Any]]) -> None:
+    """On a rank, as the whole of its script: each scenario's result, under its name, to the rank's JSON file."""
+    import torch
+    import torch.distributed as dist
+
+    out = Path(sys.argv[1])
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("gloo")
+    results = {scenario.__name__: scenario(out) for scenario in scenarios}
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], out: Path) -> None:

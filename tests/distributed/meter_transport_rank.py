@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import struct
 import sys
 import time
 from collections import Counter
@@ -15,42 +13,18 @@ import torch.distributed as dist
 
 from pipeline.comm import wire
 from pipeline.comm.collectives import Call, CollectiveMeter
-
-TCP_INFO_BYTES = 232  # linux/tcp.h, struct tcp_info up to tcpi_bytes_retrans and beyond
-
-
-def gloo_sockets(master_port: int) -> list[socket.socket]:
-    """This process's established TCP sockets but the store's: gloo's pairs."""
-    found, seen = [], set()
-    for path in Path("/proc/self/fd").iterdir():
-        try:
-            target = str(path.readlink())
-            if not target.startswith("socket:") or target in seen:  # a copy made here may take a number still to come
-                continue
-            seen.add(target)
-            handle = socket.socket(fileno=os.dup(int(path.name)))
-            if handle.type == socket.SOCK_STREAM and handle.family in (socket.AF_INET, socket.AF_INET6):
-                ports = {handle.getpeername()[1], handle.getsockname()[1]}
-                if master_port not in ports:
-                    found.append(handle)
-                    continue
-            handle.close()
-        except OSError:
-            continue
-    return found
+from pipeline.comm.sockets import Connection, own_connections
 
 
-def sent_bytes(handles: list[socket.socket]) -> int | None:
+def gloo_connections(store_port: int) -> list[Connection]:
+    """This process's connections but the store's: gloo's pairs."""
+    return [c for c in own_connections() if store_port not in (c.local[1], c.remote[1])]
+
+
+def sent_bytes(connections: list[Connection]) -> int | None:
     """Bytes handed to TCP so far, retransmissions left out; None where this kernel does not count them."""
-    total = 0
-    for handle in handles:
-        info = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
-        if len(info) < 216:
-            return None
-        (notsent,) = struct.unpack_from("I", info, 144)
-        sent, retransmitted = struct.unpack_from("QQ", info, 200)
-        total += sent - retransmitted + notsent
-    return total
+    counts = [connection.counts() for connection in connections]
+    return None if None in counts else sum(count.sent_bytes for count in counts if count)
 
 
 def cases(num_ranks: int) -> list[tuple[str, str, int, int]]:
@@ -187,11 +161,11 @@ def issue_single_and_coalesced(op: str, tensor: torch.Tensor, num_ranks: int) ->
             raise AssertionError(op)
 
 
-def settled(handles: list[socket.socket]) -> int | None:
+def settled(connections: list[Connection]) -> int | None:
     """The count once gloo's own thread has stopped adding to it: readiness notices may trail the operation."""
-    before, since = sent_bytes(handles), time.monotonic()
+    before, since = sent_bytes(connections), time.monotonic()
     while time.monotonic() - since < 0.02:
-        now = sent_bytes(handles)
+        now = sent_bytes(connections)
         if now != before:
             before, since = now, time.monotonic()
     return before
@@ -205,15 +179,15 @@ def main(out: Path) -> None:
     dist.all_reduce(torch.ones(1))  # every pair is connected
     store_barrier(rank, num_ranks)
     meter.take()
-    handles = gloo_sockets(int(os.environ["MASTER_PORT"]))
+    connections = gloo_connections(int(os.environ["MASTER_PORT"]))
     rows = []
-    before = settled(handles)
+    before = settled(connections)
     store_barrier(rank, num_ranks)
     for case in cases(num_ranks):
         op, dtype, elements, root = case
         issue(op, torch.ones(elements, dtype=getattr(torch, dtype)), root, rank, num_ranks)
         store_barrier(rank, num_ranks)
-        after = settled(handles)
+        after = settled(connections)
         store_barrier(rank, num_ranks)  # nobody starts while another still reads
         calls = meter.take().calls
         rows.append(

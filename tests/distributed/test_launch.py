@@ -55,6 +55,26 @@ def marked(value: Path) -> list[int]:
     return found
 
 
+def test_an_end_that_another_thread_was_told_of_is_seen(mark: dict[str, str]) -> None:
+    """The kernel gives SIGCHLD to any thread that does not block it, and drops it there."""
+    script = """
+        import signal, sys, threading, time
+        from pipeline.run.launch import supervise
+
+        threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # before the signals are blocked
+        inner = signal.sigtimedwait
+        def late(signals, seconds):
+            time.sleep(0.5)  # the rank has ended by now, and nobody waits
+            assert signal.SIGCHLD not in signal.sigpending(), "the signal was not lost"
+            return inner(signals, seconds)
+        signal.sigtimedwait = late
+        sys.exit(supervise([sys.executable, "-c", "raise SystemExit(3)"], 1))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ended = subprocess.run(command, env=mark, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
