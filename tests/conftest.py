@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -12,6 +13,10 @@ if not os.environ.get(
     "CI"
 ):  # there hypothesis's own profile holds: no deadline either, and the same examples each time
     settings.load_profile("no deadline")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts its background jobs so, and what a test starts would inherit it: Ctrl-C could not be tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Hardware that CI's machine may lack. Everything else (packages, root, data) it must have.
 HARDWARE = re.compile(r"\b(GPU|AMX|AVX512)")

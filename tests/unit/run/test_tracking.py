@@ -140,9 +140,10 @@ def test_what_is_not_finite_is_said_at_the_end(run: RunDirectory, capsys: pytest
     "ignore:subprocess .* is still running:ResourceWarning"
 )  # wandb's, of what we kill; 2026-11-24
 def test_a_dead_wandb_does_not_hurt(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    ending = wandb_processes()  # of the test before, which need not be gone yet
     with track(run) as tracker:
         tracker.log(1, ROW)
-        (core,) = [process for process in wandb_processes() if process.name().startswith("wandb-core")]
+        (core,) = [p for p in wandb_processes() if p not in ending and p.name().startswith("wandb-core")]
         core.send_signal(signal.SIGKILL)
         core.wait(20)
         for step in range(2, 200):
