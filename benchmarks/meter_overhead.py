@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import common
+from benchmarks.synthetic import make_training, whole_group
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
 CEILING, GOAL = 0.01, 0.003
 FEWEST_PAIRS = 200
@@ -62,20 +62,10 @@ def trimmed(pairs: Sequence[tuple[float, float]]) -> list[float]:
     return overheads[cut : len(overheads) - cut]
 
 
-def whole_group() -> "dist.ProcessGroup":
-    """All ranks in a group of their own, which the meter does not see."""
-    import torch.distributed as dist
-
-    group = dist.new_group(list(range(dist.get_world_size())))
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
     """(metered, plain), with the same weights and pictures."""
     import torch
     import torch.distributed as dist
-    from torch.nn import functional as F
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.comm.collectives import CollectiveMeter
@@ -84,9 +74,6 @@ def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
     from pipeline.comm.reconcile import Reconciler
     from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
     from pipeline.comm.traffic import Placement
-    from pipeline.config import ClusterConfig, TrainerConfig
-    from pipeline.models import zoo
-    from pipeline.startup import choose_compute
 
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plain_group = whole_group()
@@ -94,23 +81,10 @@ def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
     meter.attach()
     counter = SocketCounter(int(os.environ["MASTER_PORT"]))
     meter.on_phase_end = counter.end_phase
-    compute = choose_compute(TrainerConfig(max_steps=1), ClusterConfig())
-    generator = torch.Generator().manual_seed(rank)
-    shape = (options.batch, 3, options.size, options.size)
-    images_BCHW = torch.randn(shape, generator=generator).to(memory_format=compute.memory_format)
-    labels_B = torch.randint(0, 1000, (options.batch,), generator=generator)
 
     def copy(wrap: Callable[[Any], Any]) -> tuple[Any, Any, Callable[[], Any]]:
-        torch.manual_seed(0)
-        model = zoo.build(options.model, 1000, dropout=0.0).to(memory_format=compute.memory_format)
-        ddp = wrap(model)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.001, momentum=0.9)
-
-        def loss() -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=compute.precision == "bf16"):
-                return F.cross_entropy(ddp(images_BCHW).float(), labels_B)
-
-        return ddp, optimizer, loss
+        training = make_training(options.model, options.batch, options.size, wrap)
+        return training.ddp, torch.optim.SGD(training.ddp.parameters(), lr=0.001, momentum=0.9), training.loss
 
     def one_step(optimizer: Any, loss: Callable[[], Any]) -> None:
         loss().backward()

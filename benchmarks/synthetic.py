@@ -1,0 +1,58 @@
+"""A training without data or Lightning: a rank's model, pictures of noise and loss, computed as by the train command.
+
+By rank processes only, after their process group was made.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Training:
+    """One copy of a model under DDP."""
+
+    ddp: "DistributedDataParallel"
+    loss: Callable[[], "torch.Tensor"]
+    """A forward pass and its loss, always on the same pictures."""
+
+
+def make_training(model: str, batch: int, size: int, wrap: Callable[[Any], "DistributedDataParallel"]) -> Training:
+    """Weights are the same on every rank and in every copy; pictures and labels are the rank's own.
+
+    batch: pictures of this rank. size: their side. wrap: makes DDP of the module.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.nn import functional as F
+
+    from pipeline.config import ClusterConfig, TrainerConfig
+    from pipeline.models import zoo
+    from pipeline.startup import choose_compute
+
+    compute = choose_compute(TrainerConfig(max_steps=1), ClusterConfig())
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    images_BCHW = torch.randn((batch, 3, size, size), generator=generator).to(memory_format=compute.memory_format)
+    labels_B = torch.randint(0, 1000, (batch,), generator=generator)
+    torch.manual_seed(0)
+    ddp = wrap(zoo.build(model, 1000, dropout=0.0).to(memory_format=compute.memory_format))
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute.precision == "bf16"):
+            return F.cross_entropy(ddp(images_BCHW).float(), labels_B)
+
+    return Training(ddp, loss)
+
+
+def whole_group() -> "dist.ProcessGroup":
+    """All ranks in a group of their own, which the meter does not see."""
+    import torch.distributed as dist
+
+    group = dist.new_group(list(range(dist.get_world_size())))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
