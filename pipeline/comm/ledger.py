@@ -71,6 +71,7 @@ class Ledger:
         self._total_egress_bytes: int | None = 0
         self._open_gradient_bytes = 0  # of the step under way
         self._last: StepTraffic | None = None
+        self._last_calls: Counter[Call] | None = None
         self._reconciler, self._rank = reconciler, rank
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
         # A world of one has nothing to count.
@@ -99,7 +100,7 @@ class Ledger:
         gradient_bytes, self._open_gradient_bytes = self._open_gradient_bytes, 0
         self._check_gradients(gradient_bytes)
         train, self._present.open_train = self._present.open_train, Counter()
-        traffic = self._price_step(train)
+        traffic, self._last_calls = self._price_step(train), train
         self._present.committed.update(train)
         egress = traffic.total_egress_bytes
         if self._total_egress_bytes is not None:
@@ -255,6 +256,7 @@ class Ledger:
                 "payload_bytes": None if last is None else last.payload_bytes,
                 "transport_bytes_per_rank": _list_or_none(last and last.transport_bytes_per_rank),
                 "server_egress_bytes": _list_or_none(last and last.server_egress_bytes),
+                "calls": _calls(self._last_calls),
             },
             "time": {
                 "step_seconds": {"p50": conditions.step_seconds_p50, "p90": conditions.step_seconds_p90},
@@ -288,6 +290,23 @@ def _layers(by_parameter: dict[str, int]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "share": size / total} for name, size in by_layer.items()]
 
 
+def _calls(step: Counter[Call] | None) -> list[dict[str, Any]] | None:
+    """Every collective of one step as rank 0 issued it: all that a wire formula needs, for any number of ranks."""
+    if step is None:
+        return None
+    return [
+        {
+            "op": call.op,
+            "origin": call.origin,
+            "payload_bytes": call.payload_bytes,
+            "itemsize": call.itemsize,
+            "root": call.root,
+            "num_calls": count,
+        }
+        for call, count in sorted(step.items())
+    ]
+
+
 def _list_or_none(values: Sequence[int] | None) -> list[int] | None:
     return None if values is None else list(values)
 
@@ -309,13 +328,13 @@ def _null_reasons(
     if meter.backend != "gloo" and meter.pinned is None:
         reasons["algorithm"] = f"{meter.backend} chooses its algorithm at run time."
     if last is None:
-        for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes"):
+        for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes", "calls"):
             reasons[f"per_step.{name}"] = "This attempt has completed no step."
     elif last.transport_bytes_per_rank is None:
         for name in ("transport_bytes_per_rank", "server_egress_bytes"):
             reasons[f"per_step.{name}"] = reason or "A collective of the last step has no exact formula."
         if last.payload_bytes is None:
-            reasons["per_step.payload_bytes"] = METER_OFF
+            reasons["per_step.payload_bytes"] = reasons["per_step.calls"] = METER_OFF
     for name, value in (
         ("step_seconds.p50", conditions.step_seconds_p50),
         ("step_seconds.p90", conditions.step_seconds_p90),

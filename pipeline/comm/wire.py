@@ -261,15 +261,19 @@ def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> t
 def _ring_walk(
     payload_bytes: int, segment_bytes: int, num_segments: int, firsts: Sequence[int], num_steps: int
 ) -> Link:
-    """The link of a rank that sends `num_steps` consecutive segments (modulo all), starting at each of `firsts`."""
+    """The link of a rank that sends `num_steps` consecutive segments (modulo all), starting at each of `firsts`.
+
+    Empty segments are no messages.
+    """
+    num_filled = ceil_div(payload_bytes, segment_bytes) if payload_bytes else 0
     num_messages = data_bytes = 0
     for first in firsts:
-        for step in range(num_steps):
-            offset = (first + step) % num_segments * segment_bytes
-            length = min(segment_bytes, payload_bytes - offset)
-            if length > 0:
-                num_messages += 1
-                data_bytes += length
+        # A walk that passes the last segment goes on at the first one: at most two stretches.
+        start, end = first % num_segments, first % num_segments + num_steps
+        for low, high in ((start, min(end, num_segments)), (0, end - num_segments)):
+            if high > low:
+                num_messages += min(high, num_filled) - min(low, num_filled)
+                data_bytes += min(high * segment_bytes, payload_bytes) - min(low * segment_bytes, payload_bytes)
     return Link(num_messages, data_bytes)
 
 

@@ -73,7 +73,7 @@ def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figu
     return figure, list(axes)
 
 
-def _draw(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figure":
+def draw_figure(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figure":
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
@@ -121,7 +121,7 @@ def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Fig
         axes.xaxis.set_major_formatter(_tick)
         axes.xaxis.grid(True)
 
-    return _draw(9.2, 0.9 + 0.42 * len(rows), draw)
+    return draw_figure(9.2, 0.9 + 0.42 * len(rows), draw)
 
 
 def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12) -> "Figure":
@@ -150,7 +150,7 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.grid(True)
 
-    return _draw(9.2, 0.8 + 0.34 * len(bars), draw)
+    return draw_figure(9.2, 0.8 + 0.34 * len(bars), draw)
 
 
 def learning_figure(run: RunRecord) -> "Figure | None":
@@ -183,7 +183,7 @@ def learning_figure(run: RunRecord) -> "Figure | None":
         top1.set_ylim(0, 103)
         loss.legend(loc="upper right", fontsize=9, labelcolor=INK)
 
-    return _draw(9.2, 3.0, draw, num_panels=2)
+    return draw_figure(9.2, 3.0, draw, num_panels=2)
 
 
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
@@ -214,7 +214,7 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
         axes.set_ylabel(f"{unit} sent, all servers")
         axes.yaxis.grid(True)
 
-    return _draw(9.2, 2.5, draw)
+    return draw_figure(9.2, 2.5, draw)
 
 
 def save(figure: "Figure", path: Path) -> None:

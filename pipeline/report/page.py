@@ -12,6 +12,7 @@ from pipeline.report import figures
 from pipeline.report.records import RunRecord, is_run, read_run
 from pipeline.report.sections import (
     Fact,
+    ForecastView,
     LearningView,
     LedgerView,
     PageFigure,
@@ -45,6 +46,7 @@ class Page:
     comparison: Table | None = None
     comparison_figures: list[PageFigure] = field(default_factory=list)
     learning: LearningView | None = None
+    forecast: ForecastView | None = None
     ledgers: list[LedgerView] = field(default_factory=list)
     not_measured: list[tuple[str, str]] = field(default_factory=list)
     environment: list[Fact] = field(default_factory=list)

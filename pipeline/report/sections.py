@@ -60,6 +60,15 @@ class LearningView:
     figures: list[PageFigure]
 
 
+@dataclass(frozen=True)
+class ForecastView:
+    """What a measured run would take elsewhere."""
+
+    figures: list[PageFigure]
+    tables: list[Table]
+    assumptions: list[str]
+
+
 def comparison_sentence(comparison: Mapping[str, Any]) -> str:
     """The biggest saving, in one sentence."""
     measured = [row for row in comparison["models"] if row["gradient_bytes"]]

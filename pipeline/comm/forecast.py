@@ -1,0 +1,280 @@
+"""From one measured step to steps elsewhere: other links, servers, algorithms, compressions and batches. Pure.
+
+The model. A rank computes forward and backward; while it computes backward, DDP hands over buckets of gradients, bucket
+i at its measured time. A server's card carries one bucket after the other: bucket i starts when it is ready and the one
+before it is done. Cards that divide themselves among several buckets end no later and no earlier, so for the end of the
+step the order does not matter. What is left of the last bucket when the backward pass ends is exposed.
+
+    done_i = max(ready_i, done_(i-1)) + seconds_i            exposed = max(0, done_last - ready_last)
+    step   = forward + backward + exposed + blocking exchanges + the rest (optimiser, records), no wait for data
+
+An all-reduce takes the time its bytes need through the busiest server's card, plus for each of its rounds the link's
+latency and the hosts' own work, of which the measured run tells how much it is:
+
+    ring              2(n-1) rounds; bytes exactly as gloo sends them
+    hierarchical      2(m-1) rounds between servers; rings inside a server cost what the hosts' work costs
+    tree              up and down level by level, a level when the one below is done: FireCaffe's reduction tree
+                      (arXiv 1511.00175), not the pipelined double tree of NCCL
+    halving_doubling  2 log2(m) rounds between servers
+    parameter_server  all workers to the server, then back: its card carries n payloads in, then n out
+
+n ranks on m servers. Bytes come from wire.py (gloo's ring) and wire_plans.py (the others), frame headers are added.
+What the model leaves out: other traffic on the links, congestion inside the switch, ranks that differ from one another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import log2
+
+from pipeline.comm import wire, wire_plans
+from pipeline.comm.wire import Links, NotDerivable
+
+FRAME_HEADER_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
+SEGMENT_BYTES = 1448  # data in a frame of 1,500 bytes
+HEADER_SHARE = FRAME_HEADER_BYTES / SEGMENT_BYTES
+ALGORITHMS = wire_plans.PLANS
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Every server's link to a switch that is never the limit."""
+
+    bandwidth_bits_per_second: float | None
+    """In each direction; None: never the limit."""
+    latency_seconds: float = 0.0
+    """One way, on top of what the measured run had."""
+
+    def seconds(self, num_bytes: float) -> float:
+        """Of `num_bytes` handed to TCP, through one card in one direction, frames included."""
+        if self.bandwidth_bits_per_second is None:
+            return 0.0
+        return 8 * num_bytes * (1 + HEADER_SHARE) / self.bandwidth_bits_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What an all-reduce costs beyond its bytes on the link."""
+
+    seconds_per_round: float = 0.0
+    seconds_per_byte: float = 0.0
+    """Of payload, in each of the two halves of an all-reduce on a rank's own processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients handed over together."""
+
+    payload_bytes: int
+    """As they travel, after compression."""
+    itemsize: int
+    ready_seconds: float
+    """From the start of the step's last backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's optimiser step without the network."""
+
+    forward_seconds: float
+    """Of all micro-batches."""
+    backward_seconds: float
+    other_seconds: float
+    """Optimiser, metrics, records: everything but passes, exchanges and the wait for data."""
+    buckets: tuple[Bucket, ...]
+    num_micro_batches: int = 1
+    blocking_rounds: int = 0
+    """Rounds of the small exchanges that a step waits for: buffers, metrics, Lightning's own."""
+    blocking_seconds: float = 0.0
+    """What they took in the measured run."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """What one rank alone would take."""
+        return self.forward_seconds + self.backward_seconds + self.other_seconds
+
+    def scaled(self, factor: float) -> "Step":
+        """Computing `factor` times as long, the same bytes."""
+        return replace(
+            self,
+            forward_seconds=self.forward_seconds * factor,
+            backward_seconds=self.backward_seconds * factor,
+            other_seconds=self.other_seconds * factor,
+            buckets=tuple(replace(bucket, ready_seconds=bucket.ready_seconds * factor) for bucket in self.buckets),
+        )
+
+    def with_batch(self, factor: float) -> "Step":
+        """`factor` times as many pictures per micro-batch: passes grow in proportion, the rest of the step does not."""
+        return replace(self.scaled(factor), other_seconds=self.other_seconds)
+
+    def accumulating(self, num_micro_batches: int) -> "Step":
+        """So many micro-batches per optimiser step, of the measured size; gradients travel with the last one."""
+        factor = num_micro_batches / self.num_micro_batches
+        return replace(
+            self,
+            forward_seconds=self.forward_seconds * factor,
+            backward_seconds=self.backward_seconds * factor,
+            num_micro_batches=num_micro_batches,
+        )
+
+    def compressed(self, factor: float, itemsize: int) -> "Step":
+        """Buckets travel as elements of `itemsize` bytes, `factor` of their bytes; (de)compressing takes no time."""
+        return replace(
+            self,
+            buckets=tuple(
+                replace(bucket, payload_bytes=round(bucket.payload_bytes * factor), itemsize=itemsize)
+                for bucket in self.buckets
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepForecast:
+    """One optimiser step elsewhere."""
+
+    step_seconds: float
+    exposed_seconds: float
+    """Waiting for buckets and for the small exchanges."""
+    communication_seconds: float
+    """Cards busy with buckets."""
+    egress_bytes: int
+    """Gradient bytes that the busiest server sends to others, gloo's message headers included for its ring."""
+
+
+def forecast(
+    step: Step,
+    algorithm: str,
+    server_of_rank: Sequence[int],
+    network: Network,
+    host: Host,
+    measured_ranks: int = 2,
+) -> StepForecast | NotDerivable:
+    """The step of such a cluster, or why there is no such algorithm for it.
+
+    measured_ranks: how many ranks the run had from which `step` and `host` come.
+    """
+    placement = tuple(server_of_rank)
+    end, busy, egress = 0.0, 0.0, 0
+    last_ready = max((bucket.ready_seconds for bucket in step.buckets), default=0.0)
+    for bucket in step.buckets:
+        found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
+        if isinstance(found, NotDerivable):
+            return found
+        seconds = found.seconds(network, host)
+        end, busy = max(bucket.ready_seconds, end) + seconds, busy + seconds
+        egress += found.egress_bytes
+    rounds = log2(len(placement)) / log2(measured_ranks) if len(placement) > 1 else 0.0
+    blocking = rounds * (step.blocking_seconds + step.blocking_rounds * network.latency_seconds)
+    exposed = max(0.0, end - last_ready) + blocking
+    return StepForecast(step.compute_seconds + exposed, exposed, busy + blocking, egress)
+
+
+# --- one all-reduce ---
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """What one all-reduce asks of cards and hosts."""
+
+    card_bytes: int
+    """Through the busiest card in one direction, one phase after the other."""
+    egress_bytes: int
+    """Out of the busiest server."""
+    payload_bytes: int
+    num_rounds: int
+    """That follow one another, between servers."""
+    num_ranks: int
+
+    def seconds(self, network: Network, host: Host) -> float:
+        """From the first byte to the last."""
+        own_share = 2 * (self.num_ranks - 1) / self.num_ranks
+        return (
+            network.seconds(self.card_bytes)
+            + self.num_rounds * network.latency_seconds
+            + 2 * (self.num_ranks - 1) * host.seconds_per_round
+            + own_share * self.payload_bytes * host.seconds_per_byte
+        )
+
+
+@lru_cache(maxsize=4096)
+def all_reduce(
+    algorithm: str, payload_bytes: int, itemsize: int, server_of_rank: tuple[int, ...]
+) -> AllReduce | NotDerivable:
+    """One all-reduce of `payload_bytes` under `algorithm`, one of ALGORITHMS, or why it cannot be done that way."""
+    num_ranks = len(server_of_rank)
+    num_servers = len(set(server_of_rank))
+    if num_ranks == 1:
+        return AllReduce(0, 0, payload_bytes, 0, 1)
+    if algorithm == "ring":
+        found: Links | NotDerivable = wire.gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
+    else:
+        found = wire_plans.links(algorithm, payload_bytes, itemsize, server_of_rank)
+    if isinstance(found, NotDerivable):
+        return found
+    placed = wire_plans.placed(algorithm, server_of_rank)
+    egress = max(wire.egress_bytes_per_server(found, placed))
+    match algorithm:
+        case "ring":
+            card, rounds = egress, 2 * (num_ranks - 1)
+        case "hierarchical":
+            card, rounds = egress, 2 * (num_servers - 1)
+        case "halving_doubling":
+            card, rounds = egress, 2 * round(log2(num_servers)) if num_servers > 1 else 0
+        case "tree":
+            levels = tree_levels(num_ranks, server_of_rank)
+            card, rounds = 2 * payload_bytes * sum(levels), 2 * len(levels)
+        case _:  # a parameter server: all in, then all out
+            card, rounds = 2 * egress, 2
+    return AllReduce(card, egress, payload_bytes, rounds if num_servers > 1 else 0, num_ranks)
+
+
+def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
+    """Payloads through the busiest card at each level of the tree that crosses servers, from the leaves up.
+
+    Rank r's parent is (r - 1) // 2; level k holds ranks 2^k - 1 to 2^(k+1) - 2.
+    """
+    levels: list[int] = []
+    first = 1
+    while first < num_ranks:
+        received: dict[int, int] = {}
+        sent: dict[int, int] = {}
+        for rank in range(first, min(2 * first + 1, num_ranks)):
+            here, there = server_of_rank[rank], server_of_rank[(rank - 1) // 2]
+            if here != there:
+                sent[here] = sent.get(here, 0) + 1
+                received[there] = received.get(there, 0) + 1
+        levels.append(max([*sent.values(), *received.values()], default=0))
+        first = 2 * first + 1
+    return [level for level in reversed(levels) if level]
+
+
+# --- from the measured run ---
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredBucket:
+    """Of one bucket, seconds from the start of the last backward pass."""
+
+    payload_bytes: int
+    itemsize: int
+    sent_seconds: float
+    done_seconds: float
+
+
+def fit_host(
+    buckets: Sequence[MeasuredBucket], algorithm: str, server_of_rank: Sequence[int], network: Network
+) -> Host:
+    """What the measured all-reduces took beyond their bytes on the measured run's own link, by rounds.
+
+    Buckets under way at the same time share the card, so their time is that of all of them together.
+    """
+    placement = tuple(server_of_rank)
+    busy, end, explained, rounds = 0.0, 0.0, 0.0, 0
+    for bucket in sorted(buckets, key=lambda bucket: bucket.sent_seconds):
+        found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
+        assert isinstance(found, AllReduce), found
+        busy += max(0.0, bucket.done_seconds - max(end, bucket.sent_seconds))
+        end = max(end, bucket.done_seconds)
+        explained += network.seconds(found.card_bytes)
+        rounds += 2 * (found.num_ranks - 1)
+    return Host(seconds_per_round=max(0.0, busy - explained) / rounds if rounds else 0.0)

@@ -1,0 +1,279 @@
+"""A forecast shown: forecast.json, its table, its pictures and its page."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.files import write_json_atomic, write_text_atomic
+from pipeline.report import figures
+from pipeline.report.page import Page, render
+from pipeline.report.sections import Fact, ForecastView, PageFigure, not_measured, svg_figure
+from pipeline.report.tables import Column, Table, make_table
+from pipeline.report.units import (
+    MISSING,
+    format_bandwidth,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_rate,
+    format_seconds,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+SHOWN_LINES = 9
+# Okabe and Ito's, in an order whose neighbours differ; the dashes tell them apart in print.
+STYLES = tuple(
+    {"color": colour, "linestyle": dash, "marker": marker}
+    for colour, dash, marker in (
+        (figures.BLUE, "-", "o"),
+        (figures.ORANGE, (0, (5, 2)), "s"),
+        (figures.GREEN, (0, (2, 1.5)), "^"),
+        (figures.GREY, (0, (7, 2, 1, 2)), "D"),
+    )
+)
+
+
+def _hours(seconds: float | None) -> str:
+    return MISSING if seconds is None else f"{seconds / 3600:,.1f} h"
+
+
+def _money(cost: float | None) -> str:
+    return MISSING if cost is None else f"{cost:,.2f}"
+
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("num_servers", "servers", format_count),
+    Column("ranks_per_server", "ranks each", format_count, short=""),
+    Column("link", "link"),
+    Column("algorithm", "algorithm", note="how gradients are summed; `ring` is gloo's, byte for byte"),
+    Column("hook", "compression", short=""),
+    Column("global_batch", "pictures per step", format_count, short=""),
+    Column(
+        "server_egress_bytes_per_step",
+        "out of a server",
+        format_bytes,
+        "per step, of the server that sends most",
+        "egress",
+    ),
+    Column("step_seconds", "step", format_seconds, "without the wait for data"),
+    Column("exposed_seconds", "exposed", format_seconds, "of it, waiting for other ranks"),
+    Column("scaling_efficiency", "scaling", format_percent, "the step of a rank alone over this one"),
+    Column("images_per_second", "images/s", format_rate, "of all ranks", ""),
+    Column(
+        "sufficient_bandwidth_bits_per_second",
+        "bandwidth that hides it",
+        lambda rate: MISSING if rate is None else format_bandwidth(float(f"{rate:.2g}")),
+        "of a server's link, beyond which communication shows for at most the chosen share of a step",
+        "",
+    ),
+    Column("training_seconds", "time to train", _hours, short=""),
+    Column("training_cost", "cost to train", _money, short=""),
+    Column("standing", "validated", note="`yes`: inside what was compared with measurements", short=""),
+)
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """With what the table prints beside the bare values."""
+    rate = row["bandwidth_bits_per_second"]
+    latency = f" + {format_seconds(row['latency_seconds'])}" if row["latency_seconds"] else ""
+    return {
+        **row,
+        "link": ("as measured" if rate is None else format_bandwidth(rate)) + latency,
+        "standing": {True: "yes", False: "outside", None: ""}[row["validated"]],
+    }
+
+
+def forecast_table(result: Mapping[str, Any]) -> Table:
+    """Every point; columns that say nothing are left out."""
+    rows = [_shown(row) for row in result["points"]]
+    always = {"model", "num_servers", "step_seconds"}
+    shown = [
+        column
+        for column in COLUMNS
+        if column.key in always or any(row.get(column.key) not in (None, "") for row in rows)
+    ]
+    return make_table("Every cluster", shown, rows)
+
+
+def forecast_csv(result: Mapping[str, Any]) -> str:
+    """The points, exact and unformatted."""
+    keys = list(dict.fromkeys(key for row in result["points"] for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(result["points"])
+    return buffer.getvalue()
+
+
+def forecast_sentences(result: Mapping[str, Any]) -> list[str]:
+    """What the table does not say by itself."""
+    points, settings = result["points"], result["settings"]
+    told = []
+    outside = sum(row["validated"] is False for row in points)
+    low, high = result["validation"]["bandwidth_bits_per_second"]
+    fewest, most = result["validation"]["num_servers"]
+    if outside:
+        told.append(
+            f"{outside} of {len(points)} points lie outside what was compared with measurements (gloo's ring, {fewest}"
+            f" to {most} servers, {format_bandwidth(low)} to {format_bandwidth(high)}): they are extrapolated."
+        )
+    impossible = sorted({row["reason"] for row in points if "reason" in row})
+    told.extend(f"Left out: {reason}" for reason in impossible)
+    best = result["best_for_budget"]
+    if best is not None:
+        told.append(
+            f"Soonest within a budget of {settings['budget']:,g}: {best['num_servers']:,} servers,"
+            f" {_hours(best['training_seconds'])}, at a cost of {_money(best['training_cost'])}."
+        )
+    elif settings["budget"] is not None:
+        told.append(f"No cluster of the table trains within a budget of {settings['budget']:,g}.")
+    return told
+
+
+# --- pictures ---
+
+
+def _line_name(row: Row) -> str:
+    """What a line of a picture stands for, beside its model."""
+    link = _shown(row)["link"]
+    hook = "" if row["hook"] == "none" else f", {row['hook']}"
+    return f"{row['algorithm'].replace('_', ' ')}, {link}{hook}"
+
+
+def _lines(points: Sequence[Row], model: str) -> dict[str, list[Row]]:
+    """The model's possible points by line, in order of servers; of several ranks per server the first."""
+    lines: dict[str, list[Row]] = {}
+    for row in points:
+        if row["model"] == model and "reason" not in row:
+            lines.setdefault(_line_name(row), []).append(row)
+    first = {name: rows[0]["ranks_per_server"] for name, rows in lines.items()}
+    return {
+        name: sorted(
+            (row for row in rows if row["ranks_per_server"] == first[name]), key=lambda row: row["num_servers"]
+        )
+        for name, rows in list(lines.items())[:SHOWN_LINES]
+    }
+
+
+def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: bool) -> "Figure | None":
+    """`key` over the number of servers, one panel per model; filled marks were validated. None for a single count."""
+    if len({row["num_servers"] for row in points if "reason" not in row}) < 2:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in points))[:3]
+
+    def draw(*panels: "Axes") -> None:
+        for axes, model in zip(panels, models, strict=True):
+            for index, (name, rows) in enumerate(_lines(points, model).items()):
+                style = STYLES[index % len(STYLES)]
+                x = [row["num_servers"] for row in rows]
+                y = [row[key] * (100 if percent else 1) for row in rows]
+                axes.plot(x, y, markersize=0, label=name, **style)
+                for row, across, up in zip(rows, x, y, strict=True):
+                    face = style["color"] if row["validated"] else figures.PAPER
+                    axes.plot([across], [up], **{**style, "linestyle": ""}, markersize=4.5, markerfacecolor=face)
+            axes.set_title(model, loc="left", fontsize=10, color=figures.INK)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.set_xlabel("servers")
+            axes.yaxis.grid(True)
+            if percent:
+                axes.set_ylim(0, 105)
+            if log:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda value, _: format_seconds(value))
+        panels[0].set_ylabel(title)
+        panels[-1].legend(fontsize=8, labelcolor=figures.INK)
+
+    return figures.draw_figure(9.2, 3.6, draw, num_panels=len(models))
+
+
+def pictures(result: Mapping[str, Any]) -> dict[str, tuple["Figure", str]]:
+    """(figure, caption) by the name it is saved under."""
+    points = result["points"]
+    marks = "Filled marks lie inside what was compared with measurements; hollow ones are extrapolated."
+    made = {
+        "scaling": (
+            _curves(points, "scaling_efficiency", "scaling efficiency (%)", percent=True, log=False),
+            f"How much of its work a rank still does when it has to wait for the others. {marks}",
+        ),
+        "step": (
+            _curves(points, "step_seconds", "step", percent=False, log=True),
+            f"One optimiser step, without the wait for data (log scale). {marks}",
+        ),
+        "communication": (
+            _curves(
+                [row for row in points if row.get("communication_seconds")],
+                "communication_seconds",
+                "communication per step",
+                percent=False,
+                log=True,
+            ),
+            "Time in which a server's card carries gradients, hidden behind the backward pass or not (log scale). A"
+            " lone parameter server carries every rank's payload in and out; a tree carries it once per level; a ring"
+            " hardly more than twice, however many ranks there are.",
+        ),
+    }
+    return {name: (figure, caption) for name, (figure, caption) in made.items() if figure is not None}
+
+
+# --- files ---
+
+
+def write_forecast(result: Mapping[str, Any], directory: Path) -> Path:
+    """forecast.json, .csv, the pictures, and report.html, whose path is returned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(directory / "forecast.json", dict(result))
+    write_text_atomic(directory / "forecast.csv", forecast_csv(result))
+    drawn = pictures(result)
+    for name, (figure, _) in drawn.items():
+        figures.save(figure, directory / f"forecast-{name}")
+    path = directory / "report.html"
+    write_text_atomic(path, render(_page(directory.name, result, drawn)))
+    return path
+
+
+def _page(name: str, result: Mapping[str, Any], drawn: Mapping[str, tuple["Figure", str]]) -> Page:
+    sources = result["sources"]
+    conditions = [
+        Fact(
+            f"measured: {source['model']}",
+            f"run {source['run']}, {source['num_ranks']} ranks, {source['batch_per_rank']} pictures each, "
+            + (
+                "no limit on the link"
+                if (rate := source["bandwidth_bits_per_second"]) is None
+                else format_bandwidth(rate)
+            ),
+        )
+        for source in sources
+    ]
+    errors = result["validation"]["error"]
+    for what, error in errors.items():
+        told = MISSING if error is None else f"{format_percent(error)} of the step, on average"
+        conditions.append(Fact(f"error over other {what}s".replace("ss", "s"), told))
+    return Page(
+        title=name,
+        kicker=f"forecast for {', '.join(source['model'] for source in sources)}",
+        headline=" ".join(forecast_sentences(result)) or "Every point lies inside what was compared with measurements.",
+        figures_of_merit=[],
+        conditions=conditions,
+        command=result.get("command", ""),
+        forecast=ForecastView(
+            [_figure(figure, name, caption) for name, (figure, caption) in drawn.items()],
+            [forecast_table(result)],
+            list(result["assumptions"]),
+        ),
+        not_measured=not_measured(
+            {path.split(".", 2)[-1]: reason for path, reason in result["null_reasons"].items()}
+        ),
+    )  # fmt: skip
+
+
+def _figure(figure: "Figure", name: str, caption: str) -> PageFigure:
+    return svg_figure(figure, f"forecast-{name}", caption)

@@ -1,0 +1,202 @@
+"""The forecast's arithmetic: limits that must hold for any step, and cases small enough to do by hand."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.comm.forecast import (
+    ALGORITHMS,
+    HEADER_SHARE,
+    AllReduce,
+    Bucket,
+    Host,
+    MeasuredBucket,
+    Network,
+    Step,
+    StepForecast,
+    all_reduce,
+    fit_host,
+    forecast,
+    tree_levels,
+)
+from pipeline.comm.wire import NotDerivable, gloo_ring_all_reduce, sent_bytes_per_rank
+
+SQUEEZENET_BUCKETS = (Bucket(2_048_000, 4, 0.010), Bucket(2_945_696, 4, 0.080))
+STEP = Step(0.04, 0.08, 0.01, SQUEEZENET_BUCKETS)
+PLACEMENTS = st.sampled_from(
+    [(0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 0, 1, 1), (0, 0, 0, 0, 1, 1, 1, 1), tuple(range(16))]
+)
+BANDWIDTHS = st.floats(1e6, 1e12)
+
+
+def told(
+    step: Step, algorithm: str, placement: tuple[int, ...], network: Network, host: Host | None = None
+) -> StepForecast:
+    found = forecast(step, algorithm, placement, network, host or Host())
+    assert isinstance(found, StepForecast), found
+    return found
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    ready = sorted(draw(st.lists(st.floats(0, 1), min_size=1, max_size=5)))
+    sizes = draw(st.lists(st.integers(1, 10**7), min_size=len(ready), max_size=len(ready)))
+    buckets = tuple(Bucket(4 * size, 4, at) for size, at in zip(sizes, ready, strict=True))
+    return Step(draw(st.floats(0, 1)), ready[-1], draw(st.floats(0, 1)), buckets)
+
+
+# --- the pipeline of buckets ---
+
+
+def test_a_step_by_hand() -> None:
+    # 1 Gbit/s: bucket 1 takes 17.13 ms from 10 ms, is done before bucket 2 is ready at 80 ms, which takes 24.64 ms.
+    network = Network(1e9)
+    found = told(STEP, "ring", (0, 1), network)
+    last = 8 * (2_945_696 + 4 * 2 * 72) * (1 + HEADER_SHARE) / 1e9
+    assert found.exposed_seconds == pytest.approx(last, rel=1e-12)
+    assert found.step_seconds == pytest.approx(0.13 + last, rel=1e-12)
+
+
+def test_a_slow_link_makes_the_second_bucket_wait_for_the_first() -> None:
+    network = Network(1e8)
+    busy = network.seconds(2_048_000 + 576) + network.seconds(2_945_696 + 576)
+    assert told(STEP, "ring", (0, 1), network).exposed_seconds == pytest.approx(0.010 + busy - 0.080, rel=1e-12)
+
+
+@given(steps(), PLACEMENTS, st.sampled_from(ALGORITHMS), BANDWIDTHS, st.floats(1, 100))
+def test_a_faster_link_never_makes_a_step_longer(step, placement, algorithm, bandwidth, factor) -> None:
+    slow = forecast(step, algorithm, placement, Network(bandwidth), Host(1e-5))
+    fast = forecast(step, algorithm, placement, Network(bandwidth * factor), Host(1e-5))
+    if isinstance(slow, NotDerivable) or isinstance(fast, NotDerivable):
+        assert slow == fast
+        return
+    assert fast.step_seconds <= slow.step_seconds
+    assert fast.egress_bytes == slow.egress_bytes
+
+
+@given(steps(), PLACEMENTS, BANDWIDTHS)
+def test_exposed_time_lies_between_the_last_bucket_and_all_of_them(step, placement, bandwidth) -> None:
+    network = Network(bandwidth)
+    found = told(step, "ring", placement, network)
+    last = all_reduce("ring", step.buckets[-1].payload_bytes, 4, placement)
+    assert isinstance(last, AllReduce)
+    assert network.seconds(last.card_bytes) * (1 - 1e-9) - 1e-12 <= found.exposed_seconds
+    assert found.exposed_seconds <= found.communication_seconds * (1 + 1e-9)
+    assert found.step_seconds == pytest.approx(step.compute_seconds + found.exposed_seconds, rel=1e-12)
+
+
+@given(steps(), PLACEMENTS)
+def test_without_a_limit_or_a_cost_nothing_is_exposed(step, placement) -> None:
+    found = told(step, "ring", placement, Network(None))
+    assert found.exposed_seconds == 0
+    assert found.step_seconds == step.compute_seconds
+
+
+@given(steps())
+def test_one_rank_alone_only_computes(step) -> None:
+    found = told(step, "ring", (0,), Network(1e6, 1.0), Host(1.0))
+    assert (found.step_seconds, found.egress_bytes) == (step.compute_seconds, 0)
+
+
+@given(steps(), PLACEMENTS, st.floats(1e-6, 1e-2))
+def test_latency_is_paid_once_per_round_of_the_ring(step, placement, latency) -> None:
+    found = all_reduce("ring", step.buckets[0].payload_bytes, 4, placement)
+    assert isinstance(found, AllReduce)
+    added = found.seconds(Network(None, latency), Host()) - found.seconds(Network(None), Host())
+    assert added == pytest.approx(2 * (len(placement) - 1) * latency, rel=1e-9)
+
+
+# --- algorithms ---
+
+
+def test_the_ring_moves_what_gloo_moves() -> None:
+    found = all_reduce("ring", 4_993_696, 4, (0, 1, 2))
+    assert isinstance(found, AllReduce)
+    assert found.egress_bytes == max(sent_bytes_per_rank(gloo_ring_all_reduce(4_993_696, 4, 3), 3))
+
+
+def test_a_parameter_server_carries_every_payload_in_and_out() -> None:
+    for num_ranks in (2, 8, 64):
+        found = all_reduce("parameter_server", 4_000_000, 4, tuple(range(num_ranks)))
+        assert isinstance(found, AllReduce)
+        assert found.card_bytes == 2 * num_ranks * 4_000_000  # grows with the ranks, as FireCaffe found
+
+
+@pytest.mark.parametrize(("num_ranks", "levels"), [(1, []), (2, [1]), (3, [2]), (7, [2, 2]), (8, [1, 2, 2])])
+def test_levels_of_the_tree(num_ranks: int, levels: list[int]) -> None:
+    assert tree_levels(num_ranks, range(num_ranks)) == levels
+
+
+def test_a_tree_beats_a_parameter_server_on_many_servers_and_a_ring_beats_both() -> None:
+    placement, network = tuple(range(128)), Network(1e10)
+    ring, tree, server = (
+        told(STEP, algorithm, placement, network).communication_seconds
+        for algorithm in ("ring", "tree", "parameter_server")
+    )
+    assert ring < tree < server
+
+
+def test_ranks_of_one_server_cost_no_link() -> None:
+    for algorithm in ("ring", "hierarchical", "tree", "halving_doubling"):
+        found = all_reduce(algorithm, 4_000_000, 4, (0, 0, 0, 0))
+        assert isinstance(found, AllReduce)
+        assert (found.card_bytes, found.num_rounds) == (0, 0)
+
+
+def test_a_hierarchy_sends_least_from_servers_with_many_ranks() -> None:
+    placement = tuple(rank // 8 for rank in range(32))
+    ring, hierarchy = (all_reduce(name, 4_000_000, 4, placement) for name in ("ring", "hierarchical"))
+    assert isinstance(ring, AllReduce)
+    assert isinstance(hierarchy, AllReduce)
+    assert hierarchy.egress_bytes < ring.egress_bytes
+    assert hierarchy.num_rounds < ring.num_rounds
+
+
+def test_what_an_algorithm_cannot_do_is_a_reason() -> None:
+    found = forecast(STEP, "halving_doubling", (0, 1, 2), Network(1e9), Host())
+    assert isinstance(found, NotDerivable)
+    assert "power of two" in found.reason
+
+
+# --- other steps ---
+
+
+def test_twice_the_pictures_take_twice_the_passes() -> None:
+    double = STEP.with_batch(2)
+    assert (double.forward_seconds, double.backward_seconds, double.other_seconds) == (0.08, 0.16, 0.01)
+    assert [bucket.ready_seconds for bucket in double.buckets] == [0.02, 0.16]
+    assert [bucket.payload_bytes for bucket in double.buckets] == [2_048_000, 2_945_696]
+
+
+def test_accumulation_spreads_the_same_bytes_over_more_passes() -> None:
+    four = STEP.accumulating(4)
+    network = Network(1e8)
+    assert told(four, "ring", (0, 1), network).exposed_seconds == told(STEP, "ring", (0, 1), network).exposed_seconds
+    assert four.compute_seconds == pytest.approx(4 * 0.12 + 0.01)
+    assert four.accumulating(1).compute_seconds == pytest.approx(STEP.compute_seconds)
+
+
+def test_compression_halves_what_travels() -> None:
+    half = STEP.compressed(0.5, 2)
+    whole = told(STEP, "ring", (0, 1), Network(1e8)).communication_seconds
+    assert told(half, "ring", (0, 1), Network(1e8)).communication_seconds == pytest.approx(whole / 2, rel=1e-3)
+
+
+# --- the fit ---
+
+
+@given(st.floats(0, 0.01), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e8, 1e10))
+def test_the_fit_finds_what_the_hosts_added(per_round, placement, bandwidth) -> None:
+    network, host = Network(bandwidth), Host(per_round)
+    end, measured = 0.0, []
+    for bucket in SQUEEZENET_BUCKETS:
+        found = all_reduce("ring", bucket.payload_bytes, 4, placement)
+        assert isinstance(found, AllReduce)
+        end = max(end, bucket.ready_seconds) + found.seconds(network, host)
+        measured.append(MeasuredBucket(bucket.payload_bytes, 4, bucket.ready_seconds, end))
+    fitted = fit_host(measured, "ring", placement, network)
+    assert fitted.seconds_per_round == pytest.approx(per_round, abs=1e-9)
+    again = told(replace(STEP, blocking_seconds=0.0), "ring", placement, network, fitted)
+    assert again.exposed_seconds == pytest.approx(end - 0.080, abs=1e-8)

@@ -1,0 +1,159 @@
+"""`pipeline.plan` on runs written by hand: its files, its refusals, its sentences."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HandmadeRun, handmade_run
+
+
+def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **changes: Any) -> HandmadeRun:
+    """A run of two servers in a lab, its buckets timed."""
+    run = handmade_run(model)
+    size = run.ledger["gradient_bytes"]
+    run.ledger["buckets"] = [
+        {"index": 0, "bytes": 2_048_000, "num_parameters": 2, "ready_seconds": 0.02, "sent_seconds": 0.02,
+         "done_seconds": 0.04},
+        {"index": 1, "bytes": size - 2_048_000, "num_parameters": 50, "ready_seconds": 0.10, "sent_seconds": 0.10,
+         "done_seconds": 0.14},
+    ]  # fmt: skip
+    run.ledger["time"] |= {
+        "forward_seconds": 0.06, "backward_seconds": 0.10, "exposed_seconds": 0.045, "communication_seconds": 0.065,
+        "data_wait_seconds": 0.01,
+    }  # fmt: skip
+    run.ledger["per_step"]["calls"] = [
+        {"op": "all_reduce", "origin": "gradients", "payload_bytes": 2_048_000, "itemsize": 4, "root": -1,
+         "num_calls": 1},
+        {"op": "all_reduce", "origin": "gradients", "payload_bytes": size - 2_048_000, "itemsize": 4, "root": -1,
+         "num_calls": 1},
+        {"op": "broadcast", "origin": "lightning", "payload_bytes": 8, "itemsize": 8, "root": 0, "num_calls": 1},
+    ]  # fmt: skip
+    run.ledger |= {"placement": "measured", "num_servers": 2, "server_of_rank": [0, 1]}
+    run.environment["lab"] = {"bandwidth_bits_per_second": bandwidth, "offloads": False}
+    run.ledger |= changes
+    return run
+
+
+def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.plan", f"run_root={directory}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two models, on up to 1,024 servers; the directory of its files."""
+    root = tmp_path_factory.mktemp("plan")
+    timed_run().write(root / "small")
+    timed_run("alexnet").write(root / "large")
+    done = plan(
+        root, f"run={root / 'small'}", f"beside=[{root / 'large'}]", "bandwidth=[1gbit,10gbit]",
+        "algorithm=[ring,tree,parameter_server]", "price_per_server_hour=2", "budget=5000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "extrapolated" in done.stdout
+    assert "Soonest within a budget of 5,000" in done.stdout
+    return root / "plan"
+
+
+def test_every_file_is_there(forecast: Path) -> None:
+    names = {path.name for path in forecast.iterdir()}
+    pictures = {f"forecast-{name}.{kind}" for name in ("scaling", "step", "communication") for kind in ("png", "svg")}
+    assert names == {"forecast.json", "forecast.csv", "report.html"} | pictures
+
+
+def test_the_contract_of_forecast_json(forecast: Path) -> None:
+    result = json.loads((forecast / "forecast.json").read_text())
+    assert (result["schema"], result["source_run"]) == (1, "handmade")
+    assert len(result["points"]) == 2 * 2 * 3 * 11
+    contract = {
+        "num_servers", "ranks_per_server", "bandwidth_bits_per_second", "algorithm", "hook",
+        "server_egress_bytes_per_step", "step_seconds", "exposed_seconds", "scaling_efficiency",
+    }  # fmt: skip
+    assert all(contract <= row.keys() for row in result["points"])
+    assert result["assumptions"]
+    for index, row in enumerate(result["points"]):
+        for key, value in row.items():
+            assert value is not None or f"points.{index}.{key}" in result["null_reasons"]
+
+
+def test_bytes_on_two_servers_are_those_of_the_run(forecast: Path) -> None:
+    points = json.loads((forecast / "forecast.json").read_text())["points"]
+    (point,) = (
+        row for row in points
+        if (row["model"], row["num_servers"], row["algorithm"], row["bandwidth_bits_per_second"])
+        == ("squeezenet1_0", 2, "ring", 1e9)
+    )  # fmt: skip
+    assert point["server_egress_bytes_per_step"] == 4_993_696 + 2 * 4 * 144 + 8 + 96
+    assert point["validated"] is True
+
+
+def test_the_page_states_assumptions_and_what_was_not_validated(forecast: Path) -> None:
+    page = (forecast / "report.html").read_text()
+    assert "What it assumes" in page
+    assert "never the limit" in page
+    assert "extrapolated" in page
+    assert page.count("<svg") == 3
+
+
+def test_the_csv_holds_every_point(forecast: Path) -> None:
+    with (forecast / "forecast.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 132
+
+
+def test_a_global_batch_that_is_kept_shrinks_the_batch_of_a_rank(tmp_path: Path) -> None:
+    timed_run().write(tmp_path / "small")
+    done = plan(tmp_path, f"run={tmp_path / 'small'}", "servers=[2,3,8]", "global_batch=32")
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "plan" / "forecast.json").read_text())["points"]
+    assert [(row["num_servers"], row["batch_per_rank"], row["global_batch"]) for row in points] == [
+        (2, 16, 32), (8, 4, 32)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["servers=[0]"], "at least 1"),
+        (["algorithm=[rign]"], "Did you mean 'ring'"),
+        (["bandwidth=[fast]"], "not a rate"),
+        (["hook=[powersgd]"], "not one of"),
+        (["budget=10"], "price_per_server_hour"),
+        (["batch_per_rank=4", "global_batch=8"], "not both"),
+        (["servers=[3]", "global_batch=32"], "multiple of the ranks"),
+        (["measured_bandwidth=1gbit"], "ran in a lab"),
+    ],
+)
+def test_impossible_plans_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    timed_run().write(tmp_path / "small")
+    done = plan(tmp_path, f"run={tmp_path / 'small'}", *overrides)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"world_size": 1}, "at least 2 ranks"),
+        ({"buckets": []}, "did not time its buckets"),
+        ({"hook": "powersgd"}, "comm.hook=powersgd"),
+    ],
+)
+def test_runs_that_measured_too_little_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    timed_run(**changes).write(tmp_path / "small")
+    done = plan(tmp_path, f"run={tmp_path / 'small'}")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_cluster_whose_links_nobody_knows_is_asked_for(tmp_path: Path) -> None:
+    run = timed_run()
+    del run.environment["lab"]
+    run.write(tmp_path / "small")
+    assert "measured_bandwidth" in plan(tmp_path, f"run={tmp_path / 'small'}").stderr
+    done = plan(tmp_path, f"run={tmp_path / 'small'}", "measured_bandwidth=1gbit", "servers=[2]")
+    assert done.returncode == 0, done.stderr
