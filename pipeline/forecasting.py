@@ -77,6 +77,8 @@ def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
     """What the busiest server sends in a step: gradients by the algorithm, all else by gloo's own, exactly."""
     placement = cluster.server_of_rank
     num_ranks = len(placement)
+    if num_ranks == 1:
+        return 0
     placed = pure.wire_plans.placed(cluster.algorithm, placement)
     per_server = [0] * (max(placed) + 1)
     factor = ITEMSIZES[cluster.hook] / ITEMSIZES[source.hook]

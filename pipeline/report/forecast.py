@@ -26,17 +26,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-SHOWN_LINES = 9
-# Okabe and Ito's, in an order whose neighbours differ; the dashes tell them apart in print.
-STYLES = tuple(
-    {"color": colour, "linestyle": dash, "marker": marker}
-    for colour, dash, marker in (
-        (figures.BLUE, "-", "o"),
-        (figures.ORANGE, (0, (5, 2)), "s"),
-        (figures.GREEN, (0, (2, 1.5)), "^"),
-        (figures.GREY, (0, (7, 2, 1, 2)), "D"),
-    )
-)
+SHOWN_LINES = 12
+# Okabe and Ito's colours and a mark for each algorithm, dashes for each link: told apart in print as well.
+COLOURS = {
+    "ring": (figures.BLUE, "o"),
+    "tree": (figures.ORANGE, "s"),
+    "parameter server": (figures.GREEN, "^"),
+    "hierarchical": (figures.GREY, "D"),
+    "halving doubling": (figures.INK, "v"),
+}
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1, 2)))
 
 
 def _hours(seconds: float | None) -> str:
@@ -63,7 +62,7 @@ COLUMNS = (
         "egress",
     ),
     Column("step_seconds", "step", format_seconds, "without the wait for data"),
-    Column("exposed_seconds", "exposed", format_seconds, "of it, waiting for other ranks"),
+    Column("exposed_seconds", "exposed", format_seconds, "of it, waiting for other ranks", ""),
     Column("scaling_efficiency", "scaling", format_percent, "the step of a rank alone over this one"),
     Column("images_per_second", "images/s", format_rate, "of all ranks", ""),
     Column(
@@ -79,27 +78,40 @@ COLUMNS = (
 )
 
 
+SAID_IN_TITLE = {
+    "model": "{}",
+    "algorithm": "{}",
+    "link": "{}",
+    "ranks_per_server": "ranks per server: {}",
+    "hook": "compression: {}",
+    "global_batch": "{} pictures per step",
+}
+
+
 def _shown(row: Row) -> dict[str, Any]:
     """With what the table prints beside the bare values."""
     rate = row["bandwidth_bits_per_second"]
     latency = f" + {format_seconds(row['latency_seconds'])}" if row["latency_seconds"] else ""
     return {
         **row,
+        "algorithm": row["algorithm"].replace("_", " "),
         "link": ("as measured" if rate is None else format_bandwidth(rate)) + latency,
         "standing": {True: "yes", False: "outside", None: ""}[row["validated"]],
     }
 
 
 def forecast_table(result: Mapping[str, Any]) -> Table:
-    """Every point; columns that say nothing are left out."""
+    """Every point; what is the same of all is said in the title, and columns that say nothing are left out."""
     rows = [_shown(row) for row in result["points"]]
-    always = {"model", "num_servers", "step_seconds"}
+    same = {key: word for key, word in SAID_IN_TITLE.items() if len({row[key] for row in rows}) == 1}
+    title = ", ".join(word.format(rows[0][key]) for key, word in same.items())
+    always = {"num_servers", "step_seconds"}
     shown = [
         column
         for column in COLUMNS
-        if column.key in always or any(row.get(column.key) not in (None, "") for row in rows)
+        if column.key in always or (column.key not in same and any(row.get(column.key) is not None for row in rows))
     ]
-    return make_table("Every cluster", shown, rows)
+    return make_table(title or "Every cluster", shown, rows)
 
 
 def forecast_csv(result: Mapping[str, Any]) -> str:
@@ -112,10 +124,28 @@ def forecast_csv(result: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
+def _largest(points: Sequence[Row]) -> str | None:
+    """What is left of each model's scaling on the largest cluster, under the first algorithm and link asked for."""
+    possible = [row for row in points if "reason" not in row]
+    if not possible:
+        return None
+    most = max(row["num_servers"] for row in possible)
+    by_model: dict[str, Row] = {}
+    for row in possible:
+        if row["num_servers"] == most:
+            by_model.setdefault(row["model"], row)
+    first = _shown(next(iter(by_model.values())))
+    shares = [f"{model} {format_percent(row['scaling_efficiency'])}" for model, row in by_model.items()]
+    return (
+        f"On {most:,} servers ({first['algorithm']}, {first['link']}) the share of a step that is not spent waiting for"
+        f" other ranks is: {', '.join(shares)}."
+    )
+
+
 def forecast_sentences(result: Mapping[str, Any]) -> list[str]:
     """What the table does not say by itself."""
     points, settings = result["points"], result["settings"]
-    told = []
+    told = [sentence for sentence in (_largest(points),) if sentence is not None]
     outside = sum(row["validated"] is False for row in points)
     low, high = result["validation"]["bandwidth_bits_per_second"]
     fewest, most = result["validation"]["num_servers"]
@@ -144,7 +174,7 @@ def _line_name(row: Row) -> str:
     """What a line of a picture stands for, beside its model."""
     link = _shown(row)["link"]
     hook = "" if row["hook"] == "none" else f", {row['hook']}"
-    return f"{row['algorithm'].replace('_', ' ')}, {link}{hook}"
+    return f"{_shown(row)['algorithm']}, {link}{hook}"
 
 
 def _lines(points: Sequence[Row], model: str) -> dict[str, list[Row]]:
@@ -168,16 +198,20 @@ def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: 
         return None
     models = list(dict.fromkeys(row["model"] for row in points))[:3]
 
+    links = list(dict.fromkeys(_shown(row)["link"] for row in points))
+
     def draw(*panels: "Axes") -> None:
         for axes, model in zip(panels, models, strict=True):
-            for index, (name, rows) in enumerate(_lines(points, model).items()):
-                style = STYLES[index % len(STYLES)]
+            for name, rows in _lines(points, model).items():
+                shown = _shown(rows[0])
+                colour, marker = COLOURS[shown["algorithm"]]
+                dash = DASHES[links.index(shown["link"]) % len(DASHES)]
                 x = [row["num_servers"] for row in rows]
                 y = [row[key] * (100 if percent else 1) for row in rows]
-                axes.plot(x, y, markersize=0, label=name, **style)
+                axes.plot(x, y, color=colour, linestyle=dash, label=name)
                 for row, across, up in zip(rows, x, y, strict=True):
-                    face = style["color"] if row["validated"] else figures.PAPER
-                    axes.plot([across], [up], **{**style, "linestyle": ""}, markersize=4.5, markerfacecolor=face)
+                    face = colour if row["validated"] else figures.PAPER
+                    axes.plot([across], [up], color=colour, marker=marker, markersize=4.5, markerfacecolor=face)
             axes.set_title(model, loc="left", fontsize=10, color=figures.INK)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -187,9 +221,13 @@ def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: 
                 axes.set_ylim(0, 105)
             if log:
                 axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(lambda value, _: format_seconds(value))
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g} s")
+                axes.tick_params(axis="y", which="minor", length=0)
         panels[0].set_ylabel(title)
-        panels[-1].legend(fontsize=8, labelcolor=figures.INK)
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(
+            handles, labels, loc="outside lower center", ncols=3, fontsize=8, labelcolor=figures.INK
+        )  # fmt: skip
 
     return figures.draw_figure(9.2, 3.6, draw, num_panels=len(models))
 
@@ -260,7 +298,7 @@ def _page(name: str, result: Mapping[str, Any], drawn: Mapping[str, tuple["Figur
     return Page(
         title=name,
         kicker=f"forecast for {', '.join(source['model'] for source in sources)}",
-        headline=" ".join(forecast_sentences(result)) or "Every point lies inside what was compared with measurements.",
+        headline=" ".join(forecast_sentences(result)),
         figures_of_merit=[],
         conditions=conditions,
         command=result.get("command", ""),

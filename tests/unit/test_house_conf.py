@@ -22,6 +22,7 @@ NEEDED = {
     "evaluate": ["checkpoint=x", "data.root=x"],
     "prepare": ["source=builtin", "out=x"],
     "compare": ["data.root=x"],
+    "plan": ["run=x"],
 }
 
 
