@@ -116,6 +116,42 @@ def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float)
     return exp(high)
 
 
+def break_even_bandwidth(light: Source, heavy: Source) -> tuple[float | None, str | None]:
+    """(bits per second, None): below it `light`, which sends less, trains faster per picture, above it `heavy` does.
+
+    Both on as many servers as they were measured on, with gloo's ring. (None, sentence): one is faster on every link.
+    """
+
+    def lead(bandwidth: float | None) -> float:
+        return _images_per_second(light, bandwidth) - _images_per_second(heavy, bandwidth)
+
+    if lead(None) >= 0:
+        return None, f"{light.model} trains faster per picture on every link."
+    if lead(LOWEST) <= 0:
+        return None, f"{heavy.model} trains faster per picture on every link from {LOWEST / 1e6:g} Mbit/s."
+    low, high = log(LOWEST), log(HIGHEST)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if lead(exp(middle)) > 0 else (low, middle)
+    return exp(low), None
+
+
+def _images_per_second(source: Source, bandwidth: float | None) -> float:
+    """Of the measured cluster with other links."""
+    cluster = Cluster(
+        num_servers=source.num_ranks // source.ranks_per_server,
+        ranks_per_server=source.ranks_per_server,
+        network=replace(source.network, bandwidth_bits_per_second=bandwidth),
+        algorithm="ring",
+        hook=source.hook,
+        batch_per_rank=source.batch_per_rank,
+        accumulate=source.step.num_micro_batches,
+    )
+    found = step_on(source, cluster)
+    assert isinstance(found, pure.StepForecast)  # a ring of any cluster
+    return cluster.global_batch / found.step_seconds
+
+
 # --- the grid ---
 
 

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from conftest import HandmadeRun, handmade_run
 
+from pipeline.comm.forecast import Network, StepForecast
+from pipeline.forecasting import Cluster, break_even_bandwidth, step_on
+from pipeline.measured_step import Source, read_source
+from pipeline.report.records import read_run
+
 
 def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **changes: Any) -> HandmadeRun:
     """A run of two servers in a lab, its buckets timed."""
@@ -157,3 +162,34 @@ def test_a_cluster_whose_links_nobody_knows_is_asked_for(tmp_path: Path) -> None
     assert "measured_bandwidth" in plan(tmp_path, f"run={tmp_path / 'small'}").stderr
     done = plan(tmp_path, f"run={tmp_path / 'small'}", "measured_bandwidth=1gbit", "servers=[2]")
     assert done.returncode == 0, done.stderr
+
+
+# --- break-even ---
+
+
+def source_of(tmp_path: Path, model: str, passes_seconds: float) -> Source:
+    run = timed_run(model)
+    run.ledger["time"] |= {"forward_seconds": passes_seconds, "step_seconds": {"p50": passes_seconds + 0.3, "p90": 1.0}}
+    return read_source(read_run(run.write(tmp_path / model)), None)
+
+
+def test_a_lighter_model_that_computes_longer_wins_below_some_bandwidth(tmp_path: Path) -> None:
+    light, heavy = source_of(tmp_path, "squeezenet1_0", 0.30), source_of(tmp_path, "alexnet", 0.06)
+    bandwidth, reason = break_even_bandwidth(light, heavy)
+    assert bandwidth is not None
+    assert reason is None
+
+    def lead(rate: float) -> float:
+        light_step, heavy_step = (
+            step_on(source, Cluster(2, 1, Network(rate), "ring", "none", 8, 1)) for source in (light, heavy)
+        )
+        assert isinstance(light_step, StepForecast)
+        assert isinstance(heavy_step, StepForecast)
+        return heavy_step.step_seconds - light_step.step_seconds
+
+    assert lead(bandwidth * 0.99) > 0 > lead(bandwidth * 1.01)
+
+
+def test_a_lighter_model_that_computes_faster_too_has_no_break_even(tmp_path: Path) -> None:
+    light, heavy = source_of(tmp_path, "squeezenet1_0", 0.06), source_of(tmp_path, "alexnet", 0.30)
+    assert break_even_bandwidth(light, heavy) == (None, "squeezenet1_0 trains faster per picture on every link.")
