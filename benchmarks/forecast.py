@@ -3,10 +3,11 @@
     python -m benchmarks.forecast
 
 Every run is a training in the lab (`pipeline.lab`): network namespaces with shaped links, one rank with one thread on
-each. Fitted is one run per model, two servers at 1 Gbit/s. Forecast by `pipeline.plan` and then measured are other
-bandwidths on two servers, and three and four servers at 1 Gbit/s. Where there are more ranks than cores, ranks compute
-more slowly for a reason that no network has; there the forecast takes the time to compute, and nothing else, from as
-many ranks side by side that exchange nothing (`compute_run=`). No measured point enters a forecast.
+each; packets are cut into frames after they leave a server (`offloads=true`), as network cards do it. Fitted is one run
+per model, two servers at 1 Gbit/s. Forecast by `pipeline.plan` and then measured are other bandwidths on two servers,
+and three and four servers at 1 Gbit/s. Where there are more ranks than cores, ranks compute more slowly for a reason
+that no network has; there the forecast takes the time to compute, and nothing else, from as many ranks side by side
+that exchange nothing (`compute_run=`). No measured point enters a forecast.
 
 Step times are medians of the step less its wait for data. Bytes out of a server must agree exactly.
 """
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     steps = options.steps or MODELS[case.model]
     lab = [
         f"name={case.name}", f"run_root={common.RUNS}", f"servers={case.servers}", f"bandwidth={case.bandwidth}",
-        "num_threads=1",
+        "offloads=true", "num_threads=1",
     ]  # fmt: skip
     train = [f"name={case.name}", *overrides(options, case.model, steps, case.servers)]
     common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)

@@ -4,8 +4,9 @@
     python -m benchmarks.links --batches    SqueezeNet and AlexNet at 1 Gbit/s, per-rank batches of 1, 4 and 16
 
 Servers are network namespaces (`pipeline.lab`), one rank with one thread on each; `alone` is one such rank without a
-network. Steps are the median of a run less its wait for data. Scaling is pictures per second and rank against one rank
-alone. `wire` is what the busiest server's card sends in a step, frames included, over the link's bandwidth.
+network. Packets are cut into frames after they leave a server (`offloads=true`), as network cards do it, which costs no
+processor. Steps are the median of a run less its wait for data. Scaling is pictures per second and rank against one
+rank alone. `wire` is what the busiest server sends in a step, frame headers included, over the link's bandwidth.
 `forward + max(backward, wire)` is the least a step can take when communication overlaps the backward pass.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
+from pipeline.comm.forecast import Network
 
 MODELS = ("squeezenet1_0", "resnet18", "alexnet")
 BANDWIDTHS = {"1gbit": 1e9, "100mbit": 1e8}
@@ -54,7 +56,7 @@ def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
         f"comm.bucket_megabytes={case.bucket_megabytes or 'null'}",
     ]  # fmt: skip
     if case.bandwidth:
-        lab = [*where, "servers=2", f"bandwidth={case.bandwidth}", "num_threads=1"]
+        lab = [*where, "servers=2", f"bandwidth={case.bandwidth}", "offloads=true", "num_threads=1"]
         common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
     else:
         common.run("train", *train)
@@ -77,10 +79,8 @@ def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
         "wire_seconds": None,
     }
     if case.bandwidth:
-        cards = ledger["attempts"][-1]["measured"]["interfaces"]
         sent = max(ledger["servers"]["measured_egress_bytes"]) / ledger["num_steps"]
-        headers = max(card["interface_bytes"] / card["tcp_bytes"] for card in cards)
-        row["wire_seconds"] = 8 * sent * headers / BANDWIDTHS[case.bandwidth]
+        row["wire_seconds"] = Network(BANDWIDTHS[case.bandwidth]).seconds(sent)
     return row
 
 

@@ -229,7 +229,7 @@ class Learner(pl.LightningModule):
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov,
-            foreach=True,  # torch's default on GPUs only; the same arithmetic in fewer calls
+            fused=True,  # the same arithmetic, bit for bit, in one pass over memory instead of five
         )
         if self.optimizer_state is not None:
             # Only the state is taken over: hyper-parameters come from the configuration, which may have been edited.

@@ -15,7 +15,13 @@ from pipeline.data.manifest import Manifest, Shard, Split
 from pipeline.files import sha256_of_file
 
 CLASSES = ("ant", "bee", "cat", "dog")
-PAIR_OPTIONS = ("batch.max_per_rank=3", "recipe.ema_decay=0.9", "model.num_classes=1000", "tracking=offline")
+PAIR_OPTIONS = (
+    "batch.max_per_rank=3",
+    "recipe.ema_decay=0.9",
+    "model.num_classes=1000",
+    "tracking=offline",
+    "comm.bucket_megabytes=null",  # DDP's own buckets, of which the bytes are published
+)
 NUM_VALIDATION = 25  # divisible by neither 2 nor 3 ranks
 
 
