@@ -58,16 +58,17 @@ def write_curve(rows: Sequence[Mapping[str, Any]], num_classes: int, directory: 
     axes.plot(steps, losses, color="#9aa3ad", linewidth=0.7, label="each step")
     window = [statistics.fmean(losses[max(0, end - NUM_LAST) : end]) for end in range(1, len(losses) + 1)]
     axes.plot(steps, window, color="#0072b2", linewidth=1.6, label=f"mean of {NUM_LAST} steps")
-    # The curve falls from the upper left to the lower right; words stand in the other corners.
-    for level, words, at in (
-        (math.log(1000), "knowing nothing: ln 1000", "right"),
-        (math.log(num_classes), f"knowing which {num_classes} classes occur", "left"),
-        (CEILING, "bound", "left"),
+    # The curve falls from the upper left to the lower right; words stand above it, at the right.
+    for level, words, above in (
+        (math.log(1000), "knowing nothing: ln 1000", 3),
+        (math.log(num_classes), f"knowing which {num_classes} classes occur", 3),
+        (CEILING, "bound", -9),
     ):
-        place = (steps[0] if at == "left" else steps[-1], level)
         axes.axhline(level, color="#d55e00", linewidth=0.8, linestyle="--")
         text_of_line = f"{words} ({level:.2f})"
-        axes.annotate(text_of_line, place, (0, 3), textcoords="offset points", fontsize=7.5, ha=at)
+        axes.annotate(
+            text_of_line, (steps[-1], level), (0, above), textcoords="offset points", fontsize=7.5, ha="right"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.spines[["top", "right"]].set_visible(False)
