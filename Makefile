@@ -61,6 +61,7 @@ bench: venv ## the published figures, measured here; an hour and a quiet machine
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
 	$(PY) -m benchmarks.meter_overhead
+	$(PY) -m benchmarks.exposed_time
 	$(PY) -m benchmarks.links
 	$(PY) -m benchmarks.links --batches
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
