@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 SCHEMA = 1
-PUBLISH_SECONDS = 120.0
+PUBLISH_SECONDS = 60.0
 TEARDOWN_SECONDS = 10.0
 LONGEST_REASON = 200  # characters of what the server or the library said
+
+
+class TimeIsOver(BaseException):
+    """No `Exception`, which the library would take for an answer of the server and wrap or retry."""
 
 
 def publish(workspace: "Workspace", report: "Report", record: Path) -> dict[str, str]:
@@ -38,7 +42,7 @@ def publish(workspace: "Workspace", report: "Report", record: Path) -> dict[str,
     try:
         with _deadline(PUBLISH_SECONDS):
             return _save(workspace, report, record)
-    except Exception as error:  # whatever the library or the server makes of it
+    except (Exception, TimeIsOver) as error:  # whatever the library or the server makes of it
         _stop_wandb()
         said = " ".join(redacted(str(error)).split())[:LONGEST_REASON]
         raise ConfigError(
@@ -81,7 +85,7 @@ def _read(record: Path) -> dict[str, Any]:
 
 def _stop_wandb() -> None:
     """Its helper process goes too, or leaving would wait for the server again."""
-    with contextlib.suppress(Exception), _deadline(TEARDOWN_SECONDS):
+    with contextlib.suppress(Exception, TimeIsOver), _deadline(TEARDOWN_SECONDS):
         import wandb
 
         wandb.teardown(exit_code=1)
@@ -89,10 +93,10 @@ def _stop_wandb() -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block when its time is over. Main thread only: it is a signal that interrupts it."""
+    """Raise TimeIsOver in the block when its time is over. Main thread only: it is a signal that interrupts it."""
 
     def expire(*_: object) -> None:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
+        raise TimeIsOver(f"no answer within {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -179,11 +179,11 @@ class Server(http.server.BaseHTTPRequestHandler):
             view |= {"id": variables.get("id") or f"view{len(self.saved)}", "updatedAt": None}
             view["project"] = {"id": "p", "name": variables["projectName"], "entityName": variables["entityName"]}
             return {"upsertView": {"view": view, "inserted": True}}
-        if "projects" in query:
-            page = {"hasNextPage": False, "endCursor": None}
-            return {"models": {"edges": [], "pageInfo": page}, "upsertModel": None}
-        if "upsertModel" in query:
-            return {"upsertModel": {"project": {"id": "p", "name": "mine", "entityName": "me"}, "inserted": True}}
+        if "query GetProjects" in query:
+            page = {"__typename": "PageInfo", "hasNextPage": False, "endCursor": None}
+            return {"models": {"edges": [], "pageInfo": page}}
+        if "mutation CreateProject" in query:
+            return {"result": {"project": None, "model": None, "inserted": True}}
         viewer = {"id": "u", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer, "serverInfo": {"features": []}}
 
