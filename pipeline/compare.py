@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import run_command
-from pipeline.config import BatchConfig, ClusterConfig, CommConfig, DataConfig, one_of, require
+from pipeline.config import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig, DataConfig, one_of, require
 from pipeline.errors import ExitCode, LedgerError
 
 
@@ -54,6 +54,7 @@ class CompareConfig:
     batch: BatchConfig
     cluster: ClusterConfig
     comm: CommConfig
+    tracking: CompareTrackingConfig
     lab: CompareLabConfig
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ def compare(config: CompareConfig) -> int:
     """Run or read every model, then write the report. Returns the exit code."""
     from rich.console import Console
 
-    from pipeline import comparison, measuring
+    from pipeline import comparison, comparison_tracking, measuring
     from pipeline.report.page import write_comparison_report
     from pipeline.report.records import read_run
     from pipeline.report.sections import comparison_sentence
@@ -102,13 +103,11 @@ def compare(config: CompareConfig) -> int:
     runs = {outcome.model: outcome.run for outcome in outcomes if outcome.run}
     report = write_comparison_report(config.directory, result, runs, training_run)
 
-    console = Console()
-    console.print(comparison_table(result).to_rich())
-    console.print(comparison_sentence(result), highlight=False)
+    Console().print(comparison_table(result).to_rich(), comparison_sentence(result), highlight=False)
     print(f"Report: {report}")
-    for outcome in outcomes:
-        if outcome.reason:
-            print(f"error: {outcome.model}: {outcome.reason}", file=sys.stderr)
+    for outcome in (each for each in outcomes if each.reason):
+        print(f"error: {outcome.model}: {outcome.reason}", file=sys.stderr)
+    comparison_tracking.mirror_comparison(result, config.name, config.directory, config.tracking)
     if open_ledgers := [outcome.model for outcome in outcomes if outcome.exit_code == ExitCode.LEDGER]:
         raise LedgerError(f"The ledger does not close for {', '.join(open_ledgers)}; the report says why.")
     return ExitCode.DONE if runs else outcomes[0].exit_code

@@ -315,6 +315,14 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareTrackingConfig(TrackingConfig):
+    """Of a comparison, which is one W&B run with its table and charts."""
+
+    trainings: bool = False
+    """Mirror each model's training too, as a W&B run of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 

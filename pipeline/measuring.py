@@ -128,6 +128,8 @@ def _overrides(config: "CompareConfig", candidate: Candidate, name: str, metapar
     """The training command's overrides: the comparison's own conditions, nothing left to a default that may differ."""
     groups = {key: asdict(getattr(config, key)) for key in ("data", "batch", "cluster", "comm")}
     groups["data"].pop("root")
+    groups["tracking"] = asdict(config.tracking)
+    is_tracked, mode = groups["tracking"].pop("trainings"), groups["tracking"].pop("mode")
     values = {
         "name": f"{config.name}/{candidate.slug}",
         "run_root": config.run_root,
@@ -140,7 +142,8 @@ def _overrides(config: "CompareConfig", candidate: Candidate, name: str, metapar
         "trainer.checkpoint_every_steps": 0,
         "trainer.precision": config.precision,
     }
-    return [f"model={name}", "tracking=disabled", *(f"{key}={_literal(value)}" for key, value in values.items())]
+    tracking = f"tracking={mode if is_tracked else 'disabled'}"
+    return [f"model={name}", tracking, *(f"{key}={_literal(value)}" for key, value in values.items())]
 
 
 def _lab_overrides(config: "CompareConfig", name: str) -> list[str]:

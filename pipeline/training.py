@@ -34,6 +34,7 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.provenance import describe
 from pipeline.run.ranks import RankInfo
 from pipeline.run.tracking import Tracker
+from pipeline.run_notes import training_notes
 from pipeline.startup import Plan
 from pipeline.world import World, join_group
 
@@ -275,6 +276,7 @@ def fit(
         rank=world.rank,
         model=config.model.name,
         config=_plain(dataclasses.asdict(config)),
+        notes=training_notes(config, world),
         resume_step=start.step,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())

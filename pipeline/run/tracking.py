@@ -4,6 +4,7 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrackingConfig
@@ -23,6 +24,7 @@ class Tracker:
         model: the mirror's group, so that runs of one model stand together.
         job_type: `train`, `evaluate`, ...
         config: plain values shown beside the mirrored run.
+        notes: its conditions in words.
         resume_step: committed steps of the checkpoint this attempt starts from; later rows are dropped, the attempt
             writes them again.
     """
@@ -36,6 +38,7 @@ class Tracker:
         model: str,
         job_type: str = "train",
         config: Mapping[str, Any] | None = None,
+        notes: str = "",
         resume_step: int = 0,
     ) -> None:
         self.run_id: str | None = None
@@ -59,6 +62,7 @@ class Tracker:
             entity=tracking.entity,
             tags=tracking.tags,
             config=config,
+            notes=notes,
         )
 
     @property
@@ -101,16 +105,20 @@ class Tracker:
 
 
 def wandb_id(run: RunDirectory) -> str:
-    """The W&B id of this run: made at its first attempt, kept in its directory, the same ever after.
+    """The W&B id of this run: made at its first attempt, kept in its directory, the same ever after."""
+    return kept_id(run.path / "wandb_id", run.name)
+
+
+def kept_id(path: Path, name: str) -> str:
+    """The W&B id in this file, made of `name` and written there if there is none.
 
     The random part keeps runs of one name on two machines from writing into each other.
     """
-    path = run.path / "wandb_id"
     if path.exists():
         kept = path.read_text().strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{1,100}", kept):
             return kept
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", run.name)[:60].strip("-")
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:60].strip("-")
     made = f"{readable}-{secrets.token_hex(4)}"
     write_text_atomic(path, made + "\n")
     return made

@@ -23,8 +23,10 @@ class WandbMirror:
         directory: the run's; W&B writes below `<directory>/wandb`.
         run_id: fixed for the life of the run: every attempt continues it.
         mode: `offline` or `online`. Online becomes offline where there is no API key or the server does not answer.
-        name, group, job_type, project, entity, tags: as W&B shows them.
-        config: plain values to show beside the run. No secrets: it is stored as it is.
+        name, group, job_type, project, entity, tags: as W&B shows them. A job of Slurm adds the tag `slurm-<id>`.
+        config: plain values to show beside the run; `slurm_job_id` is added. No secrets: it is stored as it is.
+        notes: the conditions of the run in words. No secrets either.
+        record: the file that holds the same and is whole whatever becomes of W&B; warnings name it.
     """
 
     def __init__(
@@ -40,9 +42,12 @@ class WandbMirror:
         entity: str | None = None,
         tags: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
+        notes: str = "",
+        record: str = "metrics.jsonl",
     ) -> None:
         assert mode in ("offline", "online"), mode
         self.mode = mode
+        self._record = record
         self._run: Any = None
         # Its crash reports would go to a server nobody asked to talk to.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -51,9 +56,19 @@ class WandbMirror:
             if reason:
                 self.mode = "offline"
                 _warn(f"W&B stays offline: {reason}. Upload later with `wandb sync`")
-        facts = {"name": name, "group": group, "job_type": job_type, "project": project, "entity": entity}
+        job_id = slurm_job_id(os.environ)
+        facts = {
+            "name": name,
+            "group": group,
+            "job_type": job_type,
+            "project": project,
+            "entity": entity,
+            "notes": notes or None,
+            "tags": [*tags, *([f"slurm-{job_id}"] if job_id else [])],
+            "config": {**(config or {}), "slurm_job_id": job_id},
+        }
         try:
-            self._run = self._start(directory, run_id, facts, list(tags), dict(config or {}))
+            self._run = self._start(directory, run_id, facts)
         except Exception as error:
             self._give_up(error)
 
@@ -68,6 +83,10 @@ class WandbMirror:
         # other metric is drawn over it, so rows written twice fall on each other.
         values = {key: value for key, value in row.items() if value is not None}
         self._guard(lambda: self._run.log({STEP_METRIC: step, **values}))
+
+    def log_media(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Log the tables, charts and pictures that `make` returns, by name; what goes wrong in it ends the mirror."""
+        self._guard(lambda: self._run.log(dict(make())))
 
     def summarize(self, values: Mapping[str, float | int | str | None]) -> None:
         """Put results beside the run."""
@@ -87,9 +106,7 @@ class WandbMirror:
         self._guard(end)
         self._run = None
 
-    def _start(
-        self, directory: Path, run_id: str, facts: dict[str, Any], tags: list[str], config: dict[str, Any]
-    ) -> Any:
+    def _start(self, directory: Path, run_id: str, facts: dict[str, Any]) -> Any:
         import wandb
 
         settings = wandb.Settings(
@@ -104,9 +121,7 @@ class WandbMirror:
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
         )
-        run = wandb.init(
-            dir=str(directory), id=run_id, resume="allow", tags=tags, config=config, settings=settings, **facts
-        )
+        run = wandb.init(dir=str(directory), id=run_id, resume="allow", settings=settings, **facts)
         run.define_metric(STEP_METRIC)
         run.define_metric("*", step_metric=STEP_METRIC)
         return run
@@ -122,12 +137,17 @@ class WandbMirror:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         reason = " ".join(str(error).split())[:200]
-        _warn(f"W&B is off from here on ({type(error).__name__}: {reason}); metrics.jsonl has everything")
+        _warn(f"W&B is off from here on ({type(error).__name__}: {reason}); {self._record} has everything")
         # Its helper process goes too; what it had written can still be uploaded.
         with contextlib.suppress(Exception):
             import wandb
 
             wandb.teardown(exit_code=1)
+
+
+def slurm_job_id(environment: Mapping[str, str]) -> str | None:
+    """The job this process belongs to, for an array the one number all its tasks share; None outside of Slurm."""
+    return environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID") or None
 
 
 def why_not_online() -> str | None:

@@ -32,7 +32,7 @@ SCHEMA_KEYS = [
 
 
 def configured(*overrides: str) -> CompareConfig:
-    return compose("compare", CompareConfig, quote_models(overrides))
+    return compose("compare", CompareConfig, quote_models(("tracking=disabled", *overrides)))
 
 
 def from_runs(tmp_path: Path, *runs: Path, **keys: str) -> CompareConfig:

@@ -1,0 +1,76 @@
+"""The W&B dashboards of a project: a workspace of panels and a report page, built from code.
+
+    python -m pipeline.dashboard project=squeezewire                 # as files; nothing is sent
+    python -m pipeline.dashboard project=squeezewire publish=true    # and saved to the server
+
+Left in `<run_root>/<name>/`: workspace.json and report.json; after publishing published.json, by which the same command
+again changes what it made before instead of making it anew.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cli import run_command
+from pipeline.config import require
+from pipeline.errors import ExitCode
+
+FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
+LONGEST_PROJECT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardConfig:
+    """Build the W&B workspace and report page of a project, as files; with publish=true on the server too."""
+
+    name: str = "dashboard"
+    """The directory of the files under run_root."""
+    run_root: str = "runs"
+    project: str = "squeezewire"
+    """The W&B project whose runs are shown: tracking.project of the trainings."""
+    entity: str | None = None
+    """The W&B user or team the project belongs to. Null: the default of whoever publishes."""
+    publish: bool = False
+    """Save both to the server. Needs a login: `wandb login`, or WANDB_API_KEY."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < len(self.project) <= LONGEST_PROJECT and not set(self.project) & set(FORBIDDEN_IN_PROJECT),
+            f"project={self.project!r} must have 1 to {LONGEST_PROJECT} characters and none of {FORBIDDEN_IN_PROJECT}",
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the files lie."""
+        return Path(self.run_root) / self.name
+
+
+def dashboard(config: DashboardConfig) -> int:
+    """Write both specifications; publish them if asked. Returns the exit code."""
+    from pipeline.files import write_json_atomic
+    from pipeline.report import wandb_pages
+    from pipeline.run.directory import validate_name
+
+    validate_name(config.name)
+    workspace = wandb_pages.build_workspace(config.project, config.entity)
+    report = wandb_pages.build_report(config.project, config.entity)
+
+    config.directory.mkdir(parents=True, exist_ok=True)
+    for page, file in ((workspace, "workspace.json"), (report, "report.json")):
+        write_json_atomic(config.directory / file, wandb_pages.specification(page))
+    print(f"Workspace: {config.directory / 'workspace.json'}\nReport: {config.directory / 'report.json'}")
+
+    if config.publish:
+        from pipeline.publication import publish
+
+        for kind, url in publish(workspace, report, config.directory / "published.json").items():
+            print(f"Published {kind}: {url}")
+    else:
+        print(
+            f"Nothing was sent. To save both in the W&B project {config.project}, log in (`wandb login`, or"
+            " WANDB_API_KEY) and run the same command with publish=true."
+        )
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    run_command("dashboard", DashboardConfig, dashboard)
