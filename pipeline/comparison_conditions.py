@@ -108,7 +108,7 @@ def shared_conditions(runs: Mapping[str, RunRecord], alone: RunRecord | None) ->
         conditions["all ranks share one machine"] = True
     if alone is not None:
         batch, threads = alone.ledger["global_batch"], alone.environment.get("num_threads_per_rank")
-        conditions["one rank alone"] = f"{batch} pictures per step, {threads} threads, no network"
+        conditions["one rank alone"] = f"pictures per step: {batch}, threads: {threads}, no network"
     steps = sorted({run.ledger["num_steps"] for run in runs.values()})
     conditions["steps per model"] = steps[0] if len(steps) == 1 else steps
     return conditions

@@ -104,7 +104,7 @@ def step_time_figure(rows: Sequence[Row]) -> "Figure":
             if exposed is not None:
                 parts.append(f"{format_percent(waits / step)} exposed")
             label_bar(axes, " · ".join(parts), step, position)
-        axes.set_xlim(0, rows[0]["step_seconds"] * 1.55)
+        axes.set_xlim(0, rows[0]["step_seconds"] * 1.7)
         axes.set_yticks(range(len(rows)), [label_of(row) for row in rows])
         axes.set_xlabel("seconds per optimiser step")
         axes.xaxis.grid(True)
@@ -169,10 +169,11 @@ def accuracy_figure(rows: Sequence[Row]) -> "Figure":
             is_best = model in best
             colour = ORANGE if is_best else BLUE
             axes.plot(num_bytes, top1, "o", color=colour, fillstyle="full" if is_best else "none", markersize=7)
-        for (num_bytes, top1, model), (side, offset) in zip(points, _label_places(points), strict=True):
+        for (num_bytes, top1, model), rise in zip(points, _label_rises(points), strict=True):
             text = f"{model} · {format_bytes(num_bytes)}"
-            place: dict[str, Any] = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 8.5}
-            axes.annotate(text, (num_bytes, top1), (9 if side == "left" else -9, offset), color=INK, **place)
+            style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8.5, "color": INK}
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.0}
+            axes.annotate(text, (num_bytes, top1), (9, rise), bbox=box, **style)
         axes.set_xscale("log")
         smallest, largest = points[0][0], points[-1][0]
         axes.set_xlim(smallest / 1.6, largest * max(6.0, (largest / smallest) ** 0.45))
@@ -187,13 +188,13 @@ def accuracy_figure(rows: Sequence[Row]) -> "Figure":
     return draw(9.2, 4.4, paint)
 
 
-def _label_places(points: Sequence[tuple[float, float, str]]) -> list[tuple[str, float]]:
-    """(alignment, points upwards) of each label: to the right, moved where another one is as high and near."""
-    places: list[tuple[str, float]] = []
+def _label_rises(points: Sequence[tuple[float, float, str]]) -> list[float]:
+    """How far each label is moved upwards, in points of print: down, where another is as high and near to the left."""
+    rises = []
     for index, (num_bytes, top1, _) in enumerate(points):
-        near = [other for other in points[:index] if abs(other[1] - top1) < 1.2 and num_bytes / other[0] < 20]
-        places.append(("left", -11.0 if len(near) % 2 else 0.0))
-    return places
+        near = [other for other in points[:index] if abs(other[1] - top1) < 1.2 and num_bytes / other[0] < 10]
+        rises.append(-11.0 if len(near) % 2 else 0.0)
+    return rises
 
 
 def best_models(rows: Sequence[Row]) -> set[str]:
@@ -210,7 +211,7 @@ def best_models(rows: Sequence[Row]) -> set[str]:
 def _legend(axes: "Axes") -> None:
     """Each kind of bar once, above the plot."""
     handles, labels = axes.get_legend_handles_labels()
-    first = dict(zip(reversed(labels), reversed(handles), strict=True))
+    first = dict(zip(labels, handles, strict=True))
     axes.legend(
         list(first.values()),
         list(first),
