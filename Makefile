@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: venv ## shards, a two-rank training and a comparison with larger models: runs/demo/report.html
 	$(PY) -m pipeline.prepare source=builtin out=$(DEMO_SHARDS)
 	$(PY) -m pipeline.train experiment=demo
-	$(PY) -m pipeline.compare name=demo data.root=$(DEMO_SHARDS) data.size=64 steps=5
+	$(PY) -m pipeline.compare name=demo data.root=$(DEMO_SHARDS) data.size=64 steps=5 alone=false
 
 .PHONY: test
 test: venv ## the tests but the slow ones, as CI runs them

@@ -78,7 +78,7 @@ def _media(result: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     return media
 
 
-def _table(columns: list[str], rows: list[dict[str, Any]]) -> Any:
+def _table(columns: list[Any], rows: list[dict[str, Any]]) -> Any:
     import wandb
 
     data = [[row.get(column) for column in columns] for row in rows]

@@ -1,264 +1,128 @@
-"""Making the runs a comparison is made of: one `pipeline.train` per model, each under the same overrides."""
+"""Making the runs a comparison is made of, one `pipeline.train` after another, or reading runs already made."""
 
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pipeline.cli import compose
-from pipeline.comparison import Outcome, choose_baseline, metered_gradient_bytes, refuse_to_mix
-from pipeline.config import TrainConfig, require
-from pipeline.errors import DataError, ExitCode, LedgerError, UserError
-from pipeline.lab import LabConfig
+from pipeline.candidates import Candidate, log_path, where_of
+from pipeline.comparison import choose_baseline, label_of
+from pipeline.comparison_conditions import footing_difference, refuse_to_mix
+from pipeline.comparison_config import CompareConfig
+from pipeline.comparison_launch import choose_launcher, literal
+from pipeline.comparison_rows import Outcome, metered_gradient_bytes
+from pipeline.config import BatchConfig, require
+from pipeline.errors import ConfigError, ExitCode, LedgerError, UserError
+from pipeline.memory import available_memory, refusal
+from pipeline.model_facts import model_facts
 from pipeline.models import zoo
-from pipeline.preflight import check_root
 from pipeline.report.records import RunRecord, flat, read_run
-from pipeline.run.directory import validate_name
-from pipeline.run.ranks import LAB_VARIABLE
+from pipeline.startup import choose_accelerator
 
-if TYPE_CHECKING:
-    from pipeline.compare import CompareConfig
-
-# Ranks that belong to whoever started `compare` must not be taken for those of the runs it starts.
-_RANK_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    LAB_VARIABLE,
-)
 LONGEST_REASON = 300  # characters of a run's last words
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model of the comparison before its run."""
-
-    model: str
-    num_parameters: int
-    parameter_bytes: int
-    overrides: tuple[str, ...]
-    """Of `pipeline.train`, without the shards."""
-
-    @property
-    def slug(self) -> str:
-        """Its directory below the comparison's: the spec in the characters a run's name may have."""
-        spec = self.model.replace(":", "@", 1)
-        return "".join(character if character.isalnum() or character in "._-=,@+" else "_" for character in spec)
-
-
-# --- before the first run ---
-
-
-def quote_models(arguments: Sequence[str]) -> list[str]:
-    """`models=[squeezenet1_0:sr=0.5,alexnet]` as Hydra's grammar wants it: specs with a colon in quotes.
-
-    A comma inside brackets or before `key=value` continues the spec; anything else is left as it is.
-    """
-    return [_quote_list(argument) if argument.startswith("models=[") else argument for argument in arguments]
-
-
-def _quote_list(argument: str) -> str:
-    key, _, listed = argument.partition("=")
-    if not listed.endswith("]") or ":" not in listed or "'" in listed or '"' in listed:
-        return argument
-    specs: list[str] = []
-    for item in zoo.split_outside_brackets(listed[1:-1]):
-        continues = specs and "=" in item and ":" not in item.partition("=")[0]
-        if continues:
-            specs[-1] += f",{item.strip()}"
-        else:
-            specs.append(item.strip())
-    return f"{key}=[{','.join(_literal(spec) for spec in specs)}]"
-
-
-def check_candidates(config: "CompareConfig") -> list[Candidate]:
-    """Every model, known to exist, to accept its metaparameters and to be trainable under these conditions.
-
-    Raises:
-        ConfigError: unknown model or metaparameter, impossible conditions, or a directory that is already in use.
-    """
-    choose_baseline(config.baseline, config.models)
-    candidates = [_check_candidate(config, spec) for spec in config.models]
-    slugs = [candidate.slug for candidate in candidates]
-    require(len(set(slugs)) == len(slugs), f"Two of models={list(config.models)} would share a directory; rename one.")
-    for candidate in candidates:
-        directory = config.directory / candidate.slug
-        require(
-            not directory.exists() or _log_path(directory).exists(),
-            f"{directory} exists and was not made by a comparison: choose another name=.",
-        )
-    return candidates
-
-
-def _check_candidate(config: "CompareConfig", spec: str) -> Candidate:
-    import torch
-
-    name, metaparameters = zoo.parse_spec(spec)
-    plain = replace(Candidate(spec, 0, 0, ()), model=zoo.format_spec(name, metaparameters))
-    overrides = tuple(_overrides(config, plain, name, metaparameters))
-    train = compose("train", TrainConfig, [*overrides, "data.root=checked-later"])
-    validate_name(train.name)
-    train.batch.split(config.num_ranks)
-    compose("lab", LabConfig, _lab_overrides(config, train.name))
-    with torch.device("meta"):  # the shapes, without the memory
-        model = zoo.build(train.model.name, config.num_classes, **train.model.metaparameters)
-    parameters = list(model.parameters())
-    return replace(
-        plain,
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        parameter_bytes=sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
-        overrides=overrides,
-    )
-
-
-def _overrides(config: "CompareConfig", candidate: Candidate, name: str, metaparameters: dict[str, Any]) -> list[str]:
-    """The training command's overrides: the comparison's own conditions, nothing left to a default that may differ."""
-    groups = {key: asdict(getattr(config, key)) for key in ("data", "batch", "cluster", "comm")}
-    groups["data"].pop("root")
-    groups["tracking"] = asdict(config.tracking)
-    is_tracked, mode = groups["tracking"].pop("trainings"), groups["tracking"].pop("mode")
-    values = {
-        "name": f"{config.name}/{candidate.slug}",
-        "run_root": config.run_root,
-        "seed": config.seed,
-        "model.num_classes": config.num_classes,
-        **{f"model.metaparameters.{key}": value for key, value in metaparameters.items()},
-        **flat(groups),
-        "trainer.max_steps": config.steps,
-        "trainer.validate_every_steps": 0,
-        "trainer.checkpoint_every_steps": 0,
-        "trainer.precision": config.precision,
-    }
-    tracking = f"tracking={mode if is_tracked else 'disabled'}"
-    return [f"model={name}", tracking, *(f"{key}={_literal(value)}" for key, value in values.items())]
-
-
-def _lab_overrides(config: "CompareConfig", name: str) -> list[str]:
-    """The lab's overrides: lab.json goes to the run's own directory."""
-    if config.lab.servers is None:
-        return []
-    values = {
-        "name": name,
-        "run_root": config.run_root,
-        **asdict(config.lab),
-        "num_threads": config.cluster.num_threads,
-    }
-    return [f"{key}={_literal(value)}" for key, value in values.items()]
-
-
-def _literal(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case str():
-            return "'" + value.replace("'", "\\'") + "'" if not value.replace("_", "").isalnum() else value
-        case list() | tuple():
-            return f"[{','.join(map(_literal, value))}]"
-        case _:
-            return str(value)
-
-
-def shards_for(config: "CompareConfig") -> str:
-    """Where the shards are: those asked for; without any, the built-in ones, made once under run_root.
-
-    Raises:
-        DataError: they are not there, or could not be made.
-    """
-    if config.data.root is not None:
-        check_root(config.data, config.data.train_split)
-        return config.data.root
-    root = Path(config.run_root) / "builtin-shards"
-    if not (root / "manifest.json").is_file():
-        print(f"No data.root given: making the built-in shards in {root}", flush=True)
-        made = subprocess.run(
-            [sys.executable, "-m", "pipeline.prepare", "source=builtin", f"out={_literal(str(root))}"]
-        )
-        if made.returncode:
-            raise DataError(f"`pipeline.prepare source=builtin` ended with exit code {made.returncode}; see above.")
-    return str(root)
+_NOT_WANTED = "alone=false: no run on a single rank was made, against which to measure scaling."
+_NOT_GIVEN = "No run on a single rank was given: alone_runs=[...]."
 
 
 # --- the runs ---
 
 
-def measure(config: "CompareConfig", candidates: Sequence[Candidate], shards: str) -> list[Outcome]:
-    """One training run per candidate, one after another. A failure is an outcome with its reason."""
-    # A comparison told to stop takes its run along: leaving `subprocess.run` by an exception kills the run.
+def measure(config: CompareConfig, candidates: Sequence[Candidate], shards: str) -> list[Outcome]:
+    """The training runs, one after another. A failure is an outcome with its reason."""
+    # A comparison told to stop takes its run along: leaving by an exception ends the run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(candidates))
+        runner = _Runner(config, shards)
         for candidate in candidates:
-            progress.update(task, description=candidate.model)
-            outcome = _measure_one(config, candidate, shards)
-            outcomes.append(outcome)
+            progress.update(task, description=candidate.label)
+            outcomes.append(runner.measure(candidate))
             progress.advance(task)
-            progress.console.print(
-                f"{candidate.model}: {'failed' if outcome.reason else 'done'}", highlight=False, markup=False
-            )
+            ended = "failed" if outcomes[-1].reason else "done"
+            progress.console.print(f"{candidate.label}: {ended}", highlight=False, markup=False)
     return outcomes
 
 
-def _measure_one(config: "CompareConfig", candidate: Candidate, shards: str) -> Outcome:
-    directory = config.directory / candidate.slug
-    if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
-        shutil.rmtree(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pipeline.train", *candidate.overrides, f"data.root={_literal(shards)}"]
-    if config.lab.servers is not None:
-        lab = _lab_overrides(config, f"{config.name}/{candidate.slug}")
-        command = [sys.executable, "-m", "pipeline.lab", *lab, "--", *command]
-    with _log_path(directory).open("w") as log:
-        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
-    outcome = Outcome(candidate.model, candidate.num_parameters, candidate.parameter_bytes, command=_command_line())
-    if finished.returncode:
-        reason = _reason(finished.returncode, _log_path(directory))
-        return replace(outcome, reason=reason, exit_code=max(finished.returncode, ExitCode.INTERNAL))
-    return _with_run(outcome, directory)
+class _Runner:
+    """Makes the runs of one comparison. A model's single-rank run is made once, after its first that succeeds."""
+
+    def __init__(self, config: CompareConfig, shards: str) -> None:
+        self._config, self._shards = config, shards
+        self._launcher = choose_launcher(config)
+        self._accelerator = choose_accelerator(config.cluster)
+        self._alone: dict[str, RunRecord | str] = {}
+
+    def measure(self, candidate: Candidate) -> Outcome:
+        """The candidate's run, and the single-rank run that belongs to it."""
+        outcome = Outcome(candidate.model, candidate.facts, candidate.hook, candidate.label, command=_command_line())
+        if reason := self._impossible(candidate):
+            return replace(outcome, reason=reason, exit_code=ExitCode.CONFIG)
+        outcome = with_run(self._run(outcome, candidate.slug, candidate.overrides), self._directory(candidate.slug))
+        if outcome.run is None:
+            return outcome
+        found = self._run_alone(candidate, outcome.run)
+        return replace(outcome, why_not_alone=found) if isinstance(found, str) else replace(outcome, alone=found)
+
+    def _impossible(self, candidate: Candidate) -> str:
+        """Why nothing needs to be started; empty if something may."""
+        taken = candidate.facts.footprint
+        if taken is None:
+            return candidate.facts.why_no_footprint
+        available = available_memory(self._accelerator)
+        return refusal(taken.training_memory_bytes, self._launcher.ranks_per_machine, available)
+
+    def _run_alone(self, candidate: Candidate, run: RunRecord) -> RunRecord | str:
+        """The model on one rank with as many threads as each rank of `run` has, or why there is none."""
+        if not self._config.alone:
+            return _NOT_WANTED
+        if candidate.model not in self._alone:
+            num_threads = run.environment.get("num_threads_per_rank")
+            overrides = [*candidate.alone_overrides, f"cluster.num_threads={literal(num_threads)}"]
+            outcome = self._run(Outcome(candidate.model, candidate.facts), candidate.alone_slug, overrides, alone=True)
+            if outcome.reason:
+                self._alone[candidate.model] = f"The run on a single rank failed: {outcome.reason}"
+            else:
+                self._alone[candidate.model] = read_run(self._directory(candidate.alone_slug))
+        return self._alone[candidate.model]
+
+    def _run(self, outcome: Outcome, slug: str, overrides: Sequence[str], *, alone: bool = False) -> Outcome:
+        """The outcome with the reason, if the training failed."""
+        directory = self._directory(slug)
+        if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
+            shutil.rmtree(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        where = where_of(self._config, f"{self._config.name}/{slug}")
+        overrides = [*overrides, f"data.root={literal(self._shards)}"]
+        code = self._launcher.run(self._launcher.command(overrides, where, alone=alone), log_path(directory))
+        if not code:
+            return outcome
+        return replace(outcome, reason=_reason(code, log_path(directory)), exit_code=max(code, ExitCode.INTERNAL))
+
+    def _directory(self, slug: str) -> Path:
+        return self._config.directory / slug
 
 
-def _with_run(outcome: Outcome, directory: Path) -> Outcome:
-    """The outcome with its run, if the run's ledger stands up to the model's parameters."""
+def with_run(outcome: Outcome, directory: Path) -> Outcome:
+    """The outcome with its run, if there is one and its ledger stands up to the model's parameters."""
+    if outcome.reason:
+        return outcome
     try:
         run = read_run(directory)
-        assert outcome.parameter_bytes is not None
-        metered_gradient_bytes(run, outcome.parameter_bytes)
+        metered_gradient_bytes(run, outcome.facts.parameter_bytes)
     except UserError as error:
         return replace(outcome, reason=str(error), exit_code=int(error.exit_code))
     return replace(outcome, run=run)
-
-
-def _log_path(directory: Path) -> Path:
-    """Beside the run, not in it: the run directory is made by the training command."""
-    return directory.with_name(f"{directory.name}.log")
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without ranks that are not the run's own: its ranks are started on this machine."""
-    return {
-        key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES and not key.startswith("SLURM_")
-    }
 
 
 def _reason(returncode: int, log: Path) -> str:
@@ -284,45 +148,58 @@ def _command_line() -> str:
 # --- runs already made ---
 
 
-def read_outcomes(config: "CompareConfig") -> list[Outcome]:
+def read_outcomes(config: CompareConfig) -> list[Outcome]:
     """The runs of `config.runs`.
 
     Raises:
-        DataError: one is not a run. ConfigError: two of the same model, or different conditions.
+        DataError: one is not a run. ConfigError: two of the same model and compression, or different conditions.
         LedgerError: one's ledger does not carry what its model owes.
     """
     records = [read_run(Path(directory)) for directory in config.runs]
     models = [model_of(record) for record in records]
-    for model in models:
-        require(models.count(model) == 1, f"runs=[...] holds {model} more than once: keep one run of each model.")
+    labels = [label_of(model, run.ledger["hook"], config.hooks) for model, run in zip(models, records, strict=True)]
+    for label in labels:
+        require(labels.count(label) == 1, f"runs=[...] holds {label} more than once: keep one run of each model.")
     choose_baseline(config.baseline, models)
-    refuse_to_mix(dict(zip(models, records, strict=True)))
-    outcomes = [
-        _with_run(_expected(model, record), record.directory) for model, record in zip(models, records, strict=True)
+    refuse_to_mix(dict(zip(labels, records, strict=True)), hooks_may_differ=bool(config.hooks))
+    for run in records:
+        require(
+            not config.hooks or run.ledger["hook"] in config.hooks,
+            f"{run.directory} was compressed by {run.ledger['hook']}, which hooks={list(config.hooks)} does not name.",
+        )
+    alone = _read_alone(config.alone_runs)
+    return [
+        _read_outcome(model, label, run, alone.get(model))
+        for model, label, run in zip(models, labels, records, strict=True)
     ]
-    for outcome in outcomes:
-        if outcome.exit_code == ExitCode.LEDGER:
-            raise LedgerError(outcome.reason)
-    return outcomes
+
+
+def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None) -> Outcome:
+    settings = flat(run.config)
+    size = settings.get("data.size") or settings.get("model.input.size")
+    batch = BatchConfig(
+        global_size=run.ledger["global_batch"],
+        max_per_rank=settings.get("batch.max_per_rank") or run.ledger["global_batch"],
+    )
+    per_rank, _ = batch.split(run.ledger["world_size"])
+    facts = model_facts(model, settings.get("model.num_classes") or 1000, size, per_rank)
+    outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
+    outcome = with_run(outcome, run.directory)
+    if outcome.exit_code == ExitCode.LEDGER:
+        raise LedgerError(outcome.reason)
+    if alone is not None and (difference := footing_difference(run, alone)):
+        raise ConfigError(f"alone_runs=[...], {model}: {difference}")
+    return replace(outcome, alone=alone)
+
+
+def _read_alone(directories: Sequence[str]) -> dict[str, RunRecord]:
+    records = [read_run(Path(directory)) for directory in directories]
+    by_model = {model_of(record): record for record in records}
+    require(len(by_model) == len(records), "alone_runs=[...] holds a model more than once: keep one run of each.")
+    return by_model
 
 
 def model_of(record: RunRecord) -> str:
     """A run's model as a spec: its name and what its metaparameters add to it."""
     told = record.config.get("model") or {}
     return zoo.format_spec(told.get("name", record.ledger["model"]), told.get("metaparameters") or {})
-
-
-def _expected(model: str, record: RunRecord) -> Outcome:
-    import torch
-
-    name, metaparameters = zoo.parse_spec(model)
-    num_classes = (record.config.get("model") or {}).get("num_classes") or 1000
-    with torch.device("meta"):
-        network = zoo.build(name, num_classes, **metaparameters)
-    parameters = list(network.parameters())
-    return Outcome(
-        model,
-        sum(parameter.numel() for parameter in parameters),
-        sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
-        command=_command_line(),
-    )

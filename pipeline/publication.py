@@ -13,7 +13,7 @@ from pipeline.files import write_json_atomic
 from pipeline.run.wandb_mirror import why_not_online
 
 if TYPE_CHECKING:
-    from wandb_workspaces.reports.v2 import Report
+    from wandb_workspaces.reports.v2.interface import Report
     from wandb_workspaces.workspaces import Workspace
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ def publish(workspace: "Workspace", report: "Report", record: Path) -> dict[str,
 def _save(workspace: "Workspace", report: "Report", record: Path) -> dict[str, str]:
     import wandb
 
-    entity = workspace.entity or wandb.Api().default_entity
+    entity = workspace.entity or wandb.Api().default_entity or ""
     workspace.entity = report.entity = entity
     known = _read(record)
     if (known.get("project"), known.get("entity")) == (workspace.project, entity):

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from pipeline.config import require
 from pipeline.errors import ConfigError
 
+_KINDS = {"convolution": nn.Conv2d, "fully connected": nn.Linear}
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -110,6 +112,42 @@ def cost(model: nn.Module, image_size: int = 224, batch_size: int = 1) -> ModelC
         training_activation_bytes=sum(saved.values()),
         layers=layers,
     )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes to ship, to run and to train, in bytes. Workspaces and the framework itself are not in it."""
+
+    export_bytes: int
+    """The tensors of the state dict, uncompressed: what must be shipped once."""
+    inference_memory_bytes: int
+    """Weights, buffers and the most activations alive at once, for one picture."""
+    training_memory_bytes: int
+    """Of one rank: weights, buffers, gradients, one momentum, and the activations kept for the backward pass."""
+
+
+def footprint(model: nn.Module, image_size: int, batch_size: int) -> Footprint:
+    """What `model` takes in the dtype of its parameters; training with `batch_size` pictures at once.
+
+    Raises:
+        ConfigError: pictures of this size do not survive the model's downsampling.
+    """
+    one, batch = cost(model, image_size), cost(model, image_size, batch_size)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters()) + one.buffer_bytes
+    return Footprint(
+        export_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        inference_memory_bytes=weight_bytes + one.inference_peak_activation_bytes,
+        training_memory_bytes=weight_bytes + 2 * batch.gradient_bytes + batch.training_activation_bytes,
+    )
+
+
+def layer_kinds(model: nn.Module) -> dict[str, str]:
+    """`convolution`, `fully connected` or `other` for each module that owns parameters, by its path."""
+    return {
+        name: next((kind for kind, of in _KINDS.items() if isinstance(module, of)), "other")
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
 
 
 def gradient_bytes(model: nn.Module) -> int:

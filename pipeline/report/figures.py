@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.files import write_bytes_atomic
+from pipeline.report.comparison_tables import is_baseline, label_of
 from pipeline.report.records import RunRecord
 from pipeline.report.units import format_bytes, format_percent, format_times
 
@@ -73,55 +74,60 @@ def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figu
     return figure, list(axes)
 
 
-def draw_figure(width: float, height: float, draw: Any, num_panels: int = 1) -> "Figure":
+def draw(width: float, height: float, paint: Any, num_panels: int = 1) -> "Figure":
+    """A figure of `width` x `height` inches whose axes `paint` fills."""
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
         figure, axes = _new_figure(width, height, num_panels)
-        draw(*axes)
+        paint(*axes)
     return figure
 
 
-def _tick(value: float, _: float) -> str:
+def byte_tick(value: float, _: float) -> str:
     """A byte count on an axis: `10 MB`."""
     return format_bytes(value).replace(".00", "") if value else "0"
 
 
-def _label_bar(axes: "Axes", label: str, value: float, position: float) -> None:
+def label_bar(axes: "Axes", label: str, value: float, position: float) -> None:
     """The bar's number to its right, on paper, so that no grid line runs through it."""
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
     axes.annotate(label, (value, position), (6, 0), textcoords="offset points", va="center", bbox=box)
 
 
 def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Figure":
-    """Gradient bytes per step of each model on a log axis, smallest on top, with its multiple of the baseline.
+    """Gradient bytes per step of each row on a log axis, smallest on top, with its multiple of the baseline.
 
-    rows: as in comparison.json; those without gradient_bytes are left out.
+    rows: as in comparison.json; those without gradient_bytes are left out. Compressed ones show what was carried.
     """
-    rows = sorted((row for row in rows if row["gradient_bytes"]), key=lambda row: -row["gradient_bytes"])
+
+    def size(row: Mapping[str, Any]) -> float:
+        return row.get("payload_bytes_per_step") or row["gradient_bytes"]
+
+    rows = sorted((row for row in rows if row["gradient_bytes"]), key=lambda row: -size(row))
     assert rows, "a figure needs at least one measured model"
 
-    def draw(axes: "Axes") -> None:
-        values = [row["gradient_bytes"] for row in rows]
-        colours = [ORANGE if row["model"] == baseline else BLUE for row in rows]
-        left = 10 ** (len(str(min(values))) - 1) / 2
+    def paint(axes: "Axes") -> None:
+        values = [size(row) for row in rows]
+        colours = [ORANGE if is_baseline(row, baseline) else BLUE for row in rows]
+        left = 10 ** (len(str(int(min(values)))) - 1) / 2
         axes.barh(range(len(rows)), [value - left for value in values], left=left, color=colours, height=0.62)
         for position, row in enumerate(rows):
             times = row["times_baseline"]
-            label = format_bytes(row["gradient_bytes"])
-            if row["model"] == baseline:
+            label = format_bytes(size(row))
+            if is_baseline(row, baseline):
                 label += " · baseline"
             elif times is not None:
                 label += f" · {format_times(times)}"
-            _label_bar(axes, label, row["gradient_bytes"], position)
+            label_bar(axes, label, size(row), position)
         axes.set_xscale("log")
         axes.set_xlim(left, max(values) * (max(values) / left) ** 0.28)
-        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        axes.set_yticks(range(len(rows)), [label_of(row) for row in rows])
         axes.set_xlabel("gradient bytes per optimiser step (log scale)")
-        axes.xaxis.set_major_formatter(_tick)
+        axes.xaxis.set_major_formatter(byte_tick)
         axes.xaxis.grid(True)
 
-    return draw_figure(9.2, 0.9 + 0.42 * len(rows), draw)
+    return draw(9.2, 0.9 + 0.42 * len(rows), paint)
 
 
 def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12) -> "Figure":
@@ -137,20 +143,20 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
         bars.append((f"{len(rest)} smaller layers", rest_bytes, rest_share))
     bars.reverse()
 
-    def draw(axes: "Axes") -> None:
+    def paint(axes: "Axes") -> None:
         sizes = [size for _, size, _ in bars]
         colours = [GREY if rest and i == 0 else BLUE for i in range(len(bars))]
         axes.barh(range(len(bars)), sizes, color=colours, height=0.62)
         for position, (_, size, share) in enumerate(bars):
-            _label_bar(axes, f"{format_bytes(size)} · {format_percent(share)}", size, position)
+            label_bar(axes, f"{format_bytes(size)} · {format_percent(share)}", size, position)
         axes.set_xlim(0, max(sizes) * 1.3)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-        axes.xaxis.set_major_formatter(_tick)
+        axes.xaxis.set_major_formatter(byte_tick)
         axes.set_xlabel("gradient bytes per optimiser step")
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.grid(True)
 
-    return draw_figure(9.2, 0.8 + 0.34 * len(bars), draw)
+    return draw(9.2, 0.8 + 0.34 * len(bars), paint)
 
 
 def learning_figure(run: RunRecord) -> "Figure | None":
@@ -176,14 +182,14 @@ def learning_figure(run: RunRecord) -> "Figure | None":
         axes.set_xlim(left=0)
         axes.yaxis.grid(True)
 
-    def draw(loss: "Axes", top1: "Axes") -> None:
+    def paint(loss: "Axes", top1: "Axes") -> None:
         panel(loss, "loss", "Loss (cross-entropy, nats)", 1)
         loss.set_ylim(bottom=0)
         panel(top1, "top1", "Top-1 accuracy (%)", 100)
         top1.set_ylim(0, 103)
         loss.legend(loc="upper right", fontsize=9, labelcolor=INK)
 
-    return draw_figure(9.2, 3.0, draw, num_panels=2)
+    return draw(9.2, 3.0, paint, num_panels=2)
 
 
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
@@ -201,7 +207,7 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
     if not steps or not gigabytes[-1]:
         return None
 
-    def draw(axes: "Axes") -> None:
+    def paint(axes: "Axes") -> None:
         unit, scale = ("GB", 1.0) if gigabytes[-1] >= 1 else ("MB", 1e3)
         y = [value * scale for value in gigabytes]
         axes.fill_between(steps, y, color=BLUE, alpha=0.14, linewidth=0)
@@ -214,7 +220,7 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
         axes.set_ylabel(f"{unit} sent, all servers")
         axes.yaxis.grid(True)
 
-    return draw_figure(9.2, 2.5, draw)
+    return draw(9.2, 2.5, paint)
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -229,7 +229,7 @@ def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: 
             handles, labels, loc="outside lower center", ncols=3, fontsize=8, labelcolor=figures.INK
         )  # fmt: skip
 
-    return figures.draw_figure(9.2, 3.6, draw, num_panels=len(models))
+    return figures.draw(9.2, 3.6, draw, num_panels=len(models))
 
 
 def pictures(result: Mapping[str, Any]) -> dict[str, tuple["Figure", str]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.files import write_text_atomic
-from pipeline.report import figures
+from pipeline.report import comparison_figures
+from pipeline.report.comparison_tables import comparison_tables, sources
 from pipeline.report.records import RunRecord, is_run, read_run
 from pipeline.report.sections import (
     Fact,
@@ -28,7 +29,7 @@ from pipeline.report.sections import (
     run_sentence,
     svg_figure,
 )
-from pipeline.report.tables import Table, comparison_table
+from pipeline.report.tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -43,7 +44,8 @@ class Page:
     figures_of_merit: list[Fact]
     conditions: list[Fact]
     command: str
-    comparison: Table | None = None
+    comparison: list[Table] = field(default_factory=list)
+    sources: list[tuple[str, str]] = field(default_factory=list)
     comparison_figures: list[PageFigure] = field(default_factory=list)
     learning: LearningView | None = None
     forecast: ForecastView | None = None
@@ -76,7 +78,7 @@ def write_comparison_report(
 ) -> Path:
     """Write `report.html` into `directory`.
 
-    comparison: the content of comparison.json. runs: the run behind each of its rows, by model; failed rows have none.
+    comparison: the content of comparison.json. runs: the run behind each of its rows, by label; failed rows have none.
     training_run: a training whose curves are shown too; null: the run in `directory` itself, if there is one.
     """
     if training_run is None and is_run(directory):
@@ -91,12 +93,12 @@ def read_comparison(directory: Path) -> tuple[dict[str, Any], dict[str, RunRecor
         return None
     try:
         comparison = json.loads(path.read_text())
-        located = {model: directory / where for model, where in comparison["runs"].items()}
+        located = {label: directory / where for label, where in comparison["runs"].items()}
     except (ValueError, KeyError) as error:
         raise DataError(
             f"{path} is not a comparison of this program ({error!r}): repeat `pipeline.compare`."
         ) from error
-    return comparison, {model: read_run(run) for model, run in located.items() if is_run(run)}
+    return comparison, {label: read_run(run) for label, run in located.items() if is_run(run)}
 
 
 def _write(directory: Path, page: Page) -> Path:
@@ -128,29 +130,27 @@ def _comparison_page(
 ) -> Page:
     conditions = dict(comparison["conditions"])
     command = conditions.pop("command", "")
-    measured = [row for row in comparison["models"] if row["gradient_bytes"]]
-    drawings = []
-    if measured:
-        caption = (
-            f"What one optimiser step sums over the ranks, as metered, and its multiple of {comparison['baseline']}. "
-            "The axis is logarithmic: each line to the right is ten times as much."
-        )
-        drawings.append(svg_figure(figures.model_bytes_figure(measured, comparison["baseline"]), "models", caption))
+    drawings = [
+        svg_figure(drawing.figure, name, drawing.caption)
+        for name, drawing in comparison_figures.draw_all(comparison).items()
+        if drawing is not None
+    ]
     reasons = dict(comparison.get("null_reasons", {}))
     for run in runs.values():
         for path, reason in run.ledger["null_reasons"].items():
             reasons.setdefault(path, reason)
     first = next(iter(runs.values()), None)
     source = training_run or first
-    ledgers = [ledger_view(run, model, f"m{i}") for i, (model, run) in enumerate(runs.items())]
+    ledgers = [ledger_view(run, label, f"m{i}") for i, (label, run) in enumerate(runs.items())]
     return Page(
         title=name,
-        kicker=f"{len(comparison['models'])} models compared",
+        kicker=f"{len({row['model'] for row in comparison['models']})} models compared",
         headline=comparison_sentence(comparison),
         figures_of_merit=[],
         conditions=[Fact(key, plain(value)) for key, value in conditions.items()],
         command=str(command),
-        comparison=comparison_table(comparison),
+        comparison=comparison_tables(comparison),
+        sources=sources(comparison),
         comparison_figures=drawings,
         learning=learning_view(training_run, run_sentence(training_run)) if training_run else None,
         ledgers=ledgers

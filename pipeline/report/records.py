@@ -75,6 +75,24 @@ class RunRecord:
             return None
         return sum(row["payload_bytes"] for row in rows) / num_steps
 
+    @property
+    def carried_bytes_per_step(self) -> float | None:
+        """Gradient payload of a step as carried, bytes: the mean, but PowerSGD's plain first steps are left out.
+
+        A whole number is an int. None where `wire_gradient_bytes` is.
+        """
+        mean, num_steps = self.wire_gradient_bytes, self.ledger["num_steps"]
+        num_plain = (self.config.get("comm") or {}).get("powersgd_start_step")
+        if mean is not None and self.ledger["hook"] == "powersgd" and num_plain is not None and num_plain < num_steps:
+            mean = (mean * num_steps - num_plain * self.ledger["gradient_bytes"]) / (num_steps - num_plain)
+        return int(mean) if mean is not None and mean.is_integer() else mean
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Pictures over all ranks per second of a median step."""
+        seconds = self.step_seconds
+        return self.ledger["global_batch"] / seconds if seconds else None
+
 
 def is_run(directory: Path) -> bool:
     """Whether a run left its ledger here."""

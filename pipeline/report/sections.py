@@ -176,18 +176,13 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
         Fact("validation top-5", format_accuracy(top5)) if top5 is not None else None,
         Fact("validation loss", _number(run.last("val/loss"))),
         Fact("last training loss", _number(last_loss)),
-        Fact("images per second", format_rate(_throughput(run))),
+        Fact("images per second", format_rate(run.images_per_second)),
         Fact("median step", format_seconds(run.step_seconds)),
         Fact("waited for data", f"{wait * 100:.1f} %") if wait is not None else None,
         Fact("last learning rate", _number(last_lr)),
     ]
     title = f"Learning: {run.ledger['model']}, {run.ledger['num_steps']:,} steps"
     return LearningView(title, sentence, [fact for fact in facts if fact and fact.text != MISSING], drawings)
-
-
-def _throughput(run: RunRecord) -> float | None:
-    seconds = run.step_seconds
-    return run.ledger["global_batch"] / seconds if seconds else None
 
 
 def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:

@@ -1,22 +1,11 @@
-"""Tables as data: built once from plain rows, printed by rich, set in HTML by the page, written as CSV."""
+"""Tables as data: built once from plain rows, printed by rich, set in HTML by the page."""
 
-import csv
-import io
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.units import (
-    MISSING,
-    format_accuracy,
-    format_bytes,
-    format_count,
-    format_percent,
-    format_rate,
-    format_seconds,
-    format_times,
-)
+from pipeline.report.units import MISSING, format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -60,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of cells; `mark` is a style class (`baseline`, `failed`), `reason` spans the row's empty cells."""
+    """A row of cells; `mark` is a style class (`baseline`, `failed`, `open`), `reason` spans the row's empty cells."""
 
     cells: tuple[Cell, ...]
     mark: str = ""
@@ -74,6 +63,8 @@ class Table:
     title: str
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
+    caption: str = ""
+    """Below the table in the terminal."""
 
     @property
     def notes(self) -> list[tuple[str, str]]:
@@ -91,13 +82,17 @@ class Table:
             box=box.SIMPLE_HEAD,
             title_justify="left",
             title_style="bold",
+            caption=self.caption or None,
+            caption_justify="left",
             padding=(0, 1, 0, 0),
         )
         shown = [column.short != "" for column in self.columns]
         for column in itertools.compress(self.columns, shown):
             title = column.title if column.short is None else column.short
-            table.add_column(title, justify="right" if column.numeric else "left", no_wrap=True)
-        styles = {"baseline": "bold", "failed": "red"}
+            # A long name is folded where the terminal is narrow; numbers stay whole.
+            justify = "right" if column.numeric else "left"
+            table.add_column(title, justify=justify, no_wrap=column.numeric, overflow="fold")
+        styles = {"baseline": "bold", "failed": "red", "open": "yellow"}
         for row in self.rows:
             # Text, not str: a name in square brackets is no markup.
             cells = [Text(cell.text) for cell in itertools.compress(row.cells, shown)]
@@ -114,63 +109,6 @@ def make_table(
         cells = tuple(Cell(column.text(row.get(column.key)), row.get(column.key)) for column in columns)
         made.append(TableRow(cells, mark(row) if mark else "", str(row.get("reason") or "")))
     return Table(title, tuple(columns), tuple(made))
-
-
-COMPARISON_COLUMNS = (
-    Column("model", "model"),
-    Column("num_parameters", "parameters", format_count, short=""),
-    Column(
-        "gradient_bytes",
-        "gradients per step",
-        format_bytes,
-        "what one optimiser step sums over all ranks, as metered",
-        "gradients",
-    ),
-    Column("times_baseline", "× baseline", format_times, "gradient bytes over the baseline’s", "× base"),
-    Column(
-        "server_egress_bytes_per_step",
-        "out of a server per step",
-        format_bytes,
-        "bytes the busiest server sends per step: gradients, buffers, metrics and message preambles",
-        "egress",
-    ),
-    Column("step_seconds", "step", format_seconds, "median wall time of a step in this run"),
-    Column(
-        "exposed_seconds", "exposed", format_seconds, "time a step waits for communication that no computation hides"
-    ),
-    Column("images_per_second", "images/s", format_rate, "over all ranks", "images/s"),
-    Column("scaling_efficiency", "scaling", format_percent, "images per second and rank against one rank alone"),
-    Column(
-        "published_top1",
-        "published top-1",
-        format_accuracy,
-        "on ImageNet, as published with the weights; not measured here",
-        "top-1",
-    ),
-)
-
-
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The table of a `comparison.json`; columns measured nowhere are left out (the page says why)."""
-    rows = comparison["models"]
-    shown = [c for c in COMPARISON_COLUMNS if c.key == "model" or any(row.get(c.key) is not None for row in rows)]
-
-    def mark(row: Row) -> str:
-        if row.get("reason"):
-            return "failed"
-        return "baseline" if row["model"] == comparison["baseline"] else ""
-
-    return make_table("", shown, rows, mark)
-
-
-def comparison_csv(comparison: Mapping[str, Any]) -> str:
-    """The same rows, exact and unformatted; an empty field was not measured."""
-    keys = [*(column.key for column in COMPARISON_COLUMNS), "reason"]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, keys, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: row.get(key) for key in keys} for row in comparison["models"])
-    return buffer.getvalue()
 
 
 def collectives_table(ledger: Mapping[str, Any]) -> Table:

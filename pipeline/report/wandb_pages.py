@@ -16,7 +16,7 @@ from pipeline.report.dashboards import Bars, Lines, Panel, Points, Section
 with warnings.catch_warnings():
     # 2026-11: wandb-workspaces 0.4 declares its models with validators that pydantic calls deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
-    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.reports.v2.interface as wr
     import wandb_workspaces.workspaces as ws
 
 if TYPE_CHECKING:

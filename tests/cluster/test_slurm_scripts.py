@@ -102,6 +102,15 @@ def test_compare_and_prepare_are_no_ranks_of_the_job(slurm: "SlurmCluster", chec
     assert lines == [f"{unranked} pipeline.prepare source=builtin out=shards/x"]
 
 
+def test_compare_over_nodes_is_started_once_and_told_of_its_allocation(slurm: "SlurmCluster", checkout: Path) -> None:
+    """It starts the ranks itself, with srun: test_slurm_compare.py."""
+    options = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=3")
+    code, lines, output = ran(slurm, checkout, *options, "slurm/compare.sh", "models=[a]")
+    assert code == "0:0", output
+    assert lines == ["RAN procid=0 node=0 of=4 threads=3 interface=none argv=-m pipeline.compare models=[a]"]
+    assert "4 ranks on 2 nodes (node[1-2]), 3 CPUs each" in output
+
+
 @pytest.mark.parametrize("script", ["train", "compare", "prepare"])
 def test_missing_environment_and_wrong_directory_are_explained(
     slurm: "SlurmCluster", checkout: Path, script: str

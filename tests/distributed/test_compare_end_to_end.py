@@ -32,7 +32,7 @@ def run(arguments: list[str], expect: int = 0) -> str:
 
 def compare(shards: Path, root: Path, models: str, *more: str, expect: int = 0) -> tuple[dict, str]:
     conditions = ["data.size=32", "batch.global_size=4", "steps=3", "cluster.num_threads=1", "data.num_workers=0"]
-    where = ["name=c", f"run_root={root}", f"data.root={shards}"]
+    where = ["name=c", f"run_root={root}", f"data.root={shards}", "alone=false"]
     said = run(["pipeline.compare", f"models=[{models}]", *where, *conditions, *more], expect)
     return json.loads((root / "c" / "comparison.json").read_text()), said
 
@@ -48,6 +48,8 @@ def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
     gradients = [row for row in ledger["collectives"] if (row["origin"], row["phase"]) == ("gradients", "train")]
     assert sum(row["payload_bytes"] for row in gradients) == 3 * 4_941_984
     assert any(row["origin"] == "lightning" for row in ledger["collectives"])
+    assert all(row["ledger_closed"] is True and row["scaling_efficiency"] is None for row in result["models"])
+    assert "alone=false" in result["null_reasons"]["models.0.scaling_efficiency"]
     page = (tmp_path / "c" / "report.html").read_text()
     assert "4,993,696 bytes" in page and "http" not in page
     assert "squeezenet1_0" in said
@@ -57,9 +59,43 @@ def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
 
 
 def test_a_failing_model_is_a_row_and_the_others_are_reported(shards, tmp_path):
-    # 32 pixels are too few for AlexNet's strides.
+    # 32 pixels are too few for AlexNet's strides, which is known without a run.
     result, said = compare(shards, tmp_path, "alexnet,squeezenet1_1")
     failed, measured = result["models"]
     assert failed["gradient_bytes"] is None and failed["reason"]
     assert measured["gradient_bytes"] == 4_941_984
-    assert "error: alexnet: " in said
+    assert "error: alexnet: " in said and "cannot take pictures of 32x32 pixels" in failed["reason"]
+    assert not (tmp_path / "c/alexnet.log").exists()
+
+
+def test_compressions_and_a_rank_alone(shards, tmp_path):
+    hooks = ("hooks=[none,powersgd]", "alone=true", "steps=4", "num_classes=2")
+    result, said = compare(shards, tmp_path, "squeezenet_small", *hooks)
+    plain, compressed = result["models"]
+    assert [plain["label"], compressed["label"]] == ["squeezenet_small", "squeezenet_small + powersgd"]
+    assert compressed["gradient_bytes"] == plain["gradient_bytes"] == plain["payload_bytes_per_step"]
+    # Compressed is what the last step carried: what it issued less than a plain one is what it saved.
+    rows = [
+        json.loads(line)["comm/payload_bytes"]
+        for line in (tmp_path / "c/squeezenet_small+powersgd/metrics.jsonl").read_text().splitlines()
+    ]
+    assert plain["gradient_bytes"] - compressed["payload_bytes_per_step"] == rows[0] - rows[-1] > 0
+    assert compressed["times_baseline"] == compressed["payload_bytes_per_step"] / plain["payload_bytes_per_step"]
+    assert plain["scaling_efficiency"] > 0 and compressed["scaling_efficiency"] > 0
+    alone = json.loads((tmp_path / "c/alone/squeezenet_small/ledger.json").read_text())
+    assert (alone["world_size"], alone["global_batch"], alone["num_steps"]) == (1, 2, 4)
+    assert "squeezenet_small + powersgd" in said
+
+
+def test_what_cannot_fit_is_not_started(shards, tmp_path):
+    too_much = ("data.size=224", "batch.global_size=1048576", "batch.max_per_rank=1048576")
+    result, said = compare(shards, tmp_path, "vgg16", *too_much, expect=2)
+    (failed,) = result["models"]
+    assert "It was not started" in failed["reason"]
+    assert failed["training_memory_bytes"] > 10**13 and failed["gradient_bytes"] is None
+    assert "error: vgg16: " in said
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "comparison.csv",
+        "comparison.json",
+        "report.html",
+    ]

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.errors import ConfigError
 from pipeline.models import zoo
-from pipeline.models.cost import ModelCost, cost, gradient_bytes
+from pipeline.models.cost import ModelCost, cost, footprint, gradient_bytes, layer_kinds
 
 ONE_PER_FAMILY = (
     "alexnet",
@@ -190,3 +190,34 @@ def test_a_cost_is_json():
     found = json.loads(json.dumps(meta_cost("squeezenet1_1").as_dict()))
     assert found["gradient_bytes"] == 4_941_984
     assert found["layers"][0]["name"] == "features.0"
+
+
+def test_footprint_counts_what_is_shipped_and_what_a_rank_holds():
+    weights = 61_100_840 * 4
+    with torch.device("meta"):
+        alexnet = zoo.build("alexnet")
+    taken, one, eight = footprint(alexnet, 224, 8), cost(alexnet), cost(alexnet, batch_size=8)
+    assert taken.export_bytes == weights  # torchvision's file holds 233.1 MiB
+    assert taken.inference_memory_bytes == weights + one.inference_peak_activation_bytes
+    assert taken.training_memory_bytes == 3 * weights + eight.training_activation_bytes
+
+
+def test_statistics_are_shipped_and_held_but_have_no_gradient():
+    with torch.device("meta"):
+        resnet = zoo.build("resnet18")
+    taken, weights = footprint(resnet, 64, 4), 11_689_512 * 4
+    statistics = 2 * 4 * 4800 + 8 * 20  # means and variances of 20 layers, and int64 counts of batches
+    assert taken.export_bytes == weights + statistics
+    assert taken.training_memory_bytes == 3 * weights + statistics + cost(resnet, 64, 4).training_activation_bytes
+
+
+def test_layers_are_convolutions_or_fully_connected_or_something_else():
+    with torch.device("meta"):
+        kinds = {name: layer_kinds(zoo.build(name)) for name in ("squeezenet1_0", "alexnet", "resnet18")}
+    assert set(kinds["squeezenet1_0"].values()) == {"convolution"}
+    assert [name for name, kind in kinds["alexnet"].items() if kind == "fully connected"] == [
+        "classifier.1",
+        "classifier.4",
+        "classifier.6",
+    ]
+    assert (kinds["resnet18"]["bn1"], kinds["resnet18"]["fc"]) == ("other", "fully connected")

@@ -187,3 +187,13 @@ def test_each_configuration_file_is_valid_and_names_its_model(name):
 def published(name: str) -> bool:
     """Whether torchvision has weights of this very name."""
     return name in FROM_TORCHVISION
+
+
+def test_epochs_are_told_where_a_source_was_found():
+    epochs = {name: recipe.epochs for name in zoo.names() if (recipe := zoo.published_recipe(name))}
+    assert (epochs["squeezenet1_1"], epochs["alexnet"], epochs["vgg16_bn"], epochs["resnet50"]) == (100, 90, 90, 90)
+    assert (epochs["mobilenet_v2"], epochs["mobilenet_v3_small"], epochs["shufflenet_v2_x2_0"]) == (300, 600, 600)
+    assert round(epochs["squeezenet1_0_caffe"], 1) == 67.9
+    assert round(epochs["shufflenet_v2_x0_5"], 1) == 239.8
+    assert not {"squeezenet_small", "squeezenet1_0_simple_bypass", "mnasnet0_5", "efficientnet_b0"} & set(epochs)
+    assert all(zoo.published_accuracy(name) for name in epochs)

@@ -9,15 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.candidates import check_candidates, quote_models
 from pipeline.cli import compose
 from pipeline.compare import CompareConfig, compare
-from pipeline.comparison import Outcome, choose_baseline, compare_outcomes, published_top1
+from pipeline.comparison import choose_baseline, compare_outcomes
+from pipeline.comparison_rows import KEYS, Outcome, published
 from pipeline.errors import ConfigError, DataError, LedgerError
-from pipeline.measuring import check_candidates, quote_models
+from pipeline.model_facts import ModelFacts, model_facts
 from pipeline.models import zoo
 from pipeline.report.records import read_run
 
-SCHEMA_KEYS = [
+# design.md's, which may grow but not change.
+CONTRACT_KEYS = {
     "model",
     "num_parameters",
     "gradient_bytes",
@@ -28,7 +31,7 @@ SCHEMA_KEYS = [
     "images_per_second",
     "scaling_efficiency",
     "published_top1",
-]
+}
 
 
 def configured(*overrides: str) -> CompareConfig:
@@ -50,6 +53,10 @@ def change(run: Path, **changes) -> None:
     (run / "ledger.json").write_text(json.dumps(ledger | changes))
 
 
+def facts(model: str) -> ModelFacts:
+    return model_facts(model, num_classes=1000, image_size=64, batch_size=8)
+
+
 # --- runs already made ---
 
 
@@ -60,7 +67,8 @@ def test_comparison_of_runs_already_made(make_run, tmp_path, capsys):
     result = result_of(config)
     assert list(result) == ["schema", "baseline", "conditions", "models", "runs", "null_reasons"]
     assert result["baseline"] == "squeezenet1_0"
-    assert [list(row) for row in result["models"]] == [SCHEMA_KEYS] * 3
+    assert [tuple(row) for row in result["models"]] == [KEYS] * 3
+    assert set(KEYS) >= CONTRACT_KEYS
     alexnet = result["models"][2]
     assert alexnet["num_parameters"] == 61_100_840
     assert alexnet["gradient_bytes"] == 244_403_360
@@ -69,7 +77,9 @@ def test_comparison_of_runs_already_made(make_run, tmp_path, capsys):
     assert alexnet["images_per_second"] == 64.0
     assert alexnet["published_top1"] == 0.56522
     assert "48.94×" in capsys.readouterr().out
-    for name in ("report.html", "comparison.csv", "comparison.png", "comparison.svg"):
+    figures = ("comparison", "comparison-time", "comparison-layers", "comparison-accuracy")
+    drawn = [f"{figure}{suffix}" for figure in figures for suffix in (".png", ".svg")]
+    for name in ("report.html", "comparison.csv", *drawn):
         assert (config.directory / name).stat().st_size
 
 
@@ -190,8 +200,8 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run, tmp_path):
     run = read_run(make_run("squeezenet1_0"))
     outcomes = [
-        Outcome("vgg16", 138_357_544, 553_430_176, reason="It was killed.", exit_code=1),
-        Outcome("squeezenet1_0", 1_248_424, 4_993_696, run=run),
+        Outcome("vgg16", facts("vgg16"), reason="It was killed.", exit_code=1),
+        Outcome("squeezenet1_0", facts("squeezenet1_0"), run=run),
     ]
     result = compare_outcomes(outcomes, None, tmp_path / "c")
     failed, measured = result["models"]
@@ -204,8 +214,8 @@ def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run, tmp_path)
 def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run, tmp_path):
     run = read_run(make_run("squeezenet1_0"))
     outcomes = [
-        Outcome("vgg16", 138_357_544, 553_430_176, reason="It was killed.", exit_code=1),
-        Outcome("squeezenet1_0", 1_248_424, 4_993_696, run=run),
+        Outcome("vgg16", facts("vgg16"), reason="It was killed.", exit_code=1),
+        Outcome("squeezenet1_0", facts("squeezenet1_0"), run=run),
     ]
     result = compare_outcomes(outcomes, "vgg16", tmp_path)
     assert result["models"][1]["times_baseline"] is None
@@ -250,7 +260,7 @@ def test_every_candidate_gets_the_same_conditions(tmp_path):
     mine = ("model", "name", "model.metaparameters.sr")
     shared = [[o for o in c.overrides if o.partition("=")[0] not in mine] for c in candidates]
     assert shared[0] == shared[1] == shared[2]
-    assert [candidate.num_parameters for candidate in candidates][::2] == [1_248_424, 138_357_544]
+    assert [candidate.facts.num_parameters for candidate in candidates][::2] == [1_248_424, 138_357_544]
     assert [candidate.slug for candidate in candidates] == ["squeezenet1_0", "squeezenet1_0@sr=0.5", "vgg16"]
 
 
@@ -280,8 +290,10 @@ def test_baseline_defaults_to_squeezenet_then_to_the_first():
 
 
 def test_published_accuracy_is_not_lent_to_variants():
-    assert published_top1("squeezenet1_0") == 0.58092
-    assert published_top1("squeezenet1_0:sr=0.5") is None
+    accuracy = published("squeezenet1_0", zoo.published_accuracy)
+    assert accuracy is not None and accuracy.top1 == 0.58092
+    assert published("squeezenet1_0:sr=0.5", zoo.published_accuracy) is None
+    assert published("squeezenet1_0:sr=0.5", zoo.published_recipe) is None
 
 
 VALUES = st.one_of(

@@ -107,7 +107,7 @@ def test_every_panel_has_an_identifier_of_its_own(workspace: dict[str, Any]) -> 
 # --- the command ---
 
 
-def run(*arguments: str, expect: int = 0, **environment: str) -> str:
+def run(*arguments: str, environment: dict[str, str], expect: int = 0) -> str:
     """`python -m pipeline.dashboard`, with no key, no settings and no server of whoever runs the tests."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     ended = subprocess.run(
@@ -130,19 +130,19 @@ def nobody(tmp_path: Path) -> dict[str, str]:
 
 
 def test_without_publishing_both_are_files_and_the_same_every_time(tmp_path: Path, nobody: dict[str, str]) -> None:
-    said = run(f"run_root={tmp_path}", "project=mine", **nobody)
+    said = run(f"run_root={tmp_path}", "project=mine", environment=nobody)
     assert "publish=true" in said and "wandb login" in said
     directory = tmp_path / "dashboard"
     assert sorted(path.name for path in directory.iterdir()) == ["report.json", "workspace.json"]
     first = {path.name: path.read_bytes() for path in directory.iterdir()}
-    run(f"run_root={tmp_path}", "project=mine", **nobody)
+    run(f"run_root={tmp_path}", "project=mine", environment=nobody)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == first
 
 
 def test_publishing_without_a_login_names_the_remedy_and_leaves_the_files(
     tmp_path: Path, nobody: dict[str, str]
 ) -> None:
-    said = run(f"run_root={tmp_path}", "name=pages", "publish=true", expect=2, **nobody)
+    said = run(f"run_root={tmp_path}", "name=pages", "publish=true", expect=2, environment=nobody)
     assert said.count("error: ") == 1 and "`wandb login`, or WANDB_API_KEY" in said
     assert json.loads((tmp_path / "pages" / "workspace.json").read_text())["kind"] == "workspace"
     assert json.loads((tmp_path / "pages" / "report.json").read_text())["kind"] == "report"
@@ -150,7 +150,7 @@ def test_publishing_without_a_login_names_the_remedy_and_leaves_the_files(
 
 def test_an_unreachable_server_is_one_sentence(tmp_path: Path, nobody: dict[str, str]) -> None:
     account = nobody | {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    said = run(f"run_root={tmp_path}", "publish=true", expect=2, **account)
+    said = run(f"run_root={tmp_path}", "publish=true", expect=2, environment=account)
     assert said.count("error: ") == 1 and "does not answer" in said
     assert (tmp_path / "dashboard" / "report.json").is_file()
 
@@ -215,7 +215,7 @@ def test_a_server_that_refuses_the_key_is_one_sentence(
 ) -> None:
     started = time.monotonic()
     account = nobody | {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": server[1]}
-    said = run(f"run_root={tmp_path}", "entity=me", "publish=true", expect=2, **account)
+    said = run(f"run_root={tmp_path}", "entity=me", "publish=true", expect=2, environment=account)
     assert said.count("error: ") == 1 and "W&B did not take the dashboards" in said
     assert API_KEY not in said
     assert time.monotonic() - started < DEADLINE_SECONDS - 30
@@ -227,8 +227,9 @@ def test_publishing_again_changes_the_same_pages(
     handler, url = server
     handler.refuses = False
     account = nobody | {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": url}
+    said = ""
     for _ in range(2):
-        said = run(f"run_root={tmp_path}", "project=mine", "publish=true", **account)
+        said = run(f"run_root={tmp_path}", "project=mine", "publish=true", environment=account)
     assert "Published workspace: " in said and "Published report: " in said
     assert [(sent["type"], sent.get("id")) for sent in handler.saved] == [
         ("runs", None),

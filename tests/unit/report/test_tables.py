@@ -5,12 +5,16 @@ import io
 
 from rich.console import Console
 
-from pipeline.report.tables import collectives_table, comparison_csv, comparison_table
+from pipeline.report.comparison_tables import comparison_csv, comparison_tables, terminal_table
+from pipeline.report.tables import collectives_table
 
 ROW = {
     "model": "squeezenet1_0",
+    "hook": "none",
+    "label": "squeezenet1_0",
     "num_parameters": 1_248_424,
     "gradient_bytes": 4_993_696,
+    "payload_bytes_per_step": 4_993_696,
     "server_egress_bytes_per_step": 4_994_952,
     "times_baseline": 1.0,
     "step_seconds": 0.2104,
@@ -18,11 +22,15 @@ ROW = {
     "images_per_second": 76.04,
     "scaling_efficiency": None,
     "published_top1": 0.58092,
+    "ledger_closed": True,
 }
-LARGE = ROW | {"model": "squeezenet1_1", "gradient_bytes": 553_430_176, "server_egress_bytes_per_step": 553_507_632}
-LARGE |= {"times_baseline": 110.8257, "step_seconds": 10.23, "images_per_second": 0.392}
+LARGE = ROW | {"model": "vgg16", "label": "shufflenet_v2_x0_5 + powersgd", "server_egress_bytes_per_step": 553_507_632}
+LARGE |= {"payload_bytes_per_step": 553_430_176, "gradient_bytes": 553_430_176, "ledger_closed": False}
+LARGE |= {"times_baseline": 110.8257, "step_seconds": 10.23, "images_per_second": 0.392, "scaling_efficiency": 0.914}
+LARGE |= {"exposed_seconds": 8.75}
 FAILED = dict.fromkeys(ROW) | {"model": "[red]odd[/red]", "reason": "It failed."}
-COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, LARGE, FAILED]}
+UNMEASURED = ROW | {"model": "alexnet", "label": "alexnet", "ledger_closed": None}
+COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, LARGE, FAILED, UNMEASURED]}
 
 
 def test_lost_work_stands_apart_from_the_steps_that_count():
@@ -47,16 +55,28 @@ def test_lost_work_stands_apart_from_the_steps_that_count():
 
 def printed(width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(comparison_table(COMPARISON).to_rich())
+    console.print(terminal_table(COMPARISON).to_rich())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_eighty_columns_are_enough():
     text = printed(80)
-    for value in ("squeezenet1_0", "553.43 MB", "1.00×", "210 ms", "76.0", "0.392", "58.09 %"):
+    for value in ("squeezenet1_0", "553.43 MB", "1.00×", "110.83×", "210 ms", "8.75 s", "58.09 %"):
         assert value in text
     assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_ledger_that_is_not_closed_marks_its_row():
+    text = printed(120)
+    assert "shufflenet_v2_x0_5 + powersgd *" in text and "* the ledger does not close" in text
+    assert "alexnet ?" in text and "? the bytes sent were not measured" in text
+    assert "squeezenet1_0 *" not in text and "squeezenet1_0 ?" not in text
+    marks = {row.cells[0].text: row.mark for row in comparison_tables(COMPARISON)[0].rows}
+    assert marks["shufflenet_v2_x0_5 + powersgd"] == "open" and marks["squeezenet1_0"] == "baseline"
+    closed = [row["ledger_closed"] for row in csv.DictReader(io.StringIO(comparison_csv(COMPARISON)))]
+    assert closed == ["true", "false", "", ""]
 
 
 def test_markup_in_names_is_text():
@@ -64,11 +84,18 @@ def test_markup_in_names_is_text():
 
 
 def test_a_column_that_nobody_measured_is_left_out():
-    assert "exposed" not in printed(200)
+    titles = [column.title for table in comparison_tables(COMPARISON) for column in table.columns]
+    assert "exposed" in titles and "communication" not in titles and "per epoch" not in titles
+
+
+def test_the_page_has_a_table_for_each_subject():
+    tables = comparison_tables(COMPARISON)
+    assert [table.title for table in tables] == ["Bytes", "Time", "Model"]
+    assert all(len(table.columns) <= 9 for table in tables)
 
 
 def test_csv_is_exact_and_empty_where_nothing_was_measured():
-    first, _, failed = csv.DictReader(io.StringIO(comparison_csv(COMPARISON)))
+    first, _, failed, _ = csv.DictReader(io.StringIO(comparison_csv(COMPARISON)))
     assert int(first["gradient_bytes"]) == 4_993_696
     assert float(first["step_seconds"]) == 0.2104
     assert first["exposed_seconds"] == ""

@@ -1,0 +1,184 @@
+"""The tables of a comparison: one by subject for the page, a short one for the terminal, and the CSV."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.report.tables import Column, Row, Table, make_table
+from pipeline.report.units import (
+    MISSING,
+    format_accuracy,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_rate,
+    format_seconds,
+    format_times,
+)
+
+OPEN, UNMEASURED = "*", "?"
+"""After the name of a row whose ledger does not close, or was not measured."""
+
+
+def _ledger(closed: bool | None) -> str:
+    return {True: "closed", False: "does not close", None: MISSING}[closed]
+
+
+def _epochs(epochs: float | None) -> str:
+    return MISSING if epochs is None else f"{epochs:,.4g}"
+
+
+_LABEL = Column("label", "model")
+_BYTES = (
+    Column("gradient_bytes", "gradients", format_bytes, "what one optimiser step sums over all ranks, as metered"),
+    Column(
+        "payload_bytes_per_step", "carried", format_bytes, "those gradients as the collectives carried them, compressed"
+    ),
+    Column("times_baseline", "× baseline", format_times, "carried bytes over the baseline’s"),
+    Column(
+        "server_egress_bytes_per_step",
+        "out of a server per step",
+        format_bytes,
+        "bytes the busiest server sends: gradients, buffers, metrics and message preambles",
+    ),
+    Column("server_egress_bytes_per_image", "per picture", format_bytes, "the same over the pictures of a step"),
+    Column(
+        "server_egress_bytes_per_epoch",
+        "per epoch",
+        format_bytes,
+        "the same for ImageNet’s 1,281,167 training pictures",
+    ),
+    Column(
+        "server_egress_bytes_per_training",
+        "per training",
+        format_bytes,
+        "the same to the end of the published recipe, at this global batch",
+    ),
+    Column("ledger_closed", "ledger", _ledger, "whether what was sent is what the collectives must send, to the byte"),
+)
+_TIME = (
+    Column("step_seconds", "step", format_seconds, "median wall time of a step in this run"),
+    Column("communication_seconds", "communication", format_seconds, "time of a step in which bytes are exchanged"),
+    Column(
+        "exposed_seconds", "exposed", format_seconds, "time a step waits for communication that no computation hides"
+    ),
+    Column("images_per_second", "pictures/s", format_rate, "over all ranks"),
+    Column(
+        "scaling_efficiency",
+        "scaling",
+        format_percent,
+        "pictures per second and rank against one rank alone, same batch",
+    ),
+)
+_MODEL = (
+    Column("num_parameters", "parameters", format_count),
+    Column("export_bytes", "to ship", format_bytes, "the state dict’s tensors, as they are"),
+    Column(
+        "inference_memory_bytes",
+        "to run",
+        format_bytes,
+        "memory for one picture: weights, buffers and most activations alive",
+    ),
+    Column(
+        "training_memory_bytes",
+        "to train",
+        format_bytes,
+        "memory of a rank in fp32: weights, gradients, momentum and kept activations",
+    ),
+    Column("published_top1", "published top-1", format_accuracy, "on ImageNet, as published; not measured here"),
+    Column("published_epochs", "published epochs", _epochs, "how long the training took that is said to lead there"),
+)
+_TERMINAL = (
+    Column("label", "model"),
+    Column("payload_bytes_per_step", "carried", format_bytes),
+    Column("times_baseline", "× base", format_times),
+    Column("server_egress_bytes_per_step", "egress", format_bytes),
+    Column("step_seconds", "step", format_seconds),
+    Column("exposed_seconds", "exposed", format_seconds),
+    Column("published_top1", "top-1", format_accuracy),
+)
+_CSV_KEYS = (
+    "model",
+    "hook",
+    *(column.key for columns in (_BYTES, _TIME, _MODEL) for column in columns),
+    "published_top1_source",
+    "published_epochs_source",
+    "reason",
+)
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
+    """By subject: bytes, time, model. A column that nobody has a value for is left out (the page says why)."""
+    rows = comparison["models"]
+    by_model = list({row["model"]: row for row in reversed(rows)}.values())[::-1]  # a model's facts know no compression
+    models = [{**row, "label": row["model"], "reason": "", "ledger_closed": None} for row in by_model]
+    return [
+        _table("Bytes", _BYTES, rows, comparison["baseline"]),
+        _table("Time", _TIME, rows, comparison["baseline"]),
+        _table("Model", _MODEL, models, comparison["baseline"]),
+    ]
+
+
+def terminal_table(comparison: Mapping[str, Any]) -> Table:
+    """What fits into 80 columns. A name ends with a mark where the row's ledger is not closed."""
+    rows = [{**row, "label": label_of(row) + _mark_of(row)} for row in comparison["models"]]
+    marks = {_mark_of(row).strip() for row in comparison["models"]}
+    meanings = {OPEN: "the ledger does not close", UNMEASURED: "the bytes sent were not measured"}
+    caption = " · ".join(f"{mark} {meaning}" for mark, meaning in meanings.items() if mark in marks)
+    return _table("", _TERMINAL[1:], rows, comparison["baseline"], caption)
+
+
+def label_of(row: Row) -> str:
+    """Names a row: the model, and its compression where those are compared."""
+    return row.get("label") or row["model"]
+
+
+def is_baseline(row: Row, baseline: str) -> bool:
+    """Whether the others are multiples of this row: the baseline's, and of its compressions the first or none."""
+    return row["model"] == baseline and row.get("times_baseline") == 1
+
+
+def _mark_of(row: Row) -> str:
+    if row.get("ledger_closed") is False:
+        return f" {OPEN}"
+    return f" {UNMEASURED}" if row.get("ledger_closed") is None and not row.get("reason") else ""
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row], baseline: str, caption: str = "") -> Table:
+    shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+
+    def mark(row: Row) -> str:
+        if row.get("reason"):
+            return "failed"
+        if row.get("ledger_closed") is False:
+            return "open"
+        return "baseline" if is_baseline(row, baseline) else ""
+
+    table = make_table(title, (_LABEL, *shown), [{**row, "label": label_of(row)} for row in rows], mark)
+    return Table(table.title, table.columns, table.rows, caption)
+
+
+def sources(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what of which models, source) of everything published, each source once."""
+    found: dict[str, dict[str, None]] = {}
+    for what in ("top1", "epochs"):
+        name = {"top1": "top-1", "epochs": "epochs"}[what]
+        for row in comparison["models"]:
+            if source := row.get(f"published_{what}_source"):
+                found.setdefault(f"{name}: {source}", {})[row["model"]] = None
+    return [(", ".join(models), source) for source, models in found.items()]
+
+
+def comparison_csv(comparison: Mapping[str, Any]) -> str:
+    """The same rows, exact and unformatted; an empty field was not measured."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _CSV_KEYS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _exact(row.get(key)) for key in _CSV_KEYS} for row in comparison["models"])
+    return buffer.getvalue()
+
+
+def _exact(value: Any) -> Any:
+    """As in JSON."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else value

@@ -1,0 +1,89 @@
+"""The figures of a comparison: what is drawn, of which rows, and what stands beside it."""
+
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+from pipeline.report import comparison_figures, figures
+from pipeline.report.comparison_figures import best_models, draw_all, layers_label
+
+
+def layer(name: str, kind: str, num_bytes: int) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "bytes": num_bytes}
+
+
+ROW = {
+    "model": "squeezenet1_0",
+    "hook": "none",
+    "label": "squeezenet1_0",
+    "gradient_bytes": 1000,
+    "payload_bytes_per_step": 1000,
+    "times_baseline": 1.0,
+    "step_seconds": 0.2,
+    "exposed_seconds": 0.05,
+    "images_per_second": 80.0,
+    "published_top1": 0.58,
+    "server_egress_bytes_per_training": 40_000,
+    "layers": [layer("features", "convolution", 600), layer("classifier", "convolution", 400)],
+}
+HALF = ROW | {"hook": "bf16", "label": "squeezenet1_0 + bf16", "payload_bytes_per_step": 500, "times_baseline": 0.5}
+ALEXNET = ROW | {"model": "alexnet", "label": "alexnet", "gradient_bytes": 50_000, "payload_bytes_per_step": 50_000}
+ALEXNET |= {"times_baseline": 50.0, "published_top1": 0.56, "server_egress_bytes_per_training": 2_000_000}
+ALEXNET |= {"exposed_seconds": None, "step_seconds": 0.4, "images_per_second": 40.0}
+ALEXNET |= {"layers": [layer("features", "convolution", 2_000), layer("fc", "fully connected", 48_000)]}
+RESNET = ALEXNET | {"model": "resnet18", "label": "resnet18", "published_top1": 0.70}
+RESNET |= {"server_egress_bytes_per_training": 300_000}
+FAILED = dict.fromkeys(ROW) | {"model": "vgg16", "label": "vgg16", "reason": "It failed."}
+COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, HALF, ALEXNET, RESNET, FAILED]}
+
+
+def texts(name: str, comparison: dict[str, Any] = COMPARISON) -> list[str]:
+    drawing = draw_all(comparison)[name]
+    assert drawing is not None
+    svg = figures.to_svg(drawing.figure, "x")
+    return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter("text")]
+
+
+def test_bytes_are_those_carried():
+    assert "500 B · 0.50×" in texts("comparison") and "1.00 kB · baseline" in texts("comparison")
+
+
+def test_a_step_is_told_with_what_it_waits_for():
+    shown = texts("comparison-time")
+    assert "200 ms · 80.0 pictures/s · 25.0 % exposed" in shown
+    assert "400 ms · 40.0 pictures/s" in shown  # not timed, so not split
+    assert {"computing", "exposed communication", "squeezenet1_0 + bf16"} <= set(shown)
+    assert "vgg16" not in shown
+
+
+def test_layers_name_the_largest_and_the_fully_connected():
+    assert layers_label(ROW["layers"]) == "features 60.0 %"
+    assert layers_label(ALEXNET["layers"]) == "fc 96.0 % · fully connected 96.0 %"
+    shown = texts("comparison-layers")
+    assert shown.count("squeezenet1_0") == 1 and "squeezenet1_0 + bf16" not in shown
+
+
+def test_fully_connected_layers_are_hatched():
+    drawing = draw_all(COMPARISON)["comparison-layers"]
+    assert drawing is not None
+    svg = figures.to_svg(drawing.figure, "x")
+    assert "<pattern" in svg and "url(#x-" in svg
+    plain = comparison_figures.layer_shares_figure([ROW])
+    assert "<pattern" not in figures.to_svg(plain, "x")
+
+
+def test_accuracy_stands_against_bytes_without_compression():
+    shown = texts("comparison-accuracy")
+    assert "squeezenet1_0 · 40.00 kB" in shown and "resnet18 · 300.00 kB" in shown
+    assert not any("bf16" in text for text in shown)
+
+
+def test_the_best_have_nobody_as_accurate_for_fewer_bytes():
+    assert best_models([ROW, ALEXNET, RESNET]) == {"squeezenet1_0", "resnet18"}
+    assert best_models([ROW, ROW | {"model": "equal"}]) == {"squeezenet1_0"}
+
+
+def test_what_nobody_measured_is_not_drawn():
+    bare = FAILED | {"gradient_bytes": 1000, "times_baseline": 1.0}
+    drawn = draw_all({"baseline": "vgg16", "models": [bare]})
+    assert [name for name, drawing in drawn.items() if drawing] == ["comparison"]
+    assert not any(draw_all({"baseline": "vgg16", "models": [FAILED]}).values())
