@@ -88,7 +88,7 @@ def test_compressions_and_a_rank_alone(shards, tmp_path):
 
 
 def test_what_cannot_fit_is_not_started(shards, tmp_path):
-    too_much = ("data.size=224", "batch.global_size=1048576", "batch.max_per_rank=1048576")
+    too_much = ("data.size=224", "batch.global_size=1048576", "batch.max_per_rank=1048576", "tracking=disabled")
     result, said = compare(shards, tmp_path, "vgg16", *too_much, expect=2)
     (failed,) = result["models"]
     assert "It was not started" in failed["reason"]
