@@ -42,7 +42,7 @@ def run_command(
         else:
             code = body(compose(command, schema, arguments)) or ExitCode.DONE
     except UserError as error:
-        _print_error(f"error: {error}")
+        _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {error}")
         code = error.exit_code
     except BrokenPipeError:  # `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,7 +60,7 @@ def _leave(code: int) -> NoReturn:
     """Exit; a failed rank leaves at once, since tearing a process group down waits for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and "RANK" in os.environ:
+    if code and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
         os._exit(code)
     sys.exit(code)
 

@@ -244,12 +244,19 @@ class ClusterConfig:
     """Compute threads per rank on the CPU; null: the cores divided by the ranks of this machine."""
     timeout_seconds: float = 600.0
     """How long a collective may wait for the other ranks."""
+    preempt_grace_seconds: float = 120.0
+    """After a signal that asks to stop: how long the end of the step, a save and W&B may take before the rank leaves
+    as it is. Keep it below what `--signal` in slurm/train.sh allows."""
+    max_fruitless_requeues: int = 3
+    """slurm/train.sh puts a job back into the queue at most so often in a row without a new checkpoint."""
 
     def __post_init__(self) -> None:
         one_of("cluster.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         require(self.devices >= 1, f"cluster.devices={self.devices} must be at least 1.")
         require(self.num_threads is None or self.num_threads >= 1, "cluster.num_threads must be at least 1.")
         require(self.timeout_seconds > 0, "cluster.timeout_seconds must be positive.")
+        require(self.preempt_grace_seconds > 0, "cluster.preempt_grace_seconds must be positive.")
+        require(self.max_fruitless_requeues >= 0, "cluster.max_fruitless_requeues must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

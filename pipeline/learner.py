@@ -25,6 +25,7 @@ from pipeline.config import InputConfig, RecipeConfig
 from pipeline.errors import NonFiniteError
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
+STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 Origin = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -153,6 +154,8 @@ class StepResult:
     lr: float
     grad_norm: float
     """Norm of the reduced gradient before clipping."""
+    stop: bool = False
+    """Some rank was asked to stop: all ranks know it of the same step."""
 
 
 class Learner(pl.LightningModule):
@@ -201,6 +204,10 @@ class Learner(pl.LightningModule):
         self.num_classes = num_classes
         self.on_step: Callable[[StepResult], None] = lambda _: None
         """Told of every committed step. (Lightning calls callbacks before the module has counted it.)"""
+        self.stop_asked: Callable[[], bool] = lambda: False
+        """Whether this rank was asked to stop."""
+        self.on_stop_in_validation: Callable[[], None] = lambda: None
+        """Called on all ranks alike where a validation is to be broken off."""
         self.last_validation: dict[str, float | int] | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
@@ -305,12 +312,14 @@ class Learner(pl.LightningModule):
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
         if self._average:
             self._average[0].update_parameters(self.model)
+        # The wish to stop travels with the sums, which are exchanged in any case.
+        sums = torch.cat([self._sums, self._sums.new_full((1,), float(self.stop_asked()))])
         with self.origin("metrics"):
             if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(self._sums)
-        loss, correct, count = self._sums.tolist()
+                dist.all_reduce(sums)
+        loss, correct, count, num_asked = sums.tolist()
         self.committed_steps += 1
-        result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm)
+        result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm, num_asked > 0)
         self._forget_step()
         self.on_step(result)
 
@@ -342,12 +351,22 @@ class Learner(pl.LightningModule):
 
     def validation_step(self, loaded: Any, batch_idx: int) -> None:
         """Add one micro-batch to the sums."""
-        del batch_idx
         batch = Batch.of(loaded)
         network = self.averaged_model
         network.eval()
         logits_BK = network(self.normalizer(batch.images_BCHW, self.activation_format))
         self.validation.update(logits_BK, batch)
+        # Each rank has equally many micro-batches. A validation may be long, and who wants to stop cannot wait for it.
+        if (batch_idx + 1) % STOP_EVERY_BATCHES == 0 and self._some_rank_was_asked():
+            self.on_stop_in_validation()
+
+    def _some_rank_was_asked(self) -> bool:
+        """To stop. Collective."""
+        asked = torch.tensor(int(self.stop_asked()), device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            with self.origin("metrics"):
+                dist.all_reduce(asked)
+        return bool(asked)
 
     def on_validation_epoch_end(self) -> None:
         """Add the ranks' sums up."""

@@ -15,11 +15,13 @@ import pytorch_lightning as pl
 
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.timeline import Timeline
+from pipeline.errors import Preempted
 from pipeline.learner import Learner, StepResult
 from pipeline.models.plateau import PlateauDetector
 from pipeline.startup import Plan
 
 NUM_TIMED_STEPS = 2000  # percentiles are of this many latest steps
+Row = dict[str, float | int | None]
 
 
 class TimedLoader:
@@ -103,6 +105,8 @@ class Recorder(pl.Callback):
         save: takes (step, score or None) and makes a checkpoint; called on all ranks alike.
         plateau: watches the training loss.
         best_score: of earlier attempts.
+        start_step: steps committed by earlier attempts.
+        owed_row: of `start_step`, where its validation was broken off: validated and written first.
     """
 
     def __init__(
@@ -112,17 +116,27 @@ class Recorder(pl.Callback):
         timeline: Timeline,
         loader: TimedLoader,
         *,
-        log: Callable[[int, dict[str, float | int | None]], None],
+        log: Callable[[int, Row], None],
         save: Callable[[int, float | None], None],
         plateau: PlateauDetector,
         best_score: float | None = None,
+        start_step: int = 0,
+        owed_row: Row | None = None,
     ) -> None:
         self.plan, self.ledger, self.timeline, self.loader = plan, ledger, timeline, loader
         self.write_row, self.save_state = log, save
         self.plateau = plateau
         self.best_score = best_score
         self.clock = StepClock()
-        self._pending: tuple[int, dict[str, float | int | None]] | None = None
+        self.owed_row: Row | None = None
+        """For the checkpoint: the row of its step, where validation was due and did not take place."""
+        self._pending: tuple[int, Row] | None = None if owed_row is None else (start_step, dict(owed_row))
+        self._saved_step = start_step
+
+    @property
+    def validation_is_owed(self) -> bool:
+        """Whether a row waits for its validation."""
+        return self._pending is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Time starts after the warm-up of the buckets."""
@@ -141,8 +155,30 @@ class Recorder(pl.Callback):
             print(f"warning: {warning}", file=sys.stderr)
         if not self.plan.validation_due(result.step):
             self._save_if_due(result.step, None)
+        if result.stop:
+            self.leave(result.step)
 
-    def _row(self, result: StepResult, seconds: float, waited: float) -> dict[str, float | int | None]:
+    def leave(self, step: int) -> None:
+        """Save the state after `step` steps, if it is not saved, and end the attempt; after the last step, do nothing.
+
+        Where the step is to be validated, its row goes into the checkpoint instead of the record: the next attempt
+        validates first. All ranks alike.
+
+        Raises:
+            Preempted: always, but after the last step.
+        """
+        if step == self.plan.num_steps:
+            return
+        if not self.plan.checkpoint_every_steps:
+            raise Preempted(f"Asked to stop after step {step}. Nothing is saved: trainer.checkpoint_every_steps=0.")
+        if self.plan.validation_due(step) and self._pending is not None:
+            self.owed_row, self._pending = self._pending[1], None
+        self.flush()
+        if self._saved_step != step:
+            self._save(step, None)
+        raise Preempted(f"Asked to stop: step {step} of {self.plan.num_steps} is saved. The same command goes on.")
+
+    def _row(self, result: StepResult, seconds: float, waited: float) -> Row:
         traffic, times = self.ledger.commit_step(), self.timeline.take_step()
         return {
             "samples": result.step * self.plan.global_batch,
@@ -179,8 +215,12 @@ class Recorder(pl.Callback):
             self.best_score = score
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):
             self.flush()
-            self.save_state(step, score if is_best else None)
+            self._save(step, score if is_best else None)
             self._resume_time()
+
+    def _save(self, step: int, score: float | None) -> None:
+        self.save_state(step, score)
+        self._saved_step = step
 
     def _resume_time(self) -> None:
         """A pause is over: what happened in it belongs to no step."""

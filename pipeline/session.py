@@ -1,5 +1,7 @@
 """One attempt at a run: the trainer, what it records, and what it leaves when it ends."""
 
+import contextlib
+import json
 import logging
 import sys
 import time
@@ -15,6 +17,7 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pipeline import startup
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.powersgd import PowerSGD
+from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
 from pipeline.config import TrainConfig
 from pipeline.data.quarantine import Quarantine
@@ -96,6 +99,7 @@ class Persistence(Callback):
             "metaparameters": self.config.model.metaparameters,
             "must_match": startup.must_match(self.config),
             "best_score": self.recorder.best_score,
+            "owed_row": self.recorder.owed_row,
             "ledger": self.ledger.state_dict(),
             "learner": pl_module.extra_state(),
             "powersgd": compression,
@@ -154,6 +158,30 @@ class Saver:
         self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
 
 
+class Stopping(Callback):
+    """Lets a signal end the attempt where all ranks agree, and makes up for a validation that one broke off."""
+
+    def __init__(self, world: World, recorder: Recorder) -> None:
+        self.world, self.recorder = world, recorder
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something to save."""
+        assert isinstance(pl_module, Learner)
+        learner = pl_module
+        learner.stop_asked = lambda: self.world.stop.asked
+        learner.on_stop_in_validation = lambda: self.recorder.leave(learner.committed_steps)
+        self.world.stop.begin_training()
+        if self.recorder.validation_is_owed:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is left to be broken off."""
+        del trainer, pl_module
+        self.world.stop.end_training()
+
+
 class BadSamples(Callback):
     """Names pictures that do not decode, once each over all ranks, and stops the run beyond the budget."""
 
@@ -191,6 +219,22 @@ class BadSamples(Callback):
                 f"Validation cannot use {'; '.join(sample.reason for sample in batch.bad[:5])}: a result without it"
                 " would be another split's. Prepare the split again without it."
             )
+
+
+def make_reconciler(config: TrainConfig, world: World) -> Reconciler | None:
+    """Ready to compare the ranks' counts; None where the kernel counts nothing. Collective."""
+    if world.counter is None:
+        return None
+    strict = world.compute.backend == "gloo" if config.comm.strict is None else config.comm.strict
+    reconciler = Reconciler(world.counter, world.rank, world.placement, strict=strict)
+    reconciler.start()
+    return reconciler
+
+
+def previous_ledger(directory: RunDirectory) -> dict[str, Any] | None:
+    """The ledger.json an earlier attempt left, if it left one that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(directory.ledger.read_text())
 
 
 def quieten() -> None:
@@ -273,6 +317,8 @@ def connect(
 ) -> None:
     """Introduce to one another what could not be made in one go."""
     saver.trainer = trainer
+    # Lightning's handler would broadcast from inside the signal: one rank alone would wait for the others for ever.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     persistence.recorder = recorder
     validate_by_plan(trainer, learner, plan)
 

@@ -6,27 +6,39 @@ The same command again resumes the run; once it is finished, it exits 0 at once.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from pipeline.cli import run_command
 from pipeline.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pipeline.run.preempt import StopRequest
+    from pipeline.run.ranks import RankInfo
 
 
 def train(config: TrainConfig) -> int:
     """One run, or one further attempt at it. Returns the exit code."""
     from pipeline.run.launch import find_ranks, supervise
+    from pipeline.run.preempt import StopRequest
 
-    ranks = find_ranks(config.cluster.devices)
-    if ranks is None or ranks.source == "single":
-        from pipeline.preflight import check_before_ranks
+    stop = StopRequest(config.cluster.preempt_grace_seconds)
+    with stop.listening():
+        ranks = find_ranks(config.cluster.devices)
+        if ranks is None or ranks.source == "single":
+            from pipeline.preflight import check_before_ranks
 
-        check_before_ranks(config)  # said once, by the parent, before any rank starts
-    if ranks is None:
-        command = [sys.executable, "-m", "pipeline.train", *sys.argv[1:]]
-        return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
+            check_before_ranks(config)  # said once, by the parent, before any rank starts
+        if ranks is not None:
+            return train_as(ranks, config, stop)
+    command = [sys.executable, "-m", "pipeline.train", *sys.argv[1:]]
+    return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
+
+def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int:
+    """As one of the ranks."""
     from pipeline import training
 
-    with training.join(config, ranks) as world:
+    with training.join(config, ranks, stop) as world:
         shards = training.open_shards(config, world)
         plan = training.plan_steps(config, world, shards)
         run = training.open_run(config, world)
@@ -40,4 +52,7 @@ def train(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
+    from pipeline.run.preempt import block_early
+
+    block_early()
     run_command("train", TrainConfig, train)

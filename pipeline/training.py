@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pipeline import session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.comm.reconcile import Reconciler
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.traffic import placement_warning
 from pipeline.config import TrainConfig
@@ -31,6 +29,7 @@ from pipeline.recorder import Recorder, TimedLoader
 from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
+from pipeline.run.preempt import StopRequest
 from pipeline.run.provenance import describe
 from pipeline.run.ranks import RankInfo
 from pipeline.run.tracking import Tracker
@@ -40,12 +39,15 @@ from pipeline.world import World, join_group
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
-    """Join the other ranks with the device and precision this run computes in."""
+def join(config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None) -> Iterator[World]:
+    """Join the other ranks with the device and precision this run computes in.
+
+    stop: listening to signals; None: signals are not looked after.
+    """
     compute = startup.choose_compute(config.trainer, config.cluster)
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
-    with join_group(ranks, compute, config.cluster, config.comm) as joined:
+    with join_group(ranks, compute, config.cluster, config.comm, stop=stop) as joined:
         yield joined
 
 
@@ -146,6 +148,11 @@ class Start:
     def section(self) -> dict[str, Any]:
         """What we put into it beside what Lightning puts there."""
         return {} if self.content is None else self.content[checkpoints.SECTION]
+
+    @property
+    def num_recorded(self) -> int:
+        """Rows of the record that stand. A row whose validation was broken off is written by this attempt."""
+        return self.step - (self.section.get("owed_row") is not None)
 
 
 def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
@@ -265,10 +272,10 @@ def fit(
     attempt = begin_attempt(config, world, run, start, learner)
     data = make_data(config, world, shards, plan, start)
     owed = gradient_bytes_by_parameter(learner.model)
-    reconciler = make_reconciler(config, world)
+    reconciler = session.make_reconciler(config, world)
     ledger = Ledger(world.meter, owed, world.placement, attempt=attempt, reconciler=reconciler, rank=world.rank)
     if start.content is not None:
-        ledger.load_state_dict(start.section["ledger"], _previous_ledger(run))
+        ledger.load_state_dict(start.section["ledger"], session.previous_ledger(run))
     _announce(config, world, shards, plan, start, sum(owed.values()))
     with Tracker(
         run,
@@ -277,7 +284,7 @@ def fit(
         model=config.model.name,
         config=_plain(dataclasses.asdict(config)),
         notes=training_notes(config, world),
-        resume_step=start.step,
+        resume_step=start.num_recorded,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())
         persistence = session.Persistence(config, world, run, ledger, plan, powersgd)
@@ -292,11 +299,18 @@ def fit(
             save=saver.save,
             plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
             best_score=start.section.get("best_score"),
+            start_step=start.step,
+            owed_row=start.section.get("owed_row"),
         )
         bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
         trainer = session.make_trainer(
-            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars], powersgd
+            config,
+            world,
+            plan,
+            start.step,
+            [warm_up, persistence, recorder, session.Stopping(world, recorder), bad_samples, *bars],
+            powersgd,
         )
         session.connect(trainer, learner, plan, recorder, persistence, saver)
         try:
@@ -308,16 +322,6 @@ def fit(
         ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
     _close(config, world, run, recorder, plan, bad_samples)
-
-
-def make_reconciler(config: TrainConfig, world: World) -> Reconciler | None:
-    """Ready to compare the ranks' counts; None where the kernel counts nothing. Collective."""
-    if world.counter is None:
-        return None
-    strict = world.compute.backend == "gloo" if config.comm.strict is None else config.comm.strict
-    reconciler = Reconciler(world.counter, world.rank, world.placement, strict=strict)
-    reconciler.start()
-    return reconciler
 
 
 def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> ShardData:
@@ -339,12 +343,6 @@ def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         evaluation_batch=config.trainer.evaluation_batch_per_rank,
         pin_memory=world.compute.accelerator == "gpu",
     )
-
-
-def _previous_ledger(directory: RunDirectory) -> dict[str, Any] | None:
-    """The ledger.json an earlier attempt left, if it left one that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(directory.ledger.read_text())
 
 
 def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start, owed_bytes: int) -> None:

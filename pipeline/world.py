@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from pipeline.comm.counters import SocketCounter
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, CommConfig
-from pipeline.errors import DataError, ExitCode, UserError
+from pipeline.errors import DataError, ExitCode, Preempted, UserError
+from pipeline.run.preempt import StopRequest
 from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
@@ -44,6 +45,8 @@ class World:
     """Of this rank's connections; None where nothing is exchanged, metered or counted by the kernel."""
     timeout_seconds: float = 600.0
     """How long a collective may wait for the other ranks."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether a signal asked this rank to stop."""
 
     @property
     def rank(self) -> int:
@@ -199,15 +202,21 @@ def _gist(error: RuntimeError) -> str:
 
 @contextlib.contextmanager
 def join_group(
-    ranks: RankInfo, compute: Compute, cluster: ClusterConfig, comm: CommConfig | None = None
+    ranks: RankInfo,
+    compute: Compute,
+    cluster: ClusterConfig,
+    comm: CommConfig | None = None,
+    *,
+    stop: StopRequest | None = None,
 ) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
-    A world of one has a group too: DDP then works the same, and exchanges nothing.
+    A world of one has a group too: DDP then works the same, and exchanges nothing. `stop`: listening to signals.
 
     Raises:
         UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
+        Preempted: the same, after a signal that asked to stop: the peer was not as patient.
     """
     num_threads = set_threads(cluster, ranks.local_world_size)
     if compute.accelerator == "gpu":
@@ -227,12 +236,13 @@ def join_group(
     timeline = Timeline(recorder, clock, enabled=comm.timeline)
     try:
         placement = _placement(ranks)
-        yield World(
-            ranks, compute, recorder, timeline, placement, num_threads, counter, timeout_seconds=cluster.timeout_seconds
-        )
+        patience, stop = cluster.timeout_seconds, stop or StopRequest()
+        yield World(ranks, compute, recorder, timeline, placement, num_threads, counter, patience, stop)
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise
+        if stop is not None and stop.asked:
+            raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
         raise _PeerLost(
             f"Rank {ranks.rank} lost its connection to another rank and stops ({_gist(error)}): the cause is in what"
             " that rank said, here or in its own log."

@@ -324,9 +324,7 @@ class _Supervision:
     def _look_at_ends(self) -> None:
         for end in self._children.ended[self._num_seen :]:
             self._num_seen += 1
-            if end.returncode == ExitCode.PREEMPTED:
-                self._expect_end_within(self._patience.signal)
-            elif end.returncode != 0 and not self._children.told_to_stop:
+            if end.returncode != 0 and not self._children.told_to_stop:
                 self._sigterm_is_next = True
                 self._expect_end_within(self._patience.peer)
             if end.returncode < 0 and -end.returncode not in self._forwarded and not end.told_to_stop:
@@ -341,7 +339,8 @@ class _Supervision:
             self._sigterm_is_next = False
             self._children.told_to_stop = True
             self._children.send(signal.SIGTERM)
-            self._deadline = time.monotonic() + self._patience.grace
+            preempted = all(end.returncode in (0, ExitCode.PREEMPTED) for end in self._children.ended)
+            self._deadline = time.monotonic() + (self._patience.signal if preempted else self._patience.grace)
         else:
             late = ", ".join(str(rank) for rank in self._children.running)
             _say(f"rank {late} did not end in time and is killed")

@@ -101,7 +101,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish(exit_code=0 if kind is None else 1)
+        self.finish(exit_code=0 if kind is None else int(getattr(kind, "exit_code", 1)))
 
 
 def wandb_id(run: RunDirectory) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ExitCode
+
 # How long a server may take to give any answer at all before the run goes offline.
 PROBE_SECONDS = 5.0
 INIT_SECONDS = 30.0
@@ -100,6 +102,8 @@ class WandbMirror:
         def end() -> None:
             import wandb
 
+            if exit_code == ExitCode.PREEMPTED:
+                self._run.mark_preempting()  # shown as preempted, not as failed
             self._run.finish(exit_code=exit_code)
             wandb.teardown(exit_code=exit_code)
 

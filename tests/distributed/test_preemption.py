@@ -1,0 +1,120 @@
+"""Asked to stop by a signal, a training saves, says so with its exit code, and goes on as if nothing had happened."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from commands import Ended, rows, train_recorded
+from conftest import PAIR_OPTIONS, Pair
+from test_train_resume import assert_same, differences, fed, load
+
+LONGEST_SECONDS = 25.0  # Slurm kills 30 s after SIGTERM
+WORKERS = ("data.num_workers=2",)
+
+
+def preempted(root: Path, shards: Path, name: str, devices: int, events: str, *options: str) -> Ended:
+    """Train until the signals of SIGNAL_AT end it; they all fired, and it ended in time with 75."""
+    fired = root / f"{name}.fed" / "fired"
+    already = fired.read_text().count("\n") if fired.exists() else 0
+    ended = train_recorded(root, shards, name, devices, *options, expect=75, environment={"SIGNAL_AT": events})
+    took = time.time() - float(fired.read_text().splitlines()[already].split()[0])
+    assert fired.read_text().count("\n") - already == events.count(";") + 1, "a signal was not sent"
+    assert took <= LONGEST_SECONDS, f"{took:.1f} s\n{ended.output}"
+    assert "Traceback" not in ended.output
+    return ended
+
+
+def saved_step(run: Path) -> int:
+    return json.loads((run / "checkpoints" / "last.json").read_text())["step"]
+
+
+def test_one_rank_of_two_is_asked_in_the_middle_of_a_step(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
+    """Only rank 1, while it accumulates step 7 (8 is validated: the next test's)."""
+    (tmp_path / "unbroken").symlink_to(two_ranks.unbroken)
+    (tmp_path / "unbroken.fed").symlink_to(two_ranks.root / "unbroken.fed")
+    ended = preempted(tmp_path, shards, "resumed", 2, "1 step6.0 SIGTERM rank", *PAIR_OPTIONS)
+    assert ended.output.count("step 7 of 11 is saved. The same command goes on.") == 2
+    assert saved_step(tmp_path / "resumed") == 7
+    ended = train_recorded(tmp_path, shards, "resumed", 2, *PAIR_OPTIONS)
+    assert "resumed from step=000000007.ckpt" in ended.output
+    assert_same(Pair(tmp_path, 2))
+
+
+def test_every_process_of_three_ranks_is_told_again_and_again(shards: Path, tmp_path: Path) -> None:
+    """As Slurm does it: data loader workers too. Then once more while it saves, by other signals."""
+    train_recorded(tmp_path, shards, "unbroken", 3, *WORKERS)
+    events = "0 step4.0 SIGUSR1 everything; 0 save5 SIGUSR1 everything; 0 save5 SIGTERM supervisor"
+    ended = preempted(tmp_path, shards, "resumed", 3, events, *WORKERS)
+    assert "DataLoader worker" not in ended.output
+    assert saved_step(tmp_path / "resumed") == 5
+    train_recorded(tmp_path, shards, "resumed", 3, *WORKERS)
+    assert_same(Pair(tmp_path, 3))
+
+
+def test_a_validation_is_broken_off_and_made_up_for(shards: Path, tmp_path: Path) -> None:
+    """Signals before a validation and inside one. Its row is written by the attempt that ends it."""
+    options = ("trainer.evaluation_batch_per_rank=1",)
+    train_recorded(tmp_path, shards, "unbroken", 2, *options)
+    preempted(tmp_path, shards, "resumed", 2, "1 step3.0 SIGUSR2 ranks", *options)
+    assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == [1, 2, 3]
+    assert saved_step(tmp_path / "resumed") == 4
+    preempted(tmp_path, shards, "resumed", 2, "1 validation2 SIGTERM rank", *options)  # that of step 4, again
+    assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == [1, 2, 3]
+    train_recorded(tmp_path, shards, "resumed", 2, *options)
+    one, other = load(tmp_path / "unbroken"), load(tmp_path / "resumed")
+    for part in ("state_dict", "optimizer_states"):
+        assert not differences(one[part], other[part], part)
+    assert one["squeezewire"]["best_score"] == other["squeezewire"]["best_score"]
+    assert rows(tmp_path / "unbroken") == rows(tmp_path / "resumed")
+    assert fed(tmp_path, "unbroken", 2) == fed(tmp_path, "resumed", 2)
+    ledger = json.loads((tmp_path / "resumed" / "ledger.json").read_text())
+    assert ledger["closed"] is True and [attempt["attempt"] for attempt in ledger["attempts"]] == [1, 2, 3]
+
+
+def test_before_the_first_step_there_is_nothing_to_save(shards: Path, tmp_path: Path) -> None:
+    ended = preempted(tmp_path, shards, "run", 2, "1 start SIGTERM rank")
+    assert "SIGTERM before the first step" in ended.output
+    assert not (tmp_path / "run" / "checkpoints" / "last.json").exists()
+
+
+def test_after_the_last_step_it_is_too_late(shards: Path, tmp_path: Path) -> None:
+    """It is validated, saved, reported on, and done."""
+    environment = {"SIGNAL_AT": "0 step10.0 SIGTERM ranks; 0 validation0 SIGUSR1 rank"}
+    train_recorded(tmp_path, shards, "run", 1, "trainer.validate_every_steps=11", environment=environment)
+    assert (tmp_path / "run.fed" / "fired").read_text().count("\n") == 2
+    assert saved_step(tmp_path / "run") == 11 and (tmp_path / "run" / "report.html").exists()
+    assert "val/top1" in rows(tmp_path / "run")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("event", "step"),
+    [
+        ("0 step4.0 SIGTERM ranks", 5),  # the last of the first epoch
+        ("0 step5.0 SIGTERM ranks", 6),  # the first of the second, saved in any case
+        ("0 step6.0 SIGINT supervisor", 7),
+        ("0 save3 SIGTERM ranks", 4),
+        ("0 step6.0 SIGUSR1 rank", 7),
+        ("0 validation0 SIGTERM rank", 5),  # too short to be broken off
+    ],
+)
+def test_anywhere(event: str, step: int, devices: int, shards: Path, tmp_path: Path) -> None:
+    train_recorded(tmp_path, shards, "unbroken", devices)
+    preempted(tmp_path, shards, "resumed", devices, event)
+    assert saved_step(tmp_path / "resumed") == step
+    train_recorded(tmp_path, shards, "resumed", devices)
+    assert_same(Pair(tmp_path, devices))
+
+
+@pytest.mark.slow
+def test_at_every_step(shards: Path, tmp_path: Path) -> None:
+    """Ten attempts of one step each."""
+    train_recorded(tmp_path, shards, "unbroken", 2)
+    for step in range(10):
+        preempted(tmp_path, shards, "resumed", 2, f"{step % 2} step{step}.0 SIGTERM rank")
+        assert saved_step(tmp_path / "resumed") == step + 1
+    train_recorded(tmp_path, shards, "resumed", 2)
+    assert not differences(load(tmp_path / "unbroken")["state_dict"], load(tmp_path / "resumed")["state_dict"])
+    assert rows(tmp_path / "unbroken") == rows(tmp_path / "resumed")
