@@ -4,8 +4,16 @@
 #   sbatch slurm/train.sh name=first data.root=shards/imagenet model=squeezenet1_1 trainer.max_epochs=90
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=96 slurm/train.sh name=first ...
 #
-# Submit from the checkout, which every node must see. The same command again resumes the run; a finished run exits 0 at
-# once. Everything after the script's name goes to `python -m pipeline.train`. Options before it override those below.
+# Submit from the checkout, which every node must see. Everything after the script's name goes to
+# `python -m pipeline.train`. Options before it override those below.
+#
+# The job comes back by itself until the run is finished: before the time limit, after preemption, `scontrol requeue`,
+# the loss of a node (Slurm's own doing) or of a rank (ours). Not after an error of its own, and not for ever: three times
+# in a row without a new checkpoint end it (cluster.max_fruitless_requeues). To end it yourself: scancel. The same command
+# submitted again goes on too, on any number of nodes; a finished run exits 0 at once.
+#
+# A sweep: a file with the overrides of one training per line, its name= among them, and an array over the lines:
+#   SQUEEZEWIRE_SWEEP=sweep.txt sbatch --array=1-8 slurm/train.sh data.root=shards/imagenet trainer.max_epochs=90
 
 # What a site must change, here or on the command line: partition and account if it has no defaults, time limit, and
 # CPUs per node (--cpus-per-task counts a node's, until --ntasks-per-node says otherwise).
@@ -20,6 +28,10 @@
 #SBATCH --time=04:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+# To the ranks, three to four minutes before the time limit: the step, a save and W&B must fit
+# (cluster.preempt_grace_seconds). Without `B:`, for this shell would only pass it on.
+#SBATCH --signal=USR1@180
 
 set -euo pipefail
 [ -f "${SLURM_SUBMIT_DIR:?run this with sbatch}/slurm/environment.sh" ] || {
@@ -28,14 +40,55 @@ set -euo pipefail
 }
 source "$SLURM_SUBMIT_DIR/slurm/environment.sh"
 
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${SQUEEZEWIRE_SWEEP:-}" ]; then
+    read -ra overrides <<< "$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SQUEEZEWIRE_SWEEP")"
+    [[ " ${overrides[*]:-}" == *" name="* ]] ||
+        fail "Line $SLURM_ARRAY_TASK_ID of $SQUEEZEWIRE_SWEEP gives no name=, and every training needs its own."
+    set -- "$@" "${overrides[@]}"
+fi
+
 num_ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ranks_per_node))}
-echo "job $SLURM_JOB_ID: $num_ranks ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)," \
-    "$cpus_per_rank CPUs each, $gpus_per_node GPUs per node: $python -m pipeline.train $*"
+echo "job $SLURM_JOB_ID${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: $num_ranks ranks on" \
+    "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $cpus_per_rank CPUs each, $gpus_per_node GPUs per node:" \
+    "$python -m pipeline.train $*"
+
+# Signals reach the ranks from Slurm; one that reaches this shell (--signal=B:..., scancel --batch) is passed on as
+# USR1, because srun answers SIGTERM with SIGKILL to its ranks. The shell itself waits for them.
+signalled=
+pass_on() {
+    signalled=yes
+    kill -USR1 "${srun_pid:-0}" 2> /dev/null || true
+}
+trap pass_on TERM INT USR1 USR2
 
 # srun starts the ranks itself: who is which rank, and where the first one listens, is read from its variables.
 # Ranks that fail agree on it and leave with the same code, but not at the same instant. So the first to leave does not
 # take the others with it (--kill-on-bad-exit=1 would turn their code into 143, or cut a save short): they have
-# SLURM_WAIT seconds, and are ended if they hang.
-export SLURM_WAIT=${SLURM_WAIT:-300} SLURM_KILL_BAD_EXIT=0
-exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
-    "$python" -m pipeline.train "$@"
+# SLURM_WAIT seconds, and are ended if they hang. Ranks that lose a peer notice by themselves, gloo's at once.
+export SLURM_WAIT=${SLURM_WAIT:-90} SLURM_KILL_BAD_EXIT=0
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
+    "$python" -m pipeline.train "$@" &
+srun_pid=$!
+while :; do
+    signalled=
+    wait "$srun_pid" && code=0 || code=$?
+    [ -n "$signalled" ] || break # a signal ends `wait`, not srun
+done
+[ "$code" -ne 0 ] || exit 0
+
+# Only here, when all ranks are gone and what they saved is durable, and only while Slurm has nothing else in mind: a job
+# that is being cancelled or requeued is no longer RUNNING.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+if ! [ -x "$(command -v scontrol)" ]; then
+    echo "No scontrol here, so this job cannot put itself back into the queue (exit code $code; 75: submit it again)."
+    exit "$code"
+fi
+if ! scontrol --oneliner show job "$job" | grep -q '\bJobState=RUNNING\b'; then
+    echo "Slurm is ending this job itself (exit code of the ranks: $code)."
+    exit "$code"
+fi
+if "$python" -m pipeline.requeue "$code" "$@"; then
+    scontrol requeue "$job" || echo "Slurm does not take it back: submit the same command again." >&2
+fi
+exit "$code"

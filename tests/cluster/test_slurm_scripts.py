@@ -1,6 +1,9 @@
 """What slurm/*.sh make of an allocation: ranks, CPUs, interpreter. The real Slurm runs them; Python is a recorder."""
 
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +16,23 @@ pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORDER = """#!/bin/sh
+if [ "$2" = pipeline.requeue ]; then
+    echo "ASKED $*"
+    [ -n "$RECORDER_PYTHON" ] && exec "$RECORDER_PYTHON" "$@"
+    exit 1
+fi
 echo "RAN procid=${SLURM_PROCID-none} node=${SLURM_NODEID-none} of=${SLURM_NTASKS-none} \
 threads=${OMP_NUM_THREADS-none} interface=${GLOO_SOCKET_IFNAME-none} argv=$*"
 [ "${SLURM_PROCID-none}" = "${RECORDER_SLOW_RANK-}" ] && sleep "$RECORDER_SLOW_SECONDS"
+if [ -n "$RECORDER_WAITS" ] && [ -z "$SLURM_RESTART_COUNT" ]; then
+    trap 'echo "TOLD ${SLURM_PROCID}"; exit 75' TERM USR1
+    touch "ready.$SLURM_PROCID"
+    while :; do sleep 0.1; done
+fi
 exit ${RECORDER_EXIT:-0}
 """
+JOB_SECONDS = 60
+TRAIN_KEYS = ("name=first", "data.root=none", "trainer.max_steps=9")
 
 
 @pytest.fixture
@@ -90,6 +105,87 @@ def test_rank_that_hangs_after_another_failed_is_ended(slurm: "SlurmCluster", ch
     env = {"RECORDER_EXIT": "3", "RECORDER_SLOW_RANK": "0", "RECORDER_SLOW_SECONDS": "600", "SLURM_WAIT": "2"}
     code, lines, output = ran(slurm, checkout, "slurm/train.sh", "name=first", env=env)
     assert (code != "0:0", len(lines)) == (True, 2), output
+
+
+# --- back into the queue ---
+
+
+def started(slurm: "SlurmCluster", checkout: Path, *arguments: str, **env: str) -> int:
+    """A job of train.sh whose ranks wait for a signal, are told by TERM or USR1, leave with 75, and then end at once."""
+    real = {"RECORDER_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+    job_id = slurm.submit("slurm/train.sh", *TRAIN_KEYS, *arguments, cwd=checkout, env={**real, **env})
+    if "RECORDER_WAITS" in env:
+        wait_until(lambda: len(list(checkout.glob("ready.*"))) == 2, "the ranks did not start")
+    return job_id
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + JOB_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def log_of(checkout: Path, job_id: int) -> str:
+    return (checkout / f"squeezewire-train-{job_id}.out").read_text()
+
+
+def ended(slurm: "SlurmCluster", job_id: int) -> dict[str, str]:
+    """The job, once it has ended; whenever it is put back, its wait of two minutes is cut short."""
+    return slurm.wait(job_id, JOB_SECONDS, impatient=True)
+
+
+@pytest.mark.parametrize("how", [["--signal=USR1"], ["--batch", "--signal=USR1"]], ids=["ranks", "batch shell"])
+def test_a_signal_puts_the_job_back_once(slurm: "SlurmCluster", checkout: Path, how: list[str]) -> None:
+    job_id = started(slurm, checkout, RECORDER_WAITS="1")
+    assert slurm.run("scancel", *how, str(job_id)).returncode == 0
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output
+    assert output.count("TOLD ") == 2 and output.count("ASKED ") == 1, output
+    assert "restart 1: 2 ranks" in output  # the same log: nothing of the first attempt is lost
+    assert len((checkout / "runs/first/requeues.jsonl").read_text().splitlines()) == 1
+
+
+def test_slurms_own_requeue_is_not_doubled(slurm: "SlurmCluster", checkout: Path) -> None:
+    job_id = started(slurm, checkout, RECORDER_WAITS="1")
+    assert slurm.run("scontrol", "requeue", str(job_id)).returncode == 0
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output
+    assert output.count("TOLD ") == 2 and "ASKED " not in output, output
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: "SlurmCluster", checkout: Path) -> None:
+    job_id = started(slurm, checkout, RECORDER_WAITS="1")
+    assert slurm.run("scancel", str(job_id)).returncode == 0
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    time.sleep(3)  # for whatever might put it back
+    job = slurm.job(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), output
+    assert output.count("TOLD ") == 2 and "ASKED " not in output, output
+
+
+def test_a_job_that_fails_at_every_start_ends(slurm: "SlurmCluster", checkout: Path) -> None:
+    job_id = started(slurm, checkout, "cluster.max_fruitless_requeues=2", RECORDER_EXIT="137")
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "2"), output
+    assert "was put back into the queue 2 times in a row without a new checkpoint" in output
+
+
+def test_an_array_runs_the_lines_of_a_sweep(slurm: "SlurmCluster", checkout: Path) -> None:
+    (checkout / "sweep.txt").write_text("name=sweep/a recipe.lr=0.1\nname=sweep/b recipe.lr=0.2\nrecipe.lr=0.3\n")
+    env = {"SQUEEZEWIRE_SWEEP": "sweep.txt"}
+    job_id = slurm.submit("--array=1-3", "--nodes=1", "slurm/train.sh", "seed=3", cwd=checkout, env=env)
+    wait_until(lambda: len(list(checkout.glob("*.out"))) == 3, "the tasks did not run")
+    slurm.wait(job_id, JOB_SECONDS)
+    wait_until(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "the tasks did not end")
+    outputs = "".join(sorted(log.read_text() for log in checkout.glob("*.out")))
+    for line in ("name=sweep/a recipe.lr=0.1", "name=sweep/b recipe.lr=0.2"):
+        assert f"argv=-m pipeline.train seed=3 {line}\n" in outputs
+    assert "error: Line 3 of sweep.txt gives no name=" in outputs
 
 
 def test_compare_and_prepare_are_no_ranks_of_the_job(slurm: "SlurmCluster", checkout: Path) -> None:

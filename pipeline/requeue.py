@@ -1,0 +1,34 @@
+"""Asked by slurm/train.sh when the ranks have ended: does the job go back into the queue?
+
+    python -m pipeline.requeue EXIT_CODE key=value ...
+
+EXIT_CODE: of the ranks; then what `train` was given. Exits 0 for yes, after it was written down; with EXIT_CODE for no.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from pipeline.cli import run_command
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError
+
+
+def requeue(config: TrainConfig, exit_code: str) -> int:
+    """Decide, write it down, say why."""
+    from pipeline.run.requeue import decide
+
+    if not exit_code.isdigit():
+        raise ConfigError(f"{exit_code!r} is no exit code: python -m pipeline.requeue EXIT_CODE key=value ...")
+    job = os.environ.get("SLURM_JOB_ID", "none")
+    directory = Path(config.run_root) / config.name
+    decision = decide(directory, int(exit_code), job=job, limit=config.cluster.max_fruitless_requeues)
+    print(decision.reason, flush=True)
+    return 0 if decision.requeue else int(exit_code) or 1
+
+
+if __name__ == "__main__":
+    first, *overrides = sys.argv[1:] or [""]
+    if first.startswith("-"):
+        run_command("train", TrainConfig, lambda config: requeue(config, ""), argv=sys.argv[1:])
+    run_command("train", TrainConfig, lambda config: requeue(config, first), argv=overrides)
