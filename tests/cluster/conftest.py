@@ -149,6 +149,7 @@ class SlurmCluster:
                 self.run("scancel", str(job_id))
                 raise TimeoutError(f"job {job_id} has not ended in {timeout_seconds} s: {job}\n{self.logs()}")
             if impatient and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                time.sleep(1.5)  # started in the second in which it was put back, its credential would be refused
                 self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
             time.sleep(0.2)
         return job

@@ -111,7 +111,7 @@ def test_rank_that_hangs_after_another_failed_is_ended(slurm: "SlurmCluster", ch
 
 
 def started(slurm: "SlurmCluster", checkout: Path, *arguments: str, **env: str) -> int:
-    """A job of train.sh whose ranks wait for a signal, are told by TERM or USR1, leave with 75, and then end at once."""
+    """A job of train.sh. RECORDER_WAITS: its ranks wait for TERM or USR1, leave with 75, and end at once next time."""
     real = {"RECORDER_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
     job_id = slurm.submit("slurm/train.sh", *TRAIN_KEYS, *arguments, cwd=checkout, env={**real, **env})
     if "RECORDER_WAITS" in env:
