@@ -102,10 +102,23 @@ class SlurmCluster:
         self._wait_until(lambda: (self.directory / "munge.socket").exists(), 20, "munged")
         self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.directory / "slurm.conf"))
         for name in self.names:
-            # Not `ip netns exec`: it remounts /sys and hides the cgroup tree, without which slurmd ends at once.
-            script = f"hostname {name} && exec slurmd -D -N {name} -f {self.directory}/slurm.conf"
-            self._daemon(name, "nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "sh", "-c", script)
+            self.start_daemon(name)
         self._wait_until(lambda: self.states() == ["idle"] * self.num_nodes, 60, "the nodes")
+
+    def start_daemon(self, name: str) -> None:
+        """The slurmd of a node, without waiting for it."""
+        # Not `ip netns exec`: it remounts /sys and hides the cgroup tree, without which slurmd ends at once.
+        script = f"hostname {name} && exec slurmd -D -N {name} -f {self.directory}/slurm.conf"
+        self._daemon(name, "nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "sh", "-c", script)
+
+    def daemon(self, name: str) -> psutil.Process:
+        """The running slurmd of a node; it lives in the node's network namespace."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if line[:4] == ["slurmd", "-D", "-N", name] and str(self.directory) in line[-1]:
+                    return process
+        raise RuntimeError(f"{name} has no slurmd.\n{self.logs()}")
 
     def stop(self) -> None:
         """End the scope and everything in it. Safe to call twice and after a failed start."""
@@ -257,7 +270,7 @@ class SlurmCluster:
 
 
 @contextlib.contextmanager
-def running_cluster(num_nodes: int = 2) -> Iterator[SlurmCluster]:
+def running_cluster(num_nodes: int = 2, *, extra: str = "") -> Iterator[SlurmCluster]:
     """A started cluster, gone afterwards. Where none can be started the test skips, and in CI fails."""
     if reason := missing_requirement():
         if os.environ.get("CI"):
@@ -265,7 +278,7 @@ def running_cluster(num_nodes: int = 2) -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     cluster = SlurmCluster.make(num_nodes)
     try:
-        cluster.start()
+        cluster.start(extra)
         yield cluster
     finally:
         cluster.stop()

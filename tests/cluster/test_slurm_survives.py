@@ -1,0 +1,306 @@
+"""Whatever the cluster does, `sbatch slurm/train.sh` comes back by itself and ends where the run left alone ends.
+
+A real Slurm, real signals, real deaths. The ranks are `train_paced.py`: the product, with a pause in each step, so that
+things can happen in the middle, and a list of what every step was fed.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+import torch
+from conftest import running_cluster
+
+if TYPE_CHECKING:
+    from conftest import SlurmCluster
+
+pytestmark = pytest.mark.cluster
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+JOB_SECONDS = 300  # a deadline, not an expectation
+NUM_STEPS = 60
+KEYS = (
+    "data.root=shards/builtin",
+    "model=squeezenet_small",
+    "data.num_workers=1",  # Slurm signals it too
+    "batch.global_size=12",
+    f"trainer.max_steps={NUM_STEPS}",
+    "trainer.validate_every_steps=25",
+    "trainer.checkpoint_every_steps=10",
+    "trainer.precision=fp32",
+    "cluster.accelerator=cpu",
+    "cluster.num_threads=1",
+    "cluster.timeout_seconds=60",
+)
+# The interpreter of the jobs: the product's command is replaced by the paced one, all else is what it is.
+INTERPRETER = f"""#!/bin/sh
+if [ "$2" = pipeline.train ]; then shift 2; set -- {REPOSITORY}/tests/cluster/train_paced.py "$@"; fi
+exec {sys.executable} "$@"
+"""
+TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
+
+
+class Checkout:
+    """A fresh checkout with small shards, and the runs made in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for room in ("pipeline", "conf", "slurm"):
+            shutil.copytree(REPOSITORY / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
+        (root / "python").write_text(INTERPRETER)
+        (root / "python").chmod(0o755)
+        keys = ("source=builtin", "out=shards/builtin", "num_images=120", "num_classes=2", "short_side=32")
+        prepare = [sys.executable, "-m", "pipeline.prepare", *keys, "num_workers=1"]
+        subprocess.run(prepare, cwd=root, check=True, capture_output=True, timeout=120)
+
+    def submit(self, slurm: "SlurmCluster", name: str, *options: str, pace: float = 0.05, nodes: int = 2) -> int:
+        """`sbatch slurm/train.sh name=...`; the id of the job."""
+        env = {
+            "SQUEEZEWIRE_PYTHON": str(self.root / "python"),
+            "PYTHONPATH": str(self.root),
+            "FED_TO": str(self.root / "fed"),
+            "PACE_SECONDS": str(pace),
+        }
+        arguments = ["--cpus-per-task=2", f"--nodes={nodes}", *options, "slurm/train.sh", f"name={name}", *KEYS]
+        return slurm.submit(*arguments, cwd=self.root, env=env)
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def log(self, job_id: int) -> str:
+        return (self.root / f"squeezewire-train-{job_id}.out").read_text()
+
+    def num_rows(self, name: str) -> int:
+        path = self.run(name) / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The record without what is measured in seconds."""
+        lines = map(json.loads, (self.run(name) / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in row.items() if not k.startswith("perf/") and k not in TIMES} for row in lines]
+
+    def ledger(self, name: str) -> dict[str, Any]:
+        return json.loads((self.run(name) / "ledger.json").read_text())
+
+    def fed(self, name: str) -> dict[tuple[int, int, int], set[tuple[Any, ...]]]:
+        """By (step, rank, micro-batch): what the learner was fed there, in all attempts."""
+        seen: dict[tuple[int, int, int], set[tuple[Any, ...]]] = {}
+        for path in (self.root / "fed" / name).glob("rank*.jsonl"):
+            for said in map(json.loads, path.read_text().splitlines()):
+                place = (said["step"], int(path.stem.removeprefix("rank")), said["micro"])
+                seen.setdefault(place, set()).add((tuple(said["ids"]), said["pixels"]))
+        return seen
+
+
+@pytest.fixture(scope="module")
+def checkout(slurm: "SlurmCluster", tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """With the run `alone`, which nothing happens to."""
+    made = Checkout(tmp_path_factory.mktemp("survives"))
+    job_id = made.submit(slurm, "alone", pace=0)
+    job = slurm.wait(job_id, JOB_SECONDS)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), made.log(job_id)
+    return made
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = JOB_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def ranks_on(slurm: "SlurmCluster", node: str) -> list[psutil.Process]:
+    """The rank processes on a node, which has a network namespace of its own; not their workers."""
+    daemon = slurm.daemon(node)
+    home = Path(f"/proc/{daemon.pid}/ns/net").readlink()
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+            is_rank = any("train_paced.py" in word for word in line) and "forkserver" not in " ".join(line)
+            if is_rank and Path(f"/proc/{process.pid}/ns/net").readlink() == home:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+def committed(ledger: dict[str, Any]) -> Counter[tuple[str, ...]]:
+    """(calls, bytes) of the committed training steps, over all attempts."""
+    totals: Counter[tuple[str, ...]] = Counter()
+    for row in ledger["collectives"]:
+        if row["phase"] == "train" and row["committed"]:
+            totals[row["op"], row["origin"], "calls"] += row["num_calls"]
+            totals[row["op"], row["origin"], "bytes"] += row["payload_bytes"]
+    return totals
+
+
+def assert_as_if_nothing_happened(checkout: Checkout, name: str, num_attempts: int, alone: str = "alone") -> None:
+    """Bit for bit: weights, optimiser, record, what was fed; the ledger closed, its totals equal, attempts listed."""
+    last = f"checkpoints/step={NUM_STEPS:09d}.ckpt"
+    one, other = (torch.load(checkout.run(run) / last, weights_only=True) for run in (alone, name))
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    assert all(torch.equal(one["state_dict"][key], other["state_dict"][key]) for key in one["state_dict"])
+    momentum = [content["optimizer_states"][0]["state"] for content in (one, other)]
+    assert all(torch.equal(momentum[0][i]["momentum_buffer"], momentum[1][i]["momentum_buffer"]) for i in momentum[0])
+    assert one["squeezewire"]["best_score"] == other["squeezewire"]["best_score"]
+    assert checkout.rows(alone) == checkout.rows(name)
+    assert [row["trainer/step"] for row in checkout.rows(name)] == list(range(1, NUM_STEPS + 1))
+    assert checkout.fed(alone) == checkout.fed(name)
+    ledgers = [checkout.ledger(run) for run in (alone, name)]
+    assert committed(ledgers[0]) == committed(ledgers[1])
+    for part in ("num_steps", "gradient_bytes", "per_step"):
+        assert ledgers[0][part] == ledgers[1][part], part
+    predicted = [ledger["transport"]["predicted_bytes_per_rank"] for ledger in ledgers]
+    assert predicted[0] == predicted[1]
+    assert ledgers[1]["closed"] is True
+    assert [attempt["attempt"] for attempt in ledgers[1]["attempts"]] == list(range(1, num_attempts + 1))
+    started = [row for row in ledgers[1]["collectives"] if row["phase"] == "startup"]
+    assert {row["attempt"] for row in started} == set(range(1, num_attempts + 1))
+
+
+class Events:
+    """Things that happen to one job, one after another, each when it has made some steps since the last."""
+
+    def __init__(self, slurm: "SlurmCluster", checkout: Checkout, name: str, job_id: int) -> None:
+        self.slurm, self.checkout, self.name, self.job_id = slurm, checkout, name, job_id
+        self.restarts = 0
+
+    def after(self, num_steps: int, happens: Callable[[], Any], recover: Callable[[], Any] = lambda: None) -> None:
+        """`happens` once the record holds so many steps; then the job comes back. `recover`: what an operator does."""
+        wait_until(lambda: self.checkout.num_rows(self.name) >= num_steps, f"no step {num_steps}: {self._log()}")
+        assert self.checkout.num_rows(self.name) < NUM_STEPS, "the run was too quick"
+        happens()
+        self.restarts += 1
+        wait_until(lambda: self._restarts() == self.restarts, f"the job did not come back: {self._log()}")
+        recover()
+        self._start_now()
+
+    def end(self) -> str:
+        """The log, once the run is finished."""
+        job = self.slurm.wait(self.job_id, JOB_SECONDS, impatient=True)
+        log = self._log()
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+        assert job["Restarts"] == str(self.restarts), log
+        return log
+
+    def _start_now(self) -> None:
+        def runs() -> bool:
+            job = self.slurm.job(self.job_id)
+            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                time.sleep(1.5)
+                self.slurm.run("scontrol", "update", f"JobId={self.job_id}", "StartTime=now")
+            return job["JobState"] == "RUNNING"
+
+        wait_until(runs, f"the job does not start again: {self._log()}")
+
+    def _restarts(self) -> int:
+        return int(self.slurm.job(self.job_id)["Restarts"])
+
+    def _log(self) -> str:
+        path = self.checkout.root / f"squeezewire-train-{self.job_id}.out"
+        return path.read_text() if path.exists() else "no log"
+
+
+def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -> None:
+    """Requeued by an administrator, told by a signal, a rank killed, a node lost: one job, five attempts, one result."""
+    job_id = checkout.submit(slurm, "tried")
+    events = Events(slurm, checkout, "tried", job_id)
+
+    events.after(4, lambda: slurm.run("scontrol", "requeue", str(job_id)))
+    wandb_id = (checkout.run("tried") / "wandb_id").read_text()
+    events.after(16, lambda: slurm.run("scancel", "--signal=USR1", str(job_id)))
+
+    def kill_a_rank() -> None:
+        (rank,) = ranks_on(slurm, "node2")
+        rank.kill()
+
+    events.after(28, kill_a_rank)
+    down = ("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    up = ("scontrol", "update", "NodeName=node2", "State=RESUME")
+    events.after(40, lambda: slurm.run(*down), lambda: slurm.run(*up))
+    log = events.end()
+
+    assert_as_if_nothing_happened(checkout, "tried", num_attempts=5)
+    assert (checkout.run("tried") / "wandb_id").read_text() == wandb_id
+    assert len(list(checkout.run("tried").glob("wandb/offline-run-*"))) == 5
+    assert log.count("is saved. The same command goes on.") >= 2, log  # both ranks, of the signal
+    # Slurm's own requeues are not doubled; ours are the signal and the killed rank.
+    assert len((checkout.run("tried") / "requeues.jsonl").read_text().splitlines()) == 2, log
+    steps = [attempt["first_step"] for attempt in checkout.ledger("tried")["attempts"]]
+    assert steps == sorted(steps) and steps[0] == 0 and steps[2] >= 16
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple["SlurmCluster", Checkout]]:
+    """Three nodes, of which a silent one is given up soon."""
+    with running_cluster(3, extra="SlurmdTimeout=10\n") as cluster:
+        yield cluster, Checkout(tmp_path_factory.mktemp("three"))
+
+
+@pytest.mark.slow
+def test_three_nodes_through_everything(three: tuple["SlurmCluster", Checkout]) -> None:
+    slurm, checkout = three
+    assert slurm.wait(checkout.submit(slurm, "alone", nodes=3, pace=0), JOB_SECONDS)["JobState"] == "COMPLETED"
+    job_id = checkout.submit(slurm, "tried", nodes=3)
+    events = Events(slurm, checkout, "tried", job_id)
+    events.after(4, lambda: slurm.run("scancel", "--signal=TERM", str(job_id)))
+    events.after(16, lambda: [rank.kill() for rank in ranks_on(slurm, "node3")])
+
+    def lose_a_daemon() -> None:
+        """Its ranks live on, until the controller takes the node for lost."""
+        slurm.daemon("node2").send_signal(signal.SIGKILL)
+
+    events.after(28, lose_a_daemon, lambda: slurm.start_daemon("node2"))
+    events.after(40, lambda: slurm.run("scontrol", "requeue", str(job_id)))
+    events.end()
+    assert_as_if_nothing_happened(checkout, "tried", num_attempts=5)
+
+
+@pytest.mark.slow
+def test_it_goes_on_past_its_time_limit(slurm: "SlurmCluster", checkout: Checkout) -> None:
+    """A limit of two minutes, a signal one minute before it, and a run of two minutes and a half."""
+    job_id = checkout.submit(slurm, "long", "--time=2", "--signal=USR1@60", pace=2.0)
+    job = slurm.wait(job_id, 500, impatient=True)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), checkout.log(job_id)
+    num_restarts = int(job["Restarts"])
+    assert num_restarts >= 1
+    assert_as_if_nothing_happened(checkout, "long", num_attempts=num_restarts + 1)
+
+
+@pytest.mark.slow
+def test_on_other_numbers_of_nodes_the_batches_stay(three: tuple["SlurmCluster", Checkout]) -> None:
+    """Two nodes, cancelled; three nodes, told by a signal; one node to the end: the same pictures in the same order."""
+    slurm, checkout = three
+    assert slurm.wait(checkout.submit(slurm, "one", nodes=1, pace=0), JOB_SECONDS)["JobState"] == "COMPLETED"
+    for nodes, num_steps in ((2, 15), (3, 35)):
+        job_id = checkout.submit(slurm, "elastic", nodes=nodes)
+        wait_until(lambda enough=num_steps: checkout.num_rows("elastic") >= enough, "no steps")
+        slurm.run("scancel", str(job_id))
+        assert slurm.wait(job_id, JOB_SECONDS)["JobState"] == "CANCELLED"
+    assert slurm.wait(checkout.submit(slurm, "elastic", nodes=1), JOB_SECONDS)["JobState"] == "COMPLETED"
+
+    def global_batches(name: str) -> dict[int, set[tuple[int, ...]]]:
+        """By step: the pictures of a global batch, over all ranks of an attempt; every attempt must have the same."""
+        by_step: dict[int, set[int]] = {}
+        for (step, _, _), things in checkout.fed(name).items():
+            for ids, _ in things:
+                by_step.setdefault(step, set()).update(ids)
+        return {step: {tuple(sorted(ids))} for step, ids in by_step.items()}
+
+    assert global_batches("elastic") == global_batches("one")
+    assert [row["trainer/step"] for row in checkout.rows("elastic")] == list(range(1, NUM_STEPS + 1))
+    for one, other in zip(checkout.rows("one"), checkout.rows("elastic"), strict=True):
+        for key in ("samples", "epoch", "lr"):
+            assert one[key] == other[key]
+    attempts = checkout.ledger("elastic")["attempts"]
+    assert [attempt["attempt"] for attempt in attempts] == [1, 2, 3]
