@@ -212,7 +212,7 @@ class Events:
 
 
 def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -> None:
-    """Requeued by an administrator, told by a signal, a rank killed, a node lost: one job, five attempts, one result."""
+    """Requeued by hand, told by a signal, a rank killed, a node lost: one job, five attempts, one result."""
     job_id = checkout.submit(slurm, "tried")
     events = Events(slurm, checkout, "tried", job_id)
 
