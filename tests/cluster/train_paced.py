@@ -1,6 +1,8 @@
-"""`pipeline.train` as a rank of Slurm that writes down what it is fed, and takes PACE_SECONDS longer for each step.
+"""`pipeline.train` as a rank of Slurm that writes down what it is fed, and can be held in the middle of a run.
 
 FED_TO/<name of the run>: a directory with a file per rank, as tests/distributed/train_recorded.py makes them.
+FED_TO/<name of the run>.hold: the step (0-based) at which the ranks wait for as long as the file says so.
+PACE_SECONDS: how much longer each step takes.
 """
 
 import os
@@ -20,17 +22,20 @@ from pipeline.train import train
 
 
 def paced(config: TrainConfig) -> int:
-    """Record, slow down, train."""
+    """Record, hold, slow down, train."""
     from pipeline.learner import Learner
 
     directory = Path(os.environ["FED_TO"]) / config.name
     directory.mkdir(parents=True, exist_ok=True)
     record(directory, int(os.environ["SLURM_PROCID"]), [])
     inner = Learner.training_step
+    hold = directory.with_name(f"{directory.name}.hold")
 
-    def training_step(*args: Any) -> Any:
+    def training_step(learner: Learner, *args: Any) -> Any:
+        while hold.exists() and learner.committed_steps >= int(hold.read_text() or 0):
+            time.sleep(0.02)
         time.sleep(float(os.environ["PACE_SECONDS"]))
-        return inner(*args)
+        return inner(learner, *args)
 
     Learner.training_step = training_step  # type: ignore[method-assign]
     return train(config)

@@ -1,0 +1,37 @@
+"""Would this training run here? What usually goes wrong, checked in a minute before a night is lost.
+
+    sbatch slurm/preflight.sh name=first data.root=shards/imagenet ...     # what slurm/train.sh would be given
+    python -m pipeline.ready name=first data.root=shards/builtin cluster.devices=2 trainer.max_epochs=1
+
+Nothing is trained, and nothing is left behind. Exits with the code that the training would end with.
+"""
+
+import sys
+
+from pipeline.cli import run_command
+from pipeline.config import TrainConfig
+
+
+def ready(config: TrainConfig) -> int:
+    """Check, print a table, return the exit code of the first thing that is wrong, or 0."""
+    from pipeline.run.launch import find_ranks, supervise
+
+    ranks = find_ranks(config.cluster.devices)
+    if ranks is None:
+        command = [sys.executable, "-m", "pipeline.ready", *sys.argv[1:]]
+        return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
+
+    from pipeline.readiness import Findings, check_alone, check_together, join_soon
+
+    findings = Findings()
+    if ranks.is_first:
+        check_alone(config, findings)
+    with join_soon(config, ranks) as world:
+        check_together(config, world, findings)
+        code = world.first_decides(findings.exit_code)
+        world.say(findings.table())
+    return code
+
+
+if __name__ == "__main__":
+    run_command("train", TrainConfig, ready)
