@@ -47,13 +47,13 @@ def format_rate(rate: float | None) -> str:
 
 
 def format_bandwidth(bits_per_second: float | None) -> str:
-    """`1 Gbit/s`, `2.5 Gbit/s`, `100 Mbit/s`."""
+    """`1 Gbit/s`, `2.5 Gbit/s`, `137 Mbit/s`: three significant digits."""
     if bits_per_second is None:
         return MISSING
     power = 0
     while bits_per_second >= 1000 and power < len(_PREFIXES) - 1:
         bits_per_second, power = bits_per_second / 1000, power + 1
-    return f"{bits_per_second:g} {_PREFIXES[power]}bit/s"
+    return f"{float(f'{bits_per_second:.3g}'):g} {_PREFIXES[power]}bit/s"
 
 
 def format_times(factor: float | None) -> str:
