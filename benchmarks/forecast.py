@@ -7,7 +7,7 @@ each; packets are cut into frames after they leave a server (`offloads=true`), a
 per model, two servers at 1 Gbit/s. Forecast by `pipeline.plan` and then measured are other bandwidths on two servers,
 and three and four servers at 1 Gbit/s. Where there are more ranks than cores, ranks compute more slowly for a reason
 that no network has; there the forecast takes the time to compute, and nothing else, from as many ranks side by side
-that exchange nothing (`compute_run=`). No measured point enters a forecast.
+that exchange nothing (`compute_runs=`). No measured point enters a forecast.
 
 Step times are medians of the step less its wait for data. Bytes out of a server must agree exactly.
 """
@@ -77,8 +77,8 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     }
 
 
-def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> str:
-    """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; rank 0's directory."""
+def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list[str]:
+    """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; their directories."""
     name = f"forecast-{model}-apart-{ranks}"
     shutil.rmtree(common.RUNS / name, ignore_errors=True)
     steps = options.steps or max(12, MODELS[model])
@@ -88,17 +88,16 @@ def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> str:
     codes = [process.wait() for process in running]
     if any(codes):
         sys.exit(f"A training apart ended with {codes}.")
-    return str(common.RUNS / name / "0")
+    return [str(common.RUNS / name / str(rank)) for rank in range(ranks)]
 
 
-def forecast(model: str, servers: int, bandwidth: str, compute_run: str | None) -> dict[str, Any]:
+def forecast(model: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
     """The one point that `pipeline.plan` makes from the model's fitted run."""
     name = f"forecast-{model}-plan"
-    compute = [] if compute_run is None else [f"compute_run={compute_run}"]
     common.run(
         "plan", f"name={name}", f"run_root={common.RUNS}",
         f"run={common.RUNS / Case(model, 2, FITTED_BANDWIDTH).name}", f"servers=[{servers}]",
-        f"bandwidth=[{bandwidth}]", *compute,
+        f"bandwidth=[{bandwidth}]", f"compute_runs=[{','.join(compute_runs)}]",
     )  # fmt: skip
     (point,) = common.read_json(common.RUNS / name / "forecast.json")["points"]
     return point
@@ -111,7 +110,7 @@ def compared(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     points = [(2, bandwidth) for bandwidth in BANDWIDTHS] + [(servers, FITTED_BANDWIDTH) for servers in SERVERS]
     rows = []
     for servers, bandwidth in points:
-        told = forecast(model, servers, bandwidth, apart.get(servers))
+        told = forecast(model, servers, bandwidth, apart.get(servers, []))
         seen = measure(options, Case(model, servers, bandwidth))
         rows.append(
             {

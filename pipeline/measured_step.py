@@ -1,5 +1,7 @@
 """A measured run read back for a forecast: what a rank computes and sends, and what its link and hosts add to that."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +32,11 @@ class Source:
     network: pure.Network
 
 
-def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunRecord | None = None) -> Source:
+def read_source(run: RunRecord, measured_bandwidth: str | None, compute: Sequence[RunRecord] = ()) -> Source:
     """The measured step of `run`.
 
-    measured_bandwidth: of its link, if the run itself does not tell (a lab's does). compute: a run on one rank, whose
-    time to compute replaces that of `run`.
+    measured_bandwidth: of its link, if the run itself does not tell (a lab's does). compute: runs on one rank each,
+    made side by side, whose time to compute replaces that of `run`.
 
     Raises:
         ConfigError: the run did not measure what a forecast needs, or `compute` computed something else.
@@ -83,7 +85,7 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunReco
         )
         for bucket in buckets
     ]  # fmt: skip
-    if compute is not None:
+    if compute:
         step = step.scaled(_compute_seconds(compute, run) / step.compute_seconds)
     return Source(
         name=ledger["run"],
@@ -121,11 +123,29 @@ def _micro_batch(run: RunRecord) -> tuple[int, int]:
     return BatchConfig(global_size=run.ledger["global_batch"], max_per_rank=largest).split(run.ledger["world_size"])
 
 
-def _compute_seconds(compute: RunRecord, run: RunRecord) -> float:
-    """Of a step on one rank, the wait for data left out."""
+def _compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:
+    """Of a step of ranks that run side by side, the wait for data left out: the median of the slowest one's.
+
+    Ranks that exchange gradients wait for the slowest in every step, which is another one each time.
+    """
+    for compute in runs:
+        _refuse_other_conditions(compute, run)
+    slowest = [max(steps) for steps in zip(*map(_steady_steps, runs), strict=False)]  # the shortest run's steps
+    require(bool(slowest), f"compute_runs={[str(one.directory) for one in runs]}: one of them recorded no second step.")
+    return statistics.median(slowest)
+
+
+def _steady_steps(run: RunRecord) -> list[float]:
+    """Seconds of each recorded step but the first, less its wait for data."""
+    seconds, waited = (run.series(f"perf/{name}_seconds")[1][1:] for name in ("step", "data_wait"))
+    return [step - wait for step, wait in zip(seconds, waited, strict=True)]
+
+
+def _refuse_other_conditions(compute: RunRecord, run: RunRecord) -> None:
+    """Raise `ConfigError` where `compute` computed something else than one rank of `run`."""
     require(
         compute.ledger["world_size"] == 1,
-        f"compute_run={compute.directory} has {compute.ledger['world_size']} ranks: it must be a run on one rank.",
+        f"compute_runs: {compute.directory} has {compute.ledger['world_size']} ranks, it must be a run on one rank.",
     )
     for what, here, there in (
         ("model", run.ledger["model"], compute.ledger["model"]),
@@ -133,6 +153,6 @@ def _compute_seconds(compute: RunRecord, run: RunRecord) -> float:
         ("crop", flat(run.config).get("data.size"), flat(compute.config).get("data.size")),
         ("arithmetic", run.environment.get("arithmetic"), compute.environment.get("arithmetic")),
     ):
-        require(here == there, f"compute_run={compute.directory}: its {what} is {there}, that of the run is {here}.")
-    assert compute.step_seconds is not None
-    return compute.step_seconds - (compute.ledger["time"]["data_wait_seconds"] or 0.0)
+        require(
+            here == there, f"compute_runs: the {what} of {compute.directory} is {there}, that of the run is {here}."
+        )

@@ -24,8 +24,9 @@ class PlanConfig:
     """Directory of a run on at least 2 ranks, its communication timed."""
     beside: tuple[str, ...] = ()
     """Further runs, of other models say, forecast for the same clusters."""
-    compute_run: str | None = None
-    """A run on one rank under the same conditions, whose computing replaces that of `run`: where ranks share cores."""
+    compute_runs: tuple[str, ...] = ()
+    """Runs on one rank each, made side by side under the same conditions; their computing replaces that of `run`, a step
+    lasting as long as the slowest of them. For ranks that share cores."""
     measured_bandwidth: str | None = None
     """Of a server's link in `run`, such as 10gbit, where the run does not know it itself (the lab's runs do)."""
     servers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -97,7 +98,7 @@ def plan(config: PlanConfig) -> int:
     from pipeline.report.forecast import forecast_sentences, forecast_table, write_forecast
     from pipeline.report.records import read_run
 
-    compute = read_run(Path(config.compute_run)) if config.compute_run else None
+    compute = [read_run(Path(directory)) for directory in config.compute_runs]
     runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]
     sources = [measured_step.read_source(run, config.measured_bandwidth, compute) for run in runs]
     result = forecasting.forecast(config, sources)

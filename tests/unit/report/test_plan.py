@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import timed_run
+from conftest import handmade_run, timed_run
 
 from pipeline.comm.forecast import Network, StepForecast
+from pipeline.errors import ConfigError
 from pipeline.forecasting import Cluster, break_even_bandwidth, step_on
 from pipeline.measured_step import Source, read_source
 from pipeline.report.records import read_run
@@ -166,3 +167,26 @@ def test_a_lighter_model_that_computes_longer_wins_below_some_bandwidth(tmp_path
 def test_a_lighter_model_that_computes_faster_too_has_no_break_even(tmp_path: Path) -> None:
     light, heavy = source_of(tmp_path, "squeezenet1_0", 0.06), source_of(tmp_path, "alexnet", 0.30)
     assert break_even_bandwidth(light, heavy) == (None, "squeezenet1_0 trains faster per picture on every link.")
+
+
+def alone(directory: Path, seconds: list[float], **changes: Any) -> Path:
+    """A run on one rank, a batch of 8, its steps of so many seconds after the first."""
+    run = handmade_run("squeezenet1_0", global_batch=8, num_steps=len(seconds) + 1)
+    run.ledger |= {"world_size": 1, "num_servers": 1, "server_of_rank": [0]} | changes
+    for row, step in zip(run.rows, [9.0, *seconds], strict=True):
+        row |= {"perf/step_seconds": step + 0.5, "perf/data_wait_seconds": 0.5}
+    return run.write(directory)
+
+
+def test_ranks_that_share_cores_are_as_slow_as_the_slowest_of_them(tmp_path: Path) -> None:
+    run = read_run(timed_run().write(tmp_path / "run"))
+    runs = [alone(tmp_path / "a", [0.1, 0.4, 0.2]), alone(tmp_path / "b", [0.3, 0.1, 0.2, 7.0])]
+    step = read_source(run, None, [read_run(one) for one in runs]).step
+    assert step.compute_seconds == pytest.approx(0.3)  # the median of 0.3, 0.4 and 0.2
+
+
+def test_computing_of_another_kind_is_refused(tmp_path: Path) -> None:
+    run = read_run(timed_run().write(tmp_path / "run"))
+    other = read_run(alone(tmp_path / "a", [0.1], global_batch=4))
+    with pytest.raises(ConfigError, match=r"the batch of a rank of .* is .*4.*8"):
+        read_source(run, None, [other])
