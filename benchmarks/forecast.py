@@ -1,6 +1,7 @@
 """Forecast against measurement: from one run per model at one bandwidth on two servers, step times elsewhere.
 
-    python -m benchmarks.forecast
+    python -m benchmarks.forecast              half an hour
+    python -m benchmarks.forecast --reuse      forecast anew what was measured before
 
 Every run is a training in the lab (`pipeline.lab`): network namespaces with shaped links, one rank with one thread on
 each; packets are cut into frames after they leave a server (`offloads=true`), as network cards do it. Fitted is one run
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
+from pipeline.report.records import is_run
 
 MODELS = {"squeezenet1_0": 40, "resnet18": 30, "alexnet": 8}  # steps of a run
 FITTED_BANDWIDTH = "1gbit"
@@ -58,14 +60,15 @@ def overrides(options: argparse.Namespace, model: str, steps: int, ranks: int) -
 
 def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Train in the lab; the step's time and bytes."""
-    shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
     steps = options.steps or MODELS[case.model]
     lab = [
         f"name={case.name}", f"run_root={common.RUNS}", f"servers={case.servers}", f"bandwidth={case.bandwidth}",
         "offloads=true", "num_threads=1",
     ]  # fmt: skip
     train = [f"name={case.name}", *overrides(options, case.model, steps, case.servers)]
-    common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
+    if not (options.reuse and is_run(common.RUNS / case.name)):
+        shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
+        common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
     ledger = common.read_json(common.RUNS / case.name / "ledger.json")
     rows = common.read_rows(case.name)[1:]
     seconds = [row["perf/step_seconds"] - row["perf/data_wait_seconds"] for row in rows]
@@ -80,6 +83,9 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
 def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list[str]:
     """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; their directories."""
     name = f"forecast-{model}-apart-{ranks}"
+    directories = [common.RUNS / name / str(rank) for rank in range(ranks)]
+    if options.reuse and all(map(is_run, directories)):
+        return list(map(str, directories))
     shutil.rmtree(common.RUNS / name, ignore_errors=True)
     steps = options.steps or max(12, MODELS[model])
     train = [sys.executable, "-m", "pipeline.train", *overrides(options, model, steps, 1)]
@@ -88,7 +94,7 @@ def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list
     codes = [process.wait() for process in running]
     if any(codes):
         sys.exit(f"A training apart ended with {codes}.")
-    return [str(common.RUNS / name / str(rank)) for rank in range(ranks)]
+    return list(map(str, directories))
 
 
 def forecast(model: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=16, help="pictures per rank (%(default)s)")
     parser.add_argument("--size", type=int, default=224, help="crop side in pixels (%(default)s)")
     parser.add_argument("--steps", type=int, help="of every run (default: 40, 30 and 8 by model)")
+    parser.add_argument("--reuse", action="store_true", help="keep the runs of an earlier time, forecast them anew")
     options = parser.parse_args(arguments)
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")

@@ -25,8 +25,8 @@ class PlanConfig:
     beside: tuple[str, ...] = ()
     """Further runs, of other models say, forecast for the same clusters."""
     compute_runs: tuple[str, ...] = ()
-    """Runs on one rank each, made side by side under the same conditions; their computing replaces that of `run`, a step
-    lasting as long as the slowest of them. For ranks that share cores."""
+    """Runs on one rank each, made side by side under the same conditions: their computing replaces that of `run`, and a
+    step lasts as long as the slowest of them. For ranks that share cores."""
     measured_bandwidth: str | None = None
     """Of a server's link in `run`, such as 10gbit, where the run does not know it itself (the lab's runs do)."""
     servers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
