@@ -97,6 +97,18 @@ def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list
     return list(map(str, directories))
 
 
+def idle_round(servers: int) -> float:
+    """Seconds of a round of a four-byte all-reduce between so many idle servers: plan's round_seconds."""
+    lab = [
+        f"name=forecast-round-{servers}", f"run_root={common.RUNS}", f"servers={servers}",
+        f"bandwidth={FITTED_BANDWIDTH}", "offloads=true", "num_threads=1",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "pipeline.lab", *lab, "--", "python", "-m", "benchmarks.idle_round"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (line,) = (line for line in told.splitlines() if line.startswith("round_seconds"))
+    return float(line.split()[1])
+
+
 def forecast(model: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
     """The one point that `pipeline.plan` makes from the model's fitted run."""
     name = f"forecast-{model}-plan"
@@ -147,12 +159,18 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
+    rounds = {servers: idle_round(servers) for servers in (2, *SERVERS)}
+    common.show("seconds of a round between idle servers", {str(key): value for key, value in rounds.items()})
     rows = [row for model in MODELS for row in compared(options, model)]
     errors = {
         "bandwidth": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] == 2),
         "servers": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] != 2),
     }
-    result = common.Result("forecast", vars(options), {"points": rows, "mean_absolute_error": errors, "goal": GOAL})
+    result = common.Result(
+        "forecast",
+        vars(options),
+        {"points": rows, "mean_absolute_error": errors, "goal": GOAL, "round_seconds": rounds},
+    )
     result.floors = [
         common.Floor(f"mean absolute error over other {what}", error, at_most=FLOOR)
         for what, error in errors.items()

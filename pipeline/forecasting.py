@@ -30,7 +30,8 @@ ASSUMPTIONS = (
     "A rank computes as long as in the measured run, in proportion to its pictures; all ranks compute equally fast.",
     "The wait for data is left out: no loader holds training back.",
     "Buckets are those of the measured run and cross a server's card one after the other.",
-    "The hosts' own work in an all-reduce is what the measured run shows beyond its bytes, per round of the ring.",
+    "The hosts' own work in an all-reduce is what the measured run shows beyond its bytes, in proportion to them.",
+    "A round costs round_seconds and latency_seconds; small exchanges cost as in the measured run, and more rounds.",
     "Ranks of one server have consecutive numbers; what they exchange costs no link.",
     "fp16 and bf16 halve what travels; compressing and decompressing take no time.",
     "A larger global batch takes as many pictures to the same accuracy.",
@@ -291,6 +292,7 @@ def _told(source: Source) -> dict[str, Any]:
         "other_seconds": source.step.other_seconds,
         "blocking_seconds": source.step.blocking_seconds,
         "host_seconds_per_round": source.host.seconds_per_round,
+        "host_seconds_per_byte": source.host.seconds_per_byte,
         "buckets": [asdict(bucket) for bucket in source.step.buckets],
     }
 

@@ -12,6 +12,8 @@ from pipeline.run.netlab import bits_per_second
 
 ITEMSIZES = {"none": 4, "fp16": 2, "bf16": 2}
 """Bytes of a gradient's element on the wire, by comm.hook."""
+ROUND_SECONDS = 1e-4
+"""Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class Source:
     network: pure.Network
 
 
-def read_source(run: RunRecord, measured_bandwidth: str | None, compute: Sequence[RunRecord] = ()) -> Source:
+def read_source(
+    run: RunRecord,
+    measured_bandwidth: str | None,
+    compute: Sequence[RunRecord] = (),
+    round_seconds: float = ROUND_SECONDS,
+) -> Source:
     """The measured step of `run`.
 
     measured_bandwidth: of its link, if the run itself does not tell (a lab's does). compute: runs on one rank each,
-    made side by side, whose time to compute replaces that of `run`.
+    made side by side, whose time to compute replaces that of `run`. round_seconds: of a message between two idle hosts.
 
     Raises:
         ConfigError: the run did not measure what a forecast needs, or `compute` computed something else.
@@ -73,9 +80,8 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: Sequenc
             pure.Bucket(round(bucket["bytes"] * share), itemsize, bucket["ready_seconds"]) for bucket in buckets
         ),
         num_micro_batches=num_micro_batches,
-        blocking_rounds=sum(
-            call["num_calls"] for call in ledger["per_step"]["calls"] if call["origin"] != "gradients"
-        ),
+        blocking_all_reduces=_num_blocking(ledger, "all_reduce"),
+        blocking_broadcasts=_num_blocking(ledger, "broadcast"),
         blocking_seconds=max(0.0, time["exposed_seconds"] - max(0.0, tail)),
     )  # fmt: skip
     placement = ledger["server_of_rank"]
@@ -91,7 +97,7 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: Sequenc
         name=ledger["run"],
         model=ledger["model"],
         step=step,
-        host=pure.fit_host(measured, "ring", placement, network),
+        host=pure.fit_host(measured, "ring", placement, network, round_seconds),
         calls=tuple(ledger["per_step"]["calls"]),
         hook=ledger["hook"],
         batch_per_rank=micro_batch,
@@ -99,6 +105,12 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: Sequenc
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
         network=network,
     )
+
+
+def _num_blocking(ledger: dict[str, Any], op: str) -> int:
+    """Small exchanges of a step that it waits for."""
+    calls = ledger["per_step"]["calls"]
+    return sum(call["num_calls"] for call in calls if call["op"] == op and call["origin"] != "gradients")
 
 
 def _link_of(run: RunRecord, measured_bandwidth: str | None) -> float | None:
