@@ -12,9 +12,17 @@ from conftest import handmade_run, timed_run
 
 from pipeline.comm.forecast import Network, StepForecast
 from pipeline.errors import ConfigError
-from pipeline.forecasting import Cluster, break_even_bandwidth, step_on
+from pipeline.forecasting import (
+    VALIDATED_BANDWIDTHS,
+    VALIDATED_ERRORS,
+    VALIDATED_SERVERS,
+    Cluster,
+    break_even_bandwidth,
+    step_on,
+)
 from pipeline.measured_step import Source, read_source
 from pipeline.report.records import read_run
+from pipeline.run.netlab import bits_per_second
 
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -190,3 +198,17 @@ def test_computing_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = read_run(alone(tmp_path / "a", [0.1], global_batch=4))
     with pytest.raises(ConfigError, match=r"the batch of a rank of .* is .*4.*8"):
         read_source(run, None, [other])
+
+
+# --- what the forecast says of its own error ---
+
+
+def test_the_error_it_states_is_the_one_that_was_measured() -> None:
+    results = Path(__file__).parents[3] / "benchmarks" / "results" / "forecast.json"
+    measured = json.loads(results.read_text())
+    rates = [bits_per_second(point["bandwidth"]) for point in measured["points"]]
+    servers = [point["servers"] for point in measured["points"]]
+    assert (min(rates), max(rates)) == VALIDATED_BANDWIDTHS
+    assert (min(servers), max(servers)) == VALIDATED_SERVERS
+    assert {key: round(error, 3) for key, error in measured["mean_absolute_error"].items()} == VALIDATED_ERRORS
+    assert all(point["forecast_bytes"] == point["measured_bytes"] for point in measured["points"])
