@@ -67,7 +67,6 @@ def read_source(
     share, itemsize = ITEMSIZES[ledger["hook"]] / 4, ITEMSIZES[ledger["hook"]]
     buckets = [bucket for bucket in ledger["buckets"] if bucket["ready_seconds"] is not None]
     micro_batch, num_micro_batches = _micro_batch(run)
-    tail = max(bucket["done_seconds"] for bucket in buckets) - max(bucket["ready_seconds"] for bucket in buckets)
     step_seconds = run.step_seconds
     require(step_seconds is not None, f"{name} recorded no step time: a forecast needs at least 2 steps.")
     assert step_seconds is not None
@@ -82,22 +81,24 @@ def read_source(
         num_micro_batches=num_micro_batches,
         blocking_all_reduces=_num_blocking(ledger, "all_reduce"),
         blocking_broadcasts=_num_blocking(ledger, "broadcast"),
-        blocking_seconds=max(0.0, time["exposed_seconds"] - max(0.0, tail)),
     )  # fmt: skip
     placement = ledger["server_of_rank"]
     measured = [
         pure.MeasuredBucket(
-            round(bucket["bytes"] * share), itemsize, bucket["sent_seconds"], bucket["done_seconds"]
+            round(bucket["bytes"] * share), itemsize, bucket["ready_seconds"], bucket["sent_seconds"],
+            bucket["done_seconds"],
         )
         for bucket in buckets
     ]  # fmt: skip
+    host = pure.fit_host(measured, "ring", placement, network, round_seconds)
+    step, host = pure.calibrated(step, host, placement, network, time["exposed_seconds"])
     if compute:
         step = step.scaled(_compute_seconds(compute, run) / step.compute_seconds)
     return Source(
         name=ledger["run"],
         model=ledger["model"],
         step=step,
-        host=pure.fit_host(measured, "ring", placement, network, round_seconds),
+        host=host,
         calls=tuple(ledger["per_step"]["calls"]),
         hook=ledger["hook"],
         batch_per_rank=micro_batch,

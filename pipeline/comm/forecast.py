@@ -5,12 +5,15 @@ i at its measured time. A server's card carries one bucket after the other: buck
 before it is done. Cards that divide themselves among several buckets end no later and no earlier, so for the end of the
 step the order does not matter. What is left of the last bucket when the backward pass ends is exposed.
 
-    done_i = max(ready_i, done_(i-1)) + seconds_i            exposed = max(0, done_last - ready_last)
-    step   = forward + backward + exposed + blocking exchanges + the rest (optimiser, records), no wait for data
+    done_i  = max(ready_i, done_(i-1)) + seconds_i
+    exposed = max(0, done_last - ready_last) + waits
+    step    = forward + backward + exposed + the rest (optimiser, records); no wait for data
 
-An all-reduce takes the time its bytes need through the busiest server's card, plus the hosts' own work on these bytes
-(copies, sums, TCP), of which the measured run tells how much it is, plus for each of its rounds the link's latency and
-what a message costs between two idle hosts:
+The waits are for small exchanges and for ranks that are late: what the measured run exposed beyond its buckets.
+
+An all-reduce takes the time its bytes need through the busiest server's card, plus for each of its rounds the link's
+latency and what a message costs between two idle hosts. While a rank still computes, its own work on the bytes (copies,
+sums, TCP) competes with that and adds what the measured run shows of it; afterwards the link is what takes the time:
 
     ring              2(n-1) rounds; bytes exactly as gloo sends them
     hierarchical      2(m-1) rounds between servers; rings inside a server cost what the hosts' work costs
@@ -57,7 +60,7 @@ class Host:
     """What an all-reduce costs beyond its bytes on the link."""
 
     seconds_per_byte: float = 0.0
-    """Of what the busiest rank hands on."""
+    """Of what the busiest rank hands on, while it also computes."""
     seconds_per_round: float = 0.0
     """Of a message so small that only its way through two hosts counts."""
 
@@ -88,8 +91,8 @@ class Step:
     """Small exchanges that a step waits for: metrics."""
     blocking_broadcasts: int = 0
     """The same: buffers, Lightning's own."""
-    blocking_seconds: float = 0.0
-    """What they took in the measured run, most of it the wait for a rank that was late."""
+    waiting_seconds: float = 0.0
+    """For them, and for ranks that are late, in the measured run."""
 
     @property
     def compute_seconds(self) -> float:
@@ -137,7 +140,7 @@ class StepForecast:
 
     step_seconds: float
     exposed_seconds: float
-    """Waiting for buckets and for the small exchanges."""
+    """Waiting for buckets, small exchanges and late ranks."""
     communication_seconds: float
     """Cards busy with buckets."""
     egress_bytes: int
@@ -163,17 +166,29 @@ def forecast(
         found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
         if isinstance(found, NotDerivable):
             return found
-        seconds = found.seconds(network, host)
-        end, busy = max(bucket.ready_seconds, end) + seconds, busy + seconds
+        start = max(bucket.ready_seconds, end)
+        end = _end(found, start, last_ready, network, host)
+        busy += end - start
         egress += found.egress_bytes
-    blocking = 0.0
+    waiting = 0.0
     if len(placement) > 1:
         # As in the measured run, each round delayed by the latency, and the rounds that it did not have.
         rounds = _blocking_rounds(step, algorithm, placement)
         more = max(0, rounds - _blocking_rounds(step, "ring", range(measured_ranks)))
-        blocking = step.blocking_seconds + rounds * network.latency_seconds + more * host.seconds_per_round
-    exposed = max(0.0, end - last_ready) + blocking
-    return StepForecast(step.compute_seconds + exposed, exposed, busy + blocking, egress)
+        waiting = step.waiting_seconds + rounds * network.latency_seconds + more * host.seconds_per_round
+    exposed = max(0.0, end - last_ready) + waiting
+    return StepForecast(step.compute_seconds + exposed, exposed, busy + waiting, egress)
+
+
+def _end(found: "AllReduce", start: float, last_ready: float, network: Network, host: Host) -> float:
+    """When an all-reduce is done that starts at `start`; until `last_ready` ranks compute as well."""
+    alone = found.seconds(network, host)
+    together = alone + found.host_bytes * host.seconds_per_byte
+    if start >= last_ready:
+        return start + alone
+    if start + together <= last_ready:
+        return start + together
+    return last_ready + (1 - (last_ready - start) / together) * alone
 
 
 def _blocking_rounds(step: Step, algorithm: str, server_of_rank: Sequence[int]) -> int:
@@ -212,12 +227,11 @@ class AllReduce:
         return max(self.card_bytes, 2 * (self.num_ranks - 1) / self.num_ranks * self.payload_bytes)
 
     def seconds(self, network: Network, host: Host) -> float:
-        """From the first byte to the last."""
+        """From the first byte to the last, on hosts that do nothing else."""
         return (
             network.seconds(self.card_bytes)
             + self.num_rounds * network.latency_seconds
             + self.num_messages * host.seconds_per_round
-            + self.host_bytes * host.seconds_per_byte
         )
 
 
@@ -285,6 +299,7 @@ class MeasuredBucket:
 
     payload_bytes: int
     itemsize: int
+    ready_seconds: float
     sent_seconds: float
     done_seconds: float
 
@@ -296,19 +311,48 @@ def fit_host(
     network: Network,
     seconds_per_round: float,
 ) -> Host:
-    """What the measured all-reduces took beyond their bytes and rounds on the measured run's own link, by bytes.
+    """What those all-reduces took beyond bytes and rounds on the measured run's own link that ended before the last
+    bucket was ready, by bytes: the hosts' work on them while they also compute.
 
-    By bytes, because most of it is the hosts' work on them while they also compute, and because charged to rounds, of
-    which a ring of a thousand ranks has a thousand times as many, it would forecast what nobody has measured.
+    By bytes because charged to rounds, of which a ring of a thousand ranks has a thousand times as many, it would
+    forecast what nobody has measured.
     Buckets under way at the same time share the card, so their time is that of all of them together.
     """
     placement = tuple(server_of_rank)
     busy, end, explained, num_bytes = 0.0, 0.0, 0.0, 0.0
+    last_ready = max((bucket.ready_seconds for bucket in buckets), default=0.0)
     for bucket in sorted(buckets, key=lambda bucket: bucket.sent_seconds):
         found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
         assert isinstance(found, AllReduce), found
+        if bucket.done_seconds > last_ready:
+            break
         busy += max(0.0, bucket.done_seconds - max(end, bucket.sent_seconds))
         end = max(end, bucket.done_seconds)
         explained += network.seconds(found.card_bytes) + found.num_messages * seconds_per_round
         num_bytes += found.host_bytes
     return Host(max(0.0, busy - explained) / num_bytes if num_bytes else 0.0, seconds_per_round)
+
+
+def calibrated(
+    step: Step, host: Host, server_of_rank: Sequence[int], network: Network, exposed_seconds: float
+) -> tuple[Step, Host]:
+    """The two, such that the forecast of the measured run itself exposes `exposed_seconds`, as was measured.
+
+    What buckets do not explain becomes the step's `waiting_seconds`. Where they explain too much, the hosts' work was
+    seen on the first buckets alone and is less on the others.
+    """
+
+    def explained(seconds_per_byte: float) -> float:
+        tried = replace(host, seconds_per_byte=seconds_per_byte)
+        found = forecast(step, "ring", server_of_rank, network, tried, len(server_of_rank))
+        assert isinstance(found, StepForecast)  # a ring
+        return found.exposed_seconds
+
+    low, high = 0.0, host.seconds_per_byte
+    if explained(high) > exposed_seconds:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if explained(middle) > exposed_seconds else (middle, high)
+        host = replace(host, seconds_per_byte=low)
+    waiting = max(0.0, exposed_seconds - explained(host.seconds_per_byte))
+    return replace(step, waiting_seconds=waiting), host

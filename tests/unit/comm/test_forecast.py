@@ -17,6 +17,7 @@ from pipeline.comm.forecast import (
     Step,
     StepForecast,
     all_reduce,
+    calibrated,
     fit_host,
     forecast,
     tree_levels,
@@ -110,7 +111,7 @@ def test_latency_is_paid_once_per_round_of_the_ring(step, placement, latency) ->
 
 @given(PLACEMENTS, st.floats(1e-6, 1e-2))
 def test_small_exchanges_cost_the_rounds_that_the_measured_run_did_not_have(placement, per_round) -> None:
-    step = replace(STEP, blocking_all_reduces=1, blocking_broadcasts=2, blocking_seconds=0.003)
+    step = replace(STEP, blocking_all_reduces=1, blocking_broadcasts=2, waiting_seconds=0.003)
     found = told(step, "ring", placement, Network(None), Host(0.0, per_round))
     without = told(STEP, "ring", placement, Network(None), Host(0.0, per_round))
     ranks = len(placement)
@@ -197,17 +198,32 @@ def test_compression_halves_what_travels() -> None:
 # --- the fit ---
 
 
-@given(st.floats(0, 1e-7), st.floats(0, 1e-3), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e8, 1e10))
-def test_the_fit_finds_what_the_hosts_added(per_byte, per_round, placement, bandwidth) -> None:
-    network, host = Network(bandwidth), Host(per_byte, per_round)
+@given(st.floats(0, 1e-8), st.floats(0, 1e-3), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e9, 1e10))
+def test_the_fit_finds_what_computing_ranks_added(per_byte, per_round, placement, bandwidth) -> None:
+    network = Network(bandwidth)
     end, measured = 0.0, []
-    for bucket in SQUEEZENET_BUCKETS:
+    for bucket in SQUEEZENET_BUCKETS:  # the first is done while ranks compute, the second when they do not
         found = all_reduce("ring", bucket.payload_bytes, 4, placement)
         assert isinstance(found, AllReduce)
-        end = max(end, bucket.ready_seconds) + found.seconds(network, host)
-        measured.append(MeasuredBucket(bucket.payload_bytes, 4, bucket.ready_seconds, end))
+        computing = bucket is SQUEEZENET_BUCKETS[0]
+        end = max(end, bucket.ready_seconds) + found.seconds(network, Host(0.0, per_round))
+        end += found.host_bytes * per_byte * computing
+        measured.append(MeasuredBucket(bucket.payload_bytes, 4, bucket.ready_seconds, bucket.ready_seconds, end))
+    assert measured[0].done_seconds < 0.080
     fitted = fit_host(measured, "ring", placement, network, per_round)
     assert fitted.seconds_per_round == per_round
     assert fitted.seconds_per_byte == pytest.approx(per_byte, abs=1e-14)
-    again = told(replace(STEP, blocking_seconds=0.0), "ring", placement, network, fitted)
+    again = told(STEP, "ring", placement, network, fitted)
     assert again.exposed_seconds == pytest.approx(end - 0.080, abs=1e-8)
+
+
+@given(steps(), st.sampled_from([(0, 1), (0, 1, 2)]), BANDWIDTHS, st.floats(0, 1e-6), st.floats(0, 2))
+def test_the_measured_run_is_forecast_as_it_was_measured(step, placement, bandwidth, per_byte, exposed) -> None:
+    network = Network(bandwidth)
+    least = told(step, "ring", placement, network, Host(0.0, 1e-4)).exposed_seconds
+    fitted, host = calibrated(step, Host(per_byte, 1e-4), placement, network, exposed)
+    found = forecast(fitted, "ring", placement, network, host, len(placement))
+    assert isinstance(found, StepForecast)
+    # Bytes take their time on the link, whatever was measured.
+    assert found.exposed_seconds == pytest.approx(max(exposed, least), rel=1e-6, abs=1e-9)
+    assert host.seconds_per_byte <= per_byte
