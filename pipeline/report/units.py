@@ -19,9 +19,11 @@ def format_bytes(num_bytes: float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`176 ms`, `1.24 s`, `75.0 s`, `12 min 05 s`."""
+    """`20 µs`, `7.3 ms`, `176 ms`, `1.24 s`, `75.0 s`, `12 min 05 s`."""
     if seconds is None:
         return MISSING
+    if 0 < seconds < 0.0000995:
+        return f"{float(f'{seconds * 1e6:.2g}'):g} µs"
     if seconds < 0.0995:
         return f"{seconds * 1000:.1f} ms"
     if seconds < 0.9995:
