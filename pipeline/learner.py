@@ -254,7 +254,7 @@ class Learner(pl.LightningModule):
     def _seed_generators(self, seed: int) -> None:
         """The CPU's generator and this rank's device's.
 
-        `torch.manual_seed` would also note, for every kind of device that is absent, the whole stack of who asked: three
+        `torch.manual_seed` would also note the whole stack of who asked, for every kind of device that is absent: three
         times per micro-step (torch 2.14).
         """
         torch.default_generator.manual_seed(seed)
