@@ -58,6 +58,7 @@ bench: venv ## the published figures, measured here; an hour and a quiet machine
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
 	$(PY) -m benchmarks.buckets
+	$(PY) -m benchmarks.preemption
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
 	$(PY) -m benchmarks.meter_overhead
