@@ -64,8 +64,9 @@ trap pass_on TERM INT USR1 USR2
 # srun starts the ranks itself: who is which rank, and where the first one listens, is read from its variables.
 # Ranks that fail agree on it and leave with the same code, but not at the same instant. So the first to leave does not
 # take the others with it (--kill-on-bad-exit=1 would turn their code into 143, or cut a save short): they have
-# SLURM_WAIT seconds, and are ended if they hang. Ranks that lose a peer notice by themselves, gloo's at once.
-export SLURM_WAIT=${SLURM_WAIT:-90} SLURM_KILL_BAD_EXIT=0
+# SLURM_WAIT seconds (rank 0 may still upload to W&B), and are ended if they hang. Ranks that lose a peer notice by
+# themselves, gloo's at once.
+export SLURM_WAIT=${SLURM_WAIT:-300} SLURM_KILL_BAD_EXIT=0
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
     "$python" -m pipeline.train "$@" &
 srun_pid=$!
@@ -84,7 +85,7 @@ if ! [ -x "$(command -v scontrol)" ]; then
     echo "No scontrol here, so this job cannot put itself back into the queue (exit code $code; 75: submit it again)."
     exit "$code"
 fi
-if ! scontrol --oneliner show job "$job" | grep -q '\bJobState=RUNNING\b'; then
+if [[ "$(scontrol --oneliner show job "$job")" != *" JobState=RUNNING "* ]]; then
     echo "Slurm is ending this job itself (exit code of the ranks: $code)."
     exit "$code"
 fi

@@ -47,7 +47,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         """The first that came while training."""
         self._phase = "idle"
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal that a library unblocked may come while this thread holds it
         self._timer: threading.Timer | None = None
 
     @property

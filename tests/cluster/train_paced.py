@@ -5,15 +5,12 @@ FED_TO/<name of the run>.hold: the step (0-based) at which the ranks wait for as
 PACE_SECONDS: how much longer each step takes.
 """
 
+import importlib
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
-
-from train_recorded import record
 
 from pipeline.cli import run_command
 from pipeline.config import TrainConfig
@@ -27,7 +24,8 @@ def paced(config: TrainConfig) -> int:
 
     directory = Path(os.environ["FED_TO"]) / config.name
     directory.mkdir(parents=True, exist_ok=True)
-    record(directory, int(os.environ["SLURM_PROCID"]), [])
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
+    importlib.import_module("train_recorded").record(directory, int(os.environ["SLURM_PROCID"]), [])
     inner = Learner.training_step
     hold = directory.with_name(f"{directory.name}.hold")
 
