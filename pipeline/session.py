@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 
-from pipeline import startup
+from pipeline import drift, startup
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
@@ -71,7 +71,9 @@ class Persistence(Callback):
         ledger: Ledger,
         plan: Plan,
         powersgd: PowerSGD | None,
+        shards_hash: str,
     ) -> None:
+        self.shards_hash = shards_hash
         self.config, self.world, self.directory, self.ledger, self.plan = config, world, directory, ledger, plan
         self.powersgd = powersgd
         self.recorder: Recorder | None = None
@@ -94,7 +96,8 @@ class Persistence(Callback):
             "num_parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
             "num_classes": pl_module.num_classes,
             "metaparameters": self.config.model.metaparameters,
-            "must_match": startup.must_match(self.config),
+            "must_match": startup.must_match(self.config, self.shards_hash),
+            "free_fields": drift.free_fields(self.config),
             "best_score": self.recorder.best_score,
             "ledger": self.ledger.state_dict(),
             "learner": pl_module.extra_state(),

@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> int:
         shards = training.open_shards(config, world)
         plan = training.plan_steps(config, world, shards)
         run = training.open_run(config, world)
-        start = training.find_start(config, world, run)
+        start = training.find_start(config, world, run, shards.training.index_hash)
         if start.step >= plan.num_steps:
             world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
         else:

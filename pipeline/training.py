@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline import session, startup
+from pipeline import drift, session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
@@ -71,7 +71,7 @@ def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
         run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
-        return run.begin_attempt(world_size=world.size, start_step=start.step)
+        return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
 
     return world.first_decides(begin)
 
@@ -141,6 +141,8 @@ class Start:
     info: checkpoints.CheckpointInfo | None = None
     content: dict[str, Any] | None = None
     """The checkpoint as saved."""
+    changes: tuple[str, ...] = ()
+    """What differs from the attempt that saved it, and may."""
 
     @property
     def section(self) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class Start:
         return {} if self.content is None else self.content[checkpoints.SECTION]
 
 
-def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
+def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash: str) -> Start:
     """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
 
     Raises:
@@ -168,25 +170,11 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
     def load() -> Start:
         path = directory / chosen
         info, content = checkpoints.load_proven(path)
-        _refuse_drift(config, content[checkpoints.SECTION], path)
-        return Start(info.step, info, content)
+        section = content[checkpoints.SECTION]
+        drift.refuse_drift(config, shards_hash, section, path)
+        return Start(info.step, info, content, tuple(drift.changes(config, world.size, section, info.versions)))
 
     return world.agree(load)
-
-
-def _refuse_drift(config: TrainConfig, section: dict[str, Any], path: Path) -> None:
-    """Raise `CheckpointError` where a field that must match differs from the checkpoint's."""
-    wanted = startup.must_match(config)
-    different = [
-        f"{key} was {section['must_match'][key]!r} and is {value!r}"
-        for key, value in wanted.items()
-        if key in section["must_match"] and section["must_match"][key] != value
-    ]
-    if different:
-        raise CheckpointError(
-            f"{path} was made by another configuration ({'; '.join(different)}): set it back to resume, or give another"
-            " name= for a new run."
-        )
 
 
 def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> Learner:
@@ -280,7 +268,7 @@ def fit(
         resume_step=start.step,
     ) as tracker:
         loader = TimedLoader(data.train_dataloader())
-        persistence = session.Persistence(config, world, run, ledger, plan, powersgd)
+        persistence = session.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
         saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
         recorder = Recorder(
@@ -363,6 +351,7 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
+        + "".join(f"\n  changed     {change}" for change in start.changes)
     )
     interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
     misfit = misfit_sentence(

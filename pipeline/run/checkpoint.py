@@ -23,9 +23,7 @@ tensors and plain values and executes nothing.
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +53,7 @@ from pipeline.run.checkpoint_files import (
     step_of,
     verify,
 )
+from pipeline.run.provenance import versions
 
 __all__ = [
     "BEST_NAME",
@@ -74,7 +73,6 @@ __all__ = [
 
 # Plain facts about a run that the caller puts into a checkpoint, under this key; the sidecar repeats some of them.
 SECTION = "squeezewire"
-VERSIONS_OF = ("torch", "pytorch-lightning", "squeezewire")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -193,7 +191,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             _compare(temporary, sha256)
             status = temporary.stat()
-            record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": _versions()}
+            record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": versions()}
             with contextlib.suppress(CheckpointError):
                 record["replaces"] = _as_json(verify(path)) if path.exists() else None
             write_json_atomic(sidecar_path(path), record)
@@ -285,11 +283,3 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 def _as_json(info: CheckpointInfo) -> dict[str, Any]:
     names = info.__dataclass_fields__.keys() - {"path"}
     return {name: getattr(info, name) for name in sorted(names)}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
