@@ -42,7 +42,9 @@ def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, An
         )
 
 
-def changes(config: TrainConfig, world_size: int, section: Mapping[str, Any], made_with: Mapping[str, str]) -> list[str]:
+def changes(
+    config: TrainConfig, world_size: int, section: Mapping[str, Any], made_with: Mapping[str, str]
+) -> list[str]:
     """A clause for each free field, package and number of ranks that differs from the checkpoint's.
 
     Args:

@@ -1,9 +1,11 @@
 """One attempt at a run: the trainer, what it records, and what it leaves when it ends."""
 
+import contextlib
 import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,7 @@ from pipeline.data.store import ShardIndex
 from pipeline.errors import DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Learner, StepResult
+from pipeline.patience import Patience
 from pipeline.recorder import Recorder
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.cluster_environment import RankEnvironment
@@ -139,22 +142,60 @@ class Saver:
     In this order a kill at any moment leaves no checkpoint that knows of a step which the files beside it lack.
     """
 
-    def __init__(self, directory: Path, keep: int, tracker: Tracker, persistence: Persistence, world: World) -> None:
-        self.directory, self.tracker, self.persistence, self.world = directory, tracker, persistence, world
-        self.io = checkpoints.AtomicCheckpointIO(keep=keep)
+    def __init__(
+        self, run: RunDirectory, keep: int, tracker: Tracker, persistence: Persistence, world: World, patience: Patience
+    ) -> None:
+        self.run, self.tracker, self.persistence, self.world, self.patience = run, tracker, persistence, world, patience
+        self.io = checkpoints.AtomicCheckpointIO(keep=keep, raises=False)
         self.trainer: pl.Trainer | None = None
 
     def save(self, step: int, best_score: float | None) -> None:
-        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given."""
+        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 could not save.
+        """
+        with self.patience.pause():
+            self._save(step, best_score)
+
+    def _save(self, step: int, best_score: float | None) -> None:
         assert self.trainer is not None
-        path = checkpoints.checkpoint_path(self.directory, step)
-        self.tracker.sync()
+        path = checkpoints.checkpoint_path(self.run.checkpoints, step)
         unexplained = self.persistence.ledger.compare()
-        self.persistence.write_ledger(ended=False)
+
+        def write_record() -> None:
+            with self.run.writing():
+                self.tracker.sync()
+                self.persistence.write_ledger(ended=False)
+
+        self._agree(write_record)
+        # All ranks meet in there after rank 0 has written, so that a failure is kept for the next line.
         self.trainer.save_checkpoint(path)
+        self._agree(lambda: self._settle(path, best_score))
+        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
+
+    def _agree(self, work: Callable[[], None]) -> None:
+        with self.world.meter.phase("checkpoint"), self.world.exchanging("other"):
+            self.world.agree(work)
+
+    def _settle(self, path: Path, best_score: float | None) -> None:
+        self.io.raise_failure()
         if best_score is not None and self.world.is_first:
             self.io.keep_as_best(path, best_score, "val/top1")
-        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
+
+
+@contextlib.contextmanager
+def left_behind(recorder: Recorder, persistence: Persistence) -> Iterator[None]:
+    """However the block ends, the last row and the ledger are written. What ended it is not hidden by a full disk."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            recorder.flush()
+            persistence.write_ledger(ended=True)
+        raise
+    recorder.flush()
+    persistence.write_ledger(ended=True)
 
 
 class BadSamples(Callback):
@@ -216,6 +257,7 @@ def make_trainer(
     plan: Plan,
     start_step: int,
     callbacks: list[Callback],
+    io: checkpoints.AtomicCheckpointIO,
     powersgd: PowerSGD | None = None,
 ) -> pl.Trainer:
     """Lightning's trainer for the steps that remain. It saves, logs and requeues nothing by itself."""
@@ -241,7 +283,7 @@ def make_trainer(
         max_epochs=1,  # one stream of steps: epochs are ours to count
         accumulate_grad_batches=config.batch.split(world.size)[1],
         callbacks=callbacks,
-        plugins=[checkpoints.AtomicCheckpointIO(keep=config.trainer.keep_checkpoints)],
+        plugins=[io],
         limit_val_batches=1.0 if plan.validate_every_steps else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -212,7 +212,10 @@ def keep_freed_memory() -> bool:
 
 
 def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
-    """The fields a checkpoint carries and a resumed run must not change. `shards_hash`: of the training split's index."""
+    """The fields a checkpoint carries and a resumed run must not change.
+
+    `shards_hash`: of the training split's index.
+    """
     return {
         "model.name": config.model.name,
         "seed": config.seed,

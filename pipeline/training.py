@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +22,11 @@ from pipeline.config import TrainConfig
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.loader import ShardData
 from pipeline.data.store import ShardIndex, open_split
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.learner import Learner
 from pipeline.models import zoo
 from pipeline.models.plateau import PlateauDetector
+from pipeline.patience import Patience
 from pipeline.recorder import Recorder, TimedLoader
 from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
@@ -67,6 +67,10 @@ def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "
     resolved = dataclasses.replace(config, model=model)
 
     def begin() -> int:
+        with run.writing():
+            return write()
+
+    def write() -> int:
         run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(resolved)), sort_keys=False))
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
@@ -258,19 +262,23 @@ def fit(
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], _previous_ledger(run))
     _announce(config, world, shards, plan, start, sum(owed.values()))
-    with Tracker(
-        run,
-        config.tracking,
-        rank=world.rank,
-        model=config.model.name,
-        config=_plain(dataclasses.asdict(config)),
-        notes=training_notes(config, world),
-        resume_step=start.step,
-    ) as tracker:
+    with (
+        run.writing(),
+        Tracker(
+            run,
+            config.tracking,
+            rank=world.rank,
+            model=config.model.name,
+            config=_plain(dataclasses.asdict(config)),
+            notes=training_notes(config, world),
+            resume_step=start.step,
+        ) as tracker,
+    ):
         loader = TimedLoader(data.train_dataloader())
         persistence = session.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
-        saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
+        patience = Patience(world, config.step_timeout_seconds)
+        saver = session.Saver(run, config.trainer.keep_checkpoints, tracker, persistence, world, patience)
         recorder = Recorder(
             plan,
             ledger,
@@ -283,16 +291,12 @@ def fit(
         )
         bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
-        trainer = session.make_trainer(
-            config, world, plan, start.step, [warm_up, persistence, recorder, bad_samples, *bars], powersgd
-        )
+        callbacks = [patience, warm_up, persistence, recorder, bad_samples, *bars]
+        trainer = session.make_trainer(config, world, plan, start.step, callbacks, saver.io, powersgd)
         session.connect(trainer, learner, plan, recorder, persistence, saver)
-        try:
+        with session.left_behind(recorder, persistence):
             trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
             unexplained = ledger.compare()
-        finally:
-            recorder.flush()
-            persistence.write_ledger(ended=True)
         ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
     _close(config, world, run, recorder, plan, bad_samples)
@@ -377,7 +381,8 @@ def _close(
     if not world.is_first:
         return
     done = f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
-    print(f"{done}  report      {write_run_report(run.path)}", flush=True)
+    with run.writing():
+        print(f"{done}  report      {write_run_report(run.path)}", flush=True)
 
 
 def _plain(value: Any) -> Any:

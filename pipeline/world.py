@@ -28,6 +28,8 @@ from pipeline.startup import Compute, keep_freed_memory, set_threads
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
 SHARE_OF_TIMEOUT = 0.25
+# How gloo reports a connection that broke or stayed silent, and one that it closed after such a report.
+OF_A_LOST_PEER = ("gloo/transport", "Application timeout caused pair closure")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class World:
         """Blocking collectives inside come from `origin`, and their time is waiting."""
         with self.meter.origin(origin), self.timeline.waiting():
             yield
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From here on a collective that this rank begins waits so long for the others."""
+        if self.size > 1:
+            dist.set_timeout(timedelta(seconds=seconds))
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -187,7 +194,7 @@ class _PeerLost(UserError):
 
 def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
 
 
 def _gist(error: RuntimeError) -> str:
@@ -233,9 +240,10 @@ def join_group(
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
         raise _PeerLost(
-            f"Rank {ranks.rank} lost its connection to another rank and stops ({_gist(error)}): the cause is in what"
-            " that rank said, here or in its own log."
+            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"
+            " what that rank said, here or in its own log."
         ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     recorder.on_phase_end = None

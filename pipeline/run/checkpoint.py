@@ -81,11 +81,15 @@ class AtomicCheckpointIO(CheckpointIO):
 
     Args:
         keep: newest checkpoints to keep that verify; at least 2, for the newest may turn out damaged.
+        raises: let `save_checkpoint` raise its failure. False: keep it for `raise_failure`. Lightning lets all ranks
+            meet after a save, where a rank 0 that had raised would be missing.
     """
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, keep: int = 2, *, raises: bool = True) -> None:
         assert keep >= 2, keep
         self.keep = keep
+        self._raises = raises
+        self._failure: CheckpointError | None = None
         # (bytes, mtime in ns) of files proven by this process, so that retention need not read them again.
         self._proven: dict[Path, tuple[int, int]] = {}
 
@@ -101,7 +105,24 @@ class AtomicCheckpointIO(CheckpointIO):
             CheckpointError: the disk is full or fails. What was there before is untouched.
         """
         assert storage_options is None, "not used"
-        path = Path(path)
+        try:
+            self._save(checkpoint, Path(path))
+        except CheckpointError as error:
+            if self._raises:
+                raise
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """Raise what the last save kept, once.
+
+        Raises:
+            CheckpointError: as `save_checkpoint` would have.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         named = STEP_NAME.fullmatch(path.name)
         assert named, f"{path.name} is not a name of checkpoint_path"
         section = checkpoint.get(SECTION, {})

@@ -1,5 +1,6 @@
 """The directory of one run: named by the run, made by rank 0, owned by one job at a time."""
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -8,11 +9,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import fsync_directory, sweep_temporaries, write_bytes_atomic, write_json_atomic, write_text_atomic
 
 SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
@@ -23,7 +24,21 @@ RESERVED_SEGMENTS = {"checkpoints", "wandb"}
 PROBE_BYTES = 1 << 20
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0
+OF_A_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+OF_A_VANISHED_DIRECTORY = {errno.ENOENT, errno.ENOTDIR}
 NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+REMEDIES = {
+    errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
+    errno.EACCES: "permission denied: set run_root= to a directory of yours",
+    errno.EPERM: "not permitted: set run_root= to a directory of yours",
+    errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
+    errno.EDQUOT: "the quota is used up: free some space, or set run_root= to another disk",
+    errno.ENOTDIR: "a part of that path is a file: set run_root= or name= to another place",
+    errno.EEXIST: "a part of that path is a file: set run_root= or name= to another place",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter name=",
+    errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
+}
 
 
 class RunDirectory:
@@ -72,6 +87,25 @@ class RunDirectory:
         except BaseException:
             self.close()
             raise
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """A disk that fails under a run which has begun is a sentence, and a checkpoint's matter: exit code 4.
+
+        Raises:
+            CheckpointError: in place of the system's error.
+        """
+        try:
+            yield
+        except OSError as error:
+            is_ours = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(self.path)
+            if error.errno not in (OF_A_FAILING_DISK | OF_A_VANISHED_DIRECTORY if is_ours else OF_A_FAILING_DISK):
+                raise
+            remedy = REMEDIES.get(error.errno or 0, "check the disk, or set run_root= to another one")
+            raise CheckpointError(
+                f"Cannot write {error.filename or self.path} ({error.strerror}): {remedy}, then run the same command"
+                " again. The checkpoints saved before are untouched."
+            ) from error
 
     def close(self) -> None:
         """Give the lock back. Harmless when there is none."""
@@ -180,16 +214,5 @@ def _name(owner: Mapping[str, Any]) -> str:
 
 def _sentence(path: Path, error: OSError) -> str:
     """What is wrong with the place, and what to do."""
-    remedies = {
-        errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
-        errno.EACCES: "permission denied: set run_root= to a directory of yours",
-        errno.EPERM: "not permitted: set run_root= to a directory of yours",
-        errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
-        errno.EDQUOT: "the quota is used up: free some space, or set run_root= to another disk",
-        errno.ENOTDIR: "a part of that path is a file: set run_root= or name= to another place",
-        errno.EEXIST: "a part of that path is a file: set run_root= or name= to another place",
-        errno.ENAMETOOLONG: "the path is too long: choose a shorter name=",
-        errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
-    }
-    remedy = remedies.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
+    remedy = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
     return f"Cannot write the run directory {path}: {remedy}."

@@ -209,9 +209,7 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
     assert training.find_start(configure(tmp_path), world, opened, HASH).changes == ()
 
 
-def test_other_packages_are_said(
-    tmp_path: Path, world: World, opened: training.RunDirectory
-) -> None:
+def test_other_packages_are_said(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
     """As if an upgrade had come in between: the checkpoint's sidecar tells older versions, and other ranks."""
     config = configure(tmp_path)
     path = save(config, opened, 2, world_size=3)
@@ -229,7 +227,7 @@ def test_other_packages_are_said(
 
 def test_other_shards_are_refused(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
     save(configure(tmp_path), opened, 2)
-    with pytest.raises(CheckpointError, match="data.shards_sha256 was 'of the shards' and is 'of others'") as raised:
+    with pytest.raises(CheckpointError, match=r"data\.shards_sha256 was 'of the shards' and is 'of others'") as raised:
         training.find_start(configure(tmp_path), world, opened, "of others")
     assert "another name=" in str(raised.value) and raised.value.exit_code == 4
 
