@@ -7,6 +7,7 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -247,6 +248,9 @@ class Learner(pl.LightningModule):
         del batch, batch_idx
         words = np.random.SeedSequence((self.seed, self.committed_steps, self._micro, self._rank)).generate_state(2)
         torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        # Nothing of ours draws from these two; what a model of somebody's draws is the same after a resume.
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
         if self._micro == 0:
             for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
                 group["lr"] = learning_rate(self.recipe, self.committed_steps, self.num_steps)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Ended, rows, train, train_recorded
-from conftest import PAIR_OPTIONS, Pair, write_shards
+from commands import Ended, rows, sentences, train, train_recorded
+from comparing import differences, fed, load
 from s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
 from shard_index import add_index
 from shard_server import Rule, ShardServer, serving
-from test_train_refusals import SHORT, sentences
-from test_train_resume import differences, fed, load
+from small_runs import PAIR_OPTIONS, Pair, write_shards
+from test_train_refusals import SHORT
 
 from pipeline.data.cache import Cache, CacheSettings
 from pipeline.data.manifest import Manifest

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+TRAIN_RECORDED = HERE / "distributed/train_recorded.py"
 MARK = "SQUEEZEWIRE_COMMAND_MARK"
 DEADLINE_SECONDS = 300.0
 LEFT_BEHIND_SECONDS = 30.0
@@ -86,7 +87,7 @@ def run(
     with _nothing_left_behind() as mark:
         process = subprocess.Popen(
             [*prefix, sys.executable, *arguments],
-            env={**clean_environment(), "PYTHONPATH": str(HERE.parents[1]), **mark, **(environment or {})},
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **mark, **(environment or {})},
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -131,7 +132,7 @@ def train_recorded(
     fed.mkdir(parents=True, exist_ok=True)
     where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
-    arguments = [str(HERE / "train_recorded.py"), *where, *SMALL, *tracking, *more]
+    arguments = [str(TRAIN_RECORDED), *where, *SMALL, *tracking, *more]
     return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})})
 
 
@@ -142,3 +143,9 @@ def rows(run_directory: Path) -> list[dict[str, Any]]:
         {key: value for key, value in json.loads(line).items() if not key.startswith("perf/") and key not in TIMES}
         for line in lines
     ]
+
+
+def sentences(output: str) -> list[str]:
+    """The lines by which the command says what is wrong; not those of ranks that only lost the one that said it."""
+    assert "Traceback" not in output and "Warning" not in output, output
+    return [line for line in output.splitlines() if "error: " in line and "lost its connection" not in line]
