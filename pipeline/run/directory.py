@@ -3,18 +3,16 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import fsync_directory, sweep_temporaries, write_bytes_atomic, write_json_atomic, write_text_atomic
+from pipeline.run.lock import RunLock, this_process
 
 SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 MAX_SEGMENT_LENGTH = 200
@@ -22,11 +20,8 @@ MAX_SEGMENT_LENGTH = 200
 RESERVED_SEGMENTS = {"checkpoints", "wandb"}
 # The write probe: larger than any of the small files of a run, so that an almost full disk is noticed at start.
 PROBE_BYTES = 1 << 20
-# A killed owner may need a moment to disappear; the kernel drops its lock when it has.
-DEAD_OWNER_SECONDS = 20.0
 OF_A_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 OF_A_VANISHED_DIRECTORY = {errno.ENOENT, errno.ENOTDIR}
-NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 REMEDIES = {
     errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
@@ -63,8 +58,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.wandb = self.path / "wandb"
         self.report = self.path / "report.html"
-        self._lock_path = self.path / "lock"
-        self._lock: int | None = None
+        self._lock = RunLock(self.path / "lock", name)
 
     def open(self) -> None:
         """Make the directory, take its lock, prove that it can be written, remove leftovers of dead writers.
@@ -72,10 +66,10 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be made or written, or another process owns it.
         """
-        assert self._lock is None, "already open"
+        assert not self._lock.is_held, "already open"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock.acquire()
             probe = self.path / "probe"
             write_bytes_atomic(probe, bytes(PROBE_BYTES))
             probe.unlink()
@@ -109,22 +103,20 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back. Harmless when there is none."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def begin_attempt(self, **conditions: Any) -> int:
         """Record one more start of this run, durably. Returns its number, 1 for the first.
 
         `conditions`: plain values worth keeping, such as the world size and the step it starts from.
         """
-        assert self._lock is not None, "only the owner counts attempts"
+        assert self._lock.is_held, "only the owner counts attempts"
         before = self.attempts.read_bytes() if self.attempts.exists() else b""
         number = sum(1 for line in before.splitlines() if line.strip()) + 1
         record = {
             "attempt": number,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **_owner(),
+            **this_process(),
             **conditions,
         }
         # A line cut short by a crash was a start too; it is ended, not overwritten.
@@ -144,38 +136,6 @@ class RunDirectory:
         """What `provenance.describe` returned."""
         write_json_atomic(self.environment, dict(environment))
 
-    def _take_lock(self) -> None:
-        # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
-        lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + DEAD_OWNER_SECONDS
-        try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    owner = _read_owner(self._lock_path)
-                    if _lives(owner) or time.monotonic() >= deadline:
-                        raise ConfigError(
-                            f"Run {self.name!r} is being written by another process ({_name(owner)}): wait for it, end"
-                            " it, or choose another name=."
-                        ) from None
-                    time.sleep(0.1)
-                except OSError as error:
-                    if error.errno not in NO_LOCKS_HERE:
-                        raise
-                    print(f"warning: no file locks at {self.path}: nothing keeps a second job out of this run.")
-                    break
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps(_owner()).encode(), 0)
-        except BaseException:
-            os.close(lock)
-            raise
-        self._lock = lock
-        # A lock belongs to the open file, which forked data loader workers share: an orphan would keep it for its
-        # owner, and a restart would be refused.
-        os.register_at_fork(after_in_child=self.close)
-
 
 def validate_name(name: str) -> None:
     """Raise `ConfigError` unless `name` is one or more plain path segments, such as `first` or `sweep/lr=0.1`."""
@@ -186,30 +146,6 @@ def validate_name(name: str) -> None:
             f"name={name!r} cannot name a run: use letters, digits and any of _ . - + = , @, in parts separated by"
             f" '/', none of which starts with a dot or is {' or '.join(sorted(RESERVED_SEGMENTS))}."
         )
-
-
-def _owner() -> dict[str, Any]:
-    job = os.environ.get("SLURM_JOB_ID")
-    return {"host": socket.gethostname(), "pid": os.getpid()} | ({"job": job} if job else {})
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _lives(owner: Mapping[str, Any]) -> bool:
-    """Whether the recorded owner must be taken to be alive: it is on another host, or its process is there."""
-    if not owner:
-        return False
-    return owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists()
-
-
-def _name(owner: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {owner[key]}" for key in ("host", "pid", "job") if key in owner) or "unknown"
 
 
 def _sentence(path: Path, error: OSError) -> str:
