@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from pipeline import drift, startup
 from pipeline.comm.ledger import Conditions, Ledger
@@ -273,7 +274,7 @@ def make_trainer(
         process_group_backend=world.compute.backend,
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
     )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=world.compute.accelerator,
         devices=world.ranks.local_world_size,
         num_nodes=world.ranks.num_nodes,
@@ -294,6 +295,14 @@ def make_trainer(
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, RichProgressBar) for callback in callbacks),
     )
+    trainer._checkpoint_connector.__class__ = _NoPickUp
+    return trainer
+
+
+class _NoPickUp(_CheckpointConnector):
+    """Lightning, inside a Slurm job, would resume from any `hpc_ckpt_N.ckpt` it finds; a run resumes from its own."""
+
+    _hpc_resume_path = None  # pyright: ignore[reportAssignmentType]  a property there
 
 
 def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: Plan) -> None:

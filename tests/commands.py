@@ -18,6 +18,8 @@ TRAIN_RECORDED = HERE / "distributed/train_recorded.py"
 MARK = "SQUEEZEWIRE_COMMAND_MARK"
 DEADLINE_SECONDS = 300.0
 LEFT_BEHIND_SECONDS = 30.0
+SECRET = {"DECOY_TOKEN": "correct-horse-battery-staple"}
+"""In the environment of every command, and never in what one prints."""
 TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
 SMALL = (
     "data.size=32",
@@ -87,7 +89,7 @@ def run(
     with _nothing_left_behind() as mark:
         process = subprocess.Popen(
             [*prefix, sys.executable, *arguments],
-            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **mark, **(environment or {})},
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **SECRET, **mark, **(environment or {})},
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,6 +99,7 @@ def run(
             output, _ = process.communicate(timeout=DEADLINE_SECONDS)
         finally:
             process.kill()
+    assert not any(value in output for value in SECRET.values())
     assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{output}"
     return Ended(process.returncode, output)
 
@@ -134,6 +137,13 @@ def train_recorded(
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
     arguments = [str(TRAIN_RECORDED), *where, *SMALL, *tracking, *more]
     return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})})
+
+
+def assert_holds_no(root: Path, output: str, *secrets: str) -> None:
+    """No secret in what a run has printed or written."""
+    everything = [output.encode(), *(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())]
+    for secret in (*secrets, *SECRET.values()):
+        assert not [content for content in everything if secret.encode() in content]
 
 
 def rows(run_directory: Path) -> list[dict[str, Any]]:

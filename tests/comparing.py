@@ -9,11 +9,10 @@ import torch
 from commands import rows
 from small_runs import Pair
 
-LAST = "step=000000011.ckpt"
-
 
 def load(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / LAST, weights_only=True)
+    """Its last checkpoint."""
+    return torch.load(max((run / "checkpoints").glob("step=*.ckpt")), weights_only=True)
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -63,9 +62,9 @@ def assert_same(pair: Pair) -> None:
     for part in ("step", "learner", "best_score", "must_match", "powersgd"):
         assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
     assert rows(pair.unbroken) == rows(pair.resumed)
-    assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, 12))
+    assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, len(rows(pair.unbroken)) + 1))
 
-    one, other = fed(pair.root, "unbroken", pair.devices), fed(pair.root, "resumed", pair.devices)
+    one, other = fed(pair.root, "unbroken", pair.devices), fed(pair.root, pair.name, pair.devices)
     assert one == other
     assert all(len(things) == 1 for things in other.values())
 
@@ -80,4 +79,5 @@ def assert_same(pair: Pair) -> None:
         assert ledgers[1]["closed"] is True
         assert ledgers[1]["transport"]["residual_bytes_per_rank"] == [0] * pair.devices
         assert all(row["comm/residual_bytes"] == 0 for row in rows(pair.resumed))
-    assert [attempt["attempt"] for attempt in ledgers[1]["attempts"]] == [1, 2]
+    attempts = [attempt["attempt"] for attempt in ledgers[1]["attempts"]]
+    assert attempts == list(range(1, len(attempts) + 1)) and len(attempts) >= 2

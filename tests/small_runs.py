@@ -77,6 +77,7 @@ class Pair:
 
     root: Path
     devices: int
+    name: str = "resumed"
 
     @property
     def unbroken(self) -> Path:
@@ -86,7 +87,7 @@ class Pair:
     @property
     def resumed(self) -> Path:
         """Its run directory."""
-        return self.root / "resumed"
+        return self.root / self.name
 
 
 def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: str) -> Pair:

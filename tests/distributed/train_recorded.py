@@ -4,12 +4,15 @@ Takes the overrides of `train`. FED_TO: a directory where every rank appends a l
 KILL_AT, if set: "rank step place victim". The place is a micro-batch of that step (0-based): the rank is fed it; or
 `backward`: it is amid the step's first backward pass; or `validation`: it validates what that many steps have made.
 There it sends SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself; `hang` is
-SIGSTOP to itself, `shell` runs the command DO and goes on, and `sleep` no signal but a minute in which it does nothing.
+SIGSTOP to itself, `shell` runs the command DO and goes on,
+`clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
+to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing.
 """
 
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +30,21 @@ def strike(victim: str) -> None:
     """End this process by ending its victim, or stop it for good."""
     if victim == "shell":
         subprocess.run(os.environ["DO"], shell=True, check=True)
+        return
+    if victim == "clock":
+        now = time.time
+        time.time = lambda: now() - 3600
+        return
+    if victim == "memory":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        return
+    if victim == "worker":
+        import psutil
+
+        # Children of the fork server, which is a child of ours.
+        workers = [child for child in psutil.Process().children(recursive=True) if child.ppid() != os.getpid()]
+        workers[0].kill()
         return
     if victim == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)

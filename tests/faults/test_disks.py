@@ -6,18 +6,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import SMALL, rows, run, sentences, train, train_recorded
+import torch
+from commands import SMALL, TRAIN_RECORDED, rows, run, sentences, train, train_recorded
 from comparing import differences, load
 from small_runs import PAIR_OPTIONS, Pair
 
 from pipeline.run.checkpoint import find_latest
+from pipeline.run.metrics_log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")
 # In a mount namespace of its own: what the first argument does to the mounts, then the rest as a command.
 IN_NAMESPACE = ("unshare", "--mount", "sh", "-c", 'set -e; eval "$0"; exec "$@"')
+
+
+class Attack:
+    """Runs a shell command when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch '{self.marker}'",))
 
 
 def require_mounting() -> None:
@@ -70,7 +83,8 @@ def test_a_disk_that_fills_up_ends_all_ranks_and_costs_nothing_that_was_saved(
 
 def test_a_full_tmp_a_read_only_checkout_and_a_strange_place_hurt_nobody(shards: Path, tmp_path: Path) -> None:
     """The system's place for temporary files is full, the code cannot be written, names hold spaces and accents, the
-    clock's zone and the locale are unusual."""
+    clock's zone and the locale are unusual, the clock goes back an hour (as this process sees it), and where Lightning
+    would look for a checkpoint lies one that runs a command."""
     require_mounting()
     kept = " ".join(f"'{path}'" for path in {REPOSITORY, Path(sys.prefix), tmp_path, shards.parent})
     mounts = f"""
@@ -82,14 +96,21 @@ def test_a_full_tmp_a_read_only_checkout_and_a_strange_place_hurt_nobody(shards:
         head -c 2m /dev/zero > /tmp/full || true
         if touch '{REPOSITORY}/pipeline/new' || echo 1 > /tmp/more; then exit 99; fi
     """
-    root = tmp_path / "läufe mit  spaces"
+    root, fed, marker = tmp_path / "läufe mit  spaces", tmp_path / "fed", tmp_path / "marker"
+    root.mkdir()
+    fed.mkdir()
+    torch.save({"callbacks": Attack(marker)}, root / "hpc_ckpt_9.ckpt")
     where = [f"run_root={root}", f"data.root={shards}", "name=strange", "tracking=offline"]
     environment = {"TZ": "Pacific/Kiritimati", "LC_ALL": "tr_TR.UTF-8", "PYTHONDONTWRITEBYTECODE": ""}
-    arguments = ["-m", "pipeline.train", *where, *SMALL, *SHORT]
-    run(arguments, prefix=[*IN_NAMESPACE, mounts], environment=environment)
+    environment |= {"FED_TO": str(fed), "KILL_AT": "0 2 0 clock"}
+    environment |= {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}  # where Lightning looks for hpc_ckpt_*.ckpt
+    arguments = [str(TRAIN_RECORDED), *where, *SMALL, *SHORT]
+    ended = run(arguments, prefix=[*IN_NAMESPACE, mounts], environment=environment)
+    assert "hpc" not in ended.output and not marker.exists()
     found = find_latest(root / "strange" / "checkpoints", pytest.fail)
     assert found is not None and found.step == 4
     assert (root / "strange" / "report.html").exists()
+    assert all(row["perf/step_seconds"] > 0 for row in read_rows(root / "strange" / "metrics.jsonl"))
 
 
 @pytest.mark.slow

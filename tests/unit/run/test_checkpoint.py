@@ -365,7 +365,7 @@ def _save_until_file_size(directory: Path, step: int, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("step", [2, 3], ids=["over the same name", "under a new name"])
 def test_killed_at_any_byte_of_a_save_the_one_before_is_whole(step: int, tmp_path: Path) -> None:
-    """The kernel ends the process when the file would grow beyond a limit: 20 random offsets, the first and the last."""
+    """The kernel ends the process when the file would grow beyond a limit: 20 random ones, the first and the last."""
     save(tmp_path, 1, 2)
     before = snapshot(tmp_path)
     num_bytes = checkpoint_path(tmp_path, 2).stat().st_size
@@ -395,7 +395,7 @@ def test_a_used_up_quota_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CheckpointError, match="quota exceeded.*make room"):
+    with pytest.raises(CheckpointError, match=r"quota exceeded.*make room"):
         io.save_checkpoint(state(2), checkpoint_path(tmp_path, 2))
     monkeypatch.undo()
     assert snapshot(tmp_path) == before and latest(tmp_path) == (1, [])
