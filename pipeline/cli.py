@@ -137,11 +137,11 @@ def _quoted(override: str) -> str:
     """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
 
     Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
-    `data.train_split=imagenet-train-{0000..1023}.tar`.
+    `data.train_split=imagenet-train-{0000..1023}.tar`; a path may hold accents and several spaces in a row.
     """
     key, _, value = override.partition("=")
-    is_special = "=" in value or ("{" in value and ".." in value)
-    if not is_special or value[0] in "'\"[{$" or "(" in value:
+    is_special = "=" in value or ("{" in value and ".." in value) or not value.isascii() or "  " in value
+    if not is_special or not value or value[0] in "'\"[{$" or "(" in value:
         return override
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"

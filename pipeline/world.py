@@ -21,7 +21,7 @@ from pipeline.comm.counters import SocketCounter
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, CommConfig
-from pipeline.errors import DataError, ExitCode, UserError
+from pipeline.errors import ConfigError, DataError, ExitCode, UserError
 from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
 
@@ -225,7 +225,10 @@ def join_group(
     timeout = timedelta(seconds=cluster.timeout_seconds)
     comm = comm or CommConfig()
     pinned = _pin_nccl(compute.backend, comm)
-    dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    try:
+        dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    except dist.DistError as error:
+        raise _not_met(ranks, error) from error
     recorder = CollectiveMeter(enabled=comm.meter)
     recorder.pinned = pinned
     recorder.attach()
@@ -249,6 +252,18 @@ def join_group(
     recorder.on_phase_end = None
     recorder.detach()
     dist.destroy_process_group()
+
+
+def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
+    """Why the ranks could not meet: the port is another program's, or somebody never came."""
+    place = f"{ranks.master_addr}:{ranks.master_port}"
+    if "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"Port {ranks.master_port} of {ranks.master_addr}, where the ranks are to meet, is another program's:"
+            " set MASTER_PORT to a free one, or unset it, and one is chosen."
+        )
+    reason = str(error).partition("\n")[0][:200]
+    return _PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
 
 
 def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:

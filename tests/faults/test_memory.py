@@ -13,7 +13,8 @@ def test_a_data_loader_worker_that_is_killed_ends_all_ranks_with_the_cause(shard
     options = (*OPTIONS, "data.num_workers=1", "trainer.max_steps=60")
     ended = train_recorded(tmp_path, shards, "lost", 2, *options, kill_at="1 3 0 worker", expect=1)
     (sentence,) = [line for line in ended.output.splitlines() if "DataLoader worker" in line]
-    assert sentence.startswith("[rank 1] error:") and "signal: Killed" in sentence and "data.num_workers" in sentence
+    assert sentence.startswith("[rank 1] error:") and "data.num_workers" in sentence
+    assert "signal: Killed" in sentence or "exited unexpectedly" in sentence  # as torch happens to notice
     assert "Traceback" not in ended.output
 
 

@@ -117,7 +117,7 @@ def test_soak(num_faults: int, shards: Path, tmp_path: Path) -> None:
     root, served = tmp_path / "runs", tmp_path / "served"
     root.mkdir()
     served.mkdir()
-    for path in shards.iterdir():
+    for path in filter(Path.is_file, shards.iterdir()):
         (served / path.name).write_bytes(path.read_bytes())
     add_index(served, "train", "val")
     with (
