@@ -107,6 +107,11 @@ class Patience(pl.Callback):
         """It goes on."""
         self._hold(in_steps=False)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Steps again."""
+        del trainer, pl_module
+        self._hold(in_steps=True)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The rest is rank 0's."""
         del trainer, pl_module

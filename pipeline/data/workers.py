@@ -60,7 +60,8 @@ class BatchLoader(DataLoader[LoadedBatch]):
                     if not str(error).startswith("DataLoader worker"):
                         raise
                     raise WorkerLost(
-                        f"{' '.join(str(error).split()).rstrip('.')}: if memory ran out, ask for more or lower data.num_workers."
+                        f"{' '.join(str(error).split()).rstrip('.')}: if memory ran out, ask for more or lower"
+                        " data.num_workers."
                     ) from error
                 if isinstance(batch, _Failure):
                     raise DataError(batch.message)
