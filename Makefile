@@ -36,6 +36,10 @@ test: venv ## the tests but the slow ones, as CI runs them
 test-all: venv ## every test
 	$(PY) -m pytest
 
+.PHONY: soak
+soak: venv ## one training under 50 faults, ten minutes: it ends as the unbroken one, and nothing grows
+	$(PY) -m pytest tests/faults/test_soak.py -m slow -s
+
 .PHONY: lint
 lint: venv ## format, rules, types
 	$(PY) -m ruff format --check .
@@ -59,6 +63,7 @@ bench: venv ## the published figures, measured here; an hour and a quiet machine
 	$(PY) -m benchmarks.epoch_start
 	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.preemption
+	$(PY) -m benchmarks.checkpoint_save
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
 	$(PY) -m benchmarks.meter_overhead

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import os
+import stat
 import sys
 import textwrap
 import traceback
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from pipeline import unsafe
 from pipeline.config import build, nearest, require
 from pipeline.errors import ConfigError, ExitCode, UserError, redacted, refuse_secret
 
@@ -31,9 +33,11 @@ def run_command(
 ) -> NoReturn:
     """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
     try:
         for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
             refuse_secret(*_split_override(argument))
+            unsafe.refuse_argument(argument)
         if any(argument in ("-h", "--help") for argument in arguments):
             print(help_text(command, schema))
             code = ExitCode.DONE
@@ -102,7 +106,9 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
                 _check_choice(*_split_override(override), groups)
             base = OmegaConf.to_container(hydra_compose(command, choices))
             opened = [_open_or_check(override, base, groups) for override in overrides]
-            container = OmegaConf.to_container(hydra_compose(command, opened), resolve=True, throw_on_missing=True)
+            composed = hydra_compose(command, opened)
+            unsafe.refuse_values(OmegaConf.to_container(composed, resolve=False))
+            container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ConfigError(f"{key} is not set: add {key}=... to the command.") from error
@@ -131,11 +137,11 @@ def _quoted(override: str) -> str:
     """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
 
     Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
-    `data.train_split=imagenet-train-{0000..1023}.tar`.
+    `data.train_split=imagenet-train-{0000..1023}.tar`; a path may hold accents and several spaces in a row.
     """
     key, _, value = override.partition("=")
-    is_special = "=" in value or ("{" in value and ".." in value)
-    if not is_special or value[0] in "'\"[{$" or "(" in value:
+    is_special = "=" in value or ("{" in value and ".." in value) or not value.isascii() or "  " in value
+    if not is_special or not value or value[0] in "'\"[{$" or "(" in value:
         return override
     escaped = value.replace("'", "\\'")
     return f"{key}='{escaped}'"
@@ -259,6 +265,7 @@ def _run_hydra_application(
     def task(configuration: Any) -> None:
         # The ranks a command starts are given its command line: this job's part of it, without Hydra's own flags.
         sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
+        unsafe.refuse_values(OmegaConf.to_container(configuration, resolve=False))
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 

@@ -99,7 +99,7 @@ class DataConfig:
     cache_bytes: int = 200_000_000_000
     """Most the cache may hold; what was not used for longest goes first."""
     fetch_timeout_seconds: float = 300.0
-    """How long a server may fail to deliver before the run stops. Keep it below cluster.timeout_seconds."""
+    """How long a server may fail to deliver before the run stops. Keep it below the timeouts of cluster."""
     size: int | None = None
     """Crop side in pixels; null: what the model's input says."""
     train_split: str = "train"
@@ -243,7 +243,10 @@ class ClusterConfig:
     num_threads: int | None = None
     """Compute threads per rank on the CPU; null: the cores divided by the ranks of this machine."""
     timeout_seconds: float = 600.0
-    """How long a collective may wait for the other ranks."""
+    """How long a collective may wait for the other ranks: until the first step, in validation and checkpoints."""
+    step_timeout_seconds: float | None = None
+    """The same between steps, where a rank that is late hangs. Null: data.fetch_timeout_seconds, which a rank may wait
+    for its shards, and a minute more; at most timeout_seconds."""
     preempt_grace_seconds: float = 120.0
     """After a signal that asks to stop: how long the end of the step, a save and W&B may take before the rank leaves
     as it is. Keep it below what `--signal` in slurm/train.sh allows."""
@@ -255,6 +258,11 @@ class ClusterConfig:
         require(self.devices >= 1, f"cluster.devices={self.devices} must be at least 1.")
         require(self.num_threads is None or self.num_threads >= 1, "cluster.num_threads must be at least 1.")
         require(self.timeout_seconds > 0, "cluster.timeout_seconds must be positive.")
+        require(
+            self.step_timeout_seconds is None or 0 < self.step_timeout_seconds <= self.timeout_seconds,
+            f"cluster.step_timeout_seconds={self.step_timeout_seconds} must be positive and at most"
+            f" cluster.timeout_seconds={self.timeout_seconds}, or null.",
+        )
         require(self.preempt_grace_seconds > 0, "cluster.preempt_grace_seconds must be positive.")
         require(self.max_fruitless_requeues >= 0, "cluster.max_fruitless_requeues must not be negative.")
 
@@ -357,6 +365,13 @@ class TrainConfig:
             self.batch.global_size % self.data.shuffle_groups == 0,
             f"data.shuffle_groups={self.data.shuffle_groups} must divide batch.global_size={self.batch.global_size}.",
         )
+
+    @property
+    def step_timeout_seconds(self) -> float:
+        """How long a collective may wait between steps."""
+        cluster = self.cluster
+        longest_fetch = self.data.fetch_timeout_seconds + 60.0
+        return min(cluster.timeout_seconds, cluster.step_timeout_seconds or longest_fetch)
 
     @property
     def input(self) -> InputConfig:

@@ -7,6 +7,7 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,25 +24,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.config import InputConfig, RecipeConfig
 from pipeline.errors import NonFiniteError
+from pipeline.schedule import learning_rate
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 Origin = Callable[[str], AbstractContextManager[Any]]
-
-
-def learning_rate(recipe: RecipeConfig, step: int, num_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based) of `num_steps`: linear warm-up, then decay towards 0.
-
-    linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
-    """
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    if recipe.decay == "none":
-        return recipe.lr
-    progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
-    if recipe.decay == "linear":
-        return recipe.lr * max(0.0, 1 - progress)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True)
@@ -254,6 +241,9 @@ class Learner(pl.LightningModule):
         del batch, batch_idx
         words = np.random.SeedSequence((self.seed, self.committed_steps, self._micro, self._rank)).generate_state(2)
         self._seed_generators(int(words[0]) << 32 | int(words[1]))
+        # Nothing of ours draws from these two; what a model of somebody's draws is the same after a resume.
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
         if self._micro == 0:
             for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
                 group["lr"] = learning_rate(self.recipe, self.committed_steps, self.num_steps)

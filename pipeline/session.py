@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,9 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from pipeline import startup
+from pipeline import drift, startup
 from pipeline.comm.ledger import Conditions, Ledger
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.reconcile import Reconciler
@@ -25,6 +27,7 @@ from pipeline.data.store import ShardIndex
 from pipeline.errors import DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Learner, StepResult
+from pipeline.patience import Patience
 from pipeline.recorder import Recorder
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.cluster_environment import RankEnvironment
@@ -74,7 +77,9 @@ class Persistence(Callback):
         ledger: Ledger,
         plan: Plan,
         powersgd: PowerSGD | None,
+        shards_hash: str,
     ) -> None:
+        self.shards_hash = shards_hash
         self.config, self.world, self.directory, self.ledger, self.plan = config, world, directory, ledger, plan
         self.powersgd = powersgd
         self.recorder: Recorder | None = None
@@ -97,7 +102,8 @@ class Persistence(Callback):
             "num_parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
             "num_classes": pl_module.num_classes,
             "metaparameters": self.config.model.metaparameters,
-            "must_match": startup.must_match(self.config),
+            "must_match": startup.must_match(self.config, self.shards_hash),
+            "free_fields": drift.free_fields(self.config),
             "best_score": self.recorder.best_score,
             "owed_row": self.recorder.owed_row,
             "ledger": self.ledger.state_dict(),
@@ -140,22 +146,60 @@ class Saver:
     In this order a kill at any moment leaves no checkpoint that knows of a step which the files beside it lack.
     """
 
-    def __init__(self, directory: Path, keep: int, tracker: Tracker, persistence: Persistence, world: World) -> None:
-        self.directory, self.tracker, self.persistence, self.world = directory, tracker, persistence, world
-        self.io = checkpoints.AtomicCheckpointIO(keep=keep)
+    def __init__(
+        self, run: RunDirectory, keep: int, tracker: Tracker, persistence: Persistence, world: World, patience: Patience
+    ) -> None:
+        self.run, self.tracker, self.persistence, self.world, self.patience = run, tracker, persistence, world, patience
+        self.io = checkpoints.AtomicCheckpointIO(keep=keep, raises=False)
         self.trainer: pl.Trainer | None = None
 
     def save(self, step: int, best_score: float | None) -> None:
-        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given."""
+        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 could not save.
+        """
+        with self.patience.pause():
+            self._save(step, best_score)
+
+    def _save(self, step: int, best_score: float | None) -> None:
         assert self.trainer is not None
-        path = checkpoints.checkpoint_path(self.directory, step)
-        self.tracker.sync()
+        path = checkpoints.checkpoint_path(self.run.checkpoints, step)
         unexplained = self.persistence.ledger.compare()
-        self.persistence.write_ledger(ended=False)
+
+        def write_record() -> None:
+            with self.run.writing():
+                self.tracker.sync()
+                self.persistence.write_ledger(ended=False)
+
+        self._agree(write_record)
+        # All ranks meet in there after rank 0 has written, so that a failure is kept for the next line.
         self.trainer.save_checkpoint(path)
+        self._agree(lambda: self._settle(path, best_score))
+        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
+
+    def _agree(self, work: Callable[[], None]) -> None:
+        with self.world.meter.phase("checkpoint"), self.world.exchanging("other"):
+            self.world.agree(work)
+
+    def _settle(self, path: Path, best_score: float | None) -> None:
+        self.io.raise_failure()
         if best_score is not None and self.world.is_first:
             self.io.keep_as_best(path, best_score, "val/top1")
-        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
+
+
+@contextlib.contextmanager
+def left_behind(recorder: Recorder, persistence: Persistence) -> Iterator[None]:
+    """However the block ends, the last row and the ledger are written. What ended it is not hidden by a full disk."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            recorder.flush()
+            persistence.write_ledger(ended=True)
+        raise
+    recorder.flush()
+    persistence.write_ledger(ended=True)
 
 
 class Stopping(Callback):
@@ -257,6 +301,7 @@ def make_trainer(
     plan: Plan,
     start_step: int,
     callbacks: list[Callback],
+    io: checkpoints.AtomicCheckpointIO,
     powersgd: PowerSGD | None = None,
 ) -> pl.Trainer:
     """Lightning's trainer for the steps that remain. It saves, logs and requeues nothing by itself."""
@@ -272,7 +317,7 @@ def make_trainer(
         process_group_backend=world.compute.backend,
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
     )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=world.compute.accelerator,
         devices=world.ranks.local_world_size,
         num_nodes=world.ranks.num_nodes,
@@ -282,7 +327,7 @@ def make_trainer(
         max_epochs=1,  # one stream of steps: epochs are ours to count
         accumulate_grad_batches=config.batch.split(world.size)[1],
         callbacks=callbacks,
-        plugins=[checkpoints.AtomicCheckpointIO(keep=config.trainer.keep_checkpoints)],
+        plugins=[io],
         limit_val_batches=1.0 if plan.validate_every_steps else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -293,6 +338,14 @@ def make_trainer(
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, RichProgressBar) for callback in callbacks),
     )
+    trainer._checkpoint_connector.__class__ = _NoPickUp
+    return trainer
+
+
+class _NoPickUp(_CheckpointConnector):
+    """Lightning, inside a Slurm job, would resume from any `hpc_ckpt_N.ckpt` it finds; a run resumes from its own."""
+
+    _hpc_resume_path = None  # pyright: ignore[reportIncompatibleMethodOverride]  a property there
 
 
 def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: Plan) -> None:

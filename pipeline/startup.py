@@ -211,12 +211,16 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
-def must_match(config: TrainConfig) -> dict[str, object]:
-    """The fields a checkpoint carries and a resumed run must not change."""
+def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
+    """The fields a checkpoint carries and a resumed run must not change.
+
+    `shards_hash`: of the training split's index.
+    """
     return {
         "model.name": config.model.name,
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "data.shuffle_block": config.data.shuffle_block,
         "data.shuffle_groups": config.data.shuffle_groups,
+        "data.shards_sha256": shards_hash,
     }

@@ -5,6 +5,7 @@
 The same command again resumes the run; once it is finished, it exits 0 at once.
 """
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,13 @@ def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int
     with training.join(config, ranks, stop) as world:
         shards = training.open_shards(config, world)
         plan = training.plan_steps(config, world, shards)
-        run = training.open_run(config, world)
-        start = training.find_start(config, world, run)
-        if start.step >= plan.num_steps:
-            world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
-        else:
-            learner = training.make_learner(config, world, shards, plan, start)
-            training.fit(config, world, run, shards, plan, start, learner)
+        with contextlib.closing(training.open_run(config, world)) as run:
+            start = training.find_start(config, world, run, shards.training.index_hash)
+            if start.step >= plan.num_steps:
+                world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
+            else:
+                learner = training.make_learner(config, world, shards, plan, start)
+                training.fit(config, world, run, shards, plan, start, learner)
     return 0
 
 

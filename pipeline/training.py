@@ -5,13 +5,12 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pipeline import session, startup
+from pipeline import drift, session, startup
 from pipeline.comm import wire
 from pipeline.comm.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
@@ -21,10 +20,11 @@ from pipeline.config import TrainConfig
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.loader import ShardData
 from pipeline.data.store import ShardIndex, open_split
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import ConfigError
 from pipeline.learner import Learner
 from pipeline.models import zoo
 from pipeline.models.plateau import PlateauDetector
+from pipeline.patience import Patience
 from pipeline.recorder import Recorder, TimedLoader
 from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
@@ -69,11 +69,15 @@ def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "
     resolved = dataclasses.replace(config, model=model)
 
     def begin() -> int:
+        with run.writing():
+            return write()
+
+    def write() -> int:
         run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(resolved)), sort_keys=False))
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
         run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
-        return run.begin_attempt(world_size=world.size, start_step=start.step)
+        return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
 
     return world.first_decides(begin)
 
@@ -143,6 +147,8 @@ class Start:
     info: checkpoints.CheckpointInfo | None = None
     content: dict[str, Any] | None = None
     """The checkpoint as saved."""
+    changes: tuple[str, ...] = ()
+    """What differs from the attempt that saved it, and may."""
 
     @property
     def section(self) -> dict[str, Any]:
@@ -155,7 +161,7 @@ class Start:
         return self.step - (self.section.get("owed_row") is not None)
 
 
-def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
+def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash: str) -> Start:
     """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
 
     Raises:
@@ -175,25 +181,11 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
     def load() -> Start:
         path = directory / chosen
         info, content = checkpoints.load_proven(path)
-        _refuse_drift(config, content[checkpoints.SECTION], path)
-        return Start(info.step, info, content)
+        section = content[checkpoints.SECTION]
+        drift.refuse_drift(config, shards_hash, section, path)
+        return Start(info.step, info, content, tuple(drift.changes(config, world.size, section, info.versions)))
 
     return world.agree(load)
-
-
-def _refuse_drift(config: TrainConfig, section: dict[str, Any], path: Path) -> None:
-    """Raise `CheckpointError` where a field that must match differs from the checkpoint's."""
-    wanted = startup.must_match(config)
-    different = [
-        f"{key} was {section['must_match'][key]!r} and is {value!r}"
-        for key, value in wanted.items()
-        if key in section["must_match"] and section["must_match"][key] != value
-    ]
-    if different:
-        raise CheckpointError(
-            f"{path} was made by another configuration ({'; '.join(different)}): set it back to resume, or give another"
-            " name= for a new run."
-        )
 
 
 def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> Learner:
@@ -277,19 +269,23 @@ def fit(
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], session.previous_ledger(run))
     _announce(config, world, shards, plan, start, sum(owed.values()))
-    with Tracker(
-        run,
-        config.tracking,
-        rank=world.rank,
-        model=config.model.name,
-        config=_plain(dataclasses.asdict(config)),
-        notes=training_notes(config, world),
-        resume_step=start.num_recorded,
-    ) as tracker:
+    with (
+        run.writing(),
+        Tracker(
+            run,
+            config.tracking,
+            rank=world.rank,
+            model=config.model.name,
+            config=_plain(dataclasses.asdict(config)),
+            notes=training_notes(config, world),
+            resume_step=start.num_recorded,
+        ) as tracker,
+    ):
         loader = TimedLoader(data.train_dataloader())
-        persistence = session.Persistence(config, world, run, ledger, plan, powersgd)
+        persistence = session.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
         bars = [bar] if world.is_first and (bar := session.progress_bar()) else []
-        saver = session.Saver(run.checkpoints, config.trainer.keep_checkpoints, tracker, persistence, world)
+        patience = Patience(world, config.step_timeout_seconds)
+        saver = session.Saver(run, config.trainer.keep_checkpoints, tracker, persistence, world, patience)
         recorder = Recorder(
             plan,
             ledger,
@@ -304,21 +300,12 @@ def fit(
         )
         bad_samples = session.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
         warm_up = session.BucketWarmUp(world, config.input.size)
-        trainer = session.make_trainer(
-            config,
-            world,
-            plan,
-            start.step,
-            [warm_up, persistence, recorder, session.Stopping(world, recorder), bad_samples, *bars],
-            powersgd,
-        )
+        callbacks = [patience, warm_up, persistence, recorder, session.Stopping(world, recorder), bad_samples, *bars]
+        trainer = session.make_trainer(config, world, plan, start.step, callbacks, saver.io, powersgd)
         session.connect(trainer, learner, plan, recorder, persistence, saver)
-        try:
+        with session.left_behind(recorder, persistence):
             trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
             unexplained = ledger.compare()
-        finally:
-            recorder.flush()
-            persistence.write_ledger(ended=True)
         ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
     _close(config, world, run, recorder, plan, bad_samples)
@@ -361,6 +348,7 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
         f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
+        + "".join(f"\n  changed     {change}" for change in start.changes)
     )
     interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
     misfit = misfit_sentence(
@@ -386,7 +374,8 @@ def _close(
     if not world.is_first:
         return
     done = f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
-    print(f"{done}  report      {write_run_report(run.path)}", flush=True)
+    with run.writing():
+        print(f"{done}  report      {write_run_report(run.path)}", flush=True)
 
 
 def _plain(value: Any) -> Any:

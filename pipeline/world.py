@@ -21,7 +21,7 @@ from pipeline.comm.counters import SocketCounter
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, CommConfig
-from pipeline.errors import DataError, ExitCode, Preempted, UserError
+from pipeline.errors import ConfigError, DataError, ExitCode, Preempted, UserError
 from pipeline.run.preempt import StopRequest
 from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
@@ -29,6 +29,8 @@ from pipeline.startup import Compute, keep_freed_memory, set_threads
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
 SHARE_OF_TIMEOUT = 0.25
+# How gloo reports a connection that broke or stayed silent, and one that it closed after such a report.
+OF_A_LOST_PEER = ("gloo/transport", "Application timeout caused pair closure")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class World:
         """Blocking collectives inside come from `origin`, and their time is waiting."""
         with self.meter.origin(origin), self.timeline.waiting():
             yield
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From here on a collective that this rank begins waits so long for the others."""
+        if self.size > 1:
+            dist.set_timeout(timedelta(seconds=seconds))
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -190,7 +197,7 @@ class _PeerLost(UserError):
 
 def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
 
 
 def _gist(error: RuntimeError) -> str:
@@ -227,7 +234,10 @@ def join_group(
     timeout = timedelta(seconds=cluster.timeout_seconds)
     comm = comm or CommConfig()
     pinned = _pin_nccl(compute.backend, comm)
-    dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    try:
+        dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    except dist.DistError as error:
+        raise _not_met(ranks, error) from error
     recorder = CollectiveMeter(enabled=comm.meter)
     recorder.pinned = pinned
     recorder.attach()
@@ -243,14 +253,27 @@ def join_group(
             raise
         if stop is not None and stop.asked:
             raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
         raise _PeerLost(
-            f"Rank {ranks.rank} lost its connection to another rank and stops ({_gist(error)}): the cause is in what"
-            " that rank said, here or in its own log."
+            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"
+            " what that rank said, here or in its own log."
         ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     recorder.on_phase_end = None
     recorder.detach()
     dist.destroy_process_group()
+
+
+def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
+    """Why the ranks could not meet: the port is another program's, or somebody never came."""
+    place = f"{ranks.master_addr}:{ranks.master_port}"
+    if "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"Port {ranks.master_port} of {ranks.master_addr}, where the ranks are to meet, is another program's:"
+            " set MASTER_PORT to a free one, or unset it, and one is chosen."
+        )
+    reason = str(error).partition("\n")[0][:200]
+    return _PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
 
 
 def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:

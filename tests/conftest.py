@@ -7,6 +7,9 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
+from small_runs import shards, two_ranks
+
+__all__ = ["shards", "two_ranks"]  # fixtures that several folders share
 
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 if not os.environ.get(

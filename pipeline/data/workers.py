@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.batches import LoadedBatch
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ExitCode, UserError
 
 MAX_AUTOMATIC_WORKERS = 16
 PREFETCH_BATCHES = 2  # per worker
@@ -50,7 +50,19 @@ class BatchLoader(DataLoader[LoadedBatch]):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         with self.ahead:
-            for batch in super().__iter__():
+            batches = super().__iter__()
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader worker"):
+                        raise
+                    raise WorkerLost(
+                        f"{' '.join(str(error).split()).rstrip('.')}: if memory ran out, ask for more or lower"
+                        " data.num_workers."
+                    ) from error
                 if isinstance(batch, _Failure):
                     raise DataError(batch.message)
                 yield batch
@@ -86,6 +98,12 @@ def make_loader(
     if ahead is not None:
         loader.ahead = ahead
     return loader
+
+
+class WorkerLost(UserError):
+    """A worker was ended from outside, usually for want of memory; the next attempt may fare better."""
+
+    exit_code = ExitCode.INTERNAL
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,7 @@ tensors and plain values and executes nothing.
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +53,7 @@ from pipeline.run.checkpoint_files import (
     step_of,
     verify,
 )
+from pipeline.run.provenance import versions
 
 __all__ = [
     "BEST_NAME",
@@ -74,7 +73,6 @@ __all__ = [
 
 # Plain facts about a run that the caller puts into a checkpoint, under this key; the sidecar repeats some of them.
 SECTION = "squeezewire"
-VERSIONS_OF = ("torch", "pytorch-lightning", "squeezewire")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -83,11 +81,15 @@ class AtomicCheckpointIO(CheckpointIO):
 
     Args:
         keep: newest checkpoints to keep that verify; at least 2, for the newest may turn out damaged.
+        raises: let `save_checkpoint` raise its failure. False: keep it for `raise_failure`. Lightning lets all ranks
+            meet after a save, where a rank 0 that had raised would be missing.
     """
 
-    def __init__(self, keep: int = 2) -> None:
+    def __init__(self, keep: int = 2, *, raises: bool = True) -> None:
         assert keep >= 2, keep
         self.keep = keep
+        self._raises = raises
+        self._failure: CheckpointError | None = None
         # (bytes, mtime in ns) of files proven by this process, so that retention need not read them again.
         self._proven: dict[Path, tuple[int, int]] = {}
 
@@ -103,7 +105,24 @@ class AtomicCheckpointIO(CheckpointIO):
             CheckpointError: the disk is full or fails. What was there before is untouched.
         """
         assert storage_options is None, "not used"
-        path = Path(path)
+        try:
+            self._save(checkpoint, Path(path))
+        except CheckpointError as error:
+            if self._raises:
+                raise
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """Raise what the last save kept, once.
+
+        Raises:
+            CheckpointError: as `save_checkpoint` would have.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         named = STEP_NAME.fullmatch(path.name)
         assert named, f"{path.name} is not a name of checkpoint_path"
         section = checkpoint.get(SECTION, {})
@@ -193,7 +212,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             _compare(temporary, sha256)
             status = temporary.stat()
-            record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": _versions()}
+            record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": versions()}
             with contextlib.suppress(CheckpointError):
                 record["replaces"] = _as_json(verify(path)) if path.exists() else None
             write_json_atomic(sidecar_path(path), record)
@@ -285,11 +304,3 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 def _as_json(info: CheckpointInfo) -> dict[str, Any]:
     names = info.__dataclass_fields__.keys() - {"path"}
     return {name: getattr(info, name) for name in sorted(names)}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions

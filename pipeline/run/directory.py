@@ -1,19 +1,18 @@
 """The directory of one run: named by the run, made by rank 0, owned by one job at a time."""
 
+import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import re
-import socket
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import fsync_directory, sweep_temporaries, write_bytes_atomic, write_json_atomic, write_text_atomic
+from pipeline.run.lock import RunLock, this_process
 
 SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 MAX_SEGMENT_LENGTH = 200
@@ -21,9 +20,20 @@ MAX_SEGMENT_LENGTH = 200
 RESERVED_SEGMENTS = {"checkpoints", "wandb"}
 # The write probe: larger than any of the small files of a run, so that an almost full disk is noticed at start.
 PROBE_BYTES = 1 << 20
-# A killed owner may need a moment to disappear; the kernel drops its lock when it has.
-DEAD_OWNER_SECONDS = 20.0
-NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+OF_A_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+OF_A_VANISHED_DIRECTORY = {errno.ENOENT, errno.ENOTDIR}
+
+REMEDIES = {
+    errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
+    errno.EACCES: "permission denied: set run_root= to a directory of yours",
+    errno.EPERM: "not permitted: set run_root= to a directory of yours",
+    errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
+    errno.EDQUOT: "the quota is used up: free some space, or set run_root= to another disk",
+    errno.ENOTDIR: "a part of that path is a file: set run_root= or name= to another place",
+    errno.EEXIST: "a part of that path is a file: set run_root= or name= to another place",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter name=",
+    errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
+}
 
 
 class RunDirectory:
@@ -48,8 +58,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.wandb = self.path / "wandb"
         self.report = self.path / "report.html"
-        self._lock_path = self.path / "lock"
-        self._lock: int | None = None
+        self._lock = RunLock(self.path / "lock", name)
 
     def open(self) -> None:
         """Make the directory, take its lock, prove that it can be written, remove leftovers of dead writers.
@@ -57,10 +66,10 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be made or written, or another process owns it.
         """
-        assert self._lock is None, "already open"
+        assert not self._lock.is_held, "already open"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock.acquire()
             probe = self.path / "probe"
             write_bytes_atomic(probe, bytes(PROBE_BYTES))
             probe.unlink()
@@ -73,24 +82,41 @@ class RunDirectory:
             self.close()
             raise
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """A disk that fails under a run which has begun is a sentence, and a checkpoint's matter: exit code 4.
+
+        Raises:
+            CheckpointError: in place of the system's error.
+        """
+        try:
+            yield
+        except OSError as error:
+            is_ours = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(self.path)
+            if error.errno not in (OF_A_FAILING_DISK | OF_A_VANISHED_DIRECTORY if is_ours else OF_A_FAILING_DISK):
+                raise
+            remedy = REMEDIES.get(error.errno or 0, "check the disk, or set run_root= to another one")
+            raise CheckpointError(
+                f"Cannot write {error.filename or self.path} ({error.strerror}): {remedy}, then run the same command"
+                " again. The checkpoints saved before are untouched."
+            ) from error
+
     def close(self) -> None:
         """Give the lock back. Harmless when there is none."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def begin_attempt(self, **conditions: Any) -> int:
         """Record one more start of this run, durably. Returns its number, 1 for the first.
 
         `conditions`: plain values worth keeping, such as the world size and the step it starts from.
         """
-        assert self._lock is not None, "only the owner counts attempts"
+        assert self._lock.is_held, "only the owner counts attempts"
         before = self.attempts.read_bytes() if self.attempts.exists() else b""
         number = sum(1 for line in before.splitlines() if line.strip()) + 1
         record = {
             "attempt": number,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **_owner(),
+            **this_process(),
             **conditions,
         }
         # A line cut short by a crash was a start too; it is ended, not overwritten.
@@ -110,38 +136,6 @@ class RunDirectory:
         """What `provenance.describe` returned."""
         write_json_atomic(self.environment, dict(environment))
 
-    def _take_lock(self) -> None:
-        # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
-        lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + DEAD_OWNER_SECONDS
-        try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    owner = _read_owner(self._lock_path)
-                    if _lives(owner) or time.monotonic() >= deadline:
-                        raise ConfigError(
-                            f"Run {self.name!r} is being written by another process ({_name(owner)}): wait for it, end"
-                            " it, or choose another name=."
-                        ) from None
-                    time.sleep(0.1)
-                except OSError as error:
-                    if error.errno not in NO_LOCKS_HERE:
-                        raise
-                    print(f"warning: no file locks at {self.path}: nothing keeps a second job out of this run.")
-                    break
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps(_owner()).encode(), 0)
-        except BaseException:
-            os.close(lock)
-            raise
-        self._lock = lock
-        # A lock belongs to the open file, which forked data loader workers share: an orphan would keep it for its
-        # owner, and a restart would be refused.
-        os.register_at_fork(after_in_child=self.close)
-
 
 def validate_name(name: str) -> None:
     """Raise `ConfigError` unless `name` is one or more plain path segments, such as `first` or `sweep/lr=0.1`."""
@@ -154,42 +148,7 @@ def validate_name(name: str) -> None:
         )
 
 
-def _owner() -> dict[str, Any]:
-    job = os.environ.get("SLURM_JOB_ID")
-    return {"host": socket.gethostname(), "pid": os.getpid()} | ({"job": job} if job else {})
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _lives(owner: Mapping[str, Any]) -> bool:
-    """Whether the recorded owner must be taken to be alive: it is on another host, or its process is there."""
-    if not owner:
-        return False
-    return owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists()
-
-
-def _name(owner: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {owner[key]}" for key in ("host", "pid", "job") if key in owner) or "unknown"
-
-
 def _sentence(path: Path, error: OSError) -> str:
     """What is wrong with the place, and what to do."""
-    remedies = {
-        errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
-        errno.EACCES: "permission denied: set run_root= to a directory of yours",
-        errno.EPERM: "not permitted: set run_root= to a directory of yours",
-        errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
-        errno.EDQUOT: "the quota is used up: free some space, or set run_root= to another disk",
-        errno.ENOTDIR: "a part of that path is a file: set run_root= or name= to another place",
-        errno.EEXIST: "a part of that path is a file: set run_root= or name= to another place",
-        errno.ENAMETOOLONG: "the path is too long: choose a shorter name=",
-        errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
-    }
-    remedy = remedies.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
+    remedy = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
     return f"Cannot write the run directory {path}: {remedy}."

@@ -25,15 +25,14 @@ class MetricsLog:
         self.path = path
         self.num_not_finite: Counter[str] = Counter()
         self.last_step = -1
-        self._file: BinaryIO = path.open("a+b")
+        self._file: BinaryIO = path.open("ab")
         self.truncate_to(None)
 
     def append(self, step: int, row: Row) -> dict[str, float | int | None]:
         """Write the one row of `step`, larger than every step so far. Returns it as written, without the step."""
         assert step > self.last_step, f"step {step} after step {self.last_step}"
         clean = {key: self._finite(key, value) for key, value in row.items()}
-        self._file.write(json.dumps({STEP_KEY: step, **clean}, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self._write(json.dumps({STEP_KEY: step, **clean}, allow_nan=False).encode() + b"\n")
         self.last_step = step
         return clean
 
@@ -44,8 +43,9 @@ class MetricsLog:
         reach. Returns how many whole rows were dropped.
         """
         end, num_dropped, last_step = 0, 0, -1
-        self._file.seek(0)
-        for line in self._file:
+        with self.path.open("rb") as file:
+            lines = file.readlines()
+        for line in lines:
             row_step = _step_of(line)
             if (
                 num_dropped
@@ -58,16 +58,25 @@ class MetricsLog:
                 print(f"warning: a damaged line in {self.path} is left as it is", file=sys.stderr)
             end += len(line)
             last_step = row_step if row_step is not None else last_step
-        self._file.truncate(end)
-        self._file.seek(0, os.SEEK_END)
+        os.ftruncate(self._file.fileno(), end)
         self.last_step = last_step
         self.sync()
         return num_dropped
 
     def sync(self) -> None:
         """Make everything written so far durable. Called with every checkpoint."""
-        self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _write(self, line: bytes) -> None:
+        """At the end of the file, whole or not at all: past any buffer, which would write again when it is closed."""
+        descriptor = self._file.fileno()
+        end = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError:  # a full disk takes part of it
+            os.ftruncate(descriptor, end)
+            raise
 
     def close(self) -> None:
         """`sync`, and no more rows. Harmless when closed."""

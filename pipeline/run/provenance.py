@@ -1,5 +1,6 @@
 """What a run was made of: code, packages, machine. Written once per attempt, as environment.json."""
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -55,6 +56,13 @@ def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of Python, of squeezewire and of every package that is installed of those that matter."""
+    installed = {name: package_version(name) for name in ("squeezewire", *PACKAGES)}
+    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
 
 
 def package_version(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """What a run records while it goes: metrics.jsonl, and W&B as its mirror. Rank 0 only."""
 
+import contextlib
 import re
 import secrets
 import sys
@@ -101,7 +102,11 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish(exit_code=0 if kind is None else int(getattr(kind, "exit_code", 1)))
+        if kind is None:
+            self.finish()
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide what ended the block
+            self.finish(exit_code=int(getattr(kind, "exit_code", 1)))
 
 
 def wandb_id(run: RunDirectory) -> str:

@@ -183,7 +183,10 @@ class Event:
 
 
 def put_through(slurm: "SlurmCluster", checkout: Checkout, name: str, events: list[Event], **where: int) -> str:
-    """Submit a run, let these things happen to it, one after another, and see it finish. Returns the log."""
+    """Submit a run, let these things happen to it, one after another, and see it finish. Returns the log.
+
+    A node that comes back may still end what it takes for the job before: then the job comes back once more.
+    """
     hold = checkout.root / "fed" / f"{name}.hold"
     hold.parent.mkdir(exist_ok=True)
     hold.write_text(str(events[0].step))
@@ -197,12 +200,13 @@ def put_through(slurm: "SlurmCluster", checkout: Checkout, name: str, events: li
             write_text_atomic(hold, str(events[restarts].step))
         else:
             hold.unlink()
-        wait_until(lambda restarts=restarts: slurm.job(job_id)["Restarts"] == str(restarts), "the job stays away")
+        wait_until(lambda restarts=restarts: int(slurm.job(job_id)["Restarts"]) >= restarts, "the job stays away")
         event.recover()
         wait_until(lambda: runs_again(slurm, job_id), "the job does not start again")
     job = slurm.wait(job_id, JOB_SECONDS, impatient=True)
     log = checkout.log(job_id)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", str(len(events))), log
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert len(events) <= int(job["Restarts"]) <= len(events) + 1, log
     return log
 
 
@@ -242,11 +246,15 @@ def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -
         ids.append((checkout.run("tried") / "wandb_id").read_text())
         slurm.run(*node, "State=DOWN", "Reason=test")
 
+    def repair() -> None:
+        wait_until(lambda: not ranks_on(slurm, "node2"), "a rank of before is still there")
+        slurm.run(*node, "State=RESUME")
+
     events = [
         Event(5, requeue(slurm)),
         Event(16, tell(slurm, "USR1")),
         Event(28, kill_ranks(slurm, "node2")),
-        Event(43, lose_a_node, lambda: slurm.run(*node, "State=RESUME")),
+        Event(43, lose_a_node, repair),
     ]
     log = put_through(slurm, checkout, "tried", events)
 
@@ -255,10 +263,11 @@ def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -
     assert len(list(checkout.run("tried").glob("wandb/offline-run-*"))) == 5
     assert "step 17 of 60 is saved. The same command goes on." in log
     # Slurm's own requeues are not doubled; ours are the signal and the killed rank.
-    assert len((checkout.run("tried") / "requeues.jsonl").read_text().splitlines()) == 2, log
+    ours = [json.loads(line) for line in (checkout.run("tried") / "requeues.jsonl").read_text().splitlines()]
+    assert [(record["exit_code"], record["step"]) for record in ours[:2]] == [(75, 17), (137, 25)], log
     steps = [attempt["first_step"] for attempt in checkout.ledger("tried")["attempts"]]
-    assert (steps[0], steps[2:4]) == (0, [17, 20])
-    assert steps[4] in (40, 44)  # 44 if the node that is left had the time to save
+    assert (steps[0], steps[2:4]) == (0, [17, 25])  # 25 is validated, and so far the best
+    assert steps[1] in (0, 6) and steps[4] in (40, 44)  # the later one if Slurm left the time to save
 
 
 @pytest.fixture(scope="module")

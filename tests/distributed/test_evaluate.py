@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from commands import run
-from conftest import NUM_VALIDATION, Pair, write_shards
+from small_runs import NUM_VALIDATION, Pair, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import HERE, SMALL, run, train
-from conftest import picture, write_shards
+from small_runs import picture, write_shards
 from webdataset.writer import TarWriter
 
 NAMES = ("set-train-000.tar", "set-train-001.tar", "set-validation-000.tar")

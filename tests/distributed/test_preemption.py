@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from commands import Ended, rows, train_recorded
-from conftest import PAIR_OPTIONS, Pair
-from test_train_resume import assert_same, differences, fed, load
+from comparing import assert_same, differences, fed, load
+from small_runs import PAIR_OPTIONS, Pair
 
 LONGEST_SECONDS = 25.0  # Slurm kills 30 s after SIGTERM
 WORKERS = ("data.num_workers=2",)

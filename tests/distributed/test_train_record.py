@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from commands import TIMES, rows, train_recorded
-from conftest import NUM_VALIDATION, PAIR_OPTIONS, Pair
+from small_runs import NUM_VALIDATION, PAIR_OPTIONS, Pair
 from wandb_file import records
 
 from pipeline.comm import wire

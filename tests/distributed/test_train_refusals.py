@@ -6,16 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import SMALL, run, train, train_recorded
-from conftest import PAIR_OPTIONS, Pair, write_shards
+from commands import SMALL, assert_holds_no, run, sentences, train, train_recorded
+from small_runs import PAIR_OPTIONS, Pair, write_shards
 
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")
-
-
-def sentences(output: str) -> list[str]:
-    """The lines by which the command says what is wrong; not those of ranks that only lost the one that said it."""
-    assert "Traceback" not in output and "Warning" not in output, output
-    return [line for line in output.splitlines() if "error: " in line and "lost its connection" not in line]
 
 
 # --- known before any rank starts ---
@@ -79,7 +73,8 @@ def test_a_picture_too_many_that_does_not_decode(tmp_path: Path) -> None:
 def test_trouble_that_may_not_stop_a_run(devices: int, tmp_path: Path) -> None:
     """Two bad pictures within the budget, and a W&B server that is not there."""
     shards = write_shards(tmp_path / "shards", damaged=(17, 41))
-    unreachable = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    keys = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "AWS_SECRET_ACCESS_KEY": "a/secret+of/somebody's"}
+    unreachable = {**keys, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     options = (*SHORT, "trainer.max_steps=5", "data.max_bad_fraction=0.04", "tracking=online")
     ended = train(tmp_path / "runs", shards, "goes_on", devices, *options, environment=unreachable)
     run_directory = tmp_path / "runs" / "goes_on"
@@ -90,6 +85,8 @@ def test_trouble_that_may_not_stop_a_run(devices: int, tmp_path: Path) -> None:
     assert f"2 of 60 pictures were replaced: {run_directory / 'quarantine.jsonl'}" in ended.output
     assert ended.output.count("W&B stays offline") == 1
     assert list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert_holds_no(tmp_path / "runs", ended.output, *keys.values())
+    assert not [path for path in run_directory.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o002]
     steps = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["trainer/step"] for row in steps] == [1, 2, 3, 4, 5]  # every rank had a full batch for each
 
@@ -116,7 +113,8 @@ def test_who_stands_in_for_a_bad_picture_is_always_the_same(tmp_path: Path) -> N
     for name, workers in (("one", 0), ("two", 2)):
         train_recorded(tmp_path, shards, name, 2, *options, f"data.num_workers={workers}")
         fed = [(tmp_path / f"{name}.fed" / f"rank{rank}.jsonl").read_text().splitlines() for rank in range(2)]
-        seen.append([[{k: v for k, v in json.loads(line).items() if k != "pid"} for line in lines] for lines in fed])
+        keys = ("step", "micro", "ids", "pixels")
+        seen.append([[[json.loads(line)[key] for key in keys] for line in lines] for lines in fed])
     assert seen[0] == seen[1]
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Ended, rows, train, train_recorded
-from conftest import PAIR_OPTIONS, Pair, write_shards
+from commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
+from comparing import differences, fed, load
 from s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
 from shard_index import add_index
 from shard_server import Rule, ShardServer, serving
-from test_train_refusals import SHORT, sentences
-from test_train_resume import differences, fed, load
+from small_runs import PAIR_OPTIONS, Pair, write_shards
+from test_train_refusals import SHORT
 
 from pipeline.data.cache import Cache, CacheSettings
 from pipeline.data.manifest import Manifest
@@ -58,13 +58,6 @@ def assert_same(one: Pair, root: Path, name: str) -> None:
     unbroken, other = load(one.unbroken), load(root / name)
     for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
         assert not differences(unbroken[part], other[part], part)
-
-
-def assert_holds_no(root: Path, output: str, *secrets: str) -> None:
-    """No secret in what a run has printed or written."""
-    everything = [output.encode(), *(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())]
-    for secret in secrets:
-        assert not [content for content in everything if secret.encode() in content]
 
 
 def whole_split_bytes(root: Path, *splits: str) -> int:

@@ -1,88 +1,13 @@
 """Killed and run again, a training ends where the unbroken one ends: bit for bit."""
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 from commands import rows, train_recorded
-from conftest import Pair, make_pair
-
-LAST = "step=000000011.ckpt"
-
-
-def load(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / LAST, weights_only=True)
-
-
-def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nests of containers, tensors and plain values are not bit for bit the same."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
-        return keys + [
-            d for key in one.keys() & other.keys() for d in differences(one[key], other[key], f"{path}.{key}")
-        ]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
-    return [] if one == other else [f"{path}: {one!r} and {other!r}"]
-
-
-def fed(root: Path, name: str, devices: int) -> dict[tuple[int, int, int], set[tuple[Any, ...]]]:
-    """By (rank, step, micro-batch): the different things the learner was fed there, in all attempts."""
-    seen: dict[tuple[int, int, int], set[tuple[Any, ...]]] = {}
-    for rank in range(devices):
-        for line in (root / f"{name}.fed" / f"rank{rank}.jsonl").read_text().splitlines():
-            said = json.loads(line)
-            place = (rank, said["step"], said["micro"])
-            seen.setdefault(place, set()).add((tuple(said["ids"]), said["pixels"]))
-    return seen
-
-
-def committed(ledger: dict[str, Any]) -> Counter[tuple[str, ...]]:
-    """(calls, bytes) of the committed training steps, over all attempts."""
-    totals: Counter[tuple[str, ...]] = Counter()
-    for row in ledger["collectives"]:
-        if row["phase"] == "train" and row["committed"]:
-            totals[row["op"], row["origin"], "calls"] += row["num_calls"]
-            totals[row["op"], row["origin"], "bytes"] += row["payload_bytes"]
-    return totals
-
-
-def layout(ledger: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """The gradient buckets, without their times."""
-    return [(bucket["index"], bucket["bytes"], bucket["num_parameters"]) for bucket in ledger["buckets"]]
-
-
-def assert_same(pair: Pair) -> None:
-    unbroken, resumed = load(pair.unbroken), load(pair.resumed)
-    for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
-        assert not differences(unbroken[part], resumed[part], part)
-    for part in ("step", "learner", "best_score", "must_match", "powersgd"):
-        assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
-    assert rows(pair.unbroken) == rows(pair.resumed)
-    assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, 12))
-
-    one, other = fed(pair.root, "unbroken", pair.devices), fed(pair.root, "resumed", pair.devices)
-    assert one == other
-    assert all(len(things) == 1 for things in other.values())
-
-    ledgers = [json.loads((run / "ledger.json").read_text()) for run in (pair.unbroken, pair.resumed)]
-    assert committed(ledgers[0]) == committed(ledgers[1])
-    for ledger in ledgers:
-        ledger["transport"].pop("retransmitted_bytes_per_rank")  # the network's mood
-    for part in ("num_steps", "transport", "servers", "per_step", "gradient_bytes", "layers"):
-        assert ledgers[0][part] == ledgers[1][part], part
-    assert layout(ledgers[0]) == layout(ledgers[1])
-    if pair.devices > 1:
-        assert ledgers[1]["closed"] is True
-        assert ledgers[1]["transport"]["residual_bytes_per_rank"] == [0] * pair.devices
-        assert all(row["comm/residual_bytes"] == 0 for row in rows(pair.resumed))
-    assert [attempt["attempt"] for attempt in ledgers[1]["attempts"]] == [1, 2]
+from comparing import assert_same, differences, fed, load
+from small_runs import Pair, make_pair
 
 
 def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
@@ -91,8 +16,8 @@ def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
     assert (first["first_step"], second["first_step"]) == (0, 6)
 
 
-def test_one_rank_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:
-    pair = make_pair(tmp_path, shards, 1, "0 4 0 rank")
+def test_one_rank_killed_amid_validation_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, shards, 1, "0 4 validation rank")
     assert_same(pair)
     # Null in the command: the record of a run says what it was.
     config = yaml.safe_load((pair.resumed / "config.yaml").read_text())
@@ -152,8 +77,8 @@ def test_powersgd_state_of_another_kind_is_refused(shards: Path, tmp_path: Path)
         assert "PowerSGD state" in refused.output and override.partition("=")[0] in refused.output
 
 
-def test_three_ranks(shards: Path, tmp_path: Path) -> None:
-    assert_same(make_pair(tmp_path, shards, 3, "2 8 0 supervisor"))
+def test_three_ranks_one_of_which_dies_amid_its_backward_pass(shards: Path, tmp_path: Path) -> None:
+    assert_same(make_pair(tmp_path, shards, 3, "2 8 backward rank"))
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
 """`pipeline.train` that also writes down what its learner is fed, and that can be killed at a chosen moment.
 
 Takes the overrides of `train`. FED_TO: a directory where every rank appends a line per micro-batch to `rank<r>.jsonl`.
-KILL_AT, if set: "rank step micro victim"; that rank, when it is fed that micro-batch of that step (0-based), sends
-SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself.
+KILL_AT, if set: "rank step place victim". The place is a micro-batch of that step (0-based): the rank is fed it; or
+`backward`: it is amid the step's first backward pass; or `validation`: it validates what that many steps have made.
+There it sends SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself; `hang` is
+SIGSTOP to itself, `shell` runs the command DO and goes on,
+`clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
+to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing.
 SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal when it comes to that place. Places:
 `start` (joined, before the shards are opened), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
 `validation<n>` (fed its micro-batch n). Targets: `rank`, itself; `supervisor`; `ranks`, all of them;
@@ -13,7 +17,9 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,12 +31,61 @@ from pipeline.run.launch import supervise
 from pipeline.train import train
 
 
+def strike(victim: str) -> None:
+    """End this process by ending its victim, or stop it for good."""
+    if victim == "shell":
+        subprocess.run(os.environ["DO"], shell=True, check=True)
+        return
+    if victim == "clock":
+        now = time.time
+        time.time = lambda: now() - 3600
+        return
+    if victim == "memory":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        return
+    if victim == "worker":
+        import psutil
+
+        # Children of the fork server, which is a child of ours.
+        workers = [child for child in psutil.Process().children(recursive=True) if child.ppid() != os.getpid()]
+        workers[0].kill()
+        return
+    if victim == "hang":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif victim != "sleep":
+        os.kill(os.getppid() if victim == "supervisor" else os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # the end comes from the kernel, as soon as the supervisor is gone
+
+
+def generators() -> str:
+    """Hash of the state of every global generator."""
+    import random  # here, as all that follows: the supervisor imports no torch and has one thread
+
+    import numpy as np
+    import torch
+
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    digest.update(repr((random.getstate(), np.random.get_state()[1].tolist())).encode())  # type: ignore[index]
+    return digest.hexdigest()
+
+
+def resources() -> dict[str, int]:
+    """What this process holds: open files, threads, bytes of memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    counts = {name: len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task")}
+    return {**counts, "rss": pages * os.sysconf("SC_PAGE_SIZE")}
+
+
 def record(directory: Path, rank: int, kill_at: list[str]) -> None:
-    """Wrap the learner's training step."""
+    """Wrap the learner's training and validation steps."""
     from pipeline.learner import Batch, Learner
 
-    inner = Learner.training_step
+    inner, inner_validation = Learner.training_step, Learner.validation_step
     place = {"step": -1, "micro": -1}
+
+    def is_due(step: int, where: str) -> bool:
+        return kill_at[:3] == [str(rank), str(step), where]
 
     def training_step(learner: Learner, loaded: Any, batch_idx: int) -> Any:
         if not learner.warming_up:
@@ -39,15 +94,23 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             place["step"] = step
             batch = Batch.of(loaded)
             pixels = hashlib.sha256(batch.images_BCHW.numpy().tobytes()).hexdigest()
-            line = {**place, "ids": batch.sample_ids_B.tolist(), "pixels": pixels, "pid": os.getpid()}
+            line = {**place, "ids": batch.sample_ids_B.tolist(), "pixels": pixels, "generators": generators()}
             with (directory / f"rank{rank}.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            if kill_at[:3] == [str(rank), str(step), str(place["micro"])]:
-                os.kill(os.getppid() if kill_at[3] == "supervisor" else os.getpid(), signal.SIGKILL)
-                time.sleep(60)  # the end comes from the kernel, as soon as the supervisor is gone
+                file.write(json.dumps({**line, "pid": os.getpid(), **resources()}) + "\n")
+            if is_due(step, str(place["micro"])):
+                strike(kill_at[3])
+            if is_due(step, "backward") and place["micro"] == 0:
+                parameters = list(learner.model.parameters())
+                parameters[len(parameters) // 2].register_hook(lambda _: strike(kill_at[3]))
         return inner(learner, loaded, batch_idx)
 
+    def validation_step(learner: Learner, loaded: Any, batch_idx: int) -> None:
+        if is_due(learner.committed_steps, "validation"):
+            strike(kill_at[3])
+        inner_validation(learner, loaded, batch_idx)
+
     Learner.training_step = training_step  # type: ignore[method-assign]
+    Learner.validation_step = validation_step  # type: ignore[method-assign]
 
 
 def send(number: signal.Signals, target: str) -> None:

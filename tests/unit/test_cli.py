@@ -47,6 +47,12 @@ def test_a_value_may_hold_an_equals_sign(name: str) -> None:
     assert compose("train", TrainConfig, [*BASE[1:], f"name={name}"]).name == name.strip("'")
 
 
+@pytest.mark.parametrize("root", ["läufe/été", "my runs", "two  spaces", "日本"])
+def test_a_path_may_hold_accents_and_spaces(root: str) -> None:
+    config = compose("train", TrainConfig, [*BASE, f"run_root={root}"])
+    assert config.run_root == root
+
+
 def test_names_of_shards_may_hold_ranges_in_braces() -> None:
     names = "imagenet-train-{0000..1023}.tar"
     assert compose("train", TrainConfig, [*BASE, f"data.train_split={names}"]).data.train_split == names

@@ -73,3 +73,13 @@ def test_scripts_can_be_run_and_are_bash() -> None:
             assert starts == bool(path.stat().st_mode & 0o100), (
                 f"{path}: a first line #!/bin/bash and chmod +x go together"
             )
+
+
+def test_the_table_of_faults_names_tests_that_exist() -> None:
+    table = (REPOSITORY / "tests/README.md").read_text()
+    named = re.findall(r"`(\w+(?:/\w+)+\.py)(?:::(test_\w+))?`", table)
+    assert len(named) > 80
+    for file, test in named:
+        path = REPOSITORY / "tests" / file
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(), f"{file}::{test}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from pipeline.comm.timeline import Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, TrainConfig, TrainerConfig
 from pipeline.data.manifest import Manifest, Shard, Split
+from pipeline.drift import free_fields
 from pipeline.errors import CheckpointError, ConfigError, DataError, UserError
 from pipeline.files import sha256_of_file
-from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path
+from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path, sidecar_path
 from pipeline.run.ranks import find_ranks
 from pipeline.startup import choose_compute, must_match
 from pipeline.world import World
+
+HASH = "of the shards"
 
 
 @pytest.fixture
@@ -148,13 +152,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, world: World)
 
 
 def test_a_fresh_run_starts_at_nothing(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
-    assert training.find_start(configure(tmp_path), world, opened) == training.Start()
+    assert training.find_start(configure(tmp_path), world, opened, HASH) == training.Start()
 
 
-def save(config: TrainConfig, run: training.RunDirectory, step: int) -> Path:
+def save(config: TrainConfig, run: training.RunDirectory, step: int, world_size: int = 1) -> Path:
     """A checkpoint that holds nothing but our own section."""
     path = checkpoint_path(run.checkpoints, step)
-    section = {"step": step, "world_size": 1, "model": config.model.name, "must_match": must_match(config)}
+    section = {"step": step, "world_size": world_size, "model": config.model.name}
+    section |= {"must_match": must_match(config, HASH), "free_fields": free_fields(config)}
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "squeezewire": section}, path)
     return path
 
@@ -165,9 +170,9 @@ def test_the_newest_sound_checkpoint_is_where_it_starts(
     config = configure(tmp_path)
     save(config, opened, 2)
     newest = save(config, opened, 3)
-    assert training.find_start(config, world, opened).step == 3
+    assert training.find_start(config, world, opened, HASH).step == 3
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert training.find_start(config, world, opened).step == 2
+    assert training.find_start(config, world, opened, HASH).step == 2
     assert "step=000000003.ckpt" in capsys.readouterr().err
 
 
@@ -185,7 +190,7 @@ def test_a_run_does_not_change_what_it_is(
 ) -> None:
     save(configure(tmp_path), opened, 2)
     with pytest.raises(CheckpointError) as raised:
-        training.find_start(configure(tmp_path, override), world, opened)
+        training.find_start(configure(tmp_path, override), world, opened, HASH)
     assert words in str(raised.value) and "another name=" in str(raised.value) and raised.value.exit_code == 4
 
 
@@ -194,7 +199,37 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
 ) -> None:
     save(configure(tmp_path), opened, 2)
     longer = configure(tmp_path, "trainer.max_steps=99", "trainer.validate_every_steps=7", "recipe.lr=0.5")
-    assert training.find_start(longer, world, opened).step == 2
+    start = training.find_start(longer, world, opened, HASH)
+    assert start.step == 2
+    assert set(start.changes) == {
+        "trainer.max_steps was 4 and is 99",
+        "trainer.validate_every_steps was None and is 7",
+        "recipe.lr was 0.04 and is 0.5",
+    }
+    assert training.find_start(configure(tmp_path), world, opened, HASH).changes == ()
+
+
+def test_other_packages_are_said(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
+    """As if an upgrade had come in between: the checkpoint's sidecar tells older versions, and other ranks."""
+    config = configure(tmp_path)
+    path = save(config, opened, 2, world_size=3)
+    sidecar = sidecar_path(path)
+    record = json.loads(sidecar.read_text())
+    installed = record["versions"]["torch"]
+    record["versions"] |= {"torch": "2.4.0", "gone": "1"}
+    sidecar.write_text(json.dumps(record))
+    assert training.find_start(config, world, opened, HASH).changes == (
+        "the number of ranks was 3 and is 1",
+        f"torch was '2.4.0' and is '{installed}'",
+        "gone was '1' and is None",
+    )
+
+
+def test_other_shards_are_refused(tmp_path: Path, world: World, opened: training.RunDirectory) -> None:
+    save(configure(tmp_path), opened, 2)
+    with pytest.raises(CheckpointError, match=r"data\.shards_sha256 was 'of the shards' and is 'of others'") as raised:
+        training.find_start(configure(tmp_path), world, opened, "of others")
+    assert "another name=" in str(raised.value) and raised.value.exit_code == 4
 
 
 def test_checkpoints_none_of_which_is_sound_are_not_trained_over(
@@ -203,5 +238,5 @@ def test_checkpoints_none_of_which_is_sound_are_not_trained_over(
     path = save(configure(tmp_path), opened, 2)
     path.write_bytes(b"gone")
     with pytest.raises(UserError, match="none verifies") as raised:
-        training.find_start(configure(tmp_path), world, opened)
+        training.find_start(configure(tmp_path), world, opened, HASH)
     assert raised.value.exit_code == 4

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -155,6 +157,21 @@ def test_a_bug_on_one_rank_leaves_no_other_waiting(tmp_path: Path, capfd: pytest
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(tmp_path)]
     assert supervise(command, 2, environment=environment(), num_threads=1) == ExitCode.INTERNAL
     assert "ZeroDivisionError: ours" in capfd.readouterr().err
+
+
+def test_a_port_that_another_program_has_is_a_sentence_at_once(tmp_path: Path) -> None:
+    """As two jobs on a node that were given the same MASTER_PORT."""
+    body = """
+    tell(outcome=outcome(lambda: join_group(ranks, compute, cluster).__enter__()))
+    os._exit(0)
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        variables = {**environment(), **place, "MASTER_PORT": str(server.getsockname()[1])}
+        command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(tmp_path)]
+        subprocess.run(command, env=variables, check=True, timeout=60)
+    code, message = json.loads((tmp_path / "rank0.json").read_text())["outcome"]
+    assert code == 2 and "is another program's: set MASTER_PORT" in message
 
 
 @pytest.fixture

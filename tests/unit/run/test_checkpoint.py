@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -353,6 +354,51 @@ def test_killed_at_any_moment_the_newest_is_whole_and_nothing_is_passed_over(tmp
             steps.append(step)
             find_best(tmp_path)
     assert steps[-1] > 0, "nothing was ever saved"
+
+
+def _save_until_file_size(directory: Path, step: int, num_bytes: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and would be told of EFBIG instead
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+    save(directory, step)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["over the same name", "under a new name"])
+def test_killed_at_any_byte_of_a_save_the_one_before_is_whole(step: int, tmp_path: Path) -> None:
+    """The kernel ends the process when the file would grow beyond a limit: 20 random ones, the first and the last."""
+    save(tmp_path, 1, 2)
+    before = snapshot(tmp_path)
+    num_bytes = checkpoint_path(tmp_path, 2).stat().st_size
+    generator = random.Random(step)
+    offsets = [0, num_bytes - 1, *(generator.randrange(num_bytes) for _ in range(20))]
+    for offset in offsets:
+        arguments = (tmp_path, step, offset)
+        process = multiprocessing.get_context("fork").Process(target=_save_until_file_size, args=arguments)
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGXFSZ, "it was not killed"
+        (torn,) = tmp_path.glob("*.tmp.*")
+        assert torn.stat().st_size == offset
+        assert latest(tmp_path) == (2, [])
+        AtomicCheckpointIO().sweep(tmp_path)
+        assert snapshot(tmp_path) == before
+    save(tmp_path, step)
+    assert latest(tmp_path) == (step, [])
+
+
+def test_a_used_up_quota_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in: the error that a file system with quotas gives. To set one up needs such a file system."""
+    io = save(tmp_path, 1)
+    before = snapshot(tmp_path)
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=r"quota exceeded.*make room"):
+        io.save_checkpoint(state(2), checkpoint_path(tmp_path, 2))
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == before and latest(tmp_path) == (1, [])
 
 
 # --- best ---

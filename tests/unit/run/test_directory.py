@@ -1,5 +1,6 @@
 """The run directory: names, places that cannot be written, one owner at a time."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.run.directory import RunDirectory, validate_name
 
 
@@ -97,6 +98,28 @@ def test_a_disk_that_cannot_be_written_is_a_sentence(options: str, message: str,
             RunDirectory(place, "first").open()
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "words"),
+    [
+        (errno.ESTALE, None, "network file system has lost it"),
+        (errno.EDQUOT, None, "quota is used up"),
+        (errno.EIO, None, "check the disk"),
+        (errno.ENOENT, "metrics.jsonl", "check the disk"),
+    ],
+)
+def test_a_disk_that_fails_later_is_a_sentence_too(
+    number: int, file: str | None, words: str, run: RunDirectory
+) -> None:
+    """As the system says it; a stale handle of NFS needs a server that forgets."""
+    with pytest.raises(CheckpointError, match=words), run.writing():
+        raise OSError(number, os.strerror(number), *([run.path / file] if file else []))
+
+
+def test_a_file_missing_elsewhere_is_no_failing_disk(run: RunDirectory) -> None:
+    with pytest.raises(FileNotFoundError), run.writing():
+        Path("/no/such/file").read_text()
 
 
 def test_a_second_owner_is_refused_with_the_first_ones_name(run: RunDirectory) -> None:

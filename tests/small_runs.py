@@ -77,6 +77,7 @@ class Pair:
 
     root: Path
     devices: int
+    name: str = "resumed"
 
     @property
     def unbroken(self) -> Path:
@@ -86,7 +87,7 @@ class Pair:
     @property
     def resumed(self) -> Path:
         """Its run directory."""
-        return self.root / "resumed"
+        return self.root / self.name
 
 
 def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: str) -> Pair:
@@ -94,6 +95,11 @@ def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: st
     train_recorded(root, shards, "unbroken", devices, *options)
     killed = train_recorded(root, shards, "resumed", devices, *options, kill_at=kill_at, expect=None)
     assert killed.code == (-9 if kill_at.endswith("supervisor") else 1), killed.output
+    rank, step, _, victim = kill_at.split()
+    if victim == "rank":
+        assert f"rank {rank} was killed by SIGKILL" in killed.output
+        where = "or in a pause before it" if "validation" in kill_at else f"in step {int(step) + 1} and stops"
+        assert devices == 1 or where in killed.output, killed.output
     assert (root / "resumed" / "metrics.jsonl").read_text().count("\n") < 11
     saved = json.loads((root / "resumed" / "checkpoints" / "last.json").read_text())["step"]
     told = json.loads((root / "resumed" / "ledger.json").read_text())["num_steps"]

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+TRAIN_RECORDED = HERE / "distributed/train_recorded.py"
 MARK = "SQUEEZEWIRE_COMMAND_MARK"
 DEADLINE_SECONDS = 300.0
 LEFT_BEHIND_SECONDS = 30.0
+SECRET = {"DECOY_TOKEN": "correct-horse-battery-staple"}
+"""In the environment of every command, and never in what one prints."""
 TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
 SMALL = (
     "data.size=32",
@@ -86,7 +89,7 @@ def run(
     with _nothing_left_behind() as mark:
         process = subprocess.Popen(
             [*prefix, sys.executable, *arguments],
-            env={**clean_environment(), "PYTHONPATH": str(HERE.parents[1]), **mark, **(environment or {})},
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **SECRET, **mark, **(environment or {})},
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,6 +99,7 @@ def run(
             output, _ = process.communicate(timeout=DEADLINE_SECONDS)
         finally:
             process.kill()
+    assert not any(value in output for value in SECRET.values())
     assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{output}"
     return Ended(process.returncode, output)
 
@@ -131,8 +135,15 @@ def train_recorded(
     fed.mkdir(parents=True, exist_ok=True)
     where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
-    arguments = [str(HERE / "train_recorded.py"), *where, *SMALL, *tracking, *more]
+    arguments = [str(TRAIN_RECORDED), *where, *SMALL, *tracking, *more]
     return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})})
+
+
+def assert_holds_no(root: Path, output: str, *secrets: str) -> None:
+    """No secret in what a run has printed or written."""
+    everything = [output.encode(), *(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())]
+    for secret in (*secrets, *SECRET.values()):
+        assert not [content for content in everything if secret.encode() in content]
 
 
 def rows(run_directory: Path) -> list[dict[str, Any]]:
@@ -142,3 +153,9 @@ def rows(run_directory: Path) -> list[dict[str, Any]]:
         {key: value for key, value in json.loads(line).items() if not key.startswith("perf/") and key not in TIMES}
         for line in lines
     ]
+
+
+def sentences(output: str) -> list[str]:
+    """The lines by which the command says what is wrong; not those of ranks that only lost the one that said it."""
+    assert "Traceback" not in output and "Warning" not in output, output
+    return [line for line in output.splitlines() if "error: " in line and "lost its connection" not in line]

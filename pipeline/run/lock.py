@@ -1,0 +1,192 @@
+"""One owner of a run directory at a time, and proof before a dead one's place is taken.
+
+The kernel's lock decides wherever owner and newcomer share it: one machine, or a network file system that passes locks
+on. It vanishes with its owner, however that ends. Where it is not passed on (or there are none), the newcomer gets one
+though the owner lives; so the owner also writes a beat into the file, and the record of another host is only replaced
+
+- when it says that its owner ended by itself, or
+- when it is of an earlier start of the same Slurm job, which Slurm never runs twice at a time, or
+- after no beat came for SILENCE_SECONDS, counted here: clocks of two hosts are never compared.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+# A killed owner may need a moment to disappear; the kernel drops its lock when it has.
+DEAD_OWNER_SECONDS = 20.0
+BEAT_SECONDS = 5.0
+SILENCE_SECONDS = 4 * BEAT_SECONDS
+# Where nothing locks, two that start at the same moment both write; the last one stays.
+RACE_SECONDS = 2.0
+POLL_SECONDS = 0.1
+NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+def this_process() -> dict[str, Any]:
+    """Host, pid and, in a Slurm job, its id and how often it was restarted."""
+    job = os.environ.get("SLURM_JOB_ID")
+    slurm = {"job": job, "restart": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else {}
+    return {"host": socket.gethostname(), "pid": os.getpid(), **slurm}
+
+
+class RunLock:
+    """The lock of the run `name`, in the file `path`."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self._descriptor: int | None = None
+        self._beats = 0
+        self._ends = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """By this process."""
+        return self._descriptor is not None
+
+    def acquire(self) -> None:
+        """Become the owner.
+
+        Raises:
+            ConfigError: another process is. OSError: the file cannot be written.
+        """
+        # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            is_locked = self._lock()
+            self._require_dead(_read(self.path), is_locked=is_locked)
+            self._write(ended=False)
+            if not is_locked:
+                time.sleep(RACE_SECONDS)
+                found = _read(self.path)
+                if not _is_same(found, this_process()):
+                    raise self._refusal(found)
+        except BaseException:
+            self._drop()
+            raise
+        # A lock belongs to the open file, which forked data loader workers share: an orphan would keep it for its
+        # owner, and a restart would be refused.
+        os.register_at_fork(after_in_child=self._drop)
+        self._ends.clear()
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give it back, and say so in the file. Harmless when there is none."""
+        if self._thread is not None:
+            self._ends.set()
+            self._thread.join()
+            self._thread = None
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                self._write(ended=True)
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _lock(self) -> bool:
+        """The kernel's lock; False where there are none."""
+        assert self._descriptor is not None
+        deadline = time.monotonic() + DEAD_OWNER_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                owner = _read(self.path)
+                if _may_live(owner) or time.monotonic() >= deadline:
+                    raise self._refusal(owner) from None
+                time.sleep(POLL_SECONDS)
+            except OSError as error:
+                if error.errno not in NO_LOCKS_HERE:
+                    raise
+                _warn(f"no file locks at {self.path.parent}: the owner's beats alone keep a second job out")
+                return False
+
+    def _require_dead(self, owner: Mapping[str, Any], *, is_locked: bool) -> None:
+        """Raise `ConfigError` unless the recorded owner is proven to be gone; waits for a beat of one elsewhere."""
+        here = this_process()
+        if not owner or owner.get("ended") or _is_earlier_start(owner, here):
+            return
+        if owner.get("host") == here["host"]:
+            if not is_locked and _may_live(owner) and not _is_same(owner, here):
+                raise self._refusal(owner)
+            return
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            now = _read(self.path)
+            if now != owner:
+                if now.get("ended"):
+                    return
+                raise self._refusal(now)
+        silent = f"nothing was heard for {SILENCE_SECONDS:g} s"
+        _warn(f"run {self.name!r} is taken over from {_name(owner)}, of which {silent}")
+
+    def _refusal(self, owner: Mapping[str, Any]) -> ConfigError:
+        return ConfigError(
+            f"Run {self.name!r} is being written by another process ({_name(owner)}): wait for it, end it, or choose"
+            " another name=."
+        )
+
+    def _beat(self) -> None:
+        while not self._ends.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, if at all
+                self._write(ended=False)
+
+    def _write(self, *, ended: bool) -> None:
+        assert self._descriptor is not None
+        self._beats += 1
+        # As long as before or longer, and in one call: a reader sees one record, and a full disk takes it in place.
+        record = json.dumps({**this_process(), "beat": self._beats, "ended": ended}).encode().ljust(200)
+        os.pwrite(self._descriptor, record, 0)
+        os.ftruncate(self._descriptor, len(record))
+        os.fsync(self._descriptor)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record; empty where there is none that can be read. Opened anew each time, for the sake of NFS's caches."""
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _may_live(owner: Mapping[str, Any]) -> bool:
+    """Whether the recorded owner must be taken to be alive: it is on another host, or its process is there."""
+    if not owner:
+        return False
+    return owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists()
+
+
+def _is_earlier_start(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Of this Slurm job, before it was requeued."""
+    return "job" in here and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]
+
+
+def _is_same(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    return (owner.get("host"), owner.get("pid")) == (here["host"], here["pid"])
+
+
+def _name(owner: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {owner[key]}" for key in ("host", "pid", "job") if key in owner) or "unknown"
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}.", file=sys.stderr, flush=True)

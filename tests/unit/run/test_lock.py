@@ -1,0 +1,162 @@
+"""Who owns a run: processes that start together, and records of owners on hosts that cannot be asked."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.run import lock
+from pipeline.run.lock import RunLock, this_process
+
+RACER = """
+import sys, time
+from pathlib import Path
+from pipeline.errors import ConfigError
+from pipeline.run.directory import RunDirectory
+directory = RunDirectory(sys.argv[1], "first")
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    directory.open()
+except ConfigError as error:
+    print(error)
+    sys.exit(2)
+print("open", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_of_several_that_start_at_the_same_instant_one_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        for racer in racers:
+            assert racer.stdout is not None and racer.stdout.readline() == "ready\n"
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        said = {racer.pid: racer.stdout.readline() for racer in racers if racer.stdout is not None}
+        (owner,) = [pid for pid, line in said.items() if line == "open\n"]
+        for racer in racers:
+            if racer.pid != owner:
+                assert racer.wait(30) == 2
+                # Who looks before the winner has written its name is told none.
+                assert f"pid {owner})" in said[racer.pid] or "(unknown)" in said[racer.pid]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "lock"
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of silence that a test can wait for."""
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "RACE_SECONDS", 0.2)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def leave(path: Path, **record: Any) -> None:
+    """What an owner on another host, whose locks do not reach this one, wrote last."""
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "beat": 7, "ended": False, **record}))
+
+
+def acquire(path: Path) -> float:
+    """Seconds it took."""
+    began = time.monotonic()
+    mine = RunLock(path, "first")
+    mine.acquire()
+    mine.release()
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def alive(path: Path) -> Iterator[None]:
+    """An owner elsewhere that goes on to write."""
+    ends = threading.Event()
+
+    def beat() -> None:
+        beats = 7
+        while not ends.wait(0.2):
+            beats += 1
+            leave(path, beat=beats, job="77")
+
+    leave(path, job="77")
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield
+    ends.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("alive")
+def test_an_owner_elsewhere_that_beats_is_alive_whatever_the_lock_says(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"another process \(host elsewhere, pid 1, job 77\)"):
+        acquire(path)
+
+
+def test_one_that_is_silent_is_dead_and_its_place_is_taken_aloud(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(path)
+    assert acquire(path) >= 1.5
+    assert "taken over from host elsewhere, pid 1, of which nothing was heard for 1.5 s" in capsys.readouterr().err
+
+
+def test_one_that_ended_by_itself_is_not_waited_for(path: Path) -> None:
+    leave(path, ended=True)
+    assert acquire(path) < 1
+
+
+def test_an_earlier_start_of_the_same_slurm_job_is_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(path, job="77", restart="0")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert acquire(path) < 1
+    leave(path, job="77", restart="1")  # another step of this very start
+    assert acquire(path) >= 1.5
+
+
+def test_the_owner_beats_and_says_when_it_ends(path: Path) -> None:
+    mine = RunLock(path, "first")
+    mine.acquire()
+    first = json.loads(path.read_text())
+    time.sleep(0.6)
+    later = json.loads(path.read_text())
+    mine.release()
+    assert later["beat"] > first["beat"] and later["ended"] is False
+    assert (later["host"], later["pid"]) == (this_process()["host"], this_process()["pid"])
+    assert json.loads(path.read_text())["ended"] is True
+    assert not path.stat().st_mode & 0o022
+
+
+def test_without_locks_the_record_decides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a file system that has none."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    first, second = RunLock(path, "first"), RunLock(path, "first")
+    first.acquire()
+    first.release()
+    leave(path, host=this_process()["host"], pid=1)  # a process of this host that lives
+    with pytest.raises(ConfigError, match="pid 1"):
+        second.acquire()
+    leave(path, host=this_process()["host"], pid=2**22 + 1)  # and one that does not
+    second.acquire()
+    second.release()
