@@ -149,7 +149,13 @@ class TrainSamples(Dataset[LoadedBatch]):
 
     def _view(self, sample_id: int, epoch: int) -> NDArray[np.uint8]:
         return train_view(
-            self.index.read(sample_id), self.config, self.augment, seed=self.seed, epoch=epoch, sample_id=sample_id
+            self.index.read(sample_id),
+            self.config,
+            self.augment,
+            seed=self.seed,
+            epoch=epoch,
+            sample_id=sample_id,
+            is_checked=self.index.is_checked,
         )
 
 

@@ -104,6 +104,11 @@ class ShardIndex:
         """Samples of the split."""
         return len(self.table.label)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether every picture was decoded to its end when the shards were written: `prepare` does that."""
+        return self.classes is not None
+
     def __len__(self) -> int:
         return self.num_samples
 
