@@ -101,7 +101,7 @@ def make_sources(options: argparse.Namespace, peers: Sequence[str]) -> dict[str,
     link_pictures(options.folder, folder, options.copies)
     common.run("prepare", f"source={folder}", f"out={root / 'shards'}")
     common.run("prepare", f"source={folder}", f"out={root / 'shards-256'}", f"short_side={SHORT_SIDE}")
-    sources = {name: folder for name in ("image_folder", "dali", "decoder")}
+    sources = dict.fromkeys(("image_folder", "dali", "decoder"), folder)
     sources |= {OURS: root / "shards", OURS_SMALL: root / "shards-256", "webdataset": root / "shards"}
     for name in {"litdata", "mosaic"} & set(peers):
         sources[name] = root / name
@@ -143,9 +143,7 @@ def measure(options: argparse.Namespace, sources: dict[str, Path]) -> dict[str, 
 
 def check_answer(name: str, answer: dict[str, Any], num_images: int) -> None:
     """Everybody does the same work."""
-    is_batch = name == "decoder" or (
-        answer["dtype"].endswith("uint8") and sorted(answer["shape"])[:1] == [3] and answer["shape"].count(224) == 2
-    )
+    is_batch = name == "decoder" or (answer["dtype"].endswith("uint8") and sorted(answer["shape"][1:]) == [3, 224, 224])
     if answer["images"] != num_images or not is_batch:
         sys.exit(f"{name} handed out {answer}, not {num_images} pictures in uint8 batches of 224 x 224.")
 
@@ -175,7 +173,9 @@ def report(options: argparse.Namespace, contenders: dict[str, Contender]) -> int
         "rounds": {name: contender.rates for name, contender in contenders.items()},
     }
     for name, rate in result.figures["images_per_second"].items():
-        print(f"  {name:28s} {rate['median']:7.1f} pictures/s ({rate['quartile_low']:.1f}, {rate['quartile_high']:.1f})")
+        print(
+            f"  {name:28s} {rate['median']:7.1f} pictures/s ({rate['quartile_low']:.1f}, {rate['quartile_high']:.1f})"
+        )
     for name, ratio in result.figures["ours_times_as_fast_as"].items():
         told = f"{ratio['median']:.3f} ({ratio['quartile_low']:.3f}, {ratio['quartile_high']:.3f})"
         print(f"  {OURS} against {name}: {told}")
@@ -187,9 +187,7 @@ def report(options: argparse.Namespace, contenders: dict[str, Contender]) -> int
     ]
     goals = {f"best of {len(present)}, {GOAL_PEERS}": best >= GOAL_PEERS}
     if "dali" in by_name:
-        result.floors.append(
-            common.Floor("times as fast as DALI", by_name["dali"]["median"], at_least=FLOOR_DALI)
-        )
+        result.floors.append(common.Floor("times as fast as DALI", by_name["dali"]["median"], at_least=FLOOR_DALI))
         goals[f"DALI, {GOAL_DALI}"] = by_name["dali"]["median"] >= GOAL_DALI
     result.figures["goals_reached"] = goals
     print(f"  goals reached: {goals}")

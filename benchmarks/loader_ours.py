@@ -1,6 +1,6 @@
 """Our loader as a contender of `benchmarks.loader`: an epoch for every line on stdin.
 
-    python -m benchmarks.loader_ours SHARDS BATCH
+python -m benchmarks.loader_ours SHARDS BATCH
 """
 
 import itertools

@@ -5,7 +5,7 @@
 
 It imports nothing of ours, because litData, MosaicML Streaming and DALI live in an environment of their own
 (requirements.txt beside this file). Every contender shuffles, cuts by RandomResizedCrop(224), mirrors at random, and
-hands out uint8 batches with labels from one process. Where a library leaves the decoding to its user, it is torchvision's
+hands out uint8 batches with labels from one process. Where a library leaves decoding to its user, it is torchvision's
 decode_jpeg followed by torchvision's transforms v2 on the uint8 tensor: the fastest that its users have at hand.
 """
 
@@ -66,7 +66,7 @@ def webdataset(source: str, batch: int) -> Epochs:
 
 def litdata(source: str, batch: int) -> Epochs:
     """litData's StreamingDataset over chunks made by `optimize`."""
-    import litdata as ld
+    import litdata as ld  # pyright: ignore[reportMissingImports]
 
     decode = decoder_of_bytes()
 
@@ -81,7 +81,7 @@ def litdata(source: str, batch: int) -> Epochs:
 
 def mosaic(source: str, batch: int) -> Epochs:
     """MosaicML's StreamingDataset over MDS shards."""
-    from streaming import StreamingDataset
+    from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
     from torch.utils.data import DataLoader
 
     decode = decoder_of_bytes()
@@ -98,11 +98,9 @@ def mosaic(source: str, batch: int) -> Epochs:
 def dali(source: str, batch: int) -> Epochs:
     """DALI without a GPU: its decoder that decodes only the crop, one thread, nothing made ahead of the rounds."""
     import numpy as np
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
 
-    @pipeline_def(
-        batch_size=batch, num_threads=1, device_id=None, seed=0, exec_async=False, exec_pipelined=False
-    )
+    @pipeline_def(batch_size=batch, num_threads=1, device_id=None, seed=0, exec_async=False, exec_pipelined=False)
     def pictures() -> Any:
         content, labels = fn.readers.file(file_root=source, random_shuffle=True, name="reader")
         images = fn.decoders.image_random_crop(
@@ -127,11 +125,9 @@ def decoder(source: str, batch: int) -> Epochs:
     """No loader: simplejpeg, whole pictures at full size as RGB into new memory, from bytes that lie in memory."""
     import simplejpeg
 
+    del batch  # none: a picture's memory is free again for the next one
     pictures = [path.read_bytes() for path in sorted(Path(source).glob("*/*"))]
-    return lambda: (
-        [simplejpeg.decode_jpeg(jpeg) for jpeg in pictures[start : start + batch]]
-        for start in range(0, len(pictures), batch)
-    )
+    return lambda: (([simplejpeg.decode_jpeg(jpeg)], None) for jpeg in pictures)
 
 
 CONTENDERS = {made.__name__: made for made in (image_folder, webdataset, litdata, mosaic, dali, decoder)}
@@ -148,12 +144,12 @@ def write(contender: str, folder: str, out: str) -> None:
     classes = sorted(path.name for path in Path(folder).iterdir())
     items = [(str(p), label) for label, name in enumerate(classes) for p in sorted(Path(folder, name).iterdir())]
     if contender == "litdata":
-        import litdata as ld
+        import litdata as ld  # pyright: ignore[reportMissingImports]
 
         ld.optimize(as_litdata, items, out, chunk_bytes=CHUNK_BYTES, num_workers=1)
         return
     assert contender == "mosaic", contender
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
     with MDSWriter(out=out, columns={"image": "bytes", "label": "int"}, size_limit=CHUNK_BYTES) as writer:
         for item in items:
@@ -173,19 +169,18 @@ def versions() -> dict[str, str]:
 
 def timed_epoch(epochs: Epochs) -> dict[str, Any]:
     """Seconds of an epoch, from asking for its iterator to its last batch, and what it handed out."""
-    num_images, first = 0, None
+    num_images, last = 0, None
     started = time.perf_counter()
     for batch in epochs():
-        images = batch if isinstance(batch, list) and len(batch) != 2 else batch[0]
-        num_images += len(images)
-        first = images if first is None else first
+        last = batch[0]
+        num_images += len(last)
     seconds = time.perf_counter() - started
-    shape = [*first.shape] if hasattr(first, "shape") else None
-    return {"seconds": seconds, "images": num_images, "shape": shape, "dtype": str(getattr(first, "dtype", None))}
+    shape = [*getattr(last, "shape", [])]
+    return {"seconds": seconds, "images": num_images, "shape": shape, "dtype": str(getattr(last, "dtype", None))}
 
 
 def serve(epochs: Epochs, told: dict[str, str]) -> None:
-    """Answer until stdin ends. Libraries may print what they like: the answers have stdout's descriptor to themselves."""
+    """Answer until stdin ends. What libraries print goes to stderr: stdout is for the answers alone."""
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(told), file=answers, flush=True)
     for _ in sys.stdin:

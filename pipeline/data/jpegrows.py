@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 _FRAMES = (0xC0, 0xC1)  # one pass from top to bottom, Huffman codes
 _OTHER_FRAMES = frozenset(range(0xC0, 0xD0)) - {*_FRAMES, 0xC4, 0xC8, 0xCC}  # progressive, arithmetic and so on
+_NUM_COMPONENTS = (1, 3)  # CMYK, simplejpeg turns into RGB after decoding, in memory of its own
 _BLOCK = 8
 _BYTES_LEFT = "extraneous bytes before marker"  # libjpeg's words for what follows the last row
 
 
-def upper_rows(
-    content: bytes, source: tuple[int, int], num_rows: int, reduction: int = 1
-) -> NDArray[np.uint8] | None:
-    """At least the first `num_rows` rows of a JPEG as RGB, shrunk by `reduction`: (rows / reduction, width / reduction, 3).
+def upper_rows(content: bytes, source: tuple[int, int], num_rows: int, reduction: int = 1) -> NDArray[np.uint8] | None:
+    """At least the first `num_rows` rows of a JPEG as RGB: (rows / reduction, width / reduction, 3).
 
     None where decoding all is no slower, or safer: hardly a row to leave out, not a baseline JPEG in one scan, no end
     of the picture where its file ends, or anything wrong in the rows that were decoded. What is wrong below them is not
@@ -66,7 +65,7 @@ def _place_of_height(content: bytes) -> tuple[int, int] | None:
             return None
         if marker in _FRAMES:
             precision, num_components = content[place + 4], content[place + 9]
-            if found is not None or precision != 8:
+            if found is not None or precision != 8 or num_components not in _NUM_COMPONENTS:
                 return None
             found = place + 5, _BLOCK * max(content[place + 11 + 3 * number] & 15 for number in range(num_components))
         if marker == _SCAN:
