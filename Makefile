@@ -22,6 +22,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Other people's loaders, for benchmarks; their pins would pull ours back. 7 GB, nearly all of it torch and CUDA.
+PEERS := .venv-peers
+.PHONY: peers
+peers: $(PEERS)/installed ## other people's loaders, in an environment of their own: .venv-peers, for benchmarks
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || "$(PYTHON)" -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
+	@touch $@
+
 .PHONY: demo
 demo: venv ## shards, a two-rank training and a comparison with larger models: runs/demo/report.html
 	$(PY) -m pipeline.prepare source=builtin out=$(DEMO_SHARDS)
@@ -57,6 +67,7 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 bench: venv ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
+	$(PY) -m benchmarks.resume_start
 	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
@@ -65,4 +76,6 @@ bench: venv ## the published figures, measured here; an hour and a quiet machine
 	$(PY) -m benchmarks.links
 	$(PY) -m benchmarks.links --batches
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
+	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.loader --folder "$(IMAGENET_SAMPLE)",@echo "loader: left out, give IMAGENET_SAMPLE=folder")
+	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.prepare --folder "$(IMAGENET_SAMPLE)",@echo "prepare: left out, give IMAGENET_SAMPLE=folder")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.imagenet_sample --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)",@echo "imagenet_sample: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt")

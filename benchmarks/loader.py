@@ -38,9 +38,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="class folders of JPEGs")
     parser.add_argument("--peers", type=Path, default=Path(".venv-peers/bin/python"), help="(%(default)s)")
-    parser.add_argument("--copies", type=int, default=4, help="times each picture is in an epoch (%(default)s)")
+    parser.add_argument("--copies", type=int, default=3, help="times each picture is in an epoch (%(default)s)")
     parser.add_argument("--batch", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=11, help="and one more that is not counted (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="and one more that is not counted (%(default)s)")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="(%(default)s)")
     return parser.parse_args(arguments)
 

@@ -54,13 +54,13 @@ def image_folder(source: str, batch: int) -> Epochs:
 
 def webdataset(source: str, batch: int) -> Epochs:
     """webdataset over tars, its shuffle buffer of 1000."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset, WebLoader
 
     decode = decoder_of_bytes()
     tars = sorted(str(path) for path in Path(source).glob("train-*.tar"))
-    data = wds.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(1000)
+    data = WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(1000)
     data = data.to_tuple("jpg", "cls").map_tuple(decode, int)
-    loader = wds.WebLoader(data, batch_size=batch, num_workers=0)
+    loader = WebLoader(data, batch_size=batch, num_workers=0)
     return lambda: iter(loader)
 
 

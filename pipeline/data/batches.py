@@ -211,8 +211,9 @@ def _room(num_images: int, size: int) -> NDArray[np.uint8]:
     shape = (num_images, size, size, 3)
     if get_worker_info() is None:
         return np.empty(shape, np.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape).numpy()
+    num_bytes = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,)).numpy().reshape(shape)
 
 
 def _batch(
