@@ -7,6 +7,7 @@ read any picture and a shard can be written by whoever is free.
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -69,6 +70,21 @@ def read_image(image: SourceImage) -> bytes:
     if len(content) != image.num_bytes:
         raise OSError(f"{image.path} ended after {len(content)} of {image.num_bytes} bytes")
     return content
+
+
+def expect_image(image: SourceImage) -> None:
+    """Tell the kernel that `read_image` will ask for this picture: it is read while others are worked on.
+
+    A picture that is not there is none of this function's business.
+    """
+    if not image.path or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(image.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, image.offset, image.num_bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None) -> Source:
