@@ -7,6 +7,8 @@ DataLoader has real workers. It writes down each batch it was given. At `kill_af
 library documents it, and then SIGKILL takes the rank and its workers, batches in flight and all. Nothing of ours is
 imported but for LIBRARY=squeezewire: the peers run under a Python of their own (requirements.txt says why).
 """
+# The peers are not in the environment that is type-checked, and webdataset's names come from its lazy __init__.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import contextlib
 import importlib.metadata
