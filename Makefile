@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
+PEERS := .venv-peers
 # Built-in shards, prepared once; the demo and people's first runs read them.
 DEMO_SHARDS := shards/builtin
 
@@ -22,13 +23,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Other people's loaders, for benchmarks; their pins would pull ours back. 7 GB, nearly all of it torch and CUDA.
-PEERS := .venv-peers
+# The libraries we are compared with, on top of our environment (benchmarks/peers/requirements.txt says why so). pip tells
+# that our own numpy is newer than theirs, which is why they have an environment of their own.
 .PHONY: peers
-peers: $(PEERS)/installed ## other people's loaders, in an environment of their own: .venv-peers, for benchmarks
+peers: $(PEERS)/installed ## the libraries that benchmarks.exactness and .loader compare with, in .venv-peers
 
-$(PEERS)/installed: benchmarks/peers/requirements.txt
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+$(PEERS)/installed: benchmarks/peers/requirements.txt $(VENV)/installed
 	test -x $(PEERS)/bin/python || "$(PYTHON)" -m venv $(PEERS)
+	$(PY) $(SITE_PACKAGES) > "$$($(PEERS)/bin/python $(SITE_PACKAGES))/the_other.pth"
 	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
 	@touch $@
 
@@ -64,10 +67,11 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 # Pictures that cannot be made here are given by path, and what they are for is left out without:
 # make bench CIFAR10=cifar10.tar IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt
 .PHONY: bench
-bench: venv ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
+bench: venv peers ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
 	$(PY) -m benchmarks.resume_start
+	$(PY) -m benchmarks.exactness --peers
 	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix

@@ -125,6 +125,7 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
             shards.training.num_samples,
             world.size,
             validate=shards.validation is not None,
+            tail=config.data.tail,
         )
         startup.require_compression(config.comm, made, world.compute)
         return made
@@ -176,11 +177,10 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory) -> Start:
 
 def _refuse_drift(config: TrainConfig, section: dict[str, Any], path: Path) -> None:
     """Raise `CheckpointError` where a field that must match differs from the checkpoint's."""
+    was = {**startup.BEFORE_IT_WAS_A_FIELD, **section["must_match"]}
     wanted = startup.must_match(config)
     different = [
-        f"{key} was {section['must_match'][key]!r} and is {value!r}"
-        for key, value in wanted.items()
-        if key in section["must_match"] and section["must_match"][key] != value
+        f"{key} was {was[key]!r} and is {value!r}" for key, value in wanted.items() if was.get(key, value) != value
     ]
     if different:
         raise CheckpointError(
@@ -360,8 +360,7 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
-        f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
-        f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
+        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
     )
     interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)

@@ -1,0 +1,189 @@
+"""The jobs that `peers/streams.py` runs for each library, and what their epochs lack."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common, epoch_start
+from pipeline.run.provenance import CODE_ROOT
+
+NUM_SAMPLES, NUM_SHARDS, GLOBAL_BATCH, NUM_WORKERS = 1003, 26, 24, 2  # 19 samples that fill no batch
+RANKS, KILL_AFTER = 4, 17
+OTHER_RANKS = (3, 2, 6)
+DEADLINE_SECONDS = 120.0
+STREAMS = Path(__file__).parent / "peers" / "streams.py"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A library with its settings."""
+
+    library: str
+    note: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.library} ({self.note})"
+
+
+SUBJECTS = (
+    Subject("webdataset", "split_by_node, split_by_worker, shards shuffled by a seed; no state"),
+    Subject("mosaicml-streaming", "defaults, shuffle"),
+    Subject("litdata", "defaults, shuffle"),
+    Subject("litdata", "shuffle, drop_last=False", {"drop_last": False}),
+    Subject("squeezewire", "data.tail=drop", {"tail": "drop"}),
+    Subject("squeezewire", "data.tail=pad", {"tail": "pad"}),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Ranks, and from whom they resume."""
+
+    name: str
+    ranks: int
+    kill_after: int | None = None
+    resumes: bool = False
+
+
+JOBS = (
+    Job(f"{RANKS} ranks", RANKS),
+    Job(f"{OTHER_RANKS[0]} ranks", OTHER_RANKS[0]),
+    Job("killed", RANKS, KILL_AFTER),
+    *(Job(f"{RANKS} ranks killed, {ranks} go on", ranks, resumes=True) for ranks in (RANKS, *OTHER_RANKS)),
+)
+
+
+def measure(peers_python: Path) -> dict[str, Any]:
+    """Every job of every subject."""
+    data, scratch = (root.resolve() / "exactness-peers" for root in (common.SHARDS, common.RUNS))
+    epoch_start.make_shards(data, NUM_SAMPLES, NUM_SHARDS)
+    shutil.rmtree(scratch, ignore_errors=True)
+    rows: list[dict[str, Any]] = []
+    versions = {}
+    for number, subject in enumerate(SUBJECTS):
+        python = Path(sys.executable) if subject.library == "squeezewire" else peers_python
+        versions[subject.library], ended = _run(python, subject, data, scratch / str(number))
+        rows += _rows(subject, ended)
+    shutil.rmtree(scratch, ignore_errors=True)
+    print(markdown(rows), flush=True)
+    settings = {"samples": NUM_SAMPLES, "shards": NUM_SHARDS, "global_batch": GLOBAL_BATCH, "workers": NUM_WORKERS}
+    return {"settings": {**settings, "killed_after_steps": KILL_AFTER}, "versions": versions, "rows": rows}
+
+
+def _run(python: Path, subject: Subject, data: Path, scratch: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The versions, and by the name of each job how it ended."""
+    lines = [
+        json.dumps(
+            {
+                "data": str(data),
+                "scratch": str(scratch / job.name),
+                "num_samples": NUM_SAMPLES,
+                "global_batch": GLOBAL_BATCH,
+                "world_size": job.ranks,
+                "num_workers": NUM_WORKERS,
+                "kill_after": job.kill_after,
+                "state": str(scratch / "killed") if job.resumes else None,
+                "deadline_seconds": DEADLINE_SECONDS,
+                "options": subject.options,
+            }
+        )
+        for job in JOBS
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(CODE_ROOT)}
+    done = subprocess.run(
+        [str(python.absolute()), str(STREAMS), subject.library],
+        input="\n".join(lines),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        timeout=(len(JOBS) + 1) * (DEADLINE_SECONDS + 30),
+        check=True,
+    )
+    versions, *ended = map(json.loads, done.stdout.splitlines())
+    return versions, {job.name: one for job, one in zip(JOBS, ended, strict=True)}
+
+
+def _rows(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each job but the killed one, which is part of those that go on."""
+    first, killed = ended[JOBS[0].name], ended["killed"]
+    steps_of = defaultdict(set)
+    for step, ids in enumerate(_global_batches(first["steps_of_rank"])):
+        for one in ids:
+            steps_of[one].add(step)
+    rows = []
+    for job in JOBS:
+        if job.kill_after:
+            continue
+        found = ended[job.name]
+        before = _global_batches(killed["steps_of_rank"]) if job.resumes else []
+        shown = [*before, *_global_batches(found["steps_of_rank"])]
+        counts = Counter(one for batch in shown for one in batch)
+        lengths = [len(before) + len(steps) for steps in found["steps_of_rank"]]
+        status = killed["status"] if job.resumes and killed["status"] != "ended" else found["status"]
+        rows.append(
+            {
+                "library": subject.name,
+                "job": job.name,
+                "status": status,
+                "missed": NUM_SAMPLES - len(counts),
+                "repeated": sum(counts.values()) - len(counts),
+                "in_another_step": sum(step not in steps_of[one] for step, batch in enumerate(shown) for one in batch),
+                "steps_of_ranks": lengths,
+            }
+        )
+        common.show(subject.name, rows[-1])
+    return rows
+
+
+def _global_batches(steps_of_rank: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """What all ranks show in each step; those that have no more show nothing."""
+    num_steps = max(map(len, steps_of_rank), default=0)
+    return [
+        [one for steps in steps_of_rank for one in (steps[step] if step < len(steps) else ())]
+        for step in range(num_steps)
+    ]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as the README has it."""
+    lines = [
+        "| library | job | missed | repeated | in another step | steps of a rank |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        low, high = min(row["steps_of_ranks"]), max(row["steps_of_ranks"])
+        steps = f"{low}" if low == high else f"**{low} to {high}**"
+        if row["status"] != "ended":
+            steps += f"; {row['status'].splitlines()[0][:80]}"
+        figures = f"{row['missed']} | {row['repeated']} | {row['in_another_step']}"
+        lines.append(f"| {row['library']} | {row['job']} | {figures} | {steps} |")
+    return "\n".join(lines)
+
+
+def floors(table: dict[str, Any]) -> list[common.Floor]:
+    """Ours: what the tail rule says and nothing else, in equal steps."""
+    found = []
+    tail = NUM_SAMPLES % GLOBAL_BATCH
+    expected = {"data.tail=drop": (tail, 0), "data.tail=pad": (0, GLOBAL_BATCH - tail)}
+    for note, (missed, repeated) in expected.items():
+        rows = [row for row in table["rows"] if row["library"] == f"squeezewire ({note})"]
+        wrong = sum(
+            (row["status"], row["missed"], row["repeated"], row["in_another_step"]) != ("ended", missed, repeated, 0)
+            or len(set(row["steps_of_ranks"])) != 1
+            for row in rows
+        )
+        found.append(
+            common.Floor(f"squeezewire, {note}: jobs of {len(rows)} that differ from the rule", wrong, at_most=0)
+        )
+    return found
