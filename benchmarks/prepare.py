@@ -6,8 +6,8 @@
 both, and rates are of the images that the large one has more, so that starting up does not count. `tar` packs the
 folder as it is, and its archive is synced to the disk, as `prepare` does with shards. Each is one process on one core;
 rounds take turns, with the files in the page cache and, where it may be emptied (root), without: ImageNet fits no
-cache. `prepare` runs twice: as it is, decoding every picture to its end, and with check=ends, which reads and writes as
-tar does.
+cache, so the floor is of that. `prepare` runs twice: as it is, decoding every picture to its end, and with check=ends,
+which reads and writes as tar does.
 """
 
 import argparse
@@ -26,9 +26,12 @@ from benchmarks.loader import middle
 NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
 FLOOR, MEMORY_CEILING = 0.7, 1.05
 SHORT_SIDE = 256
+NOT_CACHED = "not cached"
 TAR, ENDS, PIXELS = "tar", "prepare check=ends", "prepare"
 CACHES = Path("/proc/sys/vm/drop_caches")
 POLL_SECONDS = 0.02
+SHARD_BYTES = 8 * 1024**2
+"""Of the runs on all cores: small enough that every core has shards to write with the small source too."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -84,7 +87,7 @@ def seconds_of(contender: str, source: Path, out: Path, *, core: int, is_cold: b
 
 def measure_rates(options: argparse.Namespace, sizes: dict[Path, int], out: Path) -> dict[str, dict[str, list[float]]]:
     """Images per second by state of the cache and contender, round by round."""
-    states = {"cached": False, **({"not cached": True} if os.access(CACHES, os.W_OK) else {})}
+    states = {"cached": False, **({NOT_CACHED: True} if os.access(CACHES, os.W_OK) else {})}
     small, large = sizes
     rates: dict[str, dict[str, list[float]]] = {state: {TAR: [], ENDS: [], PIXELS: []} for state in states}
     for number in range(options.rounds):
@@ -131,7 +134,8 @@ def measure_whole(sizes: dict[Path, int], out: Path, *overrides: str) -> dict[st
     for source in sizes:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
-        seconds[source], memory[source] = run_watched(prepare(source, out, *overrides))
+        command = prepare(source, out, f"shard_bytes={SHARD_BYTES}", *overrides)
+        seconds[source], memory[source] = run_watched(command)
     split = common.read_json(out / "manifest.json")["splits"]["train"]
     num_bytes = sum(shard["bytes"] for shard in split["shards"])
     return {
@@ -166,16 +170,24 @@ def main(arguments: Sequence[str]) -> int:
         for name in (ENDS, PIXELS):
             ratios = [mine / theirs for mine, theirs in zip(found[name], found[TAR], strict=True)]
             figures[f"{name} over tar"] = middle(ratios)
+            print(f"  {name} over tar, {state}: {figures[f'{name} over tar']['median']:.3f} times as fast")
         result.figures[state] = figures
-        ratio = figures[f"{ENDS} over tar"]["median"]
-        result.floors.append(common.Floor(f"{ENDS} over tar, {state}", ratio, at_least=FLOOR))
-        print(f"  {state}: decoding every picture too, {figures[f'{PIXELS} over tar']['median']:.3f} times tar's rate")
+        if state == NOT_CACHED:
+            ratio = figures[f"{ENDS} over tar"]["median"]
+            result.floors.append(common.Floor(f"{ENDS} over tar, {state}", ratio, at_least=FLOOR))
+    if NOT_CACHED not in rates:
+        print(f"  no floor: {CACHES} is not ours to write to, and files in the page cache say nothing about ImageNet")
     for name, overrides in {"original": (), f"short_side_{SHORT_SIDE}": (f"short_side={SHORT_SIDE}",)}.items():
         whole = measure_whole(sizes, root / "out", *overrides)
         told = extrapolated(whole)
         result.figures[name] = {"cores": len(os.sched_getaffinity(0)), **whole, "imagenet": told}
         common.show(f"{name}, all cores", {**whole, **told})
         growth = whole["peak_bytes_large"] / whole["peak_bytes_small"]
+        # What is known of each picture (name, place, size) is held in one process until the last is written.
+        per_image = (whole["peak_bytes_large"] - whole["peak_bytes_small"]) / (
+            max(sizes.values()) - min(sizes.values())
+        )
+        result.figures[name]["peak_bytes_per_image_more"] = per_image
         figure = f"peak memory for {options.copies} times the images, {name}"
         result.floors.append(common.Floor(figure, growth, at_most=MEMORY_CEILING))
     shutil.rmtree(root / "out", ignore_errors=True)

@@ -5,6 +5,7 @@ read any picture and a shard can be written by whoever is free.
 """
 
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -222,7 +223,8 @@ def _with_classes(root: Path, found: list[tuple[tuple[str, ...], _Entry]]) -> li
     for parts, (_, path, offset, num_bytes, mtime_ns) in found:
         if len(parts) < 2:
             raise DataError(f"source={root}: the image {path} lies in no class folder. Move it into <class>/.")
-        images.append(SourceImage("/".join(parts), parts[0], path, offset, num_bytes, mtime_ns))
+        # A class's name once, not once per picture.
+        images.append(SourceImage("/".join(parts), sys.intern(parts[0]), path, offset, num_bytes, mtime_ns))
     return images
 
 
