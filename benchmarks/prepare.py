@@ -74,20 +74,30 @@ def prepare(source: Path, out: Path, *overrides: str) -> list[str]:
 
 def seconds_of(contender: str, source: Path, out: Path, *, core: int, is_cold: bool) -> float:
     """One run on one core."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()  # whatever was written before is not to be paid for here
-    if is_cold:
-        CACHES.write_text("3")
-        subprocess.run(prepare(source, out, "--help"), check=True, stdout=subprocess.DEVNULL)  # the program itself
+    start_afresh(source, out, is_cold=is_cold)
     started = time.monotonic()
     command = ["taskset", "--cpu-list", str(core), *command_of(contender, source, out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - started
 
 
+def start_afresh(source: Path, out: Path, *, is_cold: bool) -> None:
+    """No output, nothing waiting to be written and, if cold, no picture in the page cache; but the program itself."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    if is_cold:
+        CACHES.write_text("3")
+        subprocess.run(prepare(source, out, "--help"), check=True, stdout=subprocess.DEVNULL)
+
+
+def may_empty_caches() -> bool:
+    """Whether the page cache is ours to empty."""
+    return os.access(CACHES, os.W_OK)
+
+
 def measure_rates(options: argparse.Namespace, sizes: dict[Path, int], out: Path) -> dict[str, dict[str, list[float]]]:
     """Images per second by state of the cache and contender, round by round."""
-    states = {"cached": False, **({NOT_CACHED: True} if os.access(CACHES, os.W_OK) else {})}
+    states = {"cached": False, **({NOT_CACHED: True} if may_empty_caches() else {})}
     small, large = sizes
     rates: dict[str, dict[str, list[float]]] = {state: {TAR: [], ENDS: [], PIXELS: []} for state in states}
     for number in range(options.rounds):
@@ -128,12 +138,11 @@ def peak_of(pid: int) -> int:
 
 
 def measure_whole(sizes: dict[Path, int], out: Path, *overrides: str) -> dict[str, Any]:
-    """On all cores, as a user runs it: rate, memory of both sizes, bytes of the shards."""
+    """On all cores, from the disk where that can be had: rate, memory of both sizes, bytes of the shards."""
     small, large = sizes
     seconds, memory = {}, {}
     for source in sizes:
-        shutil.rmtree(out, ignore_errors=True)
-        os.sync()
+        start_afresh(source, out, is_cold=may_empty_caches())
         command = prepare(source, out, f"shard_bytes={SHARD_BYTES}", *overrides)
         seconds[source], memory[source] = run_watched(command)
     split = common.read_json(out / "manifest.json")["splits"]["train"]
