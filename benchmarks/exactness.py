@@ -11,6 +11,7 @@ ranks. Last, what `data.shuffle_block` costs in mixing and saves in bytes, for a
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.peers and not options.peers_python.exists():
         parser.error(f"{options.peers_python} is not there: `make peers` makes it.")
     common.print_conditions()
+    # Three workers are asked for to see that they change nothing, not to be fast.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     result = common.Result("exactness", {"samples": NUM_SAMPLES, "shards": NUM_SHARDS})
     found = matrix(options.rule)
     result.figures["matrix"] = found

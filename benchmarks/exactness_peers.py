@@ -15,8 +15,7 @@ from benchmarks import common, epoch_start
 from pipeline.run.provenance import CODE_ROOT
 
 NUM_SAMPLES, NUM_SHARDS, GLOBAL_BATCH, NUM_WORKERS = 1003, 26, 24, 2  # 19 samples that fill no batch
-RANKS, KILL_AFTER = 4, 17
-OTHER_RANKS = (3, 2, 6)
+RANKS, KILL_AFTER, KILL_AGAIN_AFTER = 4, 17, 12  # steps
 DEADLINE_SECONDS = 120.0
 STREAMS = Path(__file__).parent / "peers" / "streams.py"
 
@@ -47,19 +46,23 @@ SUBJECTS = (
 
 @dataclass(frozen=True)
 class Job:
-    """Ranks, and from whom they resume."""
+    """Ranks, when they are killed, and the job that they go on with."""
 
     name: str
     ranks: int
     kill_after: int | None = None
-    resumes: bool = False
+    """Steps of this job."""
+    goes_on_with: str | None = None
 
 
+FIRST, KILLED, KILLED_AGAIN = f"{RANKS} ranks", "killed", "killed again"
 JOBS = (
-    Job(f"{RANKS} ranks", RANKS),
-    Job(f"{OTHER_RANKS[0]} ranks", OTHER_RANKS[0]),
-    Job("killed", RANKS, KILL_AFTER),
-    *(Job(f"{RANKS} ranks killed, {ranks} go on", ranks, resumes=True) for ranks in (RANKS, *OTHER_RANKS)),
+    Job(FIRST, RANKS),
+    Job("3 ranks", 3),
+    Job(KILLED, RANKS, kill_after=KILL_AFTER),
+    *(Job(f"{RANKS} killed, {ranks} go on", ranks, goes_on_with=KILLED) for ranks in (RANKS, 3, 2, 6)),
+    Job(KILLED_AGAIN, 3, kill_after=KILL_AGAIN_AFTER, goes_on_with=KILLED),
+    Job(f"{RANKS} killed, 3 killed, 6 go on", 6, goes_on_with=KILLED_AGAIN),
 )
 
 
@@ -92,7 +95,7 @@ def _run(python: Path, subject: Subject, data: Path, scratch: Path) -> tuple[dic
                 "world_size": job.ranks,
                 "num_workers": NUM_WORKERS,
                 "kill_after": job.kill_after,
-                "state": str(scratch / "killed") if job.resumes else None,
+                "state": str(scratch / job.goes_on_with) if job.goes_on_with else None,
                 "deadline_seconds": DEADLINE_SECONDS,
                 "options": subject.options,
             }
@@ -115,35 +118,37 @@ def _run(python: Path, subject: Subject, data: Path, scratch: Path) -> tuple[dic
 
 
 def _rows(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each job but the killed one, which is part of those that go on."""
-    first, killed = ended[JOBS[0].name], ended["killed"]
+    """A row for each job but those killed, which are part of those that go on."""
     steps_of = defaultdict(set)
-    for step, ids in enumerate(_global_batches(first["steps_of_rank"])):
+    for step, ids in enumerate(_global_batches(ended[FIRST]["steps_of_rank"])):
         for one in ids:
             steps_of[one].add(step)
     rows = []
     for job in JOBS:
         if job.kill_after:
             continue
-        found = ended[job.name]
-        before = _global_batches(killed["steps_of_rank"]) if job.resumes else []
-        shown = [*before, *_global_batches(found["steps_of_rank"])]
+        parts = _parts(job, ended)
+        before = [batch for part in parts[:-1] for batch in _global_batches(part["steps_of_rank"])]
+        last = parts[-1]["steps_of_rank"]
+        shown = [*before, *_global_batches(last)]
         counts = Counter(one for batch in shown for one in batch)
-        lengths = [len(before) + len(steps) for steps in found["steps_of_rank"]]
-        status = killed["status"] if job.resumes and killed["status"] != "ended" else found["status"]
-        rows.append(
-            {
-                "library": subject.name,
-                "job": job.name,
-                "status": status,
-                "missed": NUM_SAMPLES - len(counts),
-                "repeated": sum(counts.values()) - len(counts),
-                "in_another_step": sum(step not in steps_of[one] for step, batch in enumerate(shown) for one in batch),
-                "steps_of_ranks": lengths,
-            }
-        )
-        common.show(subject.name, rows[-1])
+        row = {
+            "job": job.name,
+            "status": next((part["status"] for part in parts if part["status"] != "ended"), "ended"),
+            "missed": NUM_SAMPLES - len(counts),
+            "repeated": sum(counts.values()) - len(counts),
+            "in_another_step": sum(step not in steps_of[one] for step, batch in enumerate(shown) for one in batch),
+            "steps_of_ranks": [len(before) + len(steps) for steps in last],
+        }
+        common.show(subject.name, row)
+        rows.append({"library": subject.name, **row})
     return rows
+
+
+def _parts(job: Job, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """How the jobs ended that make up one epoch, in order."""
+    earlier = next((one for one in JOBS if one.name == job.goes_on_with), None)
+    return [*(_parts(earlier, ended) if earlier else []), ended[job.name]]
 
 
 def _global_batches(steps_of_rank: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:

@@ -4,8 +4,8 @@
 
 A rank is a process in the gloo group of its job, with RANK, WORLD_SIZE and so on set as torchrun sets them; its
 DataLoader has real workers. It writes down each batch it was given. At `kill_after` all ranks save their state as the
-library documents it, and then SIGKILL takes the rank and its workers, batches in flight and all. Nothing of ours is
-imported but for LIBRARY=squeezewire: the peers run under a Python of their own (requirements.txt says why).
+library documents it, and then SIGKILL takes the rank, batches in flight and all. Nothing of ours is imported but for
+LIBRARY=squeezewire: the peers run under a Python of their own (requirements.txt says why).
 """
 # The peers are not in the environment that is type-checked, and webdataset's names come from its lazy __init__.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
+LEAVING_SECONDS = 30.0  # torch's workers look every 5 seconds whether their rank is still there
 
 
 class Scenario:
@@ -221,7 +222,7 @@ LIBRARIES: dict[str, tuple[type[Library], str]] = {
 
 def rank_process(library: type[Library], scenario: Scenario, rank: int) -> None:
     """One rank, from joining its group to its end. Its batches go to rank<r>.jsonl, an error to rank<r>.error."""
-    os.setsid()  # a kill of the group takes the workers too, as a scheduler does
+    os.setsid()  # so that the rank and all it starts can be ended together
     size = scenario.world_size
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", NODE_RANK="0", GROUP_RANK="0")
@@ -257,7 +258,7 @@ def _read(library: Library, scenario: Scenario, rank: int) -> None:
                 got.flush()
                 (scenario.scratch / f"rank{rank}.state").write_bytes(pickle.dumps(library.state()))
                 distributed.barrier()
-                os.killpg(0, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
     distributed.barrier()  # whoever has fewer batches waits here, where DDP would hang
     distributed.destroy_process_group()
 
@@ -276,14 +277,29 @@ def run(library: type[Library], scenario: Scenario) -> dict[str, Any]:
         rank.join(max(0.0, deadline - time.monotonic()))
     hangs = any(rank.is_alive() for rank in ranks)
     for rank in ranks:
-        with contextlib.suppress(ProcessLookupError, TypeError):
-            os.killpg(rank.pid, signal.SIGKILL)  # type: ignore[arg-type]  # also what a rank has left behind
+        assert rank.pid is not None
+        _end_group(rank.pid, 0.0 if hangs else LEAVING_SECONDS)
         rank.join()
     errors = sorted(path.read_text() for path in scenario.scratch.glob("rank*.error"))
     killed = {rank.exitcode for rank in ranks} == {-signal.SIGKILL}
     expected = killed if scenario.kill_after else all(rank.exitcode == 0 for rank in ranks)
     status = "hangs" if hangs else f"fails: {errors[0]}" if errors else "ended" if expected else "dies"
     return {"status": status, "steps_of_rank": [_steps(scenario.scratch, rank) for rank in range(scenario.world_size)]}
+
+
+def _end_group(leader: int, patience_seconds: float) -> None:
+    """What a rank has left behind may notice that it is gone and tidy up; then it is killed."""
+    deadline = time.monotonic() + patience_seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(leader, 0)
+            time.sleep(0.05)
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _shared_memory() -> set[Path]:
+    """What MosaicML Streaming keeps in shared memory; a killed job leaves it there."""
+    return {path for path in Path("/dev/shm").glob("[0-9]*_*") if path.name[:6].isdecimal() and path.name[6] == "_"}
 
 
 def _steps(scratch: Path, rank: int) -> list[list[int]]:
@@ -303,6 +319,7 @@ def main() -> int:
     import torch.distributed
     import torch.utils.data  # noqa: F401  # once, for all ranks
 
+    there_before = _shared_memory()
     for line in sys.stdin:
         scenario = Scenario(json.loads(line))
         # In a process of its own, because a rank must not inherit what the library has started.
@@ -310,6 +327,8 @@ def main() -> int:
         preparing.start()
         preparing.join()
         print(json.dumps(run(library, scenario)), file=out, flush=True)
+    for left in _shared_memory() - there_before:
+        left.unlink()
     return 0
 
 
