@@ -76,7 +76,7 @@ def measure(peers_python: Path) -> dict[str, Any]:
     for number, subject in enumerate(SUBJECTS):
         python = Path(sys.executable) if subject.library == "squeezewire" else peers_python
         versions[subject.library], ended = _run(python, subject, data, scratch / str(number))
-        rows += _rows(subject, ended)
+        rows += rows_of(subject, ended)
     shutil.rmtree(scratch, ignore_errors=True)
     print(markdown(rows), flush=True)
     settings = {"samples": NUM_SAMPLES, "shards": NUM_SHARDS, "global_batch": GLOBAL_BATCH, "workers": NUM_WORKERS}
@@ -117,7 +117,7 @@ def _run(python: Path, subject: Subject, data: Path, scratch: Path) -> tuple[dic
     return versions, {job.name: one for job, one in zip(JOBS, ended, strict=True)}
 
 
-def _rows(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each job but those killed, which are part of those that go on."""
     steps_of = defaultdict(set)
     for step, ids in enumerate(_global_batches(ended[FIRST]["steps_of_rank"])):
