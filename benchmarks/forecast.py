@@ -1,13 +1,14 @@
 """Forecast against measurement: from one run per model at one bandwidth on two servers, step times elsewhere.
 
-    python -m benchmarks.forecast
+    python -m benchmarks.forecast              half an hour
+    python -m benchmarks.forecast --reuse      forecast anew what was measured before
 
 Every run is a training in the lab (`pipeline.lab`): network namespaces with shaped links, one rank with one thread on
 each; packets are cut into frames after they leave a server (`offloads=true`), as network cards do it. Fitted is one run
 per model, two servers at 1 Gbit/s. Forecast by `pipeline.plan` and then measured are other bandwidths on two servers,
 and three and four servers at 1 Gbit/s. Where there are more ranks than cores, ranks compute more slowly for a reason
 that no network has; there the forecast takes the time to compute, and nothing else, from as many ranks side by side
-that exchange nothing (`compute_run=`). No measured point enters a forecast.
+that exchange nothing (`compute_runs=`). No measured point enters a forecast.
 
 Step times are medians of the step less its wait for data. Bytes out of a server must agree exactly.
 """
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
+from pipeline.report.records import is_run
 
 MODELS = {"squeezenet1_0": 40, "resnet18": 30, "alexnet": 8}  # steps of a run
 FITTED_BANDWIDTH = "1gbit"
@@ -58,14 +60,15 @@ def overrides(options: argparse.Namespace, model: str, steps: int, ranks: int) -
 
 def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Train in the lab; the step's time and bytes."""
-    shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
     steps = options.steps or MODELS[case.model]
     lab = [
         f"name={case.name}", f"run_root={common.RUNS}", f"servers={case.servers}", f"bandwidth={case.bandwidth}",
         "offloads=true", "num_threads=1",
     ]  # fmt: skip
     train = [f"name={case.name}", *overrides(options, case.model, steps, case.servers)]
-    common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
+    if not (options.reuse and is_run(common.RUNS / case.name)):
+        shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
+        common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
     ledger = common.read_json(common.RUNS / case.name / "ledger.json")
     rows = common.read_rows(case.name)[1:]
     seconds = [row["perf/step_seconds"] - row["perf/data_wait_seconds"] for row in rows]
@@ -77,9 +80,12 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     }
 
 
-def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> str:
-    """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; rank 0's directory."""
+def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list[str]:
+    """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; their directories."""
     name = f"forecast-{model}-apart-{ranks}"
+    directories = [common.RUNS / name / str(rank) for rank in range(ranks)]
+    if options.reuse and all(map(is_run, directories)):
+        return list(map(str, directories))
     shutil.rmtree(common.RUNS / name, ignore_errors=True)
     steps = options.steps or max(12, MODELS[model])
     train = [sys.executable, "-m", "pipeline.train", *overrides(options, model, steps, 1)]
@@ -88,17 +94,28 @@ def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> str:
     codes = [process.wait() for process in running]
     if any(codes):
         sys.exit(f"A training apart ended with {codes}.")
-    return str(common.RUNS / name / "0")
+    return list(map(str, directories))
 
 
-def forecast(model: str, servers: int, bandwidth: str, compute_run: str | None) -> dict[str, Any]:
+def idle_round(servers: int) -> float:
+    """Seconds of a round of a four-byte all-reduce between so many idle servers: plan's round_seconds."""
+    lab = [
+        f"name=forecast-round-{servers}", f"run_root={common.RUNS}", f"servers={servers}",
+        f"bandwidth={FITTED_BANDWIDTH}", "offloads=true", "num_threads=1",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "pipeline.lab", *lab, "--", "python", "-m", "benchmarks.idle_round"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (line,) = (line for line in told.splitlines() if line.startswith("round_seconds"))
+    return float(line.split()[1])
+
+
+def forecast(model: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
     """The one point that `pipeline.plan` makes from the model's fitted run."""
     name = f"forecast-{model}-plan"
-    compute = [] if compute_run is None else [f"compute_run={compute_run}"]
     common.run(
         "plan", f"name={name}", f"run_root={common.RUNS}",
         f"run={common.RUNS / Case(model, 2, FITTED_BANDWIDTH).name}", f"servers=[{servers}]",
-        f"bandwidth=[{bandwidth}]", *compute,
+        f"bandwidth=[{bandwidth}]", f"compute_runs=[{','.join(compute_runs)}]",
     )  # fmt: skip
     (point,) = common.read_json(common.RUNS / name / "forecast.json")["points"]
     return point
@@ -111,7 +128,7 @@ def compared(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     points = [(2, bandwidth) for bandwidth in BANDWIDTHS] + [(servers, FITTED_BANDWIDTH) for servers in SERVERS]
     rows = []
     for servers, bandwidth in points:
-        told = forecast(model, servers, bandwidth, apart.get(servers))
+        told = forecast(model, servers, bandwidth, apart.get(servers, []))
         seen = measure(options, Case(model, servers, bandwidth))
         rows.append(
             {
@@ -138,15 +155,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=16, help="pictures per rank (%(default)s)")
     parser.add_argument("--size", type=int, default=224, help="crop side in pixels (%(default)s)")
     parser.add_argument("--steps", type=int, help="of every run (default: 40, 30 and 8 by model)")
+    parser.add_argument("--reuse", action="store_true", help="keep the runs of an earlier time, forecast them anew")
     options = parser.parse_args(arguments)
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
+    rounds = {servers: idle_round(servers) for servers in (2, *SERVERS)}
+    common.show("seconds of a round between idle servers", {str(key): value for key, value in rounds.items()})
     rows = [row for model in MODELS for row in compared(options, model)]
     errors = {
         "bandwidth": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] == 2),
         "servers": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] != 2),
     }
-    result = common.Result("forecast", vars(options), {"points": rows, "mean_absolute_error": errors, "goal": GOAL})
+    result = common.Result(
+        "forecast",
+        vars(options),
+        {"points": rows, "mean_absolute_error": errors, "goal": GOAL, "round_seconds": rounds},
+    )
     result.floors = [
         common.Floor(f"mean absolute error over other {what}", error, at_most=FLOOR)
         for what, error in errors.items()

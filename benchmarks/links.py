@@ -23,7 +23,7 @@ from pipeline.comm.forecast import Network
 
 MODELS = ("squeezenet1_0", "resnet18", "alexnet")
 BANDWIDTHS = {"1gbit": 1e9, "100mbit": 1e8}
-BUCKETS = (0.5, 1.0, 5.0, 25.0)  # MiB, beside the default
+BUCKETS = ("null", "0.5", "5", "25")  # comm.bucket_megabytes beside our default; null is torch's own choice
 LARGEST_DEVIATION = 0.10
 
 
@@ -35,12 +35,13 @@ class Case:
     bandwidth: str | None
     """None: one rank alone."""
     batch: int
-    bucket_megabytes: float | None = None
+    buckets: str = ""
+    """comm.bucket_megabytes; empty: our default."""
 
     @property
     def name(self) -> str:
         """Of its run."""
-        return f"links-{self.model}-{self.bandwidth or 'alone'}-{self.batch}-{self.bucket_megabytes or 'default'}"
+        return f"links-{self.model}-{self.bandwidth or 'alone'}-{self.batch}-{self.buckets or 'default'}"
 
 
 def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
         "data.augment.crop=center", f"model={case.model}", "model.num_classes=1000", "recipe.lr=0.0001",
         "tracking=disabled", f"batch.global_size={case.batch * ranks}", f"trainer.max_steps={steps}",
         "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=0", "cluster.num_threads=1",
-        f"comm.bucket_megabytes={case.bucket_megabytes or 'null'}",
+        *([f"comm.bucket_megabytes={case.buckets}"] if case.buckets else []),
     ]  # fmt: skip
     if case.bandwidth:
         lab = [*where, "servers=2", f"bandwidth={case.bandwidth}", "offloads=true", "num_threads=1"]
@@ -68,7 +69,7 @@ def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
         "model": case.model,
         "bandwidth": case.bandwidth,
         "batch_per_rank": case.batch,
-        "bucket_megabytes": case.bucket_megabytes,
+        "buckets": case.buckets or "default",
         "step_seconds": step,
         "images_per_second_and_rank": case.batch / step,
         "exposed_seconds": told["exposed_seconds"],
@@ -84,13 +85,14 @@ def measure(case: Case, steps: int, size: int) -> dict[str, Any]:
     return row
 
 
-def scaling_rows(steps: dict[str, int], batch: int, size: int) -> list[dict[str, Any]]:
-    """Every model on every link, beside one rank alone."""
+def scaling_rows(steps: int, batch: int, size: int) -> list[dict[str, Any]]:
+    """Every model on every link, beside one rank alone. AlexNet takes a third of the steps."""
     rows = []
     for model in MODELS:
-        alone = measure(Case(model, None, batch), steps["1gbit"], size)
+        count = max(4, steps // 3) if model == "alexnet" else steps
+        alone = measure(Case(model, None, batch), steps, size)
         for bandwidth in BANDWIDTHS:
-            row = measure(Case(model, bandwidth, batch), steps[bandwidth], size)
+            row = measure(Case(model, bandwidth, batch), count, size)
             row["scaling_efficiency"] = row["images_per_second_and_rank"] / alone["images_per_second_and_rank"]
             row["step_seconds_alone"] = alone["step_seconds"]
             rows.append(row)
@@ -109,8 +111,8 @@ def batch_rows(steps: int, size: int) -> list[dict[str, Any]]:
     rows = []
     for model in ("squeezenet1_0", "alexnet"):
         for batch in (1, 4, 16):
-            for bucket in (None, *BUCKETS) if model == "squeezenet1_0" or batch == 4 else (None,):
-                case = Case(model, "1gbit", batch, bucket)
+            for buckets in ("", *BUCKETS) if model == "squeezenet1_0" or batch == 4 else ("",):
+                case = Case(model, "1gbit", batch, buckets)
                 row = measure(case, steps if model == "squeezenet1_0" else max(4, steps // 3), size)
                 row["least_seconds"] = least(row)
                 row["over_least"] = row["step_seconds"] / row["least_seconds"] - 1 if row["least_seconds"] else None
@@ -134,22 +136,42 @@ def print_table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Step time by model and link: the rank's own work, and what the network adds."""
-    import matplotlib.pyplot as plt
+    """Step time by model: a rank alone, and on two servers by link, with the share of its speed that a rank keeps."""
+    from pipeline.report import figures
+    from pipeline.report.units import format_bandwidth, format_seconds
 
-    from pipeline.report.figures import save
+    marks = {None: ("o", figures.GREY), "1gbit": ("s", figures.BLUE), "100mbit": ("D", figures.ORANGE)}
 
-    figure, axes = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
-    labels = [f"{row['model']}\n{row['bandwidth']}" for row in rows]
-    alone = [row["step_seconds_alone"] for row in rows]
-    added = [max(0.0, row["step_seconds"] - own) for row, own in zip(rows, alone, strict=True)]
-    axes.bar(labels, alone, color="#0072b2", label="one rank alone")
-    axes.bar(labels, added, bottom=alone, color="#d55e00", hatch="//", label="added on two servers")
-    axes.set_yscale("log")
-    axes.set_ylabel("seconds per step")
-    axes.set_title(f"{options.batch} pictures per rank, {options.size} px, two servers", loc="left", fontsize=10)
-    axes.legend(frameon=False)
-    save(figure, options.results / "links")
+    def point(axes: Any, level: int, bandwidth: str | None, seconds: float, note: str) -> None:
+        mark, colour = marks[bandwidth]
+        axes.plot(seconds, level, mark, color=colour, markersize=7)
+        axes.annotate(note, (seconds, level), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+
+    def paint(axes: Any) -> None:
+        for level, model in enumerate(reversed(MODELS)):
+            mine = [row for row in rows if row["model"] == model]
+            ends = [mine[0]["step_seconds_alone"], *(row["step_seconds"] for row in mine)]
+            axes.plot([min(ends), max(ends)], [level, level], color=figures.GRID, zorder=0)
+            point(axes, level, None, ends[0], "")
+            for row in mine:
+                note = f"{format_seconds(row['step_seconds'])} · {row['scaling_efficiency']:.0%}"
+                point(axes, level, row["bandwidth"], row["step_seconds"], note)
+        for bandwidth, (mark, colour) in marks.items():
+            label = f"two servers, {format_bandwidth(BANDWIDTHS[bandwidth])}" if bandwidth else "one rank alone"
+            axes.plot([], [], mark, color=colour, label=label)
+        axes.set_xscale("log")
+        axes.margins(x=0.12)
+        axes.set_ylim(-0.6, len(MODELS) - 0.3)
+        axes.set_yticks(range(len(MODELS)), list(reversed(MODELS)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(
+            f"seconds per step (log scale), {options.batch} pictures of {options.size} px per rank;"
+            " percentages: of the speed of a rank alone"
+        )
+        axes.xaxis.grid(True)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    figures.save(figures.draw(9.2, 3.2, paint), options.results / "links")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -158,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batches", action="store_true", help="the second table")
     parser.add_argument("--batch", type=int, default=16, help="pictures per rank in the first table (%(default)s)")
     parser.add_argument("--size", type=int, default=224, help="crop side in pixels (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="at 1 Gbit/s; a third of it at 100 Mbit/s (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="of a run, AlexNet a third of it (%(default)s)")
     options = parser.parse_args(arguments)
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
@@ -166,19 +188,18 @@ def main(arguments: Sequence[str]) -> int:
     result = common.Result(name, vars(options))
     if options.batches:
         rows = batch_rows(options.steps, options.size)
-        shown = ("model", "batch_per_rank", "bucket_megabytes", "step_seconds", "forward_seconds", "backward_seconds",
+        shown = ("model", "batch_per_rank", "buckets", "step_seconds", "forward_seconds", "backward_seconds",
                  "wire_seconds", "least_seconds", "over_least", "exposed_seconds")  # fmt: skip
         over = [
             abs(row["over_least"])
             for row in rows
-            if row["model"] == "squeezenet1_0" and row["bucket_megabytes"] is None and row["over_least"] is not None
+            if row["model"] == "squeezenet1_0" and row["buckets"] == "default" and row["over_least"] is not None
         ]
         result.floors = [
             common.Floor("SqueezeNet's step over the least it can take", max(over), at_most=LARGEST_DEVIATION)
         ]
     else:
-        steps = {"1gbit": options.steps, "100mbit": max(4, options.steps // 3)}
-        rows = scaling_rows(steps, options.batch, options.size)
+        rows = scaling_rows(options.steps, options.batch, options.size)
         shown = ("model", "bandwidth", "step_seconds_alone", "step_seconds", "wire_seconds", "exposed_seconds",
                  "scaling_efficiency")  # fmt: skip
     print_table(rows, shown)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import break_even
 from pipeline.comparison_conditions import refuse_to_mix, shared_conditions
 from pipeline.comparison_rows import Outcome, make_row, null_reasons
 from pipeline.config import nearest, require
@@ -29,14 +30,16 @@ def compare_outcomes(outcomes: Sequence[Outcome], baseline: str | None, director
     alone = next((outcome.alone for outcome in outcomes if outcome.alone), None)
     conditions = shared_conditions(runs, alone)
     conditions["command"] = next((outcome.command for outcome in outcomes if outcome.command), "")
+    base = _base_row(rows, baseline)
+    # Both fill their values in.
+    compared = _fill_times_baseline(rows, base) | break_even.fill(rows, outcomes, base)
     return {
         "schema": SCHEMA,
         "baseline": baseline,
         "conditions": conditions,
         "models": rows,
         "runs": {label: os.path.relpath(run.directory, directory) for label, run in runs.items()},
-        # In this order: the first fills times_baseline in.
-        "null_reasons": _fill_times_baseline(rows, baseline) | null_reasons(rows, outcomes),
+        "null_reasons": compared | null_reasons(rows, outcomes),
     }
 
 
@@ -55,10 +58,14 @@ def label_of(model: str, hook: str, hooks: Sequence[str]) -> str:
     return f"{model} + {hook}" if hooks and hook != "none" else model
 
 
-def _fill_times_baseline(rows: Sequence[dict[str, Any]], baseline: str) -> dict[str, str]:
-    """Payload over the baseline's own: without compression, or with the first there is. Returns why one is missing."""
+def _base_row(rows: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
+    """The baseline's row: without compression, or with the first there is."""
     of_baseline = [row for row in rows if row["model"] == baseline]
-    base = next((row for row in of_baseline if row["hook"] == "none"), of_baseline[0])
+    return next((row for row in of_baseline if row["hook"] == "none"), of_baseline[0])
+
+
+def _fill_times_baseline(rows: Sequence[dict[str, Any]], base: Mapping[str, Any]) -> dict[str, str]:
+    """Payload over the baseline's. Returns why one is missing, by its path."""
     reasons = {}
     for index, row in enumerate(rows):
         if row["payload_bytes_per_step"] and base["payload_bytes_per_step"]:

@@ -30,6 +30,7 @@ KEYS = (
     "exposed_seconds",
     "images_per_second",
     "scaling_efficiency",
+    "break_even_bandwidth_bits_per_second",
     "export_bytes",
     "inference_memory_bytes",
     "training_memory_bytes",
@@ -92,7 +93,7 @@ def metered_gradient_bytes(run: RunRecord, parameter_bytes: int) -> int:
 
 
 def make_row(outcome: Outcome) -> dict[str, Any]:
-    """Every key but `times_baseline`, which is a matter of all rows."""
+    """Every key but `times_baseline` and the break-even bandwidth, which are matters of all rows."""
     row = dict.fromkeys(KEYS) | _known_beforehand(outcome)
     if outcome.run is None:
         # Exit code 6 is the run's own verdict on its ledger.
@@ -174,7 +175,7 @@ def scaling_efficiency(run: RunRecord, alone: RunRecord | None) -> float | None:
 
 
 def null_reasons(rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """One sentence for each value of a measured row that is null, by its path; `times_baseline` is another's matter."""
+    """One sentence for each value of a measured row that is null, by its path, but for what compares rows."""
     reasons = {}
     for index, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
         if outcome.run is None:

@@ -1,5 +1,7 @@
 """A measured run read back for a forecast: what a rank computes and sends, and what its link and hosts add to that."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ from pipeline.run.netlab import bits_per_second
 
 ITEMSIZES = {"none": 4, "fp16": 2, "bf16": 2}
 """Bytes of a gradient's element on the wire, by comm.hook."""
+ROUND_SECONDS = 1e-4
+"""Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,16 @@ class Source:
     network: pure.Network
 
 
-def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunRecord | None = None) -> Source:
+def read_source(
+    run: RunRecord,
+    measured_bandwidth: str | None,
+    compute: Sequence[RunRecord] = (),
+    round_seconds: float = ROUND_SECONDS,
+) -> Source:
     """The measured step of `run`.
 
-    measured_bandwidth: of its link, if the run itself does not tell (a lab's does). compute: a run on one rank, whose
-    time to compute replaces that of `run`.
+    measured_bandwidth: of its link, if the run itself does not tell (a lab's does). compute: runs on one rank each,
+    made side by side, whose time to compute replaces that of `run`. round_seconds: of a message between two idle hosts.
 
     Raises:
         ConfigError: the run did not measure what a forecast needs, or `compute` computed something else.
@@ -58,7 +67,6 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunReco
     share, itemsize = ITEMSIZES[ledger["hook"]] / 4, ITEMSIZES[ledger["hook"]]
     buckets = [bucket for bucket in ledger["buckets"] if bucket["ready_seconds"] is not None]
     micro_batch, num_micro_batches = _micro_batch(run)
-    tail = max(bucket["done_seconds"] for bucket in buckets) - max(bucket["ready_seconds"] for bucket in buckets)
     step_seconds = run.step_seconds
     require(step_seconds is not None, f"{name} recorded no step time: a forecast needs at least 2 steps.")
     assert step_seconds is not None
@@ -71,25 +79,26 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunReco
             pure.Bucket(round(bucket["bytes"] * share), itemsize, bucket["ready_seconds"]) for bucket in buckets
         ),
         num_micro_batches=num_micro_batches,
-        blocking_rounds=sum(
-            call["num_calls"] for call in ledger["per_step"]["calls"] if call["origin"] != "gradients"
-        ),
-        blocking_seconds=max(0.0, time["exposed_seconds"] - max(0.0, tail)),
+        blocking_all_reduces=_num_blocking(ledger, "all_reduce"),
+        blocking_broadcasts=_num_blocking(ledger, "broadcast"),
     )  # fmt: skip
     placement = ledger["server_of_rank"]
     measured = [
         pure.MeasuredBucket(
-            round(bucket["bytes"] * share), itemsize, bucket["sent_seconds"], bucket["done_seconds"]
+            round(bucket["bytes"] * share), itemsize, bucket["ready_seconds"], bucket["sent_seconds"],
+            bucket["done_seconds"],
         )
         for bucket in buckets
     ]  # fmt: skip
-    if compute is not None:
+    host = pure.fit_host(measured, "ring", placement, network, round_seconds)
+    step, host = pure.calibrated(step, host, placement, network, time["exposed_seconds"])
+    if compute:
         step = step.scaled(_compute_seconds(compute, run) / step.compute_seconds)
     return Source(
         name=ledger["run"],
         model=ledger["model"],
         step=step,
-        host=pure.fit_host(measured, "ring", placement, network),
+        host=host,
         calls=tuple(ledger["per_step"]["calls"]),
         hook=ledger["hook"],
         batch_per_rank=micro_batch,
@@ -97,6 +106,12 @@ def read_source(run: RunRecord, measured_bandwidth: str | None, compute: RunReco
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
         network=network,
     )
+
+
+def _num_blocking(ledger: dict[str, Any], op: str) -> int:
+    """Small exchanges of a step that it waits for."""
+    calls = ledger["per_step"]["calls"]
+    return sum(call["num_calls"] for call in calls if call["op"] == op and call["origin"] != "gradients")
 
 
 def _link_of(run: RunRecord, measured_bandwidth: str | None) -> float | None:
@@ -121,11 +136,29 @@ def _micro_batch(run: RunRecord) -> tuple[int, int]:
     return BatchConfig(global_size=run.ledger["global_batch"], max_per_rank=largest).split(run.ledger["world_size"])
 
 
-def _compute_seconds(compute: RunRecord, run: RunRecord) -> float:
-    """Of a step on one rank, the wait for data left out."""
+def _compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:
+    """Of a step of ranks that run side by side, the wait for data left out: the median of the slowest one's.
+
+    Ranks that exchange gradients wait for the slowest in every step, which is another one each time.
+    """
+    for compute in runs:
+        _refuse_other_conditions(compute, run)
+    slowest = [max(steps) for steps in zip(*map(_steady_steps, runs), strict=False)]  # the shortest run's steps
+    require(bool(slowest), f"compute_runs={[str(one.directory) for one in runs]}: one of them recorded no second step.")
+    return statistics.median(slowest)
+
+
+def _steady_steps(run: RunRecord) -> list[float]:
+    """Seconds of each recorded step but the first, less its wait for data."""
+    seconds, waited = (run.series(f"perf/{name}_seconds")[1][1:] for name in ("step", "data_wait"))
+    return [step - wait for step, wait in zip(seconds, waited, strict=True)]
+
+
+def _refuse_other_conditions(compute: RunRecord, run: RunRecord) -> None:
+    """Raise `ConfigError` where `compute` computed something else than one rank of `run`."""
     require(
         compute.ledger["world_size"] == 1,
-        f"compute_run={compute.directory} has {compute.ledger['world_size']} ranks: it must be a run on one rank.",
+        f"compute_runs: {compute.directory} has {compute.ledger['world_size']} ranks, it must be a run on one rank.",
     )
     for what, here, there in (
         ("model", run.ledger["model"], compute.ledger["model"]),
@@ -133,6 +166,6 @@ def _compute_seconds(compute: RunRecord, run: RunRecord) -> float:
         ("crop", flat(run.config).get("data.size"), flat(compute.config).get("data.size")),
         ("arithmetic", run.environment.get("arithmetic"), compute.environment.get("arithmetic")),
     ):
-        require(here == there, f"compute_run={compute.directory}: its {what} is {there}, that of the run is {here}.")
-    assert compute.step_seconds is not None
-    return compute.step_seconds - (compute.ledger["time"]["data_wait_seconds"] or 0.0)
+        require(
+            here == there, f"compute_runs: the {what} of {compute.directory} is {there}, that of the run is {here}."
+        )

@@ -24,8 +24,9 @@ class PlanConfig:
     """Directory of a run on at least 2 ranks, its communication timed."""
     beside: tuple[str, ...] = ()
     """Further runs, of other models say, forecast for the same clusters."""
-    compute_run: str | None = None
-    """A run on one rank under the same conditions, whose computing replaces that of `run`: where ranks share cores."""
+    compute_runs: tuple[str, ...] = ()
+    """Runs on one rank each, made side by side under the same conditions: their computing replaces that of `run`, and a
+    step lasts as long as the slowest of them. For ranks that share cores."""
     measured_bandwidth: str | None = None
     """Of a server's link in `run`, such as 10gbit, where the run does not know it itself (the lab's runs do)."""
     servers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -35,6 +36,8 @@ class PlanConfig:
     """Of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run."""
     latency_seconds: float = 0.0
     """One way between servers, on top of what the run had: 0.00002 within a hall, 0.001 within a city."""
+    round_seconds: float = 1e-4
+    """Of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
     algorithm: tuple[str, ...] = ("ring",)
     """Of ring, hierarchical, tree, halving_doubling, parameter_server."""
     hook: tuple[str, ...] = ()
@@ -78,7 +81,8 @@ class PlanConfig:
         require(
             self.batch_per_rank is None or self.global_batch is None, "Give batch_per_rank or global_batch, not both."
         )
-        require(self.latency_seconds >= 0, f"latency_seconds={self.latency_seconds} must not be negative.")
+        for key in ("latency_seconds", "round_seconds"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative.")
         require(0 < self.exposed_share < 1, f"exposed_share={self.exposed_share} must be in (0, 1).")
         needs_price = self.budget is not None and self.price_per_server_hour is None
         require(not needs_price, f"budget={self.budget} needs price_per_server_hour.")
@@ -97,9 +101,9 @@ def plan(config: PlanConfig) -> int:
     from pipeline.report.forecast import forecast_sentences, forecast_table, write_forecast
     from pipeline.report.records import read_run
 
-    compute = read_run(Path(config.compute_run)) if config.compute_run else None
+    compute = [read_run(Path(directory)) for directory in config.compute_runs]
     runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]
-    sources = [measured_step.read_source(run, config.measured_bandwidth, compute) for run in runs]
+    sources = [measured_step.read_source(run, config.measured_bandwidth, compute, config.round_seconds) for run in runs]
     result = forecasting.forecast(config, sources)
     report = write_forecast(result, config.directory)
 

@@ -5,11 +5,15 @@ i at its measured time. A server's card carries one bucket after the other: buck
 before it is done. Cards that divide themselves among several buckets end no later and no earlier, so for the end of the
 step the order does not matter. What is left of the last bucket when the backward pass ends is exposed.
 
-    done_i = max(ready_i, done_(i-1)) + seconds_i            exposed = max(0, done_last - ready_last)
-    step   = forward + backward + exposed + blocking exchanges + the rest (optimiser, records), no wait for data
+    done_i  = max(ready_i, done_(i-1)) + seconds_i
+    exposed = max(0, done_last - ready_last) + waits
+    step    = forward + backward + exposed + the rest (optimiser, records); no wait for data
+
+The waits are for small exchanges and for ranks that are late: what the measured run exposed beyond its buckets.
 
 An all-reduce takes the time its bytes need through the busiest server's card, plus for each of its rounds the link's
-latency and the hosts' own work, of which the measured run tells how much it is:
+latency and what a message costs between two idle hosts. While a rank still computes, its own work on the bytes (copies,
+sums, TCP) competes with that and adds what the measured run shows of it; afterwards the link is what takes the time:
 
     ring              2(n-1) rounds; bytes exactly as gloo sends them
     hierarchical      2(m-1) rounds between servers; rings inside a server cost what the hosts' work costs
@@ -25,7 +29,6 @@ What the model leaves out: other traffic on the links, congestion inside the swi
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import log2
 
 from pipeline.comm import wire, wire_plans
 from pipeline.comm.wire import Links, NotDerivable
@@ -56,9 +59,10 @@ class Network:
 class Host:
     """What an all-reduce costs beyond its bytes on the link."""
 
-    seconds_per_round: float = 0.0
     seconds_per_byte: float = 0.0
-    """Of payload, in each of the two halves of an all-reduce on a rank's own processor."""
+    """Of what the busiest rank hands on, while it also computes."""
+    seconds_per_round: float = 0.0
+    """Of a message so small that only its way through two hosts counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +87,12 @@ class Step:
     """Optimiser, metrics, records: everything but passes, exchanges and the wait for data."""
     buckets: tuple[Bucket, ...]
     num_micro_batches: int = 1
-    blocking_rounds: int = 0
-    """Rounds of the small exchanges that a step waits for: buffers, metrics, Lightning's own."""
-    blocking_seconds: float = 0.0
-    """What they took in the measured run."""
+    blocking_all_reduces: int = 0
+    """Small exchanges that a step waits for: metrics."""
+    blocking_broadcasts: int = 0
+    """The same: buffers, Lightning's own."""
+    waiting_seconds: float = 0.0
+    """For them, and for ranks that are late, in the measured run."""
 
     @property
     def compute_seconds(self) -> float:
@@ -134,7 +140,7 @@ class StepForecast:
 
     step_seconds: float
     exposed_seconds: float
-    """Waiting for buckets and for the small exchanges."""
+    """Waiting for buckets, small exchanges and late ranks."""
     communication_seconds: float
     """Cards busy with buckets."""
     egress_bytes: int
@@ -160,13 +166,41 @@ def forecast(
         found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
         if isinstance(found, NotDerivable):
             return found
-        seconds = found.seconds(network, host)
-        end, busy = max(bucket.ready_seconds, end) + seconds, busy + seconds
+        start = max(bucket.ready_seconds, end)
+        end = _end(found, start, last_ready, network, host)
+        busy += end - start
         egress += found.egress_bytes
-    rounds = log2(len(placement)) / log2(measured_ranks) if len(placement) > 1 else 0.0
-    blocking = rounds * (step.blocking_seconds + step.blocking_rounds * network.latency_seconds)
-    exposed = max(0.0, end - last_ready) + blocking
-    return StepForecast(step.compute_seconds + exposed, exposed, busy + blocking, egress)
+    waiting = 0.0
+    if len(placement) > 1:
+        # As in the measured run, each round delayed by the latency, and the rounds that it did not have.
+        rounds = _blocking_rounds(step, algorithm, placement)
+        more = max(0, rounds - _blocking_rounds(step, "ring", range(measured_ranks)))
+        waiting = step.waiting_seconds + rounds * network.latency_seconds + more * host.seconds_per_round
+    exposed = max(0.0, end - last_ready) + waiting
+    return StepForecast(step.compute_seconds + exposed, exposed, busy + waiting, egress)
+
+
+def _end(found: "AllReduce", start: float, last_ready: float, network: Network, host: Host) -> float:
+    """When an all-reduce is done that starts at `start`; until `last_ready` ranks compute as well."""
+    alone = found.seconds(network, host)
+    together = alone + found.host_bytes * host.seconds_per_byte
+    if start >= last_ready:
+        return start + alone
+    if start + together <= last_ready:
+        return start + together
+    return last_ready + (1 - (last_ready - start) / together) * alone
+
+
+def _blocking_rounds(step: Step, algorithm: str, server_of_rank: Sequence[int]) -> int:
+    """Of a step's small exchanges: all-reduces by `algorithm`, broadcasts down a binomial tree."""
+    found = all_reduce(algorithm, 4, 4, tuple(server_of_rank))
+    assert isinstance(found, AllReduce)  # buckets have gone this way before
+    return step.blocking_all_reduces * found.num_messages + step.blocking_broadcasts * _depth(len(server_of_rank))
+
+
+def _depth(num_ranks: int) -> int:
+    """Of a binary tree over so many ranks: ceil(log2(num_ranks))."""
+    return (num_ranks - 1).bit_length()
 
 
 # --- one all-reduce ---
@@ -183,16 +217,21 @@ class AllReduce:
     payload_bytes: int
     num_rounds: int
     """That follow one another, between servers."""
+    num_messages: int
+    """The same, those inside servers included."""
     num_ranks: int
 
+    @property
+    def host_bytes(self) -> float:
+        """That the busiest rank hands on: what crosses its card, and no less than a ring's share of the payload."""
+        return max(self.card_bytes, 2 * (self.num_ranks - 1) / self.num_ranks * self.payload_bytes)
+
     def seconds(self, network: Network, host: Host) -> float:
-        """From the first byte to the last."""
-        own_share = 2 * (self.num_ranks - 1) / self.num_ranks
+        """From the first byte to the last, on hosts that do nothing else."""
         return (
             network.seconds(self.card_bytes)
             + self.num_rounds * network.latency_seconds
-            + 2 * (self.num_ranks - 1) * host.seconds_per_round
-            + own_share * self.payload_bytes * host.seconds_per_byte
+            + self.num_messages * host.seconds_per_round
         )
 
 
@@ -204,7 +243,7 @@ def all_reduce(
     num_ranks = len(server_of_rank)
     num_servers = len(set(server_of_rank))
     if num_ranks == 1:
-        return AllReduce(0, 0, payload_bytes, 0, 1)
+        return AllReduce(0, 0, payload_bytes, 0, 0, 1)
     if algorithm == "ring":
         found: Links | NotDerivable = wire.gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
     else:
@@ -215,17 +254,20 @@ def all_reduce(
     egress = max(wire.egress_bytes_per_server(found, placed))
     match algorithm:
         case "ring":
-            card, rounds = egress, 2 * (num_ranks - 1)
+            card = egress
+            rounds = messages = 2 * (num_ranks - 1)
         case "hierarchical":
             card, rounds = egress, 2 * (num_servers - 1)
+            messages = rounds + 2 * (num_ranks // num_servers - 1)
         case "halving_doubling":
-            card, rounds = egress, 2 * round(log2(num_servers)) if num_servers > 1 else 0
+            card, rounds, messages = egress, 2 * _depth(num_servers), 2 * _depth(num_ranks)
         case "tree":
             levels = tree_levels(num_ranks, server_of_rank)
-            card, rounds = 2 * payload_bytes * sum(levels), 2 * len(levels)
+            card, rounds, messages = 2 * payload_bytes * sum(levels), 2 * len(levels), 2 * _depth(num_ranks)
         case _:  # a parameter server: all in, then all out
-            card, rounds = 2 * egress, 2
-    return AllReduce(card, egress, payload_bytes, rounds if num_servers > 1 else 0, num_ranks)
+            card = 2 * egress
+            rounds = messages = 2
+    return AllReduce(card, egress, payload_bytes, rounds if num_servers > 1 else 0, messages, num_ranks)
 
 
 def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
@@ -257,24 +299,60 @@ class MeasuredBucket:
 
     payload_bytes: int
     itemsize: int
+    ready_seconds: float
     sent_seconds: float
     done_seconds: float
 
 
 def fit_host(
-    buckets: Sequence[MeasuredBucket], algorithm: str, server_of_rank: Sequence[int], network: Network
+    buckets: Sequence[MeasuredBucket],
+    algorithm: str,
+    server_of_rank: Sequence[int],
+    network: Network,
+    seconds_per_round: float,
 ) -> Host:
-    """What the measured all-reduces took beyond their bytes on the measured run's own link, by rounds.
+    """What those all-reduces took beyond bytes and rounds on the measured run's own link that ended before the last
+    bucket was ready, by bytes: the hosts' work on them while they also compute.
 
+    By bytes because charged to rounds, of which a ring of a thousand ranks has a thousand times as many, it would
+    forecast what nobody has measured.
     Buckets under way at the same time share the card, so their time is that of all of them together.
     """
     placement = tuple(server_of_rank)
-    busy, end, explained, rounds = 0.0, 0.0, 0.0, 0
+    busy, end, explained, num_bytes = 0.0, 0.0, 0.0, 0.0
+    last_ready = max((bucket.ready_seconds for bucket in buckets), default=0.0)
     for bucket in sorted(buckets, key=lambda bucket: bucket.sent_seconds):
         found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
         assert isinstance(found, AllReduce), found
+        if bucket.done_seconds > last_ready:
+            break
         busy += max(0.0, bucket.done_seconds - max(end, bucket.sent_seconds))
         end = max(end, bucket.done_seconds)
-        explained += network.seconds(found.card_bytes)
-        rounds += 2 * (found.num_ranks - 1)
-    return Host(seconds_per_round=max(0.0, busy - explained) / rounds if rounds else 0.0)
+        explained += network.seconds(found.card_bytes) + found.num_messages * seconds_per_round
+        num_bytes += found.host_bytes
+    return Host(max(0.0, busy - explained) / num_bytes if num_bytes else 0.0, seconds_per_round)
+
+
+def calibrated(
+    step: Step, host: Host, server_of_rank: Sequence[int], network: Network, exposed_seconds: float
+) -> tuple[Step, Host]:
+    """The two, such that the forecast of the measured run itself exposes `exposed_seconds`, as was measured.
+
+    What buckets do not explain becomes the step's `waiting_seconds`. Where they explain too much, the hosts' work was
+    seen on the first buckets alone and is less on the others.
+    """
+
+    def explained(seconds_per_byte: float) -> float:
+        tried = replace(host, seconds_per_byte=seconds_per_byte)
+        found = forecast(step, "ring", server_of_rank, network, tried, len(server_of_rank))
+        assert isinstance(found, StepForecast)  # a ring
+        return found.exposed_seconds
+
+    low, high = 0.0, host.seconds_per_byte
+    if explained(high) > exposed_seconds:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if explained(middle) > exposed_seconds else (middle, high)
+        host = replace(host, seconds_per_byte=low)
+    waiting = max(0.0, exposed_seconds - explained(host.seconds_per_byte))
+    return replace(step, waiting_seconds=waiting), host

@@ -9,6 +9,7 @@ from pipeline.report.tables import Column, Row, Table, make_table
 from pipeline.report.units import (
     MISSING,
     format_accuracy,
+    format_bandwidth,
     format_bytes,
     format_count,
     format_percent,
@@ -69,6 +70,13 @@ _TIME = (
         "scaling",
         format_percent,
         "pictures per second and rank against one rank alone, same batch",
+    ),
+    Column(
+        "break_even_bandwidth_bits_per_second",
+        "break-even link",
+        format_bandwidth,
+        "below this bandwidth of every server the lighter of the model and the baseline trains faster per picture,"
+        " above it the other; forecast from both runs. Empty: one of them is faster on every link",
     ),
 )
 _MODEL = (

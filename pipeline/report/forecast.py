@@ -35,6 +35,7 @@ COLOURS = {
     "hierarchical": (figures.GREY, "D"),
     "halving doubling": (figures.INK, "v"),
 }
+ERROR_NAMES = {"bandwidth": "bandwidths", "servers": "numbers of servers"}
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1, 2)))
 
 
@@ -294,7 +295,7 @@ def _page(name: str, result: Mapping[str, Any], drawn: Mapping[str, tuple["Figur
     errors = result["validation"]["error"]
     for what, error in errors.items():
         told = MISSING if error is None else f"{format_percent(error)} of the step, on average"
-        conditions.append(Fact(f"error over other {what}s".replace("ss", "s"), told))
+        conditions.append(Fact(f"error over other {ERROR_NAMES[what]}", told))
     return Page(
         title=name,
         kicker=f"forecast for {', '.join(source['model'] for source in sources)}",

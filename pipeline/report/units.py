@@ -19,9 +19,11 @@ def format_bytes(num_bytes: float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`176 ms`, `1.24 s`, `75.0 s`, `12 min 05 s`."""
+    """`20 µs`, `7.3 ms`, `176 ms`, `1.24 s`, `75.0 s`, `12 min 05 s`."""
     if seconds is None:
         return MISSING
+    if 0 < seconds < 0.0000995:
+        return f"{float(f'{seconds * 1e6:.2g}'):g} µs"
     if seconds < 0.0995:
         return f"{seconds * 1000:.1f} ms"
     if seconds < 0.9995:
@@ -47,13 +49,13 @@ def format_rate(rate: float | None) -> str:
 
 
 def format_bandwidth(bits_per_second: float | None) -> str:
-    """`1 Gbit/s`, `2.5 Gbit/s`, `100 Mbit/s`."""
+    """`1 Gbit/s`, `2.5 Gbit/s`, `137 Mbit/s`: three significant digits."""
     if bits_per_second is None:
         return MISSING
     power = 0
     while bits_per_second >= 1000 and power < len(_PREFIXES) - 1:
         bits_per_second, power = bits_per_second / 1000, power + 1
-    return f"{bits_per_second:g} {_PREFIXES[power]}bit/s"
+    return f"{float(f'{bits_per_second:.3g}'):g} {_PREFIXES[power]}bit/s"
 
 
 def format_times(factor: float | None) -> str:

@@ -12,6 +12,7 @@ from conftest import NUM_VALIDATION, PAIR_OPTIONS, Pair
 from wandb_file import records
 
 from pipeline.comm import wire
+from pipeline.report import dashboards
 
 GRADIENT_BYTES = 4_941_984  # 1,235,496 parameters of squeezenet1_1, 4 bytes each
 KEYS = """schema closed run model backend algorithm hook world_size num_servers server_of_rank placement num_steps
@@ -162,6 +163,16 @@ def test_the_mirror_of_an_unbroken_run_holds_every_row(two_ranks: Pair) -> None:
         assert set(METRICS) <= row.keys()
         assert (row.keys() >= VALIDATION) == (row["trainer/step"] in (4, 8, 11))
         assert row["train/loss"] == written["train/loss"] and row["samples"] == written["samples"]
+
+
+def test_every_metric_of_the_dashboards_is_in_a_real_run(two_ranks: Pair) -> None:
+    """So that a metric that is renamed or dropped cannot leave an empty panel behind."""
+    logged: set[str] = set()
+    for path in two_ranks.unbroken.glob("wandb/offline-run-*/*.wandb"):
+        for record in records(path):
+            updates = [*record.history.item, *record.summary.update]
+            logged |= {"/".join(item.nested_key) or item.key for item in updates}
+    assert dashboards.metric_names() <= logged, dashboards.metric_names() - logged
 
 
 def test_a_restarted_run_goes_on_in_the_same_mirrored_run(two_ranks: Pair) -> None:

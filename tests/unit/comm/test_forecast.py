@@ -17,6 +17,7 @@ from pipeline.comm.forecast import (
     Step,
     StepForecast,
     all_reduce,
+    calibrated,
     fit_host,
     forecast,
     tree_levels,
@@ -67,8 +68,8 @@ def test_a_slow_link_makes_the_second_bucket_wait_for_the_first() -> None:
 
 @given(steps(), PLACEMENTS, st.sampled_from(ALGORITHMS), BANDWIDTHS, st.floats(1, 100))
 def test_a_faster_link_never_makes_a_step_longer(step, placement, algorithm, bandwidth, factor) -> None:
-    slow = forecast(step, algorithm, placement, Network(bandwidth), Host(1e-5))
-    fast = forecast(step, algorithm, placement, Network(bandwidth * factor), Host(1e-5))
+    slow = forecast(step, algorithm, placement, Network(bandwidth), Host(1e-9, 1e-5))
+    fast = forecast(step, algorithm, placement, Network(bandwidth * factor), Host(1e-9, 1e-5))
     if isinstance(slow, NotDerivable) or isinstance(fast, NotDerivable):
         assert slow == fast
         return
@@ -96,7 +97,7 @@ def test_without_a_limit_or_a_cost_nothing_is_exposed(step, placement) -> None:
 
 @given(steps())
 def test_one_rank_alone_only_computes(step) -> None:
-    found = told(step, "ring", (0,), Network(1e6, 1.0), Host(1.0))
+    found = told(step, "ring", (0,), Network(1e6, 1.0), Host(1.0, 1.0))
     assert (found.step_seconds, found.egress_bytes) == (step.compute_seconds, 0)
 
 
@@ -106,6 +107,16 @@ def test_latency_is_paid_once_per_round_of_the_ring(step, placement, latency) ->
     assert isinstance(found, AllReduce)
     added = found.seconds(Network(None, latency), Host()) - found.seconds(Network(None), Host())
     assert added == pytest.approx(2 * (len(placement) - 1) * latency, rel=1e-9)
+
+
+@given(PLACEMENTS, st.floats(1e-6, 1e-2))
+def test_small_exchanges_cost_the_rounds_that_the_measured_run_did_not_have(placement, per_round) -> None:
+    step = replace(STEP, blocking_all_reduces=1, blocking_broadcasts=2, waiting_seconds=0.003)
+    found = told(step, "ring", placement, Network(None), Host(0.0, per_round))
+    without = told(STEP, "ring", placement, Network(None), Host(0.0, per_round))
+    ranks = len(placement)
+    more = 2 * (ranks - 1) + 2 * (ranks - 1).bit_length() - 4  # two ranks had 2 rounds and 2 times 1
+    assert found.step_seconds - without.step_seconds == pytest.approx(0.003 + more * per_round, rel=1e-9)
 
 
 # --- algorithms ---
@@ -187,16 +198,32 @@ def test_compression_halves_what_travels() -> None:
 # --- the fit ---
 
 
-@given(st.floats(0, 0.01), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e8, 1e10))
-def test_the_fit_finds_what_the_hosts_added(per_round, placement, bandwidth) -> None:
-    network, host = Network(bandwidth), Host(per_round)
+@given(st.floats(0, 1e-8), st.floats(0, 1e-3), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e9, 1e10))
+def test_the_fit_finds_what_computing_ranks_added(per_byte, per_round, placement, bandwidth) -> None:
+    network = Network(bandwidth)
     end, measured = 0.0, []
-    for bucket in SQUEEZENET_BUCKETS:
+    for bucket in SQUEEZENET_BUCKETS:  # the first is done while ranks compute, the second when they do not
         found = all_reduce("ring", bucket.payload_bytes, 4, placement)
         assert isinstance(found, AllReduce)
-        end = max(end, bucket.ready_seconds) + found.seconds(network, host)
-        measured.append(MeasuredBucket(bucket.payload_bytes, 4, bucket.ready_seconds, end))
-    fitted = fit_host(measured, "ring", placement, network)
-    assert fitted.seconds_per_round == pytest.approx(per_round, abs=1e-9)
-    again = told(replace(STEP, blocking_seconds=0.0), "ring", placement, network, fitted)
+        computing = bucket is SQUEEZENET_BUCKETS[0]
+        end = max(end, bucket.ready_seconds) + found.seconds(network, Host(0.0, per_round))
+        end += found.host_bytes * per_byte * computing
+        measured.append(MeasuredBucket(bucket.payload_bytes, 4, bucket.ready_seconds, bucket.ready_seconds, end))
+    assert measured[0].done_seconds < 0.080
+    fitted = fit_host(measured, "ring", placement, network, per_round)
+    assert fitted.seconds_per_round == per_round
+    assert fitted.seconds_per_byte == pytest.approx(per_byte, abs=1e-14)
+    again = told(STEP, "ring", placement, network, fitted)
     assert again.exposed_seconds == pytest.approx(end - 0.080, abs=1e-8)
+
+
+@given(steps(), st.sampled_from([(0, 1), (0, 1, 2)]), BANDWIDTHS, st.floats(0, 1e-6), st.floats(0, 2))
+def test_the_measured_run_is_forecast_as_it_was_measured(step, placement, bandwidth, per_byte, exposed) -> None:
+    network = Network(bandwidth)
+    least = told(step, "ring", placement, network, Host(0.0, 1e-4)).exposed_seconds
+    fitted, host = calibrated(step, Host(per_byte, 1e-4), placement, network, exposed)
+    found = forecast(fitted, "ring", placement, network, host, len(placement))
+    assert isinstance(found, StepForecast)
+    # Bytes take their time on the link, whatever was measured.
+    assert found.exposed_seconds == pytest.approx(max(exposed, least), rel=1e-6, abs=1e-9)
+    assert host.seconds_per_byte <= per_byte

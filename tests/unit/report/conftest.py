@@ -165,6 +165,33 @@ def handmade_run(
     return HandmadeRun(ledger, config, environment, rows)
 
 
+def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **changes: Any) -> HandmadeRun:
+    """A run of two servers in a lab, its buckets timed."""
+    run = handmade_run(model)
+    size = run.ledger["gradient_bytes"]
+    run.ledger["buckets"] = [
+        {"index": 0, "bytes": 2_048_000, "num_parameters": 2, "ready_seconds": 0.02, "sent_seconds": 0.02,
+         "done_seconds": 0.04},
+        {"index": 1, "bytes": size - 2_048_000, "num_parameters": 50, "ready_seconds": 0.10, "sent_seconds": 0.10,
+         "done_seconds": 0.14},
+    ]  # fmt: skip
+    run.ledger["time"] |= {
+        "forward_seconds": 0.06, "backward_seconds": 0.10, "exposed_seconds": 0.045, "communication_seconds": 0.065,
+        "data_wait_seconds": 0.01,
+    }  # fmt: skip
+    run.ledger["per_step"]["calls"] = [
+        {"op": "all_reduce", "origin": "gradients", "payload_bytes": 2_048_000, "itemsize": 4, "root": -1,
+         "num_calls": 1},
+        {"op": "all_reduce", "origin": "gradients", "payload_bytes": size - 2_048_000, "itemsize": 4, "root": -1,
+         "num_calls": 1},
+        {"op": "broadcast", "origin": "lightning", "payload_bytes": 8, "itemsize": 8, "root": 0, "num_calls": 1},
+    ]  # fmt: skip
+    run.ledger |= {"placement": "measured", "num_servers": 2, "server_of_rank": [0, 1]}
+    run.environment["lab"] = {"bandwidth_bits_per_second": bandwidth, "offloads": False}
+    run.ledger |= changes
+    return run
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """`make_run("first", model=..., **changes)` writes a run directory and returns it."""

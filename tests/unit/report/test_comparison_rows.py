@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import timed_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,3 +182,34 @@ def test_a_run_that_ended_for_its_ledger_is_not_closed(tmp_path):
     rows = compare_outcomes([failed, killed], None, tmp_path)["models"]
     assert [row["ledger_closed"] for row in rows] == [False, None]
     assert rows[0]["export_bytes"] == SQUEEZENET_BYTES
+
+
+def timed(tmp_path: Path, model: str, passes_seconds: float, step_seconds: float, exposed_seconds: float) -> Path:
+    """A run of two servers at 1 Gbit/s."""
+    run = timed_run(model, run=model)
+    run.ledger["time"] |= {
+        "forward_seconds": passes_seconds / 2,
+        "backward_seconds": passes_seconds / 2,
+        "exposed_seconds": exposed_seconds,
+        "step_seconds": {"p50": step_seconds, "p90": step_seconds},
+    }
+    return run.write(tmp_path / model)
+
+
+def test_the_break_even_link_lies_where_both_train_equally_fast(tmp_path):
+    runs = [timed(tmp_path, "squeezenet1_0", 0.16, 0.25, 0.045), timed(tmp_path, "resnet18", 0.03, 0.25, 0.2)]
+    result = compared(tmp_path, runs)
+    small, large = result["models"]
+    key = "break_even_bandwidth_bits_per_second"
+    assert small[key] is None and result["null_reasons"][f"models.0.{key}"] == "It is the baseline."
+    assert 1e8 < large[key] < 1e12
+    turned = compared(tmp_path, runs, baseline="resnet18")
+    assert turned["models"][0][key] == large[key] and turned["models"][1][key] is None
+    assert "Mbit/s" in (tmp_path / "c/report.html").read_text() or "Gbit/s" in (tmp_path / "c/report.html").read_text()
+
+
+def test_runs_that_timed_no_buckets_have_no_break_even_and_say_why(make_run, tmp_path):
+    result = compared(tmp_path, [make_run("a"), make_run("b", model="alexnet")])
+    key = "break_even_bandwidth_bits_per_second"
+    assert [row[key] for row in result["models"]] == [None, None]
+    assert "did not time its buckets" in result["null_reasons"][f"models.1.{key}"]

@@ -8,39 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HandmadeRun, handmade_run
+from conftest import handmade_run, timed_run
 
 from pipeline.comm.forecast import Network, StepForecast
-from pipeline.forecasting import Cluster, break_even_bandwidth, step_on
+from pipeline.errors import ConfigError
+from pipeline.forecasting import (
+    VALIDATED_BANDWIDTHS,
+    VALIDATED_ERRORS,
+    VALIDATED_SERVERS,
+    Cluster,
+    break_even_bandwidth,
+    step_on,
+)
 from pipeline.measured_step import Source, read_source
 from pipeline.report.records import read_run
-
-
-def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **changes: Any) -> HandmadeRun:
-    """A run of two servers in a lab, its buckets timed."""
-    run = handmade_run(model)
-    size = run.ledger["gradient_bytes"]
-    run.ledger["buckets"] = [
-        {"index": 0, "bytes": 2_048_000, "num_parameters": 2, "ready_seconds": 0.02, "sent_seconds": 0.02,
-         "done_seconds": 0.04},
-        {"index": 1, "bytes": size - 2_048_000, "num_parameters": 50, "ready_seconds": 0.10, "sent_seconds": 0.10,
-         "done_seconds": 0.14},
-    ]  # fmt: skip
-    run.ledger["time"] |= {
-        "forward_seconds": 0.06, "backward_seconds": 0.10, "exposed_seconds": 0.045, "communication_seconds": 0.065,
-        "data_wait_seconds": 0.01,
-    }  # fmt: skip
-    run.ledger["per_step"]["calls"] = [
-        {"op": "all_reduce", "origin": "gradients", "payload_bytes": 2_048_000, "itemsize": 4, "root": -1,
-         "num_calls": 1},
-        {"op": "all_reduce", "origin": "gradients", "payload_bytes": size - 2_048_000, "itemsize": 4, "root": -1,
-         "num_calls": 1},
-        {"op": "broadcast", "origin": "lightning", "payload_bytes": 8, "itemsize": 8, "root": 0, "num_calls": 1},
-    ]  # fmt: skip
-    run.ledger |= {"placement": "measured", "num_servers": 2, "server_of_rank": [0, 1]}
-    run.environment["lab"] = {"bandwidth_bits_per_second": bandwidth, "offloads": False}
-    run.ledger |= changes
-    return run
+from pipeline.run.netlab import bits_per_second
 
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -193,3 +175,40 @@ def test_a_lighter_model_that_computes_longer_wins_below_some_bandwidth(tmp_path
 def test_a_lighter_model_that_computes_faster_too_has_no_break_even(tmp_path: Path) -> None:
     light, heavy = source_of(tmp_path, "squeezenet1_0", 0.06), source_of(tmp_path, "alexnet", 0.30)
     assert break_even_bandwidth(light, heavy) == (None, "squeezenet1_0 trains faster per picture on every link.")
+
+
+def alone(directory: Path, seconds: list[float], **changes: Any) -> Path:
+    """A run on one rank, a batch of 8, its steps of so many seconds after the first."""
+    run = handmade_run("squeezenet1_0", global_batch=8, num_steps=len(seconds) + 1)
+    run.ledger |= {"world_size": 1, "num_servers": 1, "server_of_rank": [0]} | changes
+    for row, step in zip(run.rows, [9.0, *seconds], strict=True):
+        row |= {"perf/step_seconds": step + 0.5, "perf/data_wait_seconds": 0.5}
+    return run.write(directory)
+
+
+def test_ranks_that_share_cores_are_as_slow_as_the_slowest_of_them(tmp_path: Path) -> None:
+    run = read_run(timed_run().write(tmp_path / "run"))
+    runs = [alone(tmp_path / "a", [0.1, 0.4, 0.2]), alone(tmp_path / "b", [0.3, 0.1, 0.2, 7.0])]
+    step = read_source(run, None, [read_run(one) for one in runs]).step
+    assert step.compute_seconds == pytest.approx(0.3)  # the median of 0.3, 0.4 and 0.2
+
+
+def test_computing_of_another_kind_is_refused(tmp_path: Path) -> None:
+    run = read_run(timed_run().write(tmp_path / "run"))
+    other = read_run(alone(tmp_path / "a", [0.1], global_batch=4))
+    with pytest.raises(ConfigError, match=r"the batch of a rank of .* is .*4.*8"):
+        read_source(run, None, [other])
+
+
+# --- what the forecast says of its own error ---
+
+
+def test_the_error_it_states_is_the_one_that_was_measured() -> None:
+    results = Path(__file__).parents[3] / "benchmarks" / "results" / "forecast.json"
+    measured = json.loads(results.read_text())
+    rates = [bits_per_second(point["bandwidth"]) for point in measured["points"]]
+    servers = [point["servers"] for point in measured["points"]]
+    assert (min(rates), max(rates)) == VALIDATED_BANDWIDTHS
+    assert (min(servers), max(servers)) == VALIDATED_SERVERS
+    assert {key: round(error, 3) for key, error in measured["mean_absolute_error"].items()} == VALIDATED_ERRORS
+    assert all(point["forecast_bytes"] == point["measured_bytes"] for point in measured["points"])

@@ -34,7 +34,15 @@ def test_no_size_prints_more_than_three_digits_before_the_point(num_bytes):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0032, "3.2 ms"), (0.176, "176 ms"), (1.239, "1.24 s"), (75, "75.0 s"), (725, "12 min 05 s"), (None, MISSING)],
+    [
+        (0.00002, "20 µs"),
+        (0.0032, "3.2 ms"),
+        (0.176, "176 ms"),
+        (1.239, "1.24 s"),
+        (75, "75.0 s"),
+        (725, "12 min 05 s"),
+        (None, MISSING),
+    ],
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
