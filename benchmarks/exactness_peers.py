@@ -35,10 +35,10 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("webdataset", "split_by_node, split_by_worker, shards shuffled by a seed; no state"),
-    Subject("mosaicml-streaming", "defaults, shuffle"),
-    Subject("litdata", "defaults, shuffle"),
-    Subject("litdata", "shuffle, drop_last=False", {"drop_last": False}),
+    Subject("webdataset", "by node and worker"),
+    Subject("mosaicml-streaming", "defaults"),
+    Subject("litdata", "defaults"),
+    Subject("litdata", "drop_last=False", {"drop_last": False}),
     Subject("squeezewire", "data.tail=drop", {"tail": "drop"}),
     Subject("squeezewire", "data.tail=pad", {"tail": "pad"}),
 )
@@ -55,10 +55,10 @@ class Job:
     goes_on_with: str | None = None
 
 
-FIRST, KILLED, KILLED_AGAIN = f"{RANKS} ranks", "killed", "killed again"
+FIRST, SECOND, KILLED, KILLED_AGAIN = f"{RANKS} ranks", "3 ranks", "killed", "killed again"
 JOBS = (
     Job(FIRST, RANKS),
-    Job("3 ranks", 3),
+    Job(SECOND, 3),
     Job(KILLED, RANKS, kill_after=KILL_AFTER),
     *(Job(f"{RANKS} killed, {ranks} go on", ranks, goes_on_with=KILLED) for ranks in (RANKS, 3, 2, 6)),
     Job(KILLED_AGAIN, 3, kill_after=KILL_AGAIN_AFTER, goes_on_with=KILLED),
@@ -76,7 +76,7 @@ def measure(peers_python: Path) -> dict[str, Any]:
     for number, subject in enumerate(SUBJECTS):
         python = Path(sys.executable) if subject.library == "squeezewire" else peers_python
         versions[subject.library], ended = _run(python, subject, data, scratch / str(number))
-        rows += _rows(subject, ended)
+        rows += rows_of(subject, ended)
     shutil.rmtree(scratch, ignore_errors=True)
     print(markdown(rows), flush=True)
     settings = {"samples": NUM_SAMPLES, "shards": NUM_SHARDS, "global_batch": GLOBAL_BATCH, "workers": NUM_WORKERS}
@@ -117,7 +117,7 @@ def _run(python: Path, subject: Subject, data: Path, scratch: Path) -> tuple[dic
     return versions, {job.name: one for job, one in zip(JOBS, ended, strict=True)}
 
 
-def _rows(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(subject: Subject, ended: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each job but those killed, which are part of those that go on."""
     steps_of = defaultdict(set)
     for step, ids in enumerate(_global_batches(ended[FIRST]["steps_of_rank"])):
@@ -161,19 +161,30 @@ def _global_batches(steps_of_rank: Sequence[Sequence[Sequence[int]]]) -> list[li
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table as the README has it."""
-    lines = [
-        "| library | job | missed | repeated | in another step | steps of a rank |",
-        "|---|---|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        low, high = min(row["steps_of_ranks"]), max(row["steps_of_ranks"])
-        steps = f"{low}" if low == high else f"**{low} to {high}**"
-        if row["status"] != "ended":
-            steps += f"; {row['status'].splitlines()[0][:80]}"
-        figures = f"{row['missed']} | {row['repeated']} | {row['in_another_step']}"
-        lines.append(f"| {row['library']} | {row['job']} | {figures} | {steps} |")
+    """The table as the README has it: a row for the jobs of a library that went on after one kill."""
+    once = [job.name for job in JOBS if job.goes_on_with == KILLED and not job.kill_after]
+    lines = ["| library | job | missed | repeated | in another step | steps of a rank |", "|---|---|---|---|---|---|"]
+    for library in dict.fromkeys(row["library"] for row in rows):
+        of_library = {row["job"]: row for row in rows if row["library"] == library}
+        for jobs in ([FIRST], [SECOND], once, [JOBS[-1].name]):
+            found = [of_library[name] for name in jobs if name in of_library]
+            if not found:
+                continue
+            name = f"{RANKS} killed; 4 / 3 / 2 / 6 go on" if len(found) > 1 else found[0]["job"]
+            cells = [_joined([row[key] for row in found]) for key in ("missed", "repeated", "in_another_step")]
+            lines.append(f"| {library} | {name} | {' | '.join(cells)} | {_joined([_steps(row) for row in found])} |")
     return "\n".join(lines)
+
+
+def _steps(row: dict[str, Any]) -> str:
+    low, high = min(row["steps_of_ranks"]), max(row["steps_of_ranks"])
+    steps = str(low) if low == high else f"**{low} to {high}**"
+    return steps if row["status"] == "ended" else row["status"].splitlines()[0][:80]
+
+
+def _joined(values: Sequence[Any]) -> str:
+    """One word for what is the same everywhere."""
+    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
 
 
 def floors(table: dict[str, Any]) -> list[common.Floor]:

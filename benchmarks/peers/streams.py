@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -238,6 +237,7 @@ def rank_process(library: type[Library], scenario: Scenario, rank: int) -> None:
 
 
 def _read(library: Library, scenario: Scenario, rank: int) -> None:
+    import torch
     from torch import distributed
 
     distributed.init_process_group(
@@ -250,13 +250,13 @@ def _read(library: Library, scenario: Scenario, rank: int) -> None:
     loader = library.loader()
     if scenario.state is not None:
         # At most one state goes into a checkpoint, rank 0's, and that one is there on any number of ranks.
-        library.resume(pickle.loads((scenario.state / "rank0.state").read_bytes()))
+        library.resume(torch.load(scenario.state / "rank0.state", weights_only=True))
     with (scenario.scratch / f"rank{rank}.jsonl").open("w") as got:
         for step, batch in enumerate(loader, start=1):
             got.write(json.dumps(library.ids(batch)) + "\n")
             if step == scenario.kill_after:
                 got.flush()
-                (scenario.scratch / f"rank{rank}.state").write_bytes(pickle.dumps(library.state()))
+                torch.save(library.state(), scenario.scratch / f"rank{rank}.state")
                 distributed.barrier()
                 os.kill(os.getpid(), signal.SIGKILL)
     distributed.barrier()  # whoever has fewer batches waits here, where DDP would hang

@@ -3,10 +3,15 @@
 The whole matrix is `python -m benchmarks.exactness`; here is its pure half, and a compact part of the real one.
 """
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from small_shards import write_shards
 
+from benchmarks import exactness_peers
 from benchmarks.exactness_matrix import (
     LOADER_RULES,
     RULES,
@@ -18,6 +23,7 @@ from benchmarks.exactness_matrix import (
     split_of,
     through_loaders,
 )
+from benchmarks.exactness_peers import Job
 from pipeline.data.order import BatchOrder
 from pipeline.data.store import ShardIndex
 
@@ -69,3 +75,51 @@ def test_the_matrix_would_see_an_order_that_depends_on_where_it_began(
     monkeypatch.setattr(BatchOrder, "batch_samples", lambda order, step: true(order, step).clip(min=1))
     tally = pure(split, [Rule("pad")], world_sizes=(2,))
     assert tally.missed > 0 and tally.repeated > 0
+
+
+# The peers' table
+
+
+def peers_rows(monkeypatch: pytest.MonkeyPatch, **steps_of_rank: list[list[list[int]]]) -> dict[str, dict[str, Any]]:
+    """The table's rows by job, of a library whose ranks were given these batches of 8 samples in all."""
+    first, killed, last = "unbroken", "killed", "resumed"
+    monkeypatch.setattr(exactness_peers, "NUM_SAMPLES", 8)
+    monkeypatch.setattr(exactness_peers, "FIRST", first)
+    jobs = (Job(first, 2), Job(killed, 2, kill_after=1), Job(last, 1, goes_on_with=killed))
+    monkeypatch.setattr(exactness_peers, "JOBS", jobs)
+    ended = {name: {"status": "ended", "steps_of_rank": ranks} for name, ranks in steps_of_rank.items()}
+    rows = exactness_peers.rows_of(exactness_peers.SUBJECTS[0], ended)
+    return {row.pop("job"): row for row in rows}
+
+
+def test_the_table_of_peers_counts_what_an_epoch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = peers_rows(
+        monkeypatch,
+        unbroken=[[[0, 1], [4, 5]], [[2, 3]]],
+        killed=[[[0, 1]], [[2, 3]]],
+        resumed=[[[4, 5, 6], [0]]],
+    )
+    name = exactness_peers.SUBJECTS[0].name
+    common = {"library": name, "status": "ended"}
+    assert rows == {
+        "unbroken": {**common, "missed": 2, "repeated": 0, "in_another_step": 0, "steps_of_ranks": [2, 1]},
+        "resumed": {**common, "missed": 1, "repeated": 1, "in_another_step": 2, "steps_of_ranks": [3]},
+    }
+
+
+@pytest.mark.slow
+def test_jobs_that_are_killed_for_real_go_on_as_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and webdataset, which our own environment has; ranks in groups of their own, SIGKILL, other ranks."""
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = exactness_peers.SUBJECTS[-1], exactness_peers.SUBJECTS[0]
+    monkeypatch.setattr(exactness_peers, "SUBJECTS", (theirs, ours))
+    chain = {exactness_peers.FIRST, exactness_peers.KILLED, exactness_peers.KILLED_AGAIN, exactness_peers.JOBS[-1].name}
+    monkeypatch.setattr(exactness_peers, "JOBS", tuple(job for job in exactness_peers.JOBS if job.name in chain))
+    table = exactness_peers.measure(Path(sys.executable))
+    assert {row["status"] for row in table["rows"]} == {"ended"}
+    by_library = {name: [row for row in table["rows"] if row["library"] == name] for name in (ours.name, theirs.name)}
+    for row in by_library[ours.name]:
+        assert (row["missed"], row["repeated"], row["in_another_step"]) == (0, 5, 0)
+        assert set(row["steps_of_ranks"]) == {42}
+    assert any(len(set(row["steps_of_ranks"])) > 1 for row in by_library[theirs.name])
+    assert all(row["repeated"] > 0 for row in by_library[theirs.name] if "killed" in row["job"])
