@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
+PEERS := .venv-peers
 # Built-in shards, prepared once; the demo and people's first runs read them.
 DEMO_SHARDS := shards/builtin
 
@@ -20,6 +21,18 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v "$(PYTHON)" > /dev/null || { echo "error: $(PYTHON) not found: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The libraries we are compared with, on top of our environment (benchmarks/peers/requirements.txt says why so). pip tells
+# that our own numpy is newer than theirs, which is why they have an environment of their own.
+.PHONY: peers
+peers: $(PEERS)/installed ## the libraries that benchmarks.exactness and .loader compare with, in .venv-peers
+
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+$(PEERS)/installed: benchmarks/peers/requirements.txt $(VENV)/installed
+	test -x $(PEERS)/bin/python || "$(PYTHON)" -m venv $(PEERS)
+	$(PY) $(SITE_PACKAGES) > "$$($(PEERS)/bin/python $(SITE_PACKAGES))/the_other.pth"
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
 	@touch $@
 
 .PHONY: demo
@@ -58,9 +71,11 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 # Pictures that cannot be made here are given by path, and what they are for is left out without:
 # make bench CIFAR10=cifar10.tar IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt
 .PHONY: bench
-bench: venv ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
+bench: venv peers ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
+	$(PY) -m benchmarks.resume_start
+	$(PY) -m benchmarks.exactness --peers
 	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.preemption
 	$(PY) -m benchmarks.checkpoint_save
@@ -71,4 +86,6 @@ bench: venv ## the published figures, measured here; an hour and a quiet machine
 	$(PY) -m benchmarks.links
 	$(PY) -m benchmarks.links --batches
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
+	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.loader --folder "$(IMAGENET_SAMPLE)",@echo "loader: left out, give IMAGENET_SAMPLE=folder")
+	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.prepare --folder "$(IMAGENET_SAMPLE)",@echo "prepare: left out, give IMAGENET_SAMPLE=folder")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.imagenet_sample --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)",@echo "imagenet_sample: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt")

@@ -110,6 +110,9 @@ class DataConfig:
     """0: one permutation of all samples. N: shards are shuffled and mixed N at a time, which reads in long runs."""
     shuffle_groups: int = 1
     """With shuffle_block: parts of a batch that read shards of their own. Servers that divide it fetch their part."""
+    tail: str = "drop"
+    """Samples that fill no whole batch at the end of an epoch: `drop` leaves them out, others each time; `pad` fills
+    their batch with those shown just before."""
     max_bad_fraction: float = 0.0
     """Share of samples that may fail to decode (each is replaced and named) before the run stops."""
     verify: str = "size"
@@ -118,6 +121,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         one_of("data.verify", self.verify, ("size", "sha256"))
+        one_of("data.tail", self.tail, ("drop", "pad"))
         require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
         require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
         require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import TrainConfig
 from pipeline.errors import CheckpointError
 from pipeline.run.provenance import versions
-from pipeline.startup import must_match
+from pipeline.startup import BEFORE_IT_WAS_A_FIELD, must_match
 
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
 
@@ -33,7 +33,7 @@ def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, An
     Raises:
         CheckpointError: a field differs; all that do are named, with both values.
     """
-    saved = section["must_match"]
+    saved = {**BEFORE_IT_WAS_A_FIELD, **section["must_match"]}
     different = _differences(saved, {k: v for k, v in must_match(config, shards_hash).items() if k in saved})
     if different:
         raise CheckpointError(

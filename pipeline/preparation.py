@@ -50,7 +50,7 @@ def prepare_shards(config: "PrepareConfig") -> None:
             builtin=BuiltinPictures(config.seed, config.num_classes, config.num_images),
         )
         _announce(source, config)
-        encoding = Encoding(config.short_side, config.jpeg_quality)
+        encoding = Encoding(config.short_side, config.jpeg_quality, config.check)
         plans = plan_splits(
             source,
             out,
@@ -85,6 +85,8 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[s
         "jpeg_quality": config.jpeg_quality,
         "classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest() if classes else None,
     }
+    if config.check != "pixels":
+        request["check"] = config.check
     if config.source == "builtin":
         request |= {"num_images": config.num_images, "num_classes": config.num_classes}
     return request

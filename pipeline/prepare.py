@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pipeline.cli import run_command
 from pipeline.config import one_of, require
 
+CHECKS = ("pixels", "ends")
 KINDS = ("folders", "tar", "ilsvrc2012", "builtin")
 
 
@@ -47,6 +48,9 @@ class PrepareConfig:
     """Pixels to which the shorter side of larger pictures is reduced. Null: they stay as they are, byte for byte."""
     jpeg_quality: int = 90
     """Quality, 1 to 95, of what must be encoded: pictures that are reduced, and PNGs."""
+    check: str = "pixels"
+    """How pictures that stay as they are get judged. `pixels`: decoded to the last byte. `ends`: only header and end
+    mark, several times as fast, for pictures that were compared with a checksum; training then decodes all of them."""
     max_bad_fraction: float = 0.0
     """Share of a split's pictures that may fail to decode. They are left out and named in the manifest."""
     num_workers: int | None = None
@@ -64,6 +68,7 @@ class PrepareConfig:
             self.source is None or not self.verify,
             f"verify=true checks out={self.out} and reads no source: leave out source={self.source}, or verify=.",
         )
+        one_of("check", self.check, CHECKS)
         name = self.split or "train"
         require(
             self.verify or (name.replace("_", "").isalnum() and name.isascii()),

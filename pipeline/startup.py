@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config import BatchConfig, ClusterConfig, CommConfig, TrainConfig, TrainerConfig
+from pipeline.data.order import steps_per_epoch
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def choose_compute(trainer: TrainerConfig, cluster: ClusterConfig) -> Compute:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of a run. Steps count optimiser steps; epochs are whole global batches of the training split."""
+    """Steps of a run. Steps count optimiser steps; an epoch is a number of whole global batches."""
 
     num_samples: int
     global_batch: int
@@ -102,7 +103,23 @@ class Plan:
     @property
     def dropped_per_epoch(self) -> int:
         """Samples left out of each epoch because they do not fill a global batch (others each time)."""
-        return self.num_samples - self.steps_per_epoch * self.global_batch
+        return max(0, self.num_samples - self.steps_per_epoch * self.global_batch)
+
+    @property
+    def repeated_per_epoch(self) -> int:
+        """Samples shown a second time in each epoch to fill its last global batch (others each time)."""
+        return max(0, self.steps_per_epoch * self.global_batch - self.num_samples)
+
+    @property
+    def epoch_sentence(self) -> str:
+        """What an epoch is and what becomes of its tail."""
+        if self.repeated_per_epoch:
+            tail = f"{self.repeated_per_epoch} of them shown twice in each epoch (data.tail=pad)"
+        else:
+            tail = f"{self.dropped_per_epoch} left out of each epoch" + (
+                " (data.tail=drop)" if self.dropped_per_epoch else ""
+            )
+        return f"{self.steps_per_epoch} an epoch of {self.num_samples:,} pictures, {tail}"
 
     def validation_due(self, committed_steps: int) -> bool:
         """Whether the weights after `committed_steps` steps are validated: at the interval and at the end."""
@@ -116,33 +133,45 @@ class Plan:
         return every > 0 and (committed_steps % every == 0 or committed_steps == self.num_steps)
 
 
-def make_plan(trainer: TrainerConfig, batch: BatchConfig, num_samples: int, world_size: int, *, validate: bool) -> Plan:
+def make_plan(
+    trainer: TrainerConfig,
+    batch: BatchConfig,
+    num_samples: int,
+    world_size: int,
+    *,
+    validate: bool,
+    tail: str = "drop",
+) -> Plan:
     """Turn epochs into steps and fill the intervals left null.
 
+    Args:
+        tail: data.tail.
+
     Raises:
-        DataError: fewer samples than one global batch.
+        DataError: fewer samples than one global batch. Padded, it would show a picture twice, the same pixels both
+            times.
     """
-    steps_per_epoch = num_samples // batch.global_size
-    if steps_per_epoch == 0:
+    if num_samples < batch.global_size:
         largest = num_samples // world_size * world_size
         remedy = f"lower batch.global_size to at most {largest}" if largest else f"{world_size} ranks are too many"
         raise DataError(
             f"The training split has {num_samples} samples, fewer than one global batch of {batch.global_size}:"
             f" {remedy}."
         )
+    epoch = steps_per_epoch(num_samples, batch.global_size, tail)
     limits = []
     if trainer.max_steps is not None:
         limits.append(trainer.max_steps)
     if trainer.max_epochs is not None:
-        limits.append(max(1, math.floor(trainer.max_epochs * steps_per_epoch)))
-    validate_every = steps_per_epoch if trainer.validate_every_steps is None else trainer.validate_every_steps
-    checkpoint_every = steps_per_epoch if trainer.checkpoint_every_steps is None else trainer.checkpoint_every_steps
+        limits.append(max(1, math.floor(trainer.max_epochs * epoch)))
+    validate_every = epoch if trainer.validate_every_steps is None else trainer.validate_every_steps
+    checkpoint_every = epoch if trainer.checkpoint_every_steps is None else trainer.checkpoint_every_steps
     return Plan(
         num_samples=num_samples,
         global_batch=batch.global_size,
         world_size=world_size,
         num_steps=min(limits),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=epoch,
         validate_every_steps=validate_every if validate else 0,
         checkpoint_every_steps=checkpoint_every,
     )
@@ -211,6 +240,10 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
+BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop"}
+"""What checkpoints of versions without these fields were made with."""
+
+
 def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
     """The fields a checkpoint carries and a resumed run must not change.
 
@@ -222,5 +255,6 @@ def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
         "batch.global_size": config.batch.global_size,
         "data.shuffle_block": config.data.shuffle_block,
         "data.shuffle_groups": config.data.shuffle_groups,
+        "data.tail": config.data.tail,
         "data.shards_sha256": shards_hash,
     }

@@ -131,6 +131,7 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
             shards.training.num_samples,
             world.size,
             validate=shards.validation is not None,
+            tail=config.data.tail,
         )
         startup.require_compression(config.comm, made, world.compute)
         return made
@@ -345,8 +346,7 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
-        f"  the run     steps {start.step} to {plan.num_steps}, {plan.steps_per_epoch} an epoch"
-        f" ({plan.num_samples:,} pictures, {plan.dropped_per_epoch} left out of each epoch)"
+        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
         + "".join(f"\n  changed     {change}" for change in start.changes)
     )

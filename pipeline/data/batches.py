@@ -3,6 +3,7 @@
 Shape suffixes: B pictures of a micro-batch, H W pixels, C channels.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from pipeline.config import AugmentConfig, InputConfig
 from pipeline.data.order import PADDING, BatchOrder, Ids, evaluation_stripe, stripe
@@ -132,12 +133,10 @@ class TrainSamples(Dataset[LoadedBatch]):
 
     def __getitems__(self, items: Sequence[TrainItem]) -> LoadedBatch:
         """The whole batch at once: each picture is written straight to its place."""
-        images_BHWC = np.zeros((len(items), self.config.size, self.config.size, 3), np.uint8)
+        images_BHWC = _room(len(items), self.config.size)
         labels_B, bad = np.empty(len(items), np.int64), []
         for place, item in enumerate(items):
-            for candidate in (item.sample_id, *replacements(item.sample_id, self.index.num_samples)):
-                # A black picture remains, with the right label, when the replacements are bad too.
-                labels_B[place] = self.index.label(item.sample_id)
+            for candidate in self._candidates(item.sample_id):
                 try:
                     images_BHWC[place] = self._view(candidate, item.epoch)
                 except (SampleError, OSError) as error:
@@ -145,11 +144,24 @@ class TrainSamples(Dataset[LoadedBatch]):
                 else:
                     labels_B[place] = self.index.label(candidate)
                     break
+            else:  # a black picture, with the right label, when the replacements are bad too
+                images_BHWC[place], labels_B[place] = 0, self.index.label(item.sample_id)
         return _batch(images_BHWC, labels_B, np.array([item.sample_id for item in items], np.int64), bad)
+
+    def _candidates(self, sample_id: int) -> Iterator[int]:
+        """The sample, and who stands in for it: drawn only where that is asked for."""
+        yield sample_id
+        yield from replacements(sample_id, self.index.num_samples)
 
     def _view(self, sample_id: int, epoch: int) -> NDArray[np.uint8]:
         return train_view(
-            self.index.read(sample_id), self.config, self.augment, seed=self.seed, epoch=epoch, sample_id=sample_id
+            self.index.read(sample_id),
+            self.config,
+            self.augment,
+            seed=self.seed,
+            epoch=epoch,
+            sample_id=sample_id,
+            is_checked=self.index.is_checked,
         )
 
 
@@ -164,15 +176,17 @@ class EvalSamples(Dataset[LoadedBatch]):
 
     def __getitems__(self, sample_ids: Sequence[int]) -> LoadedBatch:
         """The whole batch at once; places without a picture are black, with label 0 and id -1."""
-        images_BHWC = np.zeros((len(sample_ids), self.config.size, self.config.size, 3), np.uint8)
+        images_BHWC = _room(len(sample_ids), self.config.size)
         labels_B, ids_B = np.zeros(len(sample_ids), np.int64), np.full(len(sample_ids), PADDING, np.int64)
         bad = []
         for place, sample_id in enumerate(sample_ids):
             if sample_id == PADDING:
+                images_BHWC[place] = 0
                 continue
             try:
                 images_BHWC[place] = eval_view(self.index.read(sample_id), self.config)
             except (SampleError, OSError) as error:
+                images_BHWC[place] = 0
                 bad.append(BadSample.of(self.index, sample_id, error))
             else:
                 labels_B[place], ids_B[place] = self.index.label(sample_id), sample_id
@@ -187,6 +201,19 @@ def replacements(sample_id: int, num_samples: int) -> list[int]:
     key = np.array([sample_id, _DOMAIN], np.uint64)
     words = np.random.Philox(key=key).random_raw(NUM_REPLACEMENT_TRIES)
     return [int(word) for word in words % np.uint64(num_samples)]
+
+
+def _room(num_images: int, size: int) -> NDArray[np.uint8]:
+    """For pictures, (num_images, size, size, 3): whatever lay there. In a worker it is memory that the rank sees too.
+
+    Memory of the worker's own would be copied there when the batch is handed over.
+    """
+    shape = (num_images, size, size, 3)
+    if get_worker_info() is None:
+        return np.empty(shape, np.uint8)
+    num_bytes = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,), (1,)).numpy().reshape(shape)
 
 
 def _batch(

@@ -64,6 +64,9 @@ def check_picture(content: bytes) -> None:
         _load_if_doubtful(_opened(content), content)
 
 
+_END_OF_JPEG = b"\xff\xd9"
+
+
 @dataclass(frozen=True)
 class Encoding:
     """What happens to a picture on its way into a shard."""
@@ -72,17 +75,22 @@ class Encoding:
     """Pixels that the shorter side is reduced to. Null, or a picture that is no larger: the bytes stay as they are."""
     jpeg_quality: int = 90
     """Used where a picture must be encoded: it was reduced, or it was no JPEG."""
+    check: str = "pixels"
+    """How a picture that stays as it is gets judged. `pixels`: decoded to its last byte. `ends`: a JPEG with a header
+    that can be read and an end mark where the file ends passes for whole; all else is decoded."""
 
 
 def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
     """The JPEG for the shard: `content` itself if it is one and small enough, else its pixels encoded again as RGB.
 
-    Every picture is decoded in full, because a file cut short has a perfect header.
+    Every picture is decoded in full, unless `encoding` asks for less, because a file cut short has a perfect header.
 
     Raises:
         BadImageError: empty, not a picture, cut short, or more than MAX_PIXELS.
     """
     with _judged(content):
+        if _may_stay(content, encoding) and (_has_ends(content, encoding) or _decodes_strictly(content)):
+            return content
         image = _opened(content)
         is_small_enough = encoding.short_side is None or min(image.size) <= encoding.short_side
         if image.format != "JPEG" or not is_small_enough:
@@ -113,6 +121,20 @@ def _opened(content: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     return image
+
+
+def _may_stay(content: bytes, encoding: Encoding) -> bool:
+    """Whether this is a JPEG small enough to be kept, from its header alone; Pillow judges what seems not to be."""
+    try:
+        header = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return False
+    height, width = int(header[0]), int(header[1])
+    return height * width <= MAX_PIXELS and (encoding.short_side is None or min(height, width) <= encoding.short_side)
+
+
+def _has_ends(content: bytes, encoding: Encoding) -> bool:
+    return encoding.check == "ends" and content.endswith(_END_OF_JPEG)
 
 
 def _load_if_doubtful(image: Image.Image, content: bytes) -> None:

@@ -70,6 +70,7 @@ class ShardData(pl.LightningDataModule):
             block=data.shuffle_block,
             shard_of_sample=index_train.table.shard,
             groups=data.shuffle_groups,
+            tail=data.tail,
         )
         self.ranks_served = ranks_served(rank, local_rank, local_world_size, world_size)
         self.batches = TrainBatches(

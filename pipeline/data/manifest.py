@@ -37,6 +37,12 @@ class Split:
     """Further JSON keys of the split (seed, source, kind, short_side, ...)."""
 
     @property
+    def is_checked(self) -> bool:
+        """Whether `prepare` decoded every picture to its end."""
+        request = self.extra.get("request")
+        return isinstance(request, dict) and request.get("check", "pixels") == "pixels"
+
+    @property
     def num_samples(self) -> int:
         """Samples over all shards."""
         return sum(shard.num_samples for shard in self.shards)

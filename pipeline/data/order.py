@@ -53,14 +53,43 @@ def epoch_order(
     return np.lexsort((words(num_samples), group_of_sample))
 
 
-def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Whole global batches in an epoch. The tail that fills none is dropped: other samples in each epoch."""
-    return num_samples // global_batch
+def steps_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:
+    """Global batches in an epoch, all of them whole.
+
+    Args:
+        tail: `drop`: the samples that fill no batch are left out, others in each epoch; `pad`: they are filled up.
+    """
+    return num_samples // global_batch if tail == "drop" else -(-num_samples // global_batch)
 
 
-def dropped_per_epoch(num_samples: int, global_batch: int) -> int:
+def dropped_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:
     """Samples of an epoch that no global batch holds."""
-    return num_samples % global_batch
+    return num_samples % global_batch if tail == "drop" else 0
+
+
+def repeated_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:
+    """Samples that an epoch shows a second time."""
+    return 0 if tail == "drop" else -num_samples % global_batch
+
+
+def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop") -> Ids:
+    """What an epoch shows, in order: as much of `order` as whole batches hold, or more than it.
+
+    With `pad` the order goes on with its last `global_batch` samples from the first of them until the batch is full, so
+    that the last batch holds exactly those. They lie in the shards that were read last; nothing is fetched again.
+
+    Args:
+        order: of shape (N,), N >= global_batch.
+
+    Returns:
+        of shape (steps_per_epoch * global_batch,).
+    """
+    assert len(order) >= global_batch
+    whole = order[: steps_per_epoch(len(order), global_batch) * global_batch]
+    if not (repeated := repeated_per_epoch(len(order), global_batch, tail)):
+        return whole
+    start = len(order) - global_batch
+    return np.concatenate([order, order[start : start + repeated]])
 
 
 @dataclass(frozen=True)
@@ -76,6 +105,8 @@ class BatchOrder:
     groups: int = 1
     """Parts of each global batch that walk through parts of the epoch of their own. With `block` each part reads from
     few shards, and ranks that take whole parts need no others. Divides the global batch; independent of the ranks."""
+    tail: str = "drop"
+    """What becomes of the samples that fill no batch: see `used_in_epoch`."""
     _latest: dict[int, Ids] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +116,7 @@ class BatchOrder:
     @property
     def steps_per_epoch(self) -> int:
         """Steps s with the same s // steps_per_epoch share an epoch."""
-        return steps_per_epoch(self.num_samples, self.global_batch)
+        return steps_per_epoch(self.num_samples, self.global_batch, self.tail)
 
     def epoch_of(self, step: int) -> int:
         """The 0-based epoch of a step."""
@@ -95,14 +126,13 @@ class BatchOrder:
         """Sample ids of global batch `step`, of shape (global_batch,), in order."""
         epoch, place = divmod(step, self.steps_per_epoch)
         # Part g of batch p: place p of the g-th of `groups` equal runs of the epoch; with one group, slice p of it.
-        used = self._order(epoch)[: self.steps_per_epoch * self.global_batch]
-        parts = used.reshape(self.groups, self.steps_per_epoch, self.global_batch // self.groups)
+        parts = self._used(epoch).reshape(self.groups, self.steps_per_epoch, self.global_batch // self.groups)
         return parts[:, place].reshape(-1)
 
-    def _order(self, epoch: int) -> Ids:
+    def _used(self, epoch: int) -> Ids:
         if epoch not in self._latest:
             self._latest.clear()
-            self._latest[epoch] = epoch_order(
+            order = epoch_order(
                 self.num_samples,
                 seed=self.seed,
                 epoch=epoch,
@@ -110,6 +140,7 @@ class BatchOrder:
                 block=self.block,
                 shard_of_sample=self.shard_of_sample,
             )
+            self._latest[epoch] = used_in_epoch(order, self.global_batch, self.tail)
         return self._latest[epoch]
 
 

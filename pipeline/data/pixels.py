@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import AugmentConfig, InputConfig
 from pipeline.data.images import MAX_PIXELS, as_rgb, not_a_picture
+from pipeline.data.jpegrows import upper_rows
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
 Pixels = NDArray[np.uint8]
@@ -89,7 +91,14 @@ def eval_view(content: bytes, config: InputConfig) -> Pixels:
 
 
 def train_view(
-    content: bytes, config: InputConfig, augment: AugmentConfig, *, seed: int, epoch: int, sample_id: int
+    content: bytes,
+    config: InputConfig,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+    is_checked: bool = False,
 ) -> Pixels:
     """A random crop, perhaps mirrored: shape (size, size, 3).
 
@@ -98,6 +107,8 @@ def train_view(
         config: gives the crop's side, and for the crops of fixed scale the resizing.
         augment: which crop, and whether to mirror.
         seed, epoch, sample_id: what the random numbers depend on, and nothing else.
+        is_checked: it was decoded to its end before, as `prepare` does; then what lies below the crop is left alone.
+            The pixels are the same.
 
     Raises:
         SampleError: as `decode`.
@@ -106,7 +117,7 @@ def train_view(
     source = picture_size(content)
     if augment.crop == "random_resized":
         box = random_resized_box(source, augment, draw[2:])
-        pixels = _cut(content, source, box, config.size, may_reduce=True, exact_edges=True)
+        pixels = _cut_reduced(content, source, box, config.size, is_checked=is_checked)
     elif augment.crop == "pad_random":
         pixels = _padded_view(content, source, config, augment.pad, draw)
     else:
@@ -115,9 +126,7 @@ def train_view(
             return _center_offset(space, axis) if augment.crop == "center" else _integer(draw[axis], space + 1)
 
         pixels = _flat_view(content, source, _resized_size(source, config), offset, config.size)
-    if augment.flip and draw[-1] < 0.5:
-        return np.ascontiguousarray(pixels[:, ::-1])
-    return pixels
+    return _mirrored(pixels) if augment.flip and draw[-1] < 0.5 else pixels
 
 
 def random_resized_box(source: tuple[int, int], augment: AugmentConfig, draw: NDArray[np.float64]) -> Box:
@@ -183,7 +192,7 @@ def _flat_view(content: bytes, source: tuple[int, int], resized: tuple[int, int]
     top, left = (offset(resized[axis] - size, axis) for axis in (0, 1))
     per_row, per_column = source[0] / resized[0], source[1] / resized[1]
     box = Box(top * per_row, left * per_column, size * per_row, size * per_column)
-    return _cut(content, source, box, size, may_reduce=False, exact_edges=False)
+    return _resize(_decode(content, source, 1)[0], box, (size, size), exact_edges=False)
 
 
 def _padded_view(
@@ -214,15 +223,43 @@ def _padded_view(
     return canvas
 
 
-def _cut(
-    content: bytes, source: tuple[int, int], box: Box, size: int, *, may_reduce: bool, exact_edges: bool
-) -> Pixels:
-    """`box` of the picture, resized to (size, size)."""
-    wanted = 1
-    if may_reduce:
-        wanted = next((by for by in _REDUCTIONS if min(box.height, box.width) >= size * by), 1)
-    pixels, reduction = _decode(content, source, wanted)
-    return _resize(pixels, box.divided(reduction), (size, size), exact_edges=exact_edges)
+def _cut_reduced(content: bytes, source: tuple[int, int], box: Box, size: int, *, is_checked: bool) -> Pixels:
+    """`box`, of whole pixels, resized to (size, size). No more is decoded than that needs, nothing seen beside it."""
+    wanted = next((by for by in _REDUCTIONS if min(box.height, box.width) >= size * by), 1)
+    pixels = upper_rows(content, source, int(box.top + box.height), wanted) if is_checked else None
+    reduction = wanted
+    if pixels is None:
+        pixels, reduction = _decode(content, source, wanted)
+    if reduction == 1:
+        return _resize_whole(pixels, box, size)
+    return _resize(pixels, box.divided(reduction), (size, size), exact_edges=True)
+
+
+def _resize_whole(pixels: Pixels, box: Box, size: int) -> Pixels:
+    """`box`, of whole pixels, as (size, size): the filter of `_resize` in torch's arithmetic.
+
+    Several times as fast as Pillow's, with a coarser fixed point: some values differ by one of 255.
+    """
+    from torch.nn import functional as F
+
+    top, left = int(box.top), int(box.left)
+    region_HWC = pixels[top : top + int(box.height), left : left + int(box.width)]
+    resized_1CHW = F.interpolate(_for_torch(region_HWC), (size, size), mode="bilinear", antialias=True)
+    return resized_1CHW[0].permute(1, 2, 0).numpy()
+
+
+def _mirrored(pixels: Pixels) -> Pixels:
+    """Left to right, by torch, which has a kernel for pixels of three bytes."""
+    return _for_torch(pixels).flip(-1)[0].permute(1, 2, 0).numpy()
+
+
+def _for_torch(pixels_HWC: Pixels) -> "torch.Tensor":
+    """As (1, 3, height, width), channels_last, of the same memory."""
+    import torch
+
+    if not pixels_HWC.flags.writeable:
+        pixels_HWC = pixels_HWC.copy()  # torch warns of what it must not write to
+    return torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
 
 
 def _resize(pixels: Pixels, box: Box, out: tuple[int, int], *, exact_edges: bool) -> Pixels:

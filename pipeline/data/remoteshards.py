@@ -137,8 +137,8 @@ class Connection:
 
 def open_remote(
     url: str, split: str, verify: str, settings: CacheSettings
-) -> tuple[tuple[ShardFile, ...], SampleTable, RemoteFiles, tuple[str, ...] | None]:
-    """(shards, table, files, classes) of a split behind a URL.
+) -> tuple[tuple[ShardFile, ...], SampleTable, RemoteFiles, tuple[str, ...] | None, bool]:
+    """(shards, table, files, classes, whether its pictures are checked) of a split behind a URL.
 
     Args:
         verify: `sha256` hashes again what is in the cache already; what arrives is hashed in any case.
@@ -152,12 +152,13 @@ def open_remote(
     files = RemoteFiles(place.url, shards, validators, place.cache)
     if verify == "sha256":
         _hash_again(files)
-    described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
+    listed = manifest.split(split) if manifest else None
+    described = listed.extra.get(INDEX_KEY) if listed else None
     table = place.fetched_table(shards, described) if described else place.scanned_table(files)
     if not len(table.label):
         raise DataError(f"Split {split!r} at {place.url} holds no sample: prepare it again.")
     files.table = table
-    return shards, table, files, manifest.classes if manifest else None
+    return shards, table, files, manifest.classes if manifest else None, listed is not None and listed.is_checked
 
 
 def check_remote(url: str, split: str, settings: CacheSettings) -> None:

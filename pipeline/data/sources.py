@@ -5,8 +5,10 @@ read any picture and a shard can be written by whoever is free.
 """
 
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -69,6 +71,21 @@ def read_image(image: SourceImage) -> bytes:
     if len(content) != image.num_bytes:
         raise OSError(f"{image.path} ended after {len(content)} of {image.num_bytes} bytes")
     return content
+
+
+def expect_image(image: SourceImage) -> None:
+    """Tell the kernel that `read_image` will ask for this picture: it is read while others are worked on.
+
+    A picture that is not there is none of this function's business.
+    """
+    if not image.path or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(image.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, image.offset, image.num_bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None) -> Source:
@@ -206,7 +223,8 @@ def _with_classes(root: Path, found: list[tuple[tuple[str, ...], _Entry]]) -> li
     for parts, (_, path, offset, num_bytes, mtime_ns) in found:
         if len(parts) < 2:
             raise DataError(f"source={root}: the image {path} lies in no class folder. Move it into <class>/.")
-        images.append(SourceImage("/".join(parts), parts[0], path, offset, num_bytes, mtime_ns))
+        # A class's name once, not once per picture.
+        images.append(SourceImage("/".join(parts), sys.intern(parts[0]), path, offset, num_bytes, mtime_ns))
     return images
 
 

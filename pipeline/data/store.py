@@ -60,6 +60,7 @@ class ShardIndex:
         table: SampleTable,
         files: ShardFiles,
         classes: tuple[str, ...] | None,
+        is_checked: bool = False,
     ) -> None:
         """Use `open`; this takes the parts as verified."""
         self.root, self.split = root, split
@@ -68,6 +69,8 @@ class ShardIndex:
         """From the manifest; of foreign shards the highest label plus one."""
         self.classes = classes
         """Names in index order; None for foreign shards."""
+        self.is_checked = is_checked
+        """Every picture was decoded to its end when the shards were written."""
         self.index_hash = table.hash_with(shards)
         """Of content and order, hexadecimal: equal for the same shards anywhere."""
 
@@ -203,8 +206,8 @@ def _close_all(open_files: OrderedDict[int, int]) -> None:
         os.close(open_files.popitem()[1])
 
 
-Opened = tuple[tuple[ShardFile, ...], SampleTable, ShardFiles, tuple[str, ...] | None]
-"""(shards, table, files, classes) of a split."""
+Opened = tuple[tuple[ShardFile, ...], SampleTable, ShardFiles, tuple[str, ...] | None, bool]
+"""(shards, table, files, classes, whether its pictures are checked) of a split."""
 
 
 def _open_local(root: Path, split: str, verify: str) -> Opened:
@@ -221,7 +224,10 @@ def _open_local(root: Path, split: str, verify: str) -> Opened:
     if foreign:
         counts = np.bincount(table.shard, minlength=len(shards)).tolist()
         foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
-    return shards, table, LocalFiles(root, shards), manifest.classes if manifest else None
+    files = LocalFiles(root, shards)
+    if manifest is None:
+        return shards, table, files, None, False
+    return shards, table, files, manifest.classes, manifest.split(split).is_checked
 
 
 def _has_manifest(root: Path) -> bool:

@@ -20,7 +20,7 @@ from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
 from pipeline.data.plan import PlannedShard
 from pipeline.data.pool import run_tasks
 from pipeline.data.scan import scanned_table
-from pipeline.data.sources import Reader
+from pipeline.data.sources import Reader, expect_image
 from pipeline.data.table import INDEX_KEY, index_name, shards_of
 from pipeline.errors import DataError
 from pipeline.files import TEMPORARY_MARK, sha256_of_file, write_atomic, write_json_atomic
@@ -28,6 +28,10 @@ from pipeline.files import TEMPORARY_MARK, sha256_of_file, write_atomic, write_j
 STATE_DIRECTORY = ".prepare"
 TIMM_INFO_NAME = "_info.json"
 NUM_BAD_SHOWN = 5
+NUM_EXPECTED = 16
+"""Pictures that the kernel may read ahead of the one that is worked on."""
+WRITE_BYTES = 1024**2
+"""At least so many are hashed and written at once."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ class ShardWriter:
         num_samples = 0
         # Fixed time and owner: the same input gives the same bytes.
         with TarWriter(cast(BinaryIO, hashed), encoder=False, mtime=0) as tar:
-            for sample in planned.samples:
+            for number, sample in enumerate(planned.samples):
+                for later in planned.samples[number + NUM_EXPECTED : number + NUM_EXPECTED + 1]:
+                    expect_image(later.image)
                 try:
                     jpeg = shard_jpeg(self.read(sample.image), self.encoding)
                 except BadImageError as error:
@@ -112,6 +118,7 @@ class ShardWriter:
                     tar.write({"__key__": sample.key, "jpg": jpeg, "cls": str(sample.label).encode()})
                     num_samples += 1
                 tick(1)
+        hashed.flush()
         return Shard(planned.name, hashed.num_bytes, hashed.sha.hexdigest(), num_samples)
 
     def _state_path(self, planned: PlannedShard) -> Path:
@@ -130,15 +137,23 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file that is only written to, and hashed on the way."""
+    """A file that is only written to, and hashed on the way. What was written last may wait until `flush`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha, self.num_bytes = file, hashlib.sha256(), 0
+        self._waiting = bytearray()
 
     def write(self, content: bytes) -> int:
-        self.sha.update(content)
-        self.num_bytes += len(content)
-        return self.file.write(content)
+        self._waiting += content
+        if len(self._waiting) >= WRITE_BYTES:
+            self.flush()
+        return len(content)
+
+    def flush(self) -> None:
+        self.sha.update(self._waiting)
+        self.num_bytes += len(self._waiting)
+        self.file.write(self._waiting)
+        self._waiting.clear()
 
 
 def write_splits(

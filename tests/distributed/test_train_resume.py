@@ -90,8 +90,9 @@ def test_three_ranks_one_of_which_dies_amid_its_backward_pass(shards: Path, tmp_
         (2, "0 9 0 supervisor", ["data.num_workers=2", "data.shuffle_block=1"]),
         (3, "1 3 1 rank", ["batch.max_per_rank=2", "recipe.decay=cosine", "comm.bucket_megabytes=1"]),
         (2, "0 6 0 rank", ["comm.hook=bf16", "trainer.precision=fp32"]),
+        (2, "1 5 0 rank", ["data.tail=pad", "batch.global_size=16", "batch.max_per_rank=4"]),  # 60 pictures
     ],
-    ids=["buffers on three", "averaged buffers", "workers and blocks", "accumulating on three", "compressed"],
+    ids=["buffers on three", "averaged buffers", "workers and blocks", "accumulating on three", "compressed", "padded"],
 )
 def test_in_other_conditions(devices: int, kill_at: str, options: list[str], shards: Path, tmp_path: Path) -> None:
     assert_same(make_pair(tmp_path, shards, devices, kill_at, *options))

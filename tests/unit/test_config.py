@@ -98,6 +98,7 @@ def test_impossible_compressions_are_refused(values: dict[str, object], message:
         ({"cache_bytes": 0}, r"data\.cache_bytes=0 must be positive"),
         ({"fetch_timeout_seconds": 0}, r"data\.fetch_timeout_seconds must be positive"),
         ({"shuffle_groups": 0}, r"data\.shuffle_groups=0 must be >= 1"),
+        ({"tail": "wrap"}, r"data\.tail='wrap'.*drop.*pad"),
     ],
 )
 def test_impossible_ways_to_read_are_refused(values: dict[str, object], message: str) -> None:

@@ -73,6 +73,29 @@ def test_too_few_samples_for_the_ranks_promises_no_batch_of_zero() -> None:
     assert "at most 0" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "tail", "steps", "sentence"),
+    [
+        (105, "drop", 10, "10 an epoch of 105 pictures, 5 left out of each epoch (data.tail=drop)"),
+        (105, "pad", 11, "11 an epoch of 105 pictures, 5 of them shown twice in each epoch (data.tail=pad)"),
+        (1100, "drop", 110, "110 an epoch of 1,100 pictures, 0 left out of each epoch"),
+        (1100, "pad", 110, "110 an epoch of 1,100 pictures, 0 left out of each epoch"),
+    ],
+)
+def test_the_tail_of_an_epoch_is_counted_and_named(num_samples: int, tail: str, steps: int, sentence: str) -> None:
+    trainer = TrainerConfig(max_epochs=2)
+    plan = make_plan(trainer, BatchConfig(global_size=10), num_samples, 1, validate=False, tail=tail)
+    assert (plan.steps_per_epoch, plan.num_steps, plan.checkpoint_every_steps) == (steps, 2 * steps, steps)
+    assert plan.epoch_sentence == sentence
+    assert steps * 10 == num_samples - plan.dropped_per_epoch + plan.repeated_per_epoch
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+def test_less_than_one_batch_is_no_epoch_whatever_the_tail(tail: str) -> None:
+    with pytest.raises(DataError, match="fewer than one global batch of 12"):
+        make_plan(TrainerConfig(max_steps=1), BatchConfig(global_size=12), 11, 3, validate=True, tail=tail)
+
+
 def test_without_validation_nothing_is_validated() -> None:
     plan = make_plan(TrainerConfig(max_steps=4), BatchConfig(global_size=2), 9, 1, validate=False)
     assert not any(plan.validation_due(step) for step in range(1, 5))
@@ -161,6 +184,7 @@ def test_every_field_that_shapes_the_order_or_the_weights_must_match() -> None:
         "batch.global_size": dataclasses.replace(config, batch=BatchConfig(global_size=8)),
         "data.shuffle_block": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_block=2)),
         "data.shuffle_groups": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_groups=2)),
+        "data.tail": dataclasses.replace(config, data=dataclasses.replace(config.data, tail="pad")),
     }
     base = must_match(config, "shards")
     for key, other in changed.items():

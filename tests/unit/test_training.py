@@ -183,6 +183,7 @@ def test_the_newest_sound_checkpoint_is_where_it_starts(
         ("batch.global_size=4", "batch.global_size was 2 and is 4"),
         ("model=squeezenet1_0", "model.name was 'squeezenet1_1' and is 'squeezenet1_0'"),
         ("data.shuffle_block=3", "data.shuffle_block was 0 and is 3"),
+        ("data.tail=pad", "data.tail was 'drop' and is 'pad'"),
     ],
 )
 def test_a_run_does_not_change_what_it_is(
@@ -192,6 +193,23 @@ def test_a_run_does_not_change_what_it_is(
     with pytest.raises(CheckpointError) as raised:
         training.find_start(configure(tmp_path, override), world, opened, HASH)
     assert words in str(raised.value) and "another name=" in str(raised.value) and raised.value.exit_code == 4
+
+
+def test_a_field_that_an_older_version_did_not_have_had_its_default(
+    tmp_path: Path, world: World, opened: training.RunDirectory
+) -> None:
+    known = must_match(configure(tmp_path), HASH)
+    del known["data.tail"], known["data.shuffle_groups"]
+    section = {"step": 2, "world_size": 1, "model": "squeezenet1_1", "must_match": known}
+    content = {"state_dict": {}, "squeezewire": section}
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint_path(opened.checkpoints, 2))
+    assert training.find_start(configure(tmp_path), world, opened, HASH).step == 2
+    for override, words in (
+        ("data.tail=pad", "data.tail was 'drop' and is 'pad'"),
+        ("data.shuffle_groups=2", "data.shuffle_groups was 1 and is 2"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            training.find_start(configure(tmp_path, override), world, opened, HASH)
 
 
 def test_a_run_may_be_made_longer_and_validated_otherwise(

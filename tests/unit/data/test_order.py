@@ -13,8 +13,10 @@ from pipeline.data.order import (
     dropped_per_epoch,
     epoch_order,
     evaluation_stripe,
+    repeated_per_epoch,
     steps_per_epoch,
     stripe,
+    used_in_epoch,
 )
 
 HASH = hashlib.sha256(b"an index").hexdigest()
@@ -105,19 +107,49 @@ def test_steps_cover_each_epoch_once_and_drop_the_tail(data, seed, per_rank, tai
         assert np.array_equal(shown, whole[: num_steps * global_batch])
 
 
+@given(seed=seeds, per_rank=st.integers(1, 4), whole=st.integers(1, 5), tail=st.integers(0, 23))
+def test_a_padded_epoch_shows_every_sample_and_its_last_batch_again_some_of_the_one_before(seed, per_rank, whole, tail):
+    global_batch = 6 * per_rank
+    num_samples = whole * global_batch + tail % global_batch
+    order = BatchOrder(num_samples=num_samples, global_batch=global_batch, seed=seed, index_hash=HASH, tail="pad")
+    num_steps = whole + bool(tail % global_batch)
+    assert order.steps_per_epoch == steps_per_epoch(num_samples, global_batch, "pad") == num_steps
+    assert dropped_per_epoch(num_samples, global_batch, "pad") == 0
+    assert repeated_per_epoch(num_samples, global_batch) == 0
+    repeated = repeated_per_epoch(num_samples, global_batch, "pad")
+    assert repeated == num_steps * global_batch - num_samples
+    for epoch in range(2):
+        batches = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
+        shown = np.concatenate(batches)
+        whole_order = epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH)
+        assert np.array_equal(shown[:num_samples], whole_order)
+        counts = np.bincount(shown, minlength=num_samples)
+        assert counts.min() == 1 and (counts == 2).sum() == repeated and counts.max() <= 2
+        assert all(len(set(batch.tolist())) == global_batch for batch in batches)  # none has a sample twice
+        assert set(batches[-1].tolist()) == set(whole_order[-global_batch:].tolist())
+
+
+def test_the_samples_that_pad_stay_what_they_were_in_earlier_versions():
+    order = BatchOrder(num_samples=8, global_batch=6, seed=3, index_hash=HASH, tail="pad")
+    assert epoch_order(8, seed=3, epoch=5, index_hash=HASH).tolist() == [7, 6, 1, 3, 4, 0, 2, 5]
+    assert order.batch_samples(11).tolist() == [2, 5, 1, 3, 4, 0]
+
+
 @given(
     data=st.data(),
     seed=seeds,
     epoch=st.integers(0, 3),
+    tail=st.sampled_from(["drop", "pad"]),
     groups=st.integers(1, 4),
     per_group=st.integers(1, 3),
     num_steps=st.integers(1, 6),
     block=st.integers(0, 3),
 )
-def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, groups, per_group, num_steps, block):
+def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, tail, groups, per_group, num_steps, block):
     """Each group's part of the batches, in a row, is one run of the epoch."""
     global_batch = groups * per_group
     num_samples = num_steps * global_batch + data.draw(st.integers(0, global_batch - 1))
+    num_steps = steps_per_epoch(num_samples, global_batch, tail)
     shards = shards_of(num_samples, 5)
     order = BatchOrder(
         num_samples=num_samples,
@@ -127,11 +159,12 @@ def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, groups
         block=block,
         shard_of_sample=shards,
         groups=groups,
+        tail=tail,
     )
     steps = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
     of_group = [np.concatenate([step.reshape(groups, -1)[group] for step in steps]) for group in range(groups)]
     whole = epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH, block=block, shard_of_sample=shards)
-    assert np.array_equal(np.concatenate(of_group), whole[: num_steps * global_batch])
+    assert np.array_equal(np.concatenate(of_group), used_in_epoch(whole, global_batch, tail))
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])

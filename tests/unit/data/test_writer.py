@@ -16,10 +16,11 @@ from pictures_on_disk import contents_of, picture, pictures, stored_samples, wri
 from shard_index import add_index
 
 from pipeline.data.images import BadImageError, Encoding, shard_jpeg
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, Split
 from pipeline.data.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
 from pipeline.data.planning import exclusive, plan_splits
 from pipeline.data.sources import Source, SourceImage, open_folders
+from pipeline.data.store import ShardIndex
 from pipeline.data.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.errors import DataError
 
@@ -359,3 +360,40 @@ def test_a_key_is_safe_for_every_reader(name: str) -> None:
 def test_a_key_does_not_repeat_the_class() -> None:
     assert key_stem(SourceImage("n01440764/n01440764_10026.JPEG", "n01440764", "", 0, 0)) == "n01440764_10026"
     assert key_stem(SourceImage("airplane/0001.jpg", "airplane", "", 0, 0)) == "airplane_0001"
+
+
+ENDS = Encoding(check="ends")
+
+
+def test_with_check_ends_a_whole_jpeg_is_kept_and_one_cut_short_refused() -> None:
+    content = picture(3)
+    assert shard_jpeg(content, ENDS) == content
+    assert shard_jpeg(content + b"stray", ENDS) == content + b"stray"  # without an end mark at the end it is decoded
+    for bad in (content[:-2], content[: len(content) // 2], b"\xff\xd8" + content[-2:], b""):
+        with pytest.raises(BadImageError):
+            shard_jpeg(bad, ENDS)
+
+
+def test_with_check_ends_a_picture_is_shrunk_and_a_png_encoded_as_otherwise() -> None:
+    for content in (picture(3), picture(4, encoding="PNG")):
+        shrunk = dataclasses.replace(ENDS, short_side=8)
+        assert shard_jpeg(content, shrunk) == shard_jpeg(content, Encoding(short_side=8)) != content
+
+
+@pytest.mark.parametrize(
+    ("request_", "is_checked"), [({}, True), ({"check": "pixels"}, True), ({"check": "ends"}, False), (None, False)]
+)
+def test_the_manifest_tells_whether_every_picture_was_decoded(request_: dict | None, is_checked: bool) -> None:
+    extra = {} if request_ is None else {"request": request_}
+    assert Split((), extra).is_checked is is_checked
+
+
+def test_readers_learn_from_the_manifest_what_was_checked(tmp_path: Path) -> None:
+    source = open_folders(write_files(tmp_path / "source", pictures(COUNTS)), None, None)
+    manifest, _ = write(source, tmp_path / "out")
+    assert ShardIndex.open(tmp_path / "out", "train").is_checked
+    manifest.splits["train"].extra["request"] = {"check": "ends"}
+    manifest.save(tmp_path / "out")
+    assert not ShardIndex.open(tmp_path / "out", "train").is_checked
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert not ShardIndex.open(tmp_path / "out", "train").is_checked  # foreign shards, as far as one can tell
