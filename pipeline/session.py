@@ -345,7 +345,9 @@ def make_trainer(
 class _NoPickUp(_CheckpointConnector):
     """Lightning, inside a Slurm job, would resume from any `hpc_ckpt_N.ckpt` it finds; a run resumes from its own."""
 
-    _hpc_resume_path = None  # pyright: ignore[reportIncompatibleMethodOverride]  a property there
+    @property
+    def _hpc_resume_path(self) -> str | None:
+        return None
 
 
 def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: Plan) -> None:

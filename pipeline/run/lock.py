@@ -127,6 +127,7 @@ class RunLock:
             if not is_locked and _may_live(owner) and not _is_same(owner, here):
                 raise self._refusal(owner)
             return
+        _warn(f"run {self.name!r} was left by {_name(owner)}; waiting {SILENCE_SECONDS:g} s for a sign of life")
         deadline = time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)

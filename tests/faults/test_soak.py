@@ -60,7 +60,7 @@ class Soak:
         """One attempt, with a directory of its own for temporary files, in which nothing may stay."""
         temporary = self.root / "tmp"
         temporary.mkdir(exist_ok=True)
-        environment = {"TMPDIR": str(temporary), "DO": f"head -c 1g /dev/zero > '{self.run}/filler' || true"}
+        environment = {"TMPDIR": str(temporary), "DO": f"head -c 1G /dev/zero > '{self.run}/filler' || true"}
         arguments = (*self.options, f"data.cache_dir={self.root / 'cache'}")
         ended = train_recorded(
             self.root, shards, name, DEVICES, *arguments, kill_at=kill_at, expect=expect, environment=environment
