@@ -22,8 +22,10 @@ SERVER_FAULTS = (
     Rule("status", path=r"train-\d+\.tar$", status=503, times=2),
     Rule("reset", path=r"train-000001\.tar$", times=1, after_bytes=20_000),
 )
-# Allowed above the first attempt: what the allocator happens to hold.
-RSS_SHARE = 1.15
+# A shard is opened, and fetched by a thread, when it is first read.
+NUM_SHARDS = 2
+# Of the first attempt, which is short and validates nothing.
+RSS_SHARE = 1.25
 
 
 class Soak:
@@ -107,7 +109,8 @@ class Soak:
         for rank in range(DEVICES):
             for name in ("fd", "task"):
                 later = [counts[1:] for (of, _), counts in held[name].items() if of == rank and len(counts) > 1]
-                assert len({count for counts in later for count in counts}) == 1, (name, rank, later)
+                seen = {count for counts in later for count in counts}
+                assert max(seen) - min(seen) <= NUM_SHARDS, (name, rank, later)
             highest = [max(counts) for (of, _), counts in held["rss"].items() if of == rank]
             assert max(highest) < RSS_SHARE * highest[0], (rank, highest)
         kept = sorted(path.name for path in (self.run / "checkpoints").iterdir())
