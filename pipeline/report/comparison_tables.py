@@ -76,7 +76,8 @@ _TIME = (
         "break-even link",
         format_bandwidth,
         "below this bandwidth of every server the lighter of the model and the baseline trains faster per picture,"
-        " above it the other; forecast from both runs. Empty: one of them is faster on every link",
+        " above it the other; forecast from both runs, beyond 100 Mbit/s to 2 Gbit/s without proof. Empty: one of them"
+        " is faster on every link",
     ),
 )
 _MODEL = (
