@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import HERE, SMALL, run, train
+from commands import SMALL, run, train
 from small_runs import picture, write_shards
 from webdataset.writer import TarWriter
+
+HERE = Path(__file__).parent
 
 NAMES = ("set-train-000.tar", "set-train-001.tar", "set-validation-000.tar")
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import HERE, SMALL, Ended, rows, run, train
+from commands import SMALL, Ended, rows, run, train
+
+HERE = Path(__file__).parent
 
 
 def train_with(fault: str, root: Path, shards: Path, *more: str, expect: int = 0, devices: int = 2) -> Ended:
