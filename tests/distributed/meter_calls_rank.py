@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from meter_ddp_rank import SmallNet, make_batch, recorded
+from meter_ranks import leave
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
@@ -108,3 +109,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(Path(sys.argv[1]))

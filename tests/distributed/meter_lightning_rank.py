@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from meter_ranks import leave
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -164,3 +165,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(Path(sys.argv[1]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from meter_ranks import leave
 from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
@@ -143,3 +144,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(Path(sys.argv[1]))
