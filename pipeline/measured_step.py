@@ -12,8 +12,6 @@ from pipeline.run.netlab import bits_per_second
 
 ITEMSIZES = {"none": 4, "fp16": 2, "bf16": 2}
 """Bytes of a gradient's element on the wire, by comm.hook."""
-ROUND_SECONDS = 1e-4
-"""Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def read_source(
     run: RunRecord,
     measured_bandwidth: str | None,
     compute: Sequence[RunRecord] = (),
-    round_seconds: float = ROUND_SECONDS,
+    round_seconds: float = pure.ROUND_SECONDS,
 ) -> Source:
     """The measured step of `run`.
 

@@ -37,6 +37,8 @@ FRAME_HEADER_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
 SEGMENT_BYTES = 1448  # data in a frame of 1,500 bytes
 HEADER_SHARE = FRAME_HEADER_BYTES / SEGMENT_BYTES
 ALGORITHMS = wire_plans.PLANS
+ROUND_SECONDS = 1e-4
+"""Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
 
 
 @dataclass(frozen=True, slots=True)

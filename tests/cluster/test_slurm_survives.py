@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
+from comparing import committed
 from conftest import running_cluster
 
 from pipeline.files import write_text_atomic
@@ -135,16 +135,6 @@ def ranks_on(slurm: "SlurmCluster", node: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue
     return found
-
-
-def committed(ledger: dict[str, Any]) -> Counter[tuple[str, ...]]:
-    """(calls, bytes) of the committed training steps, over all attempts."""
-    totals: Counter[tuple[str, ...]] = Counter()
-    for row in ledger["collectives"]:
-        if row["phase"] == "train" and row["committed"]:
-            totals[row["op"], row["origin"], "calls"] += row["num_calls"]
-            totals[row["op"], row["origin"], "bytes"] += row["payload_bytes"]
-    return totals
 
 
 def assert_as_if_nothing_happened(checkout: Checkout, name: str, num_attempts: int, alone: str = "alone") -> None:
