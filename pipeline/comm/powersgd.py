@@ -1,7 +1,13 @@
 """PowerSGD (Vogels et al. 2019, arXiv 1905.13727): gradients as low-rank matrices, with what that loses carried over.
 
 The arithmetic is torch's `powerSGD_hook`. Around it is what torch leaves to the caller: an order of collectives that
-every rank shares, a state that survives restarts, and warm-up passes that leave no trace in it.
+every rank shares, a state that survives restarts, warm-up passes that leave no trace in it, and layers whose gradient
+vanishes for a while (behind dead ReLUs).
+
+The vanished gradient. torch normalises columns by their length: one of zeros becomes NaN, and all weights with it. A
+small number added to the length prevents that (orthogonalization_epsilon), but then the matrix that the next step
+starts from is zero too, and the layer stays without a gradient for ever. So such columns start again from fixed random
+ones, the same on every rank.
 
 The order. torch's hook sends three all-reduces per bucket, the second and third from callbacks, each of which waits for
 its own. NCCL completes futures when work is queued, so the callbacks run inside the hook, in order. Gloo runs them in
@@ -10,6 +16,7 @@ pairs up the wrong ones ("Received data size doesn't match expected size"), or b
 gloo one bucket is under way at a time: the hook first waits for the bucket before it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,6 +29,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_p
 
 from pipeline.comm.hooks import GradientFuture, average
 from pipeline.errors import CheckpointError
+
+# What is added to lengths before dividing by them: torch's own proposal. Columns shorter than that tell no direction.
+EPSILON = 1e-8
 
 Layout = list[list[list[int]]]
 """Of every bucket, by index: the shapes of its gradients in their order."""
@@ -53,7 +63,10 @@ class PowerSGD:
             matrix_approximation_rank=rank,
             start_powerSGD_iter=start_step,
             random_seed=seed % 2**32,  # what numpy's generator takes
+            orthogonalization_epsilon=EPSILON,  # pyright: ignore[reportArgumentType] # torch's default of 0 is an int
         )
+        self._seed = seed
+        self._fresh_starts: dict[int, torch.Tensor] = {}
         # A hook call per bucket and step: torch's count of iterations is the number of steps.
         self._state.iter = step
         self._device = device or torch.device("cpu")
@@ -73,6 +86,7 @@ class PowerSGD:
             self._state.maybe_increase_iter(bucket)
             return average(None, bucket)
         self._wait()
+        self._revive(bucket)
         future = torch_powersgd.powerSGD_hook(self._state, bucket)
         if dist.get_backend() == "gloo":
             self._under_way = future
@@ -85,6 +99,40 @@ class PowerSGD:
             with self._waiting():
                 self._under_way.wait()
             self._under_way = None
+
+    def _revive(self, bucket: GradBucket) -> None:
+        """Give vanished columns of the bucket's Q, from which its step starts, a direction again.
+
+        Nothing is asked of the values here (a GPU would have to be waited for), and all ranks have the same Q.
+        """
+        memory = self._state.q_memory_dict.get(bucket.index())
+        if memory is None:
+            return
+        fresh = self._fresh_starts.get(bucket.index())
+        if fresh is None:
+            generator = torch.Generator().manual_seed((self._seed + bucket.index()) % 2**63)
+            fresh = torch.randn(len(memory), generator=generator).to(memory)
+            self._fresh_starts[bucket.index()] = fresh
+        start = 0
+        for shape in self._shapes_of_qs(bucket):
+            part = slice(start, start := start + shape.numel())
+            q, fresh_q = memory[part].view(shape), fresh[part].view(shape)
+            length = torch.linalg.vector_norm(q, dim=1, keepdim=True)
+            q.copy_(torch.where(length < EPSILON, fresh_q, q))
+
+    def _shapes_of_qs(self, bucket: GradBucket) -> list[torch.Size]:
+        """(layers, columns of the layer, rank) of every Q in torch's memory: layers of one shape lie together."""
+        state = self._state
+        num_layers: Counter[tuple[int, int]] = Counter()
+        for gradient in bucket.gradients():
+            rows, columns = gradient.view(gradient.shape[0], -1).shape
+            rank = min(rows, columns, state.matrix_approximation_rank)
+            if torch_powersgd._should_compress(rows, columns, rank, state.min_compression_rate)[0]:
+                num_layers[rows, columns] += 1
+        return [
+            torch.Size((count, columns, min(rows, columns, state.matrix_approximation_rank)))
+            for (rows, columns), count in num_layers.items()
+        ]
 
     # --- warm-up ---
 

@@ -16,16 +16,24 @@ from pipeline.errors import CheckpointError
 START_STEP, NUM_STEPS, SAVE_AFTER = 2, 6, 4
 BUCKET_MEGABYTES = 0.1
 LATE_SECONDS = 0.02
+DEAD_STEPS, LIVE_STEPS = 2, 3
 
 
-def compressed(step: int = 0, saved: dict[str, Any] | None = None, *, rank: int = 2, **options: Any) -> Training:
+def compressed(
+    step: int = 0,
+    saved: dict[str, Any] | None = None,
+    *,
+    rank: int = 2,
+    model: SmallNet | None = None,
+    **options: Any,
+) -> Training:
     """Several buckets of uneven layers, some of them too small to be compressed."""
     powersgd = PowerSGD(rank=rank, start_step=START_STEP, step=step)
     if saved is not None:
         powersgd.load_state_dict(saved, dist.get_rank(), dist.get_world_size())
     torch.manual_seed(7)
     options = {"bucket_cap_mb": BUCKET_MEGABYTES, "gradient_as_bucket_view": True, **options}
-    training = Training(SmallNet(), hook=powersgd, **options)
+    training = Training(model or SmallNet(), hook=powersgd, **options)
     training.powersgd = powersgd  # type: ignore[attr-defined]
     return training
 
@@ -123,7 +131,39 @@ def other_buckets(out: Path) -> str:
     return "nothing was raised"
 
 
-SCENARIOS = (traffic, before_compression, untouched_by_warm_up, resume, other_buckets)
+class Gated(SmallNet):
+    """Its layers get no gradient at all, except biases, while `gate` is 0."""
+
+    gate = 1.0
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.gate * self.features(images_BCHW).mean((2, 3)))
+
+
+def vanished(out: Path) -> dict[str, Any]:
+    """What is applied of a gradient that was zero when compression began and comes back; for each rank of P and Q."""
+    return {str(rank): lengths_of_gradients(rank) for rank in (1, 2, 3)}
+
+
+def lengths_of_gradients(rank: int) -> dict[str, list[float]]:
+    training = compressed(rank=rank, model=Gated())
+    model = training.ddp.module
+    assert isinstance(model, Gated)
+    lengths: dict[str, list[float]] = {name: [] for name, weight in model.named_parameters() if weight.dim() > 1}
+    for step in range(START_STEP + DEAD_STEPS + LIVE_STEPS):
+        model.gate = float(step >= START_STEP + DEAD_STEPS)
+        with training.meter.phase("train"):
+            training.loss(step).backward()
+        for name, found in lengths.items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            found.append(float(gradient.norm()))
+        training.optimizer.zero_grad()
+        training.ledger.commit_step()
+    return lengths
+
+
+SCENARIOS = (traffic, before_compression, untouched_by_warm_up, resume, other_buckets, vanished)
 
 
 if __name__ == "__main__":

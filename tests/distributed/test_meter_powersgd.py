@@ -1,5 +1,6 @@
 """PowerSGD on real DDP over gloo, two and three ranks."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -8,6 +9,7 @@ from meter_ranks import run_ranks
 
 Results = list[dict[str, Any]]
 START_STEP, NUM_STEPS = 2, 6
+DEAD_STEPS, LIVE_STEPS = 2, 3
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -67,3 +69,14 @@ def test_a_resumed_run_is_the_unbroken_one(ranks: Results) -> None:
 def test_a_state_of_other_buckets_is_refused(ranks: Results) -> None:
     for result in ranks:
         assert "comm.bucket_megabytes" in result["other_buckets"]
+
+
+def test_a_gradient_that_vanishes_comes_back(ranks: Results) -> None:
+    """Behind dead ReLUs: nothing becomes NaN meanwhile, and the layer learns again afterwards."""
+    for result in ranks:
+        for lengths in result["vanished"].values():
+            assert len(lengths) == 3
+            for layer in lengths.values():
+                dead, live = layer[: START_STEP + DEAD_STEPS], layer[START_STEP + DEAD_STEPS :]
+                assert dead == [0.0] * len(dead)  # the fault fired
+                assert len(live) == LIVE_STEPS and all(0 < length < math.inf for length in live)
