@@ -4,7 +4,7 @@ Takes the overrides of `train`. FED_TO: a directory where every rank appends a l
 KILL_AT, if set: "rank step place victim". The place is a micro-batch of that step (0-based): the rank is fed it; or
 `backward`: it is amid the step's first backward pass; or `validation`: it validates what that many steps have made.
 There it sends SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself; `hang` is
-SIGSTOP to itself, `shell` runs the command DO and goes on,
+SIGSTOP to itself, `asked` is SIGTERM to itself, after which it goes on, `shell` runs the command DO and goes on,
 `clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
 to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing.
 SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal when it comes to that place. Places:
@@ -35,6 +35,9 @@ def strike(victim: str) -> None:
     """End this process by ending its victim, or stop it for good."""
     if victim == "shell":
         subprocess.run(os.environ["DO"], shell=True, check=True)
+        return
+    if victim == "asked":
+        os.kill(os.getpid(), signal.SIGTERM)
         return
     if victim == "clock":
         now = time.time

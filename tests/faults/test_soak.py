@@ -17,7 +17,7 @@ from test_disks import small_disk
 DEVICES = 2
 DISK_BYTES = 64_000_000  # several checkpoints
 # Every attempt is ended by one of these, and in every second one the server fails too.
-ENDINGS = {"rank": 1, "supervisor": -9, "disk full": 4}
+ENDINGS = {"rank": 1, "supervisor": -9, "disk full": 4, "asked": 75}
 SERVER_FAULTS = (
     Rule("status", path=r"train-\d+\.tar$", status=503, times=2),
     Rule("reset", path=r"train-000001\.tar$", times=1, after_bytes=20_000),
@@ -96,7 +96,8 @@ class Soak:
             assert failed == sum(rule.times or 0 for rule in SERVER_FAULTS), output
             self.fired["server"] += 1
         (self.run / "filler").unlink(missing_ok=True)
-        assert self.committed() == step, output
+        # Who is asked finishes the step first.
+        assert self.committed() == step + (ending == "asked"), output
 
     def assert_nothing_grows(self) -> None:
         """Open files, threads and memory of each process from its second step on, and from process to process."""
@@ -117,7 +118,7 @@ class Soak:
         assert len(kept) <= 7 and not [name for name in kept if ".tmp." in name], kept
 
 
-@pytest.mark.parametrize("num_faults", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("num_faults", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_soak(num_faults: int, shards: Path, tmp_path: Path) -> None:
     root, served = tmp_path / "runs", tmp_path / "served"
     root.mkdir()
