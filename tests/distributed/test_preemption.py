@@ -87,8 +87,15 @@ def test_after_the_last_step_it_is_too_late(shards: Path, tmp_path: Path) -> Non
     assert "val/top1" in rows(tmp_path / "run")[-1]
 
 
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=["one rank", "two ranks", "three ranks"])
+def unbroken(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A run that nothing happens to, and room for others beside it."""
+    root = tmp_path_factory.mktemp("unbroken")
+    train_recorded(root, shards, "unbroken", request.param)
+    return Pair(root, request.param)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize(
     ("event", "step"),
     [
@@ -100,12 +107,12 @@ def test_after_the_last_step_it_is_too_late(shards: Path, tmp_path: Path) -> Non
         ("0 validation0 SIGTERM rank", 5),  # too short to be broken off
     ],
 )
-def test_anywhere(event: str, step: int, devices: int, shards: Path, tmp_path: Path) -> None:
-    train_recorded(tmp_path, shards, "unbroken", devices)
-    preempted(tmp_path, shards, "resumed", devices, event)
-    assert saved_step(tmp_path / "resumed") == step
-    train_recorded(tmp_path, shards, "resumed", devices)
-    assert_same(Pair(tmp_path, devices))
+def test_anywhere(event: str, step: int, unbroken: Pair, shards: Path) -> None:
+    pair = Pair(unbroken.root, unbroken.devices, event.replace(" ", "_"))
+    preempted(pair.root, shards, pair.name, pair.devices, event)
+    assert saved_step(pair.resumed) == step
+    train_recorded(pair.root, shards, pair.name, pair.devices)
+    assert_same(pair)
 
 
 @pytest.mark.slow
