@@ -160,7 +160,11 @@ def signal_at(events: str, directory: Path, rank: int) -> None:
         setattr(owner, name, wrapped)
 
     wrap(training, "open_shards", lambda *_: "start")
-    wrap(Learner, "training_step", lambda learner, *_: f"step{learner.committed_steps}.{learner._micro}")
+    wrap(
+        Learner,
+        "training_step",
+        lambda learner, *_: "" if learner.warming_up else f"step{learner.committed_steps}.{learner._micro}",
+    )
     wrap(Learner, "validation_step", lambda _, __, number: f"validation{number}")
     wrap(AtomicCheckpointIO, "save_checkpoint", lambda _, content, *__: f"save{content['squeezewire']['step']}")
 
