@@ -111,28 +111,15 @@ def measure(root: Path) -> dict[str, float]:
     """In a process of its own: open, order an epoch, name the first batch; then the next epoch's."""
     import pickle
 
+    from benchmarks.synthetic import first_rank
     from pipeline import training  # noqa: F401  # all that a rank has imported by then
-    from pipeline.config import DataConfig, InputConfig
-    from pipeline.data.loader import ShardData
     from pipeline.data.store import ShardIndex
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on (proc(5))
     before, started = memory("VmRSS"), time.perf_counter()
     index = ShardIndex.open(root, "train")
     opened = time.perf_counter()
-    data = ShardData(
-        index,
-        None,
-        DataConfig(num_workers=0),
-        InputConfig(),
-        seed=SEED,
-        global_batch=GLOBAL_BATCH,
-        rank=0,
-        world_size=WORLD_SIZE,
-        accumulate=1,
-        start_step=0,
-        num_steps=10**6,
-    )
+    data = first_rank(index, seed=SEED, global_batch=GLOBAL_BATCH, world_size=WORLD_SIZE)
     first = next(iter(data.batches))
     begun = time.perf_counter()
     assert len(first) == GLOBAL_BATCH // WORLD_SIZE

@@ -17,27 +17,14 @@ def main(arguments: Sequence[str]) -> None:
     """The loader of a training on one rank, without worker processes; epochs follow one another as in a training."""
     import torch
 
-    from pipeline.config import DataConfig, InputConfig
-    from pipeline.data.loader import ShardData
+    from benchmarks.synthetic import first_rank
     from pipeline.data.store import ShardIndex
 
     torch.set_num_threads(1)
     source, batch = arguments[0], int(arguments[1])
     index = ShardIndex.open(source, "train")
     steps = index.num_samples // batch
-    data = ShardData(
-        index,
-        None,
-        DataConfig(num_workers=0),
-        InputConfig(),
-        seed=SEED,
-        global_batch=batch,
-        rank=0,
-        world_size=1,
-        accumulate=1,
-        start_step=0,
-        num_steps=NUM_EPOCHS * steps,
-    )
+    data = first_rank(index, seed=SEED, global_batch=batch)
     batches = iter(data.train_dataloader())
 
     def epoch() -> Iterator[Any]:

@@ -37,26 +37,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def measure(root: Path, place: float, num_workers: int) -> dict[str, Any]:
     """In a process of its own: open, and get the first batch of a run resumed at that share of the first epoch."""
+    from benchmarks.synthetic import first_rank
     from pipeline import training  # noqa: F401  # all that a rank has imported by then
-    from pipeline.config import DataConfig, InputConfig
-    from pipeline.data.loader import ShardData
     from pipeline.data.store import ShardIndex
 
     started = time.perf_counter()
     index = ShardIndex.open(root, "train")
     start_step = int(place * (index.num_samples // GLOBAL_BATCH))
-    data = ShardData(
+    data = first_rank(
         index,
-        None,
-        DataConfig(num_workers=num_workers),
-        InputConfig(),
         seed=SEED,
         global_batch=GLOBAL_BATCH,
-        rank=0,
         world_size=WORLD_SIZE,
-        accumulate=1,
+        num_workers=num_workers,
         start_step=start_step,
-        num_steps=10**6,
     )
     batches = iter(data.train_dataloader())
     first = next(batches)

@@ -1,7 +1,4 @@
-"""A training without data or Lightning: a rank's model, pictures of noise and loss, computed as by the train command.
-
-By rank processes only, after their process group was made.
-"""
+"""Parts of a training on their own: the model without data or Lightning, and the data without a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +8,9 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+
+    from pipeline.data.loader import ShardData
+    from pipeline.data.store import ShardIndex
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Training:
 
 
 def make_training(model: str, batch: int, size: int, wrap: Callable[[Any], "DistributedDataParallel"]) -> Training:
-    """Weights are the same on every rank and in every copy; pictures and labels are the rank's own.
+    """A rank's model, pictures of noise and loss, computed as by the train command; after the process group was made.
+
+    Weights are the same on every rank and in every copy; pictures and labels are the rank's own.
 
     batch: pictures of this rank. size: their side. wrap: makes DDP of the module.
     """
@@ -56,3 +58,25 @@ def whole_group() -> "dist.ProcessGroup":
     group = dist.new_group(list(range(dist.get_world_size())))
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def first_rank(
+    index: "ShardIndex", *, seed: int, global_batch: int, world_size: int = 1, num_workers: int = 0, start_step: int = 0
+) -> "ShardData":
+    """What rank 0 of a training reads, to no end; all else is the product's default."""
+    from pipeline.config import DataConfig, InputConfig
+    from pipeline.data.loader import ShardData
+
+    return ShardData(
+        index,
+        None,
+        DataConfig(num_workers=num_workers),
+        InputConfig(),
+        seed=seed,
+        global_batch=global_batch,
+        rank=0,
+        world_size=world_size,
+        accumulate=1,
+        start_step=start_step,
+        num_steps=10**6,
+    )

@@ -98,7 +98,22 @@ class WebDataset(Library):
         return [int(key[:9]) for key in keys]
 
 
-class MosaicML(Library):
+class StatefulLoader(Library):
+    """Of samples with an `id`, by a loader with a state of its own, which `loader` makes as `self.made`."""
+
+    made: Any
+
+    def ids(self, batch: Any) -> list[int]:
+        return batch["id"].tolist()
+
+    def state(self) -> Any:
+        return self.made.state_dict()
+
+    def resume(self, state: Any) -> None:
+        self.made.load_state_dict(state)
+
+
+class MosaicML(StatefulLoader):
     """MDS shards and the defaults of StreamingDataset; rank 0's state, as Composer saves it."""
 
     @staticmethod
@@ -124,17 +139,8 @@ class MosaicML(Library):
         self.made = StreamingDataLoader(dataset, batch_size=batch, num_workers=self.scenario.num_workers)
         return self.made
 
-    def ids(self, batch: Any) -> list[int]:
-        return batch["id"].tolist()
 
-    def state(self) -> Any:
-        return self.made.state_dict()
-
-    def resume(self, state: Any) -> None:
-        self.made.load_state_dict(state)
-
-
-class LitData(Library):
+class LitData(StatefulLoader):
     """Chunks made by `optimize` and the defaults of StreamingDataset, or its drop_last=False; rank 0's state."""
 
     @staticmethod
@@ -154,15 +160,6 @@ class LitData(Library):
         )
         self.made = StreamingDataLoader(dataset, batch_size=self.scenario.batch, num_workers=self.scenario.num_workers)
         return self.made
-
-    def ids(self, batch: Any) -> list[int]:
-        return batch["id"].tolist()
-
-    def state(self) -> Any:
-        return self.made.state_dict()
-
-    def resume(self, state: Any) -> None:
-        self.made.load_state_dict(state)
 
 
 def _sample(number: int) -> dict[str, Any]:
