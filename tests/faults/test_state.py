@@ -20,7 +20,7 @@ OPTIONS = (
 )
 PLACES = {
     "first step of an epoch": ["5 0"],
-    "amid an epoch, in its backward pass": ["7 backward"],
+    "amid a backward pass": ["7 backward"],
     "last step of an epoch": ["9 1"],
     "inside validation": ["8 validation"],
     "three times": ["2 0", "4 validation", "9 backward"],
