@@ -91,6 +91,10 @@ class Checkout:
         lines = map(json.loads, (self.run(name) / "metrics.jsonl").read_text().splitlines())
         return [{k: v for k, v in row.items() if not k.startswith("perf/") and k not in TIMES} for row in lines]
 
+    def num_fed(self, name: str) -> int:
+        """Micro-batches that rank 0 was fed, in all attempts."""
+        return (self.root / "fed" / name / "rank0.jsonl").read_bytes().count(b"\n")
+
     def ledger(self, name: str) -> dict[str, Any]:
         return json.loads((self.run(name) / "ledger.json").read_text())
 
@@ -192,7 +196,11 @@ def put_through(slurm: "SlurmCluster", checkout: Checkout, name: str, events: li
             hold.unlink()
         wait_until(lambda restarts=restarts: int(slurm.job(job_id)["Restarts"]) >= restarts, "the job stays away")
         event.recover()
+        num_fed = checkout.num_fed(name)
         wait_until(lambda: runs_again(slurm, job_id), "the job does not start again")
+        started = time.monotonic()
+        wait_until(lambda num_fed=num_fed: checkout.num_fed(name) > num_fed, "no step is made again")
+        print(f"{name}: from the start of a requeued job to its first step {time.monotonic() - started:.1f} s")
     job = slurm.wait(job_id, JOB_SECONDS, impatient=True)
     log = checkout.log(job_id)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
