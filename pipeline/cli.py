@@ -7,6 +7,7 @@ python -m pipeline.COMMAND --cfg job         the composed configuration (as any 
 
 import ast
 import atexit
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -21,13 +22,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline import unsafe
+from pipeline.causes import leave_cause
 from pipeline.config import build, nearest, require
-from pipeline.errors import ConfigError, ExitCode, UserError, redacted, refuse_secret
+from pipeline.errors import ConfigError, ExitCode, PeerLost, UserError, redacted, refuse_secret
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 # A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
 OPEN_KEYS = ("model.metaparameters.",)
+LONGEST_END_SECONDS = 60.0
+"""Of a rank that has finished: its result is durable by then, so that nothing is worth more waiting."""
 
 
 def run_command(
@@ -36,45 +40,64 @@ def run_command(
     """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
+    has_lost_others = False
     try:
-        for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
-            refuse_secret(*_split_override(argument))
-            unsafe.refuse_argument(argument)
-        if any(argument in ("-h", "--help") for argument in arguments):
-            print(help_text(command, schema))
-            code = ExitCode.DONE
-        elif any(argument.startswith("-") for argument in arguments):
-            code = _run_hydra_application(command, schema, body, arguments)
-        else:
-            code = body(compose(command, schema, arguments)) or ExitCode.DONE
+        code = int(_run(command, schema, body, arguments))
     except UserError as error:
         _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {error}")
-        code = error.exit_code
-    except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.DONE
+        code, has_lost_others = int(error.exit_code), isinstance(error, PeerLost)
     except KeyboardInterrupt:
         _print_error("interrupted")
         code = 130  # the shell's code for SIGINT
-    except Exception:
-        _print_error(traceback.format_exc())
-        code = ExitCode.INTERNAL
-    _leave(int(code))
+    except SystemExit as error:  # of a library, which knows nothing of our codes
+        code = int(ExitCode.INTERNAL if error.code else ExitCode.DONE)
+    except Exception as error:
+        is_cut_short = isinstance(error, BrokenPipeError) and _only_tells(arguments)  # `--help | head`
+        if is_cut_short:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            _print_error(traceback.format_exc())
+        code = int(ExitCode.DONE if is_cut_short else ExitCode.INTERNAL)
+    leave_cause(code, has_lost_others=has_lost_others)
+    _leave(code)
+
+
+def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
+    for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
+        refuse_secret(*_split_override(argument))
+        unsafe.refuse_argument(argument)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(help_text(command, schema), flush=True)
+        return ExitCode.DONE
+    if any(argument.startswith("-") for argument in arguments):
+        return _run_hydra_application(command, schema, body, arguments)
+    return body(compose(command, schema, arguments)) or ExitCode.DONE
+
+
+def _only_tells(arguments: Sequence[str]) -> bool:
+    """Whether nothing but printing was asked for."""
+    return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
 
 
 def _leave(code: int) -> NoReturn:
     """Exit. A rank goes without the interpreter's teardown, which for a failed one waits for ranks that wait for it.
 
-    A finished rank does first what is left for the end (threads, files, W&B). In a teardown after that a thread of gloo
-    that drops a future's callback aborts the process, once in some hundred runs: 134 instead of 0, and a requeue.
+    A finished rank does first what is left for the end (threads, files, W&B), in bounded time. In a teardown after that
+    a thread of gloo that drops a future's callback aborts the process, once in some hundred runs: 134 instead of 0, and
+    a requeue.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         sys.exit(code)
     if code == ExitCode.DONE:
-        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+        patience = threading.Timer(LONGEST_END_SECONDS, os._exit, [code])
+        patience.daemon = True
+        patience.start()
+        with contextlib.suppress(Exception):  # what a library does at its end does not make a finished run fail
+            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+            atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
     os._exit(code)
 
 
@@ -82,7 +105,8 @@ def _print_error(text: str) -> None:
     """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
     text = redacted(text)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
+        print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 
 
 def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:

@@ -103,6 +103,12 @@ class LedgerError(UserError):
     exit_code = ExitCode.LEDGER
 
 
+class PeerLost(UserError):
+    """Another rank ended or fell silent. Its exit code tells why, so that of this one must not be a telling one."""
+
+    exit_code = ExitCode.INTERNAL
+
+
 class Preempted(UserError):
     """The cluster wants the machine back; the state is saved and the same command goes on."""
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline import training
 from pipeline.config import TrainConfig
-from pipeline.errors import ConfigError, ExitCode, UserError
+from pipeline.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.preflight import check_before_ranks
 from pipeline.run.checkpoint import find_latest
 from pipeline.run.directory import RunDirectory
@@ -41,8 +41,12 @@ class Findings:
         try:
             self.rows.append(("ok", what, work()))
         except UserError as error:
-            self.rows.append(("WRONG", what, str(error)))
-            self._codes.append(int(error.exit_code))
+            self.wrong(what, error)
+
+    def wrong(self, what: str, error: UserError) -> None:
+        """Note what does not work."""
+        self.rows.append(("WRONG", what, str(error)))
+        self._codes.append(int(error.exit_code))
 
     def note(self, what: str, detail: str) -> None:
         """Something to know that stops nothing."""
@@ -120,7 +124,7 @@ def join_soon(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
             joined = True
             yield world
     except (RuntimeError, ValueError) as error:
-        if joined or isinstance(error, UserError):
+        if joined or (isinstance(error, UserError) and not isinstance(error, PeerLost)):
             raise
         raise ConfigError(
             f"Rank {ranks.rank} of {ranks.world_size} did not find the others at {ranks.master_addr}:"

@@ -10,6 +10,7 @@ import sys
 
 from pipeline.cli import run_command
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 
 
 def ready(config: TrainConfig) -> int:
@@ -26,10 +27,17 @@ def ready(config: TrainConfig) -> int:
     findings = Findings()
     if ranks.is_first:
         check_alone(config, findings)
-    with join_soon(config, ranks) as world:
-        check_together(config, world, findings)
-        code = world.first_decides(findings.exit_code)
-        world.say(findings.table())
+    try:
+        with join_soon(config, ranks) as world:
+            check_together(config, world, findings)
+            code = world.first_decides(findings.exit_code)
+            world.say(findings.table())
+    except UserError as error:
+        if not ranks.is_first:
+            raise
+        findings.wrong("ranks", error)
+        print(findings.table(), flush=True)  # what is known already is not lost with the ranks that did not come
+        code = findings.exit_code()
     return code
 
 

@@ -2,7 +2,8 @@
 
     python -m pipeline.requeue EXIT_CODE key=value ...
 
-EXIT_CODE: of the ranks; then what `train` was given. Exits 0 for yes, after it was written down; with EXIT_CODE for no.
+EXIT_CODE: of the ranks, as srun reports it; then what `train` was given. Exits 0 for yes, after it was written down.
+For no: with the code of the rank that is the reason, or with EXIT_CODE.
 """
 
 import os
@@ -16,15 +17,24 @@ from pipeline.errors import ConfigError
 
 def requeue(config: TrainConfig, exit_code: str) -> int:
     """Decide, write it down, say why."""
+    from pipeline.causes import VARIABLE, read_causes
     from pipeline.run.requeue import decide
 
     if not exit_code.isdigit():
         raise ConfigError(f"{exit_code!r} is no exit code: python -m pipeline.requeue EXIT_CODE key=value ...")
     job = os.environ.get("SLURM_JOB_ID", "none")
     directory = Path(config.run_root) / config.name
-    decision = decide(directory, int(exit_code), job=job, limit=config.cluster.max_fruitless_requeues)
+    causes = read_causes(os.environ.get(VARIABLE))
+    decision = decide(
+        directory,
+        int(exit_code),
+        job=job,
+        limit=config.cluster.max_fruitless_requeues,
+        rank_error=causes.error,
+        num_lost=causes.num_lost,
+    )
     print(decision.reason, flush=True)
-    return 0 if decision.requeue else int(exit_code) or 1
+    return 0 if decision.requeue else causes.error or int(exit_code) or 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipeline.comm.counters import SocketCounter
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.traffic import Placement
 from pipeline.config import ClusterConfig, CommConfig
-from pipeline.errors import ConfigError, DataError, ExitCode, Preempted, UserError
+from pipeline.errors import ConfigError, DataError, ExitCode, PeerLost, Preempted, UserError
 from pipeline.run.preempt import StopRequest
 from pipeline.run.ranks import RankInfo, lab_conditions
 from pipeline.startup import Compute, keep_freed_memory, set_threads
@@ -189,12 +189,6 @@ def _same_error(rank: int, exit_code: int, message: str) -> UserError:
     return error
 
 
-class _PeerLost(UserError):
-    """Another rank ended first. Its exit code tells why, so this one must not be a telling one."""
-
-    exit_code = ExitCode.INTERNAL
-
-
 def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
     return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
@@ -254,7 +248,7 @@ def join_group(
         if stop is not None and stop.asked:
             raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
         where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
-        raise _PeerLost(
+        raise PeerLost(
             f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"
             " what that rank said, here or in its own log."
         ) from error
@@ -273,7 +267,7 @@ def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
             " set MASTER_PORT to a free one, or unset it, and one is chosen."
         )
     reason = str(error).partition("\n")[0][:200]
-    return _PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
+    return PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
 
 
 def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:

@@ -54,12 +54,18 @@ echo "job $SLURM_JOB_ID${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: $
 
 # Signals reach the ranks from Slurm; one that reaches this shell (--signal=B:..., scancel --batch) is passed on as
 # USR1, because srun answers SIGTERM with SIGKILL to its ranks. The shell itself waits for them.
+srun_pid=
 signalled=
 pass_on() {
     signalled=yes
-    kill -USR1 "${srun_pid:-0}" 2> /dev/null || true
+    [ -z "$srun_pid" ] || kill -USR1 "$srun_pid" 2> /dev/null || true
 }
 trap pass_on TERM INT USR1 USR2
+
+# Where ranks that end with an error say so (pipeline/causes.py): srun reports the highest code of all, and so the 137 of
+# those that waited for them in vain.
+export SQUEEZEWIRE_CAUSES=$SLURM_SUBMIT_DIR/.slurm-causes/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+trap 'rm -rf "$SQUEEZEWIRE_CAUSES"; rmdir "${SQUEEZEWIRE_CAUSES%/*}" 2> /dev/null || true' EXIT
 
 # srun starts the ranks itself: who is which rank, and where the first one listens, is read from its variables.
 # Ranks that fail agree on it and leave with the same code, but not at the same instant. So the first to leave does not
@@ -70,6 +76,7 @@ export SLURM_WAIT=${SLURM_WAIT:-300} SLURM_KILL_BAD_EXIT=0
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
     "$python" -m pipeline.train "$@" &
 srun_pid=$!
+[ -z "$signalled" ] || pass_on # it came before there was anybody to tell
 while :; do
     signalled=
     wait "$srun_pid" && code=0 || code=$?
@@ -85,11 +92,27 @@ if ! [ -x "$(command -v scontrol)" ]; then
     echo "No scontrol here, so this job cannot put itself back into the queue (exit code $code; 75: submit it again)."
     exit "$code"
 fi
-if [[ "$(scontrol --oneliner show job "$job")" != *" JobState=RUNNING "* ]]; then
+
+# A controller that is being restarted answers in a while.
+patiently() {
+    local tries
+    for ((tries = 30; tries > 0; tries--)); do
+        "$@" && return
+        sleep 4
+    done
+    return 1
+}
+ask_state() {
+    state=$(scontrol --oneliner show job "$job") && [[ "$state" == *" JobState="* ]]
+}
+if patiently ask_state && [[ "$state" != *" JobState=RUNNING "* ]]; then
     echo "Slurm is ending this job itself (exit code of the ranks: $code)."
     exit "$code"
 fi
-if "$python" -m pipeline.requeue "$code" "$@"; then
-    scontrol requeue "$job" || echo "Slurm does not take it back: submit the same command again." >&2
+"$python" -m pipeline.requeue "$code" "$@" && answer=0 || answer=$?
+if [ "$answer" -eq 0 ]; then
+    patiently scontrol requeue "$job" || echo "Slurm does not take it back: submit the same command again." >&2
+elif [ "$answer" -gt 1 ] && [ "$answer" -lt 126 ]; then
+    code=$answer # of the rank that is the reason; 1 and 126 on: the question itself failed
 fi
 exit "$code"

@@ -17,6 +17,7 @@ from pipeline.files import fsync_directory
 # What a shell reports of a program that a signal ended is this and the signal: a rank was killed (out of memory, or by
 # somebody), or died of a fault of the machine. A rank that fails by itself says why with a code below it.
 KILLED = 128
+_NOT_BACK = "the job is not put back into the queue."
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,21 @@ class Decision:
     """One sentence."""
 
 
-def decide(directory: Path, exit_code: int, *, job: str, limit: int) -> Decision:
+def decide(
+    directory: Path, exit_code: int, *, job: str, limit: int, rank_error: int | None = None, num_lost: int = 0
+) -> Decision:
     """Whether `job`, whose ranks ended with `exit_code`, is to be put back; if so, this is remembered first.
 
-    directory: of the run; made if there is none yet. limit: how many times in a row in vain.
+    directory: of the run; made if there is none yet. limit: how many times in a row in vain. rank_error: the exit code
+    of a rank that ended for a reason of its own, whatever others ended with. num_lost: ranks that only lost the others.
     """
-    if exit_code != ExitCode.PREEMPTED and exit_code <= KILLED:
-        return Decision(False, f"Exit code {exit_code} would come again: the job is not put back into the queue.")
+    if rank_error is not None:
+        return Decision(
+            False, f"A rank ended by itself with exit code {rank_error}, which would come again: {_NOT_BACK}"
+        )
+    is_cut_off = exit_code == ExitCode.INTERNAL and num_lost > 0
+    if exit_code != ExitCode.PREEMPTED and exit_code <= KILLED and not is_cut_off:
+        return Decision(False, f"Exit code {exit_code} would come again: {_NOT_BACK}")
     step, in_vain = last_step(directory), 0
     previous = _last_record(directory / "requeues.jsonl", job)
     if previous is None:
@@ -59,8 +68,12 @@ def decide(directory: Path, exit_code: int, *, job: str, limit: int) -> Decision
         _append(directory / "requeues.jsonl", record)
     except OSError as error:
         return Decision(False, f"{directory} cannot be written ({error.strerror}): the job is not put back.")
-    what = "asked to stop" if exit_code == ExitCode.PREEMPTED else f"a rank was killed (exit code {exit_code})"
-    return Decision(True, f"{what[0].upper()}{what[1:]}; the job goes back into the queue and on from step {step}.")
+    what = f"A rank was killed (exit code {exit_code})"
+    if exit_code == ExitCode.PREEMPTED:
+        what = "Asked to stop"
+    elif is_cut_off:
+        what = "The ranks lost one another, and none of them says why (the network?)"
+    return Decision(True, f"{what}; the job goes back into the queue and on from step {step}.")
 
 
 def last_step(directory: Path) -> int:

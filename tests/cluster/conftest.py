@@ -24,7 +24,7 @@ SUBNET = "10.77.0"  # private twice over: the bridge exists only in the scope
 SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 PASSED_ON = ("HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 # Promised to Slurm whatever the machine has. GPUs are counted, not driven: jobs can ask for them where there is none.
-GPUS_PER_NODE = 2
+GPUS_PER_NODE = 8
 NODE = f"CPUs=8 RealMemory=8000 Gres=gpu:{GPUS_PER_NODE}"
 
 SLURM_CONF = """

@@ -23,6 +23,9 @@ if [ "$2" = pipeline.requeue ]; then
 fi
 echo "RAN procid=${SLURM_PROCID-none} node=${SLURM_NODEID-none} of=${SLURM_NTASKS-none} \
 threads=${OMP_NUM_THREADS-none} interface=${GLOO_SOCKET_IFNAME-none} argv=$*"
+if [ -n "$RECORDER_CAUSE" ] && [ "${SLURM_PROCID-none}" != "${RECORDER_SLOW_RANK-}" ]; then
+    mkdir -p "$SQUEEZEWIRE_CAUSES" && printf "$RECORDER_CAUSE" > "$SQUEEZEWIRE_CAUSES/rank$SLURM_PROCID"
+fi
 [ "${SLURM_PROCID-none}" = "${RECORDER_SLOW_RANK-}" ] && sleep "$RECORDER_SLOW_SECONDS"
 if [ -n "$RECORDER_WAITS" ] && [ -z "$SLURM_RESTART_COUNT" ]; then
     trap 'echo "TOLD ${SLURM_PROCID}"; exit 75' TERM USR1
@@ -77,14 +80,16 @@ def test_train_with_two_ranks_per_node(slurm: "SlurmCluster", checkout: Path) ->
     assert all(" threads=3 " in line for line in lines)
 
 
-def test_train_gives_every_gpu_a_rank(slurm: "SlurmCluster", checkout: Path) -> None:
-    code, lines, output = ran(slurm, checkout, "--gpus-per-node=2", "slurm/train.sh", "name=first")
+@pytest.mark.parametrize("num_gpus", [1, 2, 8])
+def test_train_gives_every_gpu_a_rank(num_gpus: int, slurm: "SlurmCluster", checkout: Path) -> None:
+    code, lines, output = ran(slurm, checkout, f"--gpus-per-node={num_gpus}", "slurm/train.sh", "name=first")
     assert code == "0:0", output
-    assert [line.partition(" threads=")[0] for line in lines] == [
-        f"RAN procid={rank} node={node} of=4" for rank, node in ((0, 0), (1, 0), (2, 1), (3, 1))
-    ]
-    assert all(" threads=4 " in line for line in lines)
-    assert "2 GPUs per node" in output
+    ranks = [line.partition(" threads=")[0] for line in lines]
+    assert ranks == sorted(
+        f"RAN procid={rank} node={rank // num_gpus} of={2 * num_gpus}" for rank in range(2 * num_gpus)
+    )
+    assert all(f" threads={8 // num_gpus} " in line for line in lines)
+    assert f"{num_gpus} GPUs per node" in output
 
 
 def test_train_refuses_idle_gpus(slurm: "SlurmCluster", checkout: Path) -> None:
@@ -101,19 +106,23 @@ def test_exit_code_of_the_ranks_is_the_jobs(slurm: "SlurmCluster", checkout: Pat
     assert (code, len(lines)) == ("3:0", 2), output
 
 
-def test_rank_that_hangs_after_another_failed_is_ended(slurm: "SlurmCluster", checkout: Path) -> None:
+def test_rank_that_waits_for_one_with_an_error_does_not_hide_it(slurm: "SlurmCluster", checkout: Path) -> None:
+    """It is killed at last, for which srun reports 137: the job ends all the same, with the code of the error."""
     env = {"RECORDER_EXIT": "3", "RECORDER_SLOW_RANK": "0", "RECORDER_SLOW_SECONDS": "600", "SLURM_WAIT": "2"}
-    code, lines, output = ran(slurm, checkout, "slurm/train.sh", "name=first", env=env)
-    assert (code != "0:0", len(lines)) == (True, 2), output
+    real = {"RECORDER_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "RECORDER_CAUSE": "3"}
+    code, lines, output = ran(slurm, checkout, "slurm/train.sh", *TRAIN_KEYS, env={**env, **real})
+    assert (code, len(lines)) == ("3:0", 2), output
+    assert "ASKED -m pipeline.requeue 137 " in output and "by itself with exit code 3" in output
+    assert not (checkout / ".slurm-causes").exists()
 
 
 # --- back into the queue ---
 
 
-def started(slurm: "SlurmCluster", checkout: Path, *arguments: str, **env: str) -> int:
+def started(slurm: "SlurmCluster", checkout: Path, *arguments: str, options: tuple[str, ...] = (), **env: str) -> int:
     """A job of train.sh. RECORDER_WAITS: its ranks wait for TERM or USR1, leave with 75, and end at once next time."""
     real = {"RECORDER_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
-    job_id = slurm.submit("slurm/train.sh", *TRAIN_KEYS, *arguments, cwd=checkout, env={**real, **env})
+    job_id = slurm.submit(*options, "slurm/train.sh", *TRAIN_KEYS, *arguments, cwd=checkout, env={**real, **env})
     if "RECORDER_WAITS" in env:
         wait_until(lambda: len(list(checkout.glob("ready.*"))) == 2, "the ranks did not start")
     return job_id
@@ -173,6 +182,56 @@ def test_a_job_that_fails_at_every_start_ends(slurm: "SlurmCluster", checkout: P
     output = log_of(checkout, job_id)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "2"), output
     assert "was put back into the queue 2 times in a row without a new checkpoint" in output
+
+
+def test_ranks_that_lost_one_another_come_back(slurm: "SlurmCluster", checkout: Path) -> None:
+    """As after a switch that was restarted: nobody was killed, and nobody has a cause to tell."""
+    once = "cluster.max_fruitless_requeues=1"
+    job_id = started(slurm, checkout, once, RECORDER_EXIT="1", RECORDER_CAUSE="lost the others")
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "1"), output
+    assert "The ranks lost one another" in output
+
+
+def commands(folder: Path, scontrol: str) -> str:
+    """An option of sbatch: a PATH with what the script and the recorder need, and this `scontrol`, or none."""
+    folder.mkdir()
+    for name in ("srun", "bash", "sh", "hostname", "sed", "sleep", "mkdir", "rm", "rmdir", "touch"):
+        found = shutil.which(name)
+        assert found is not None, name
+        (folder / name).symlink_to(found)
+    if scontrol:
+        (folder / "scontrol").write_text(scontrol)
+        (folder / "scontrol").chmod(0o755)
+    return f"--export=ALL,PATH={folder}"
+
+
+def test_without_scontrol_the_job_says_so_and_keeps_the_code(
+    slurm: "SlurmCluster", checkout: Path, tmp_path: Path
+) -> None:
+    path = commands(tmp_path / "commands", "")
+    code, _, output = ran(slurm, checkout, path, "slurm/train.sh", *TRAIN_KEYS, env={"RECORDER_EXIT": "75"})
+    assert code == "75:0", output
+    assert "No scontrol here" in output and "75: submit it again" in output and "ASKED" not in output
+
+
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(
+    slurm: "SlurmCluster", checkout: Path, tmp_path: Path
+) -> None:
+    """The first question and the first request each find nobody."""
+    script = f"""#!/bin/sh
+if [ ! -e "asked.$1" ]; then touch "asked.$1"; echo "slurm_load: Unable to contact slurm controller" >&2; exit 1; fi
+exec {shutil.which("scontrol")} "$@"
+"""
+    path = commands(tmp_path / "commands", script)
+    job_id = started(slurm, checkout, options=(path,), RECORDER_WAITS="1")
+    assert slurm.run("scancel", "--signal=USR1", str(job_id)).returncode == 0
+    job = ended(slurm, job_id)
+    output = log_of(checkout, job_id)
+    assert {file.name for file in checkout.glob("asked.*")} == {"asked.--oneliner", "asked.requeue"}
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output
+    assert output.count("Unable to contact") == 2, output
 
 
 def test_an_array_runs_the_lines_of_a_sweep(slurm: "SlurmCluster", checkout: Path) -> None:

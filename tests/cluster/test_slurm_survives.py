@@ -4,9 +4,12 @@ A real Slurm, real signals, real deaths. The ranks are `train_paced.py`: the pro
 happened to it, and a list of what every step was fed.
 """
 
+import ctypes
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +52,8 @@ INTERPRETER = f"""#!/bin/sh
 if [ "$2" = pipeline.train ]; then shift 2; set -- {REPOSITORY}/tests/cluster/train_paced.py "$@"; fi
 exec {sys.executable} "$@"
 """
+libc = ctypes.CDLL(None, use_errno=True)
+PIDFD_GETFD = 438  # pidfd_getfd(2), the same number on every architecture
 TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
 
 
@@ -235,6 +240,26 @@ def kill_ranks(slurm: "SlurmCluster", node: str) -> Callable[[int], Any]:
     return kill
 
 
+def cut_connections(slurm: "SlurmCluster", node: str) -> Callable[[int], Any]:
+    """All TCP connections of the ranks on a node end, as when a switch between the nodes is started anew."""
+
+    def cut(_: int) -> None:
+        num_cut = 0
+        for rank in ranks_on(slurm, node):
+            process = os.pidfd_open(rank.pid)
+            for connection in rank.net_connections("tcp"):
+                if connection.status == psutil.CONN_ESTABLISHED:
+                    descriptor = libc.syscall(PIDFD_GETFD, process, connection.fd, 0)
+                    assert descriptor >= 0, os.strerror(ctypes.get_errno())
+                    with socket.socket(fileno=descriptor) as shared:
+                        shared.shutdown(socket.SHUT_RDWR)
+                    num_cut += 1
+            os.close(process)
+        assert num_cut, "no connection to cut"
+
+    return cut
+
+
 def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -> None:
     """Requeued by hand, told by a signal, a rank killed, a node lost: one job, five attempts, one result."""
     node = ("scontrol", "update", "NodeName=node2")
@@ -284,14 +309,27 @@ def test_three_nodes_through_everything(three: tuple["SlurmCluster", Checkout]) 
         """Its ranks live on, until the controller takes the node for lost."""
         slurm.daemon("node2").send_signal(signal.SIGKILL)
 
+    first = ("scontrol", "update", "NodeName=node1")
+
+    def lose_the_first_node(_: int) -> None:
+        """Where the script runs, and rank 0, which saves."""
+        slurm.run(*first, "State=DOWN", "Reason=test")
+
+    def repair() -> None:
+        wait_until(lambda: not ranks_on(slurm, "node1"), "a rank of before is still there")
+        slurm.run(*first, "State=RESUME")
+
     events = [
         Event(5, tell(slurm, "TERM")),
         Event(16, kill_ranks(slurm, "node3")),
-        Event(28, lose_a_daemon, lambda: slurm.start_daemon("node2")),
+        Event(24, cut_connections(slurm, "node2")),
+        Event(33, lose_a_daemon, lambda: slurm.start_daemon("node2")),
         Event(43, requeue(slurm)),
+        Event(52, lose_the_first_node, repair),
     ]
-    put_through(slurm, checkout, "tried", events, nodes=3)
-    assert_as_if_nothing_happened(checkout, "tried", num_attempts=5)
+    log = put_through(slurm, checkout, "tried", events, nodes=3)
+    assert_as_if_nothing_happened(checkout, "tried", num_attempts=7)
+    assert "The ranks lost one another, and none of them says why" in log
 
 
 @pytest.mark.slow

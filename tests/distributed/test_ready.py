@@ -1,5 +1,6 @@
 """The preflight: what is fine is said, what is not gives the code a training would end with, and nothing is left."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,15 @@ def test_a_run_that_is_there_is_left_as_it_is(shards: Path, tmp_path: Path) -> N
     (directory / "metrics.jsonl").write_text("")
     assert "can be written; new" in ready(tmp_path, shards, 1).output
     assert {path.name for path in directory.iterdir()} <= {"checkpoints", "metrics.jsonl", "lock"}
+
+
+def test_ranks_that_do_not_find_one_another_do_not_hide_the_rest(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 of two, whose peer never comes."""
+    lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    where = [f"run_root={tmp_path}/runs", f"data.root={shards}", "name=a", "cluster.timeout_seconds=3", *SMALL]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        environment = {**lone, "MASTER_PORT": str(free.getsockname()[1])}
+    output = run(["-m", "pipeline.ready", *where], expect=2, environment=environment).output
+    assert "ok     configuration" in output and "ok     run directory" in output
+    assert "did not find the others" in output and "is that port open between the nodes" in output
+    assert "1 of 4 checks failed." in output and "Traceback" not in output

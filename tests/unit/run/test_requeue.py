@@ -29,6 +29,19 @@ def test_who_was_asked_to_stop_or_killed_comes_back(code: int, tmp_path: Path) -
     assert {"job": "7", "exit_code": code, "step": 12, "in_vain": 0}.items() <= json.loads(line).items()
 
 
+def test_an_error_is_not_hidden_by_who_was_killed_for_waiting(tmp_path: Path) -> None:
+    for code in (75, 134, 137):
+        decision = decide(tmp_path / "run", code, job="7", limit=3, rank_error=3, num_lost=1)
+        assert not decision.requeue and "A rank ended by itself with exit code 3" in decision.reason
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_only_lost_one_another_come_back(tmp_path: Path) -> None:
+    answers = [decide(tmp_path, 1, job="7", limit=2, num_lost=2) for _ in range(4)]
+    assert [answer.requeue for answer in answers] == [True, True, False, False]
+    assert "lost one another" in answers[0].reason
+
+
 @pytest.mark.parametrize("limit", [0, 1, 3])
 def test_a_run_that_never_starts_ends(limit: int, tmp_path: Path) -> None:
     run = tmp_path / "not" / "there"
