@@ -26,7 +26,7 @@ from pipeline.errors import DataError, ExitCode, UserError
 MAX_AUTOMATIC_WORKERS = 16
 PREFETCH_BATCHES = 2  # per worker
 # Slurm sends these to every process of a step; a rank decides what they mean, its workers work on.
-SIGNALS_FOR_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS_FOR_RANKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def choose_num_workers(configured: int | None, *, local_world_size: int, on_gpu: bool) -> int:
@@ -139,7 +139,7 @@ def _start_fork_server() -> None:
     A blocked signal stays blocked in what is started meanwhile, and reaches this process when it is unblocked.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    with _blocked(signal.SIGUSR1, signal.SIGUSR2):
+    with _blocked(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         resource_tracker.ensure_running()  # of itself it ignores the others, and unblocks them here
     with _blocked(*SIGNALS_FOR_RANKS):
         forkserver.ensure_running()

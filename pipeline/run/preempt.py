@@ -22,8 +22,9 @@ from contextlib import contextmanager
 
 from pipeline.errors import ExitCode
 
-# Sent by Slurm: SIGTERM (requeue, preemption, time limit), what `--signal` says. SIGINT comes from a keyboard.
-EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Sent by Slurm: SIGTERM (requeue, preemption, time limit), what `--signal` says. SIGHUP: by a terminal that goes away.
+# SIGINT comes from a keyboard.
+EARLY_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*EARLY_SIGNALS, signal.SIGINT)
 
 
@@ -66,8 +67,11 @@ class StopRequest:
 
         Call in the main thread, before any other thread exists.
         """
-        # What was ignored at start (SIGINT of a background job) stays so.
+        # What was ignored at start (SIGINT of a background job, SIGHUP under nohup) stays so.
         heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        if not heard:
+            yield self
+            return
         signal.pthread_sigmask(signal.SIG_BLOCK, heard)
         for number in heard:
             # Should a library unblock one, it is not fatal: Python's own resource tracker does.
@@ -80,7 +84,7 @@ class StopRequest:
         finally:
             self._set_phase("closed")
             assert thread.ident is not None
-            signal.pthread_kill(thread.ident, signal.SIGUSR2)  # wakes it, and nobody else
+            signal.pthread_kill(thread.ident, next(iter(heard)))  # wakes it, and nobody else
             thread.join()
             for number in heard:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -341,7 +341,7 @@ def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loa
     """Slurm sends its warning to every process of a step; the loaders must go on until their rank has saved."""
     assert len(loading.started) >= 4  # two workers, the fork server, multiprocessing's resource tracker
     for child in loading.started:
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             child.send_signal(number)
     loading.load(400)
     loading.process.kill()

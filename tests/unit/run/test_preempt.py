@@ -34,11 +34,26 @@ def run(body: str, *, expect: int = 0) -> str:
     return ended.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2"])
 def test_before_training_it_leaves_at_once(name: str) -> None:
     """Also where the main thread does not come back: here it sleeps in C."""
     said = run(f"with StopRequest().listening(): me(signal.{name}); time.sleep(50)", expect=75)
     assert said == f"preempted: [rank 0] {name} before the first step: nothing is lost. The same command goes on.\n"
+
+
+@pytest.mark.parametrize("ignored", [["SIGUSR2"], ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2"]])
+def test_what_was_ignored_at_start_stays_so_and_the_end_comes(ignored: list[str]) -> None:
+    body = f"""
+    for name in {ignored}:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    stop = StopRequest()
+    with stop.listening():
+        stop.begin_training()
+        me(signal.SIGUSR2)
+        time.sleep(0.3)
+        assert not stop.asked
+    """
+    assert run(body) == ""
 
 
 def test_while_training_it_is_a_flag_and_the_first_counts() -> None:
