@@ -61,7 +61,7 @@ class RunDirectory:
         self._lock = RunLock(self.path / "lock", name)
 
     def open(self) -> None:
-        """Make the directory, take its lock, prove that it can be written, remove leftovers of dead writers.
+        """Make the directory, take its lock, remove leftovers of dead writers, prove that it can be written.
 
         Raises:
             ConfigError: it cannot be made or written, or another process owns it.
@@ -70,11 +70,11 @@ class RunDirectory:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            sweep_temporaries(self.path)
+            sweep_temporaries(self.checkpoints, is_guarded=True)
             probe = self.path / "probe"
             write_bytes_atomic(probe, bytes(PROBE_BYTES))
             probe.unlink()
-            for directory in (self.path, self.checkpoints):
-                sweep_temporaries(directory)
         except OSError as error:
             self.close()
             raise ConfigError(_sentence(self.path, error)) from error
