@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -22,10 +23,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Preempted
 
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0
+# The server keeps the lock of a lost host until that host's lease ends: 90 s with NFSv4, about 100 s with Lustre. Twice
+# the shorter, for a rank 0 that lived on for a while and renewed it.
+EARLIER_START_SECONDS = 180.0
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 4 * BEAT_SECONDS
 # Where nothing locks, two that start at the same moment both write; the last one stays.
@@ -56,16 +60,20 @@ class RunLock:
         """By this process."""
         return self._descriptor is not None
 
-    def acquire(self) -> None:
+    def acquire(self, patience_seconds: float = math.inf) -> None:
         """Become the owner.
 
+        patience_seconds: how long to wait, at most, for an earlier start of this Slurm job to let go of the kernel's
+        lock; never longer than EARLIER_START_SECONDS.
+
         Raises:
-            ConfigError: another process is. OSError: the file cannot be written.
+            ConfigError: another process is. Preempted: an earlier start of this Slurm job still is. OSError: the file
+            cannot be written.
         """
         # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            is_locked = self._lock()
+            is_locked = self._lock(min(patience_seconds, EARLIER_START_SECONDS))
             self._require_dead(_read(self.path), is_locked=is_locked)
             self._write(ended=False)
             if not is_locked:
@@ -99,17 +107,28 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _lock(self) -> bool:
+    def _lock(self, patience_seconds: float) -> bool:
         """The kernel's lock; False where there are none."""
         assert self._descriptor is not None
-        deadline = time.monotonic() + DEAD_OWNER_SECONDS
+        began = time.monotonic()
+        is_said = False
         while True:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
-                owner = _read(self.path)
-                if _may_live(owner) or time.monotonic() >= deadline:
+                owner, waited = _read(self.path), time.monotonic() - began
+                if _is_earlier_start(owner, this_process()):
+                    said = f"run {self.name!r} is still locked by an earlier start of this job ({_name(owner)})"
+                    if waited >= patience_seconds:
+                        raise Preempted(
+                            f"{said[0].upper()}{said[1:]} after {patience_seconds:g} s of waiting: nothing is lost,"
+                            " and the same command goes on once the lock is free."
+                        ) from None
+                    if not is_said:
+                        _warn(f"{said}; waiting up to {patience_seconds:g} s for it")
+                        is_said = True
+                elif _may_live(owner) or waited >= DEAD_OWNER_SECONDS:
                     raise self._refusal(owner) from None
                 time.sleep(POLL_SECONDS)
             except OSError as error:
@@ -177,8 +196,10 @@ def _may_live(owner: Mapping[str, Any]) -> bool:
 
 
 def _is_earlier_start(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Of this Slurm job, before it was requeued."""
-    return "job" in here and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]
+    """Of this Slurm job, before it was requeued. Not a later one: this process may be what is left of an earlier."""
+    if "job" not in here or owner.get("job") != here["job"]:
+        return False
+    return int(owner.get("restart", 0)) < int(here["restart"])
 
 
 def _is_same(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

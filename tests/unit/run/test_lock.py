@@ -1,6 +1,8 @@
 """Who owns a run: processes that start together, and records of owners on hosts that cannot be asked."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ExitCode, Preempted
 from pipeline.run import lock
 from pipeline.run.lock import RunLock, this_process
 
@@ -170,3 +172,72 @@ def test_without_locks_the_record_decides(path: Path, monkeypatch: pytest.Monkey
     leave(path, host=this_process()["host"], pid=2**22 + 1)  # and one that does not
     second.acquire()
     second.release()
+
+
+# --- after the loss of a node: the kernel's lock outlives its owner ---
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """By another process, under whatever name the file holds: a server that waits for the lease of a lost host."""
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is of job 77, which Slurm has started anew."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+
+@pytest.mark.usefixtures("requeued")
+def test_the_lock_of_an_earlier_start_of_the_same_job_is_waited_for(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(path, job="77", restart="0")
+    with held(path) as holder:
+        release = threading.Timer(1.0, holder.kill)
+        release.start()
+        acquire(path)
+        release.join()
+        assert holder.wait(30) == -signal.SIGKILL, "it was not there until it was killed"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "still locked by an earlier start of this job (host elsewhere, pid 1, job 77); waiting up to 180 s" in said
+
+
+@pytest.mark.usefixtures("requeued")
+def test_the_job_comes_back_later_if_its_earlier_start_keeps_the_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "EARLIER_START_SECONDS", 1.0)
+    leave(path, job="77", restart="0")
+    with held(path) as holder:
+        with pytest.raises(Preempted, match=r"locked by an earlier start of this job \(host elsewhere") as raised:
+            acquire(path)
+        assert raised.value.exit_code == ExitCode.PREEMPTED and holder.poll() is None
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.usefixtures("requeued")
+@pytest.mark.parametrize("owner", [{}, {"job": "78", "restart": "0"}, {"job": "77", "restart": "2"}])
+def test_any_other_owner_elsewhere_that_has_the_lock_refuses_at_once(owner: dict[str, str], path: Path) -> None:
+    """A later start of the same job is no earlier one: what is left of the one before must not wait for its place."""
+    leave(path, **owner)
+    with held(path) as holder:
+        with pytest.raises(ConfigError, match="being written by another process"):
+            acquire(path)
+        assert holder.poll() is None
