@@ -86,6 +86,14 @@ class RunDirectory:
             self.close()
             raise
 
+    def check_owned(self) -> None:
+        """Before a save. Harmless on a rank that does not own the directory.
+
+        Raises:
+            CheckpointError: another process has taken it over.
+        """
+        self._lock.check_owned()
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """A disk that fails under a run which has begun is a sentence, and a checkpoint's matter: exit code 4.

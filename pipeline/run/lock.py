@@ -7,6 +7,11 @@ though the owner lives; so the owner also writes a beat into the file, and the r
 - when it says that its owner ended by itself, or
 - when it is of an earlier start of the same Slurm job, which Slurm never runs twice at a time, or
 - after no beat came for SILENCE_SECONDS, counted here: clocks of two hosts are never compared.
+
+An owner may only have been suspended (its host, or a network file system under it), and wake when its place is taken.
+So each beat and each save first looks whose name stands there, and an owner whose successor it finds ends. Every
+successor's `term` is higher than the one before: a beat that was on its way for long, and arrives over the name of the
+successor, ends nobody.
 """
 
 import contextlib
@@ -15,15 +20,16 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.errors import ConfigError, Preempted
+from pipeline.errors import CheckpointError, ConfigError, ExitCode, Preempted
 
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0
@@ -51,6 +57,8 @@ class RunLock:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self._descriptor: int | None = None
+        self._token = secrets.token_hex(8)  # host and pid of two owners can be the same: pid 7 of two containers
+        self._term = 0
         self._beats = 0
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
@@ -75,11 +83,12 @@ class RunLock:
         try:
             is_locked = self._lock(min(patience_seconds, EARLIER_START_SECONDS))
             self._require_dead(_read(self.path), is_locked=is_locked)
+            self._term = int(_read(self.path).get("term", 0)) + 1
             self._write(ended=False)
             if not is_locked:
                 time.sleep(RACE_SECONDS)
                 found = _read(self.path)
-                if not _is_same(found, this_process()):
+                if found.get("token") != self._token:
                     raise self._refusal(found)
         except BaseException:
             self._drop()
@@ -92,15 +101,25 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give it back, and say so in the file. Harmless when there is none."""
+        """Give it back, and say so in the file unless it is another's by now. Harmless when there is none."""
         if self._thread is not None:
             self._ends.set()
             self._thread.join()
             self._thread = None
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
-                self._write(ended=True)
+                if not self._successor():
+                    self._write(ended=True)
         self._drop()
+
+    def check_owned(self) -> None:
+        """To be called before something is written that a second owner must not write. Harmless when there is none.
+
+        Raises:
+            CheckpointError: another process has taken the run over.
+        """
+        if self.is_held and (successor := self._successor()):
+            raise CheckpointError(self._loss(successor))
 
     def _drop(self) -> None:
         if self._descriptor is not None:
@@ -166,14 +185,35 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ends.wait(BEAT_SECONDS):
+            if successor := self._successor():
+                self._leave(successor)
             with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, if at all
                 self._write(ended=False)
+
+    def _successor(self) -> dict[str, Any]:
+        """The record of the process that has taken this one's place; empty if none has, or none can be read."""
+        found = _read(self.path)
+        is_ours = not found or found.get("token") == self._token
+        return {} if is_ours or found.get("term", math.inf) < self._term else found
+
+    def _loss(self, successor: Mapping[str, Any]) -> str:
+        return (
+            f"Run {self.name!r} was taken over by another process ({_name(successor)}) while this one gave no sign of"
+            " life: this one ends and writes no more; that one goes on."
+        )
+
+    def _leave(self, successor: Mapping[str, Any]) -> NoReturn:
+        """The end of the process, whatever its other threads are writing."""
+        with contextlib.suppress(OSError):  # a pipe that nobody reads
+            os.write(sys.stderr.fileno(), f"error: {self._loss(successor)}\n".encode())
+        os._exit(int(ExitCode.CHECKPOINT))
 
     def _write(self, *, ended: bool) -> None:
         assert self._descriptor is not None
         self._beats += 1
         # As long as before or longer, and in one call: a reader sees one record, and a full disk takes it in place.
-        record = json.dumps({**this_process(), "beat": self._beats, "ended": ended}).encode().ljust(200)
+        said = {"term": self._term, "token": self._token, "beat": self._beats, "ended": ended}
+        record = json.dumps({**this_process(), **said}).encode().ljust(300)
         os.pwrite(self._descriptor, record, 0)
         os.ftruncate(self._descriptor, len(record))
         os.fsync(self._descriptor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -241,3 +242,91 @@ def test_any_other_owner_elsewhere_that_has_the_lock_refuses_at_once(owner: dict
         with pytest.raises(ConfigError, match="being written by another process"):
             acquire(path)
         assert holder.poll() is None
+
+
+# --- an owner that was suspended until another process had taken its place ---
+
+OWNER = """
+import signal, socket, sys
+from pathlib import Path
+from pipeline.errors import CheckpointError
+from pipeline.run import lock
+socket.gethostname = lambda: "elsewhere"
+lock.fcntl.flock = lambda *_: None  # granted here, and unknown to every other host: a mount with `localflock`
+lock.BEAT_SECONDS = float(sys.argv[2])
+mine = lock.RunLock(Path(sys.argv[1]), "first")
+mine.acquire()
+print("open", flush=True)
+sys.stdin.readline()
+try:
+    mine.check_owned()
+except CheckpointError as error:
+    print(error, flush=True)
+mine.release()
+sys.exit(7)
+"""
+
+
+@contextlib.contextmanager
+def suspended(path: Path, beat_seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """An owner on another host, whose locks do not reach this one, stopped."""
+    command = [sys.executable, "-c", OWNER, str(path), str(beat_seconds)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as owner:
+        try:
+            assert owner.stdout is not None and owner.stdout.readline() == "open\n"
+            owner.send_signal(signal.SIGSTOP)
+            _, status = os.waitpid(owner.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status), "it was not stopped"
+            yield owner
+        finally:
+            owner.kill()
+
+
+def test_a_suspended_owner_that_was_taken_over_leaves_when_it_wakes(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with suspended(path, beat_seconds=0.2) as owner:
+        mine = RunLock(path, "first")
+        mine.acquire()
+        assert "taken over from host elsewhere" in capsys.readouterr().err
+        owner.send_signal(signal.SIGCONT)
+        assert owner.wait(30) == ExitCode.CHECKPOINT
+        assert owner.stderr is not None
+        said = owner.stderr.read()
+    assert said.count("\n") == 1 and said.startswith("error: Run 'first' was taken over by another process (host ")
+    assert f"host {this_process()['host']}, pid {os.getpid()})" in said
+    time.sleep(1)  # beats of ours
+    mine.check_owned()
+    found = json.loads(path.read_text())
+    assert (found["host"], found["pid"], found["ended"]) == (this_process()["host"], os.getpid(), False)
+    mine.release()
+    assert json.loads(path.read_text())["ended"] is True
+
+
+def test_nor_does_it_save_or_say_that_the_run_has_ended(path: Path) -> None:
+    """Between two beats: the save asks for itself."""
+    with suspended(path, beat_seconds=1000) as owner:
+        mine = RunLock(path, "first")
+        mine.acquire()
+        owner.send_signal(signal.SIGCONT)
+        said, _ = owner.communicate("save\n", timeout=30)
+        assert owner.returncode == 7
+    assert f"Run 'first' was taken over by another process (host {this_process()['host']}, pid {os.getpid()})" in said
+    found = json.loads(path.read_text())
+    assert (found["pid"], found["ended"]) == (os.getpid(), False)
+    mine.release()
+
+
+def test_a_beat_that_was_on_its_way_for_long_does_not_end_the_new_owner(path: Path) -> None:
+    """What a suspended owner was writing may still arrive, over the name of its successor."""
+    leave(path, ended=True, term=4)
+    mine = RunLock(path, "first")
+    mine.acquire()
+    leave(path, term=4)
+    mine.check_owned()
+    deadline = time.monotonic() + 30
+    while json.loads(path.read_text())["pid"] != os.getpid():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    mine.release()
