@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# The temporary name carries the writer's pid, so that leftovers of a dead process can be told from a save under way.
+# The temporary name carries the writer's pid: two of one host never share it, and a sweep can tell them apart.
 TEMPORARY_MARK = ".tmp."
 
 
@@ -62,12 +62,20 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep_temporaries(directory: Path) -> list[Path]:
-    """Remove temporary files of processes of this host that are no longer alive. Returns what was removed."""
+def sweep_temporaries(directory: Path, *, is_guarded: bool = False) -> list[Path]:
+    """Remove temporary files that nobody will finish. Returns what was removed.
+
+    is_guarded: this process holds a lock without which nobody writes there, and is not writing: all are stale, its own
+    pid's too. The pid would tell less: in containers every writer has the same small one, which always is alive, and
+    one of another host says nothing here.
+
+    Otherwise only the pid can tell a leftover from a file that another process is writing: those go whose process is
+    not alive on this host. Not for files of a size that matters, nor for a directory that two hosts write to.
+    """
     removed = []
     for path in directory.glob(f"*{TEMPORARY_MARK}*"):
         owner = path.name.rpartition(TEMPORARY_MARK)[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        if owner.isdigit() and (is_guarded or not Path(f"/proc/{owner}").exists()):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed

@@ -24,7 +24,7 @@ from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_bucke
 from pipeline.config import TrainConfig
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.store import ShardIndex
-from pipeline.errors import DataError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.files import write_json_atomic
 from pipeline.learner import NAME_PREFIX, Learner, StepResult
 from pipeline.patience import Patience
@@ -157,7 +157,7 @@ class Saver:
         """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given.
 
         Raises:
-            CheckpointError: on every rank, when rank 0 could not save.
+            CheckpointError: on every rank, when rank 0 could not save, or another process has taken the run over.
         """
         with self.patience.pause():
             self._save(step, best_score)
@@ -168,6 +168,7 @@ class Saver:
         unexplained = self.persistence.ledger.compare()
 
         def write_record() -> None:
+            self.run.check_owned()
             with self.run.writing():
                 self.tracker.sync()
                 self.persistence.write_ledger(ended=False)
@@ -190,11 +191,15 @@ class Saver:
 
 @contextlib.contextmanager
 def left_behind(recorder: Recorder, persistence: Persistence) -> Iterator[None]:
-    """However the block ends, the last row and the ledger are written. What ended it is not hidden by a full disk."""
+    """However the block ends, the last row and the ledger are written. What ended it is not hidden by a full disk.
+
+    Nothing is written any more where another process has taken the run over.
+    """
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, CheckpointError):
+            persistence.directory.check_owned()
             recorder.flush()
             persistence.write_ledger(ended=True)
         raise

@@ -55,10 +55,11 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     """Rank 0 makes the run directory, takes its lock and proves that it can be written.
 
     Raises:
-        ConfigError: it cannot, or another job has it.
+        ConfigError: it cannot, or another job has it. Preempted: an earlier start of this job still has it.
     """
     directory = RunDirectory(config.run_root, config.name)
-    world.first_decides(directory.open)
+    # The other ranks wait for the first one's word, no longer than any collective may take.
+    world.first_decides(lambda: directory.open(world.timeout_seconds / 2))
     return directory
 
 

@@ -194,8 +194,11 @@ class AtomicCheckpointIO(CheckpointIO):
             print_warning(f"old checkpoint {path} cannot be removed: {error.strerror}.")
 
     def sweep(self, directory: Path) -> None:
-        """At start: remove temporary files of dead writers, and sidecars whose checkpoint never came or is gone."""
-        sweep_temporaries(directory)
+        """Remove temporary files, and sidecars whose checkpoint never came or is gone.
+
+        At start, by the process that holds the run's lock: whatever is half written was a dead one's.
+        """
+        sweep_temporaries(directory, is_guarded=True)
         for sidecar in directory.glob("*.ckpt.json"):
             if not sidecar.with_suffix("").exists():
                 sidecar.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -60,27 +61,38 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self._lock = RunLock(self.path / "lock", name)
 
-    def open(self) -> None:
-        """Make the directory, take its lock, prove that it can be written, remove leftovers of dead writers.
+    def open(self, patience_seconds: float = math.inf) -> None:
+        """Make the directory, take its lock, remove leftovers of dead writers, prove that it can be written.
+
+        patience_seconds: as in `RunLock.acquire`.
 
         Raises:
-            ConfigError: it cannot be made or written, or another process owns it.
+            ConfigError: it cannot be made or written, or another process owns it. Preempted: an earlier start of this
+            Slurm job still does.
         """
         assert not self._lock.is_held, "already open"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock.acquire(patience_seconds)
+            sweep_temporaries(self.path)
+            sweep_temporaries(self.checkpoints, is_guarded=True)
             probe = self.path / "probe"
             write_bytes_atomic(probe, bytes(PROBE_BYTES))
             probe.unlink()
-            for directory in (self.path, self.checkpoints):
-                sweep_temporaries(directory)
         except OSError as error:
             self.close()
             raise ConfigError(_sentence(self.path, error)) from error
         except BaseException:
             self.close()
             raise
+
+    def check_owned(self) -> None:
+        """Before a save. Harmless on a rank that does not own the directory.
+
+        Raises:
+            CheckpointError: another process has taken it over.
+        """
+        self._lock.check_owned()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -7,25 +7,35 @@ though the owner lives; so the owner also writes a beat into the file, and the r
 - when it says that its owner ended by itself, or
 - when it is of an earlier start of the same Slurm job, which Slurm never runs twice at a time, or
 - after no beat came for SILENCE_SECONDS, counted here: clocks of two hosts are never compared.
+
+An owner may only have been suspended (its host, or a network file system under it), and wake when its place is taken.
+So each beat and each save first looks whose name stands there, and an owner whose successor it finds ends. Every
+successor's `term` is higher than the one before: a beat that was on its way for long, and arrives over the name of the
+successor, ends nobody.
 """
 
 import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError, ExitCode, Preempted
 
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0
+# The server keeps the lock of a lost host until that host's lease ends: 90 s with NFSv4, about 100 s with Lustre. Twice
+# the shorter, for a rank 0 that lived on for a while and renewed it.
+EARLIER_START_SECONDS = 180.0
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 4 * BEAT_SECONDS
 # Where nothing locks, two that start at the same moment both write; the last one stays.
@@ -47,6 +57,8 @@ class RunLock:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self._descriptor: int | None = None
+        self._token = secrets.token_hex(8)  # host and pid of two owners can be the same: pid 7 of two containers
+        self._term = 0
         self._beats = 0
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
@@ -56,22 +68,27 @@ class RunLock:
         """By this process."""
         return self._descriptor is not None
 
-    def acquire(self) -> None:
+    def acquire(self, patience_seconds: float = math.inf) -> None:
         """Become the owner.
 
+        patience_seconds: how long to wait, at most, for an earlier start of this Slurm job to let go of the kernel's
+        lock; never longer than EARLIER_START_SECONDS.
+
         Raises:
-            ConfigError: another process is. OSError: the file cannot be written.
+            ConfigError: another process is. Preempted: an earlier start of this Slurm job still is. OSError: the file
+            cannot be written.
         """
         # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            is_locked = self._lock()
+            is_locked = self._lock(min(patience_seconds, EARLIER_START_SECONDS))
             self._require_dead(_read(self.path), is_locked=is_locked)
+            self._term = int(_read(self.path).get("term", 0)) + 1
             self._write(ended=False)
             if not is_locked:
                 time.sleep(RACE_SECONDS)
                 found = _read(self.path)
-                if not _is_same(found, this_process()):
+                if found.get("token") != self._token:
                     raise self._refusal(found)
         except BaseException:
             self._drop()
@@ -84,32 +101,53 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give it back, and say so in the file. Harmless when there is none."""
+        """Give it back, and say so in the file unless it is another's by now. Harmless when there is none."""
         if self._thread is not None:
             self._ends.set()
             self._thread.join()
             self._thread = None
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
-                self._write(ended=True)
+                if not self._successor():
+                    self._write(ended=True)
         self._drop()
+
+    def check_owned(self) -> None:
+        """To be called before something is written that a second owner must not write. Harmless when there is none.
+
+        Raises:
+            CheckpointError: another process has taken the run over.
+        """
+        if self.is_held and (successor := self._successor()):
+            raise CheckpointError(self._loss(successor))
 
     def _drop(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _lock(self) -> bool:
+    def _lock(self, patience_seconds: float) -> bool:
         """The kernel's lock; False where there are none."""
         assert self._descriptor is not None
-        deadline = time.monotonic() + DEAD_OWNER_SECONDS
+        began = time.monotonic()
+        is_said = False
         while True:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
-                owner = _read(self.path)
-                if _may_live(owner) or time.monotonic() >= deadline:
+                owner, waited = _read(self.path), time.monotonic() - began
+                if _is_earlier_start(owner, this_process()):
+                    said = f"run {self.name!r} is still locked by an earlier start of this job ({_name(owner)})"
+                    if waited >= patience_seconds:
+                        raise Preempted(
+                            f"{said[0].upper()}{said[1:]} after {patience_seconds:g} s of waiting: nothing is lost,"
+                            " and the same command goes on once the lock is free."
+                        ) from None
+                    if not is_said:
+                        _warn(f"{said}; waiting up to {patience_seconds:g} s for it")
+                        is_said = True
+                elif _may_live(owner) or waited >= DEAD_OWNER_SECONDS:
                     raise self._refusal(owner) from None
                 time.sleep(POLL_SECONDS)
             except OSError as error:
@@ -147,14 +185,35 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ends.wait(BEAT_SECONDS):
+            if successor := self._successor():
+                self._leave(successor)
             with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, if at all
                 self._write(ended=False)
+
+    def _successor(self) -> dict[str, Any]:
+        """The record of the process that has taken this one's place; empty if none has, or none can be read."""
+        found = _read(self.path)
+        is_ours = not found or found.get("token") == self._token
+        return {} if is_ours or found.get("term", math.inf) < self._term else found
+
+    def _loss(self, successor: Mapping[str, Any]) -> str:
+        return (
+            f"Run {self.name!r} was taken over by another process ({_name(successor)}) while this one gave no sign of"
+            " life: this one ends and writes no more; that one goes on."
+        )
+
+    def _leave(self, successor: Mapping[str, Any]) -> NoReturn:
+        """The end of the process, whatever its other threads are writing."""
+        with contextlib.suppress(OSError):  # a pipe that nobody reads
+            os.write(sys.stderr.fileno(), f"error: {self._loss(successor)}\n".encode())
+        os._exit(int(ExitCode.CHECKPOINT))
 
     def _write(self, *, ended: bool) -> None:
         assert self._descriptor is not None
         self._beats += 1
         # As long as before or longer, and in one call: a reader sees one record, and a full disk takes it in place.
-        record = json.dumps({**this_process(), "beat": self._beats, "ended": ended}).encode().ljust(200)
+        said = {"term": self._term, "token": self._token, "beat": self._beats, "ended": ended}
+        record = json.dumps({**this_process(), **said}).encode().ljust(300)
         os.pwrite(self._descriptor, record, 0)
         os.ftruncate(self._descriptor, len(record))
         os.fsync(self._descriptor)
@@ -177,8 +236,10 @@ def _may_live(owner: Mapping[str, Any]) -> bool:
 
 
 def _is_earlier_start(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Of this Slurm job, before it was requeued."""
-    return "job" in here and owner.get("job") == here["job"] and owner.get("restart") != here["restart"]
+    """Of this Slurm job, before it was requeued. Not a later one: this process may be what is left of an earlier."""
+    if "job" not in here or owner.get("job") != here["job"]:
+        return False
+    return int(owner.get("restart", 0)) < int(here["restart"])
 
 
 def _is_same(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

@@ -69,6 +69,24 @@ def test_a_picture_too_many_that_does_not_decode(tmp_path: Path) -> None:
     assert "'000000017' of shard train-000000.tar" in sentence
 
 
+def test_a_run_that_another_process_took_over_is_left_to_it(shards: Path, tmp_path: Path) -> None:
+    """The other one is a record, written amid step 6: the next save, or a beat before it, finds it there."""
+    record = tmp_path / "successor"
+    said = json.dumps({"host": "elsewhere", "pid": 7, "job": "78", "term": 2, "token": "its"})
+    record.write_text(said.ljust(400))  # longer than the one before, and written over it at once
+    run_directory = tmp_path / "taken"
+    kept = tmp_path / "kept"
+    replace = f"dd if='{record}' of='{run_directory}/lock' conv=notrunc status=none"
+    take = {"DO": f"{replace} && cp -r '{run_directory}/checkpoints' '{kept}'"}
+    ended = train_recorded(tmp_path, shards, "taken", 2, kill_at="0 5 0 shell", environment=take, expect=4)
+    told = "Run 'taken' was taken over by another process (host elsewhere, pid 7, job 78)"
+    assert told in sentences(ended.output)[0] and "Traceback" not in ended.output
+    assert (run_directory / "lock").read_bytes() == record.read_bytes()
+    found = {path.name: path.read_bytes() for path in (run_directory / "checkpoints").iterdir()}
+    assert found == {path.name: path.read_bytes() for path in kept.iterdir()}
+    assert f"step={3:09d}.ckpt" in found and not (run_directory / "report.html").exists()
+
+
 @pytest.mark.parametrize("devices", [2, 3])
 def test_trouble_that_may_not_stop_a_run(devices: int, tmp_path: Path) -> None:
     """Two bad pictures within the budget, and a W&B server that is not there."""

@@ -1,6 +1,7 @@
 """The steps of a training that need no second rank: what is refused at each, and what is found."""
 
 import dataclasses
+import fcntl
 import io
 import json
 from collections.abc import Iterator
@@ -142,6 +143,22 @@ def test_a_second_job_on_a_run_is_refused(tmp_path: Path, world: World) -> None:
     with pytest.raises(UserError, match="being written by another process") as raised:
         training.open_run(configure(tmp_path), world)
     assert raised.value.exit_code == 2
+
+
+def test_an_earlier_start_that_keeps_the_lock_is_waited_for_no_longer_than_the_other_ranks_wait(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier start of the job: a lock of this process, and the name of another host."""
+    path = tmp_path / "runs" / "a" / "lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "77", "restart": "0"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"after 1 s .* the same command goes on") as raised:
+            training.open_run(configure(tmp_path), dataclasses.replace(world, timeout_seconds=2.0))
+    assert raised.value.exit_code == 75
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, world: World) -> None:

@@ -59,19 +59,48 @@ def test_open_makes_the_directory_and_leaves_no_probe(run: RunDirectory) -> None
     assert not any(path.stat().st_mode & 0o002 for path in run.path.rglob("*"))
 
 
-def test_leftovers_of_dead_writers_are_swept(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+def test_half_written_checkpoints_are_swept_whoever_has_their_pid_now(tmp_path: Path) -> None:
+    """In containers every rank 0 has the same small pid, and that of a host is another process elsewhere."""
     checkpoints = tmp_path / "first" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    stale = checkpoints / f"step=000000001.ckpt.tmp.{dead.pid}"
-    alive = checkpoints / f"step=000000001.ckpt.tmp.{os.getpid()}"
-    stale.touch()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        stale = [checkpoints / f"step=000000001.ckpt.tmp.{pid}" for pid in (other.pid, os.getpid(), 2**22 + 1)]
+        for path in stale:
+            path.touch()
+        directory = RunDirectory(tmp_path, "first")
+        directory.open()
+        assert other.poll() is None and list(checkpoints.iterdir()) == []
+        stale[0].touch()
+        with pytest.raises(ConfigError):
+            RunDirectory(tmp_path, "first").open()
+        assert stale[0].exists(), "somebody without the lock swept it"
+        directory.close()
+        other.kill()
+
+
+def test_beside_them_only_what_dead_writers_left_is_swept(tmp_path: Path) -> None:
+    """Reports are written there without the lock."""
+    (tmp_path / "first").mkdir()
+    dead, alive = (tmp_path / "first" / f"report.html.tmp.{pid}" for pid in (2**22 + 1, os.getppid()))
+    dead.touch()
     alive.touch()
     directory = RunDirectory(tmp_path, "first")
     directory.open()
     directory.close()
-    assert not stale.exists() and alive.exists()
+    assert alive.exists() and not dead.exists()
+
+
+def test_a_disk_that_leftovers_fill_is_swept_before_it_is_tried(tmp_path: Path) -> None:
+    place = mount(tmp_path, "size=1500k")
+    try:
+        checkpoints = place / "first" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        (checkpoints / f"step=000000001.ckpt.tmp.{os.getppid()}").write_bytes(bytes(1 << 20))
+        directory = RunDirectory(place, "first")
+        directory.open()
+        directory.close()
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_a_file_in_the_way_is_a_sentence(tmp_path: Path) -> None:
