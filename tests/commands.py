@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ DEADLINE_SECONDS = 300.0
 LEFT_BEHIND_SECONDS = 30.0
 SECRET = {"DECOY_TOKEN": "correct-horse-battery-staple"}
 """In the environment of every command, and never in what one prints."""
+GONE_SECONDS = 15.0
+"""From the death of a rank until all others are gone too."""
 TIMES = ("comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth")
 SMALL = (
     "data.size=32",
@@ -127,16 +130,49 @@ def train_recorded(
     devices: int,
     *more: str,
     kill_at: str = "",
-    expect: int | None = 0,
+    expect: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Ended:
-    """The same through train_recorded.py, which leaves `<root>/<name>.fed/rank<r>.jsonl`."""
+    """The same through train_recorded.py, which leaves `<root>/<name>.fed/rank<r>.jsonl`.
+
+    What `kill_at` says has happened, once, and what follows from the death of a rank is seen to. `expect`: the exit
+    code; None: the one that the victim of `kill_at` makes it.
+    """
     fed = root / f"{name}.fed"
     fed.mkdir(parents=True, exist_ok=True)
+    victim = kill_at.rpartition(" ")[2]
+    if expect is None:
+        expect = {"rank": 1, "supervisor": -9}.get(victim, 0)
+    num_before = len(fired(fed))
     where = [f"run_root={root}", f"data.root={shards}", f"name={name}", f"cluster.devices={devices}"]
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
     arguments = [str(TRAIN_RECORDED), *where, *SMALL, *tracking, *more]
-    return run(arguments, expect=expect, environment={"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})})
+    environment = {"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})}
+    ended = run(arguments, expect=expect, environment=environment)
+    if kill_at:
+        happened = fired(fed)[num_before:]
+        assert [what for _, what in happened] == [kill_at], f"{happened}\n{ended.output}"
+        if victim == "rank":
+            took = time.time() - happened[0][0]
+            assert took <= GONE_SECONDS, f"{took:.1f} s\n{ended.output}"
+            _assert_death_is_told(kill_at, devices, ended.output)
+    return ended
+
+
+def fired(fed: Path) -> list[tuple[float, str]]:
+    """What train_recorded.py did to its runs, over all attempts: when (Unix time), and what it had been told."""
+    path = fed / "fired"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(float(when), what) for when, _, what in (line.partition(" ") for line in lines)]
+
+
+def _assert_death_is_told(kill_at: str, devices: int, output: str) -> None:
+    """The launcher names the rank that was killed, and one of its peers itself and the step."""
+    rank, step, place, _ = kill_at.split()
+    assert f"rank {rank} was killed by SIGKILL" in output, output
+    where = f"in step {int(step) + 1}" + (", or in a pause before it" if place == "validation" else "")
+    said = set(re.findall(rf"Rank (\d+) lost its connection to another rank {where} and stops", output))
+    assert (devices == 1 or said) and said <= {str(peer) for peer in range(devices)} - {rank}, output
 
 
 def assert_holds_no(root: Path, output: str, *secrets: str) -> None:

@@ -93,13 +93,7 @@ class Pair:
 def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: str) -> Pair:
     """Train; train again under another name, be killed, and run the same command once more."""
     train_recorded(root, shards, "unbroken", devices, *options)
-    killed = train_recorded(root, shards, "resumed", devices, *options, kill_at=kill_at, expect=None)
-    assert killed.code == (-9 if kill_at.endswith("supervisor") else 1), killed.output
-    rank, step, _, victim = kill_at.split()
-    if victim == "rank":
-        assert f"rank {rank} was killed by SIGKILL" in killed.output
-        where = "or in a pause before it" if "validation" in kill_at else f"in step {int(step) + 1} and stops"
-        assert devices == 1 or where in killed.output, killed.output
+    train_recorded(root, shards, "resumed", devices, *options, kill_at=kill_at)
     assert (root / "resumed" / "metrics.jsonl").read_text().count("\n") < 11
     saved = json.loads((root / "resumed" / "checkpoints" / "last.json").read_text())["step"]
     told = json.loads((root / "resumed" / "ledger.json").read_text())["num_steps"]

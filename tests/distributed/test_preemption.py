@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import Ended, rows, train_recorded
+from commands import Ended, fired, rows, train_recorded
 from comparing import assert_same, differences, fed, load
 from small_runs import PAIR_OPTIONS, Pair
 
@@ -15,11 +15,11 @@ WORKERS = ("data.num_workers=2",)
 
 def preempted(root: Path, shards: Path, name: str, devices: int, events: str, *options: str) -> Ended:
     """Train until the signals of SIGNAL_AT end it; they all fired, and it ended in time with 75."""
-    fired = root / f"{name}.fed" / "fired"
-    already = fired.read_text().count("\n") if fired.exists() else 0
+    already = len(fired(root / f"{name}.fed"))
     ended = train_recorded(root, shards, name, devices, *options, expect=75, environment={"SIGNAL_AT": events})
-    took = time.time() - float(fired.read_text().splitlines()[already].split()[0])
-    assert fired.read_text().count("\n") - already == events.count(";") + 1, "a signal was not sent"
+    sent = fired(root / f"{name}.fed")[already:]
+    assert sorted(what for _, what in sent) == sorted(events.split("; ")), "a signal was not sent, or sent twice"
+    took = time.time() - sent[0][0]
     assert took <= LONGEST_SECONDS, f"{took:.1f} s\n{ended.output}"
     assert "Traceback" not in ended.output
     return ended
@@ -80,9 +80,10 @@ def test_before_the_first_step_there_is_nothing_to_save(shards: Path, tmp_path: 
 
 def test_after_the_last_step_it_is_too_late(shards: Path, tmp_path: Path) -> None:
     """It is validated, saved, reported on, and done."""
-    environment = {"SIGNAL_AT": "0 step10.0 SIGTERM ranks; 0 validation0 SIGUSR1 rank"}
+    events = "0 step10.0 SIGTERM ranks; 0 validation0 SIGUSR1 rank"
+    environment = {"SIGNAL_AT": events}
     train_recorded(tmp_path, shards, "run", 1, "trainer.validate_every_steps=11", environment=environment)
-    assert (tmp_path / "run.fed" / "fired").read_text().count("\n") == 2
+    assert "; ".join(what for _, what in fired(tmp_path / "run.fed")) == events
     assert saved_step(tmp_path / "run") == 11 and (tmp_path / "run" / "report.html").exists()
     assert "val/top1" in rows(tmp_path / "run")[-1]
 

@@ -61,7 +61,7 @@ def test_three_ranks_with_powersgd(shards: Path, tmp_path: Path) -> None:
 def test_powersgd_goes_on_with_other_ranks(shards: Path, tmp_path: Path) -> None:
     """From two to one, where nothing is compressed, and on to three."""
     for devices, kill_at in ((2, "0 4 0 supervisor"), (1, "0 8 0 rank"), (3, "")):
-        train_recorded(tmp_path, shards, "resumed", devices, *COMPRESSED, kill_at=kill_at, expect=None)
+        train_recorded(tmp_path, shards, "resumed", devices, *COMPRESSED, kill_at=kill_at)
         assert (tmp_path / "resumed" / "ledger.json").exists()
     assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
     saved = load(tmp_path / "resumed")["squeezewire"]["powersgd"]
@@ -71,7 +71,7 @@ def test_powersgd_goes_on_with_other_ranks(shards: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_powersgd_state_of_another_kind_is_refused(shards: Path, tmp_path: Path) -> None:
     options = (*COMPRESSED, "trainer.max_steps=4", "trainer.validate_every_steps=0")
-    train_recorded(tmp_path, shards, "run", 2, *options, kill_at="0 3 0 rank", expect=None)
+    train_recorded(tmp_path, shards, "run", 2, *options, kill_at="0 3 0 rank")
     for override in ("comm.powersgd_rank=2", "comm.bucket_megabytes=1"):
         refused = train_recorded(tmp_path, shards, "run", 2, *options, override, expect=4)
         assert "PowerSGD state" in refused.output and override.partition("=")[0] in refused.output
@@ -102,7 +102,7 @@ def test_in_other_conditions(devices: int, kill_at: str, options: list[str], sha
 def test_twice_killed(shards: Path, tmp_path: Path) -> None:
     train_recorded(tmp_path, shards, "unbroken", 2)
     for kill_at in ("0 4 0 supervisor", "1 5 0 rank", "0 10 0 supervisor", ""):
-        train_recorded(tmp_path, shards, "resumed", 2, kill_at=kill_at, expect=None)
+        train_recorded(tmp_path, shards, "resumed", 2, kill_at=kill_at)
     assert rows(tmp_path / "unbroken") == rows(tmp_path / "resumed")
     assert not differences(load(tmp_path / "unbroken")["state_dict"], load(tmp_path / "resumed")["state_dict"])
 
@@ -110,7 +110,7 @@ def test_twice_killed(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_on_another_number_of_ranks_the_batches_stay(shards: Path, tmp_path: Path) -> None:
     train_recorded(tmp_path, shards, "unbroken", 1)
-    train_recorded(tmp_path, shards, "resumed", 2, kill_at="0 7 0 supervisor", expect=None)
+    train_recorded(tmp_path, shards, "resumed", 2, kill_at="0 7 0 supervisor")
     train_recorded(tmp_path, shards, "resumed", 3)
     assert [row["trainer/step"] for row in rows(tmp_path / "resumed")] == list(range(1, 12))
     batches: dict[str, dict[int, list[int]]] = {}

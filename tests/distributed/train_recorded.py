@@ -6,11 +6,12 @@ KILL_AT, if set: "rank step place victim". The place is a micro-batch of that st
 There it sends SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself; `hang` is
 SIGSTOP to itself, `asked` is SIGTERM to itself, after which it goes on, `shell` runs the command DO and goes on,
 `clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
-to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing.
+to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing. All of it once.
 SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal when it comes to that place. Places:
 `start` (joined, before the shards are opened), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
 `validation<n>` (fed its micro-batch n). Targets: `rank`, itself; `supervisor`; `ranks`, all of them;
-`everything`, as Slurm does it: each process of the run but the supervisor. A line in `<FED_TO>/fired` for each.
+`everything`, as Slurm does it: each process of the run but the supervisor.
+Before any of this happens it is noted in `<FED_TO>/fired`: a line of the time and what KILL_AT or SIGNAL_AT says.
 """
 
 import contextlib
@@ -31,8 +32,19 @@ from pipeline.run.launch import supervise
 from pipeline.train import train
 
 
-def strike(victim: str) -> None:
-    """End this process by ending its victim, or stop it for good."""
+def note(directory: Path, *words: object) -> None:
+    """Append a line to `fired`: the time and what is about to happen. The file outlives the process."""
+    with (directory / "fired").open("a") as file:
+        file.write(" ".join(map(str, (time.time(), *words))) + "\n")
+
+
+def strike(directory: Path, kill_at: list[str]) -> None:
+    """Note it, then end this process by ending its victim, or stop it for good. A second time nothing happens."""
+    if not kill_at:
+        return
+    note(directory, *kill_at)
+    victim = kill_at[3]
+    kill_at.clear()
     if victim == "shell":
         subprocess.run(os.environ["DO"], shell=True, check=True)
         return
@@ -101,15 +113,15 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             with (directory / f"rank{rank}.jsonl").open("a") as file:
                 file.write(json.dumps({**line, "pid": os.getpid(), **resources()}) + "\n")
             if is_due(step, str(place["micro"])):
-                strike(kill_at[3])
+                strike(directory, kill_at)
             if is_due(step, "backward") and place["micro"] == 0:
                 parameters = list(learner.model.parameters())
-                parameters[len(parameters) // 2].register_hook(lambda _: strike(kill_at[3]))
+                parameters[len(parameters) // 2].register_hook(lambda _: strike(directory, kill_at))
         return inner(learner, loaded, batch_idx)
 
     def validation_step(learner: Learner, loaded: Any, batch_idx: int) -> None:
         if is_due(learner.committed_steps, "validation"):
-            strike(kill_at[3])
+            strike(directory, kill_at)
         inner_validation(learner, loaded, batch_idx)
 
     Learner.training_step = training_step  # type: ignore[method-assign]
@@ -146,8 +158,7 @@ def signal_at(events: str, directory: Path, rank: int) -> None:
 
     def come_to(place: str) -> None:
         for number, target in due.pop(place, []):
-            with (directory / "fired").open("a") as file:
-                file.write(f"{time.time()} {place} {number.name} {target}\n")
+            note(directory, rank, place, number.name, target)
             send(number, target)
 
     def wrap(owner: Any, name: str, place_of: Any) -> None:

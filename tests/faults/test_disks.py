@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import SMALL, TRAIN_RECORDED, rows, run, sentences, train, train_recorded
+from commands import SMALL, TRAIN_RECORDED, fired, rows, run, sentences, train, train_recorded
 from comparing import differences, load
 from small_runs import PAIR_OPTIONS, Pair
 
@@ -96,16 +96,17 @@ def test_a_full_tmp_a_read_only_checkout_and_a_strange_place_hurt_nobody(shards:
         head -c 2m /dev/zero > /tmp/full || true
         if touch '{REPOSITORY}/pipeline/new' || echo 1 > /tmp/more; then exit 99; fi
     """
-    root, fed, marker = tmp_path / "läufe mit  spaces", tmp_path / "fed", tmp_path / "marker"
+    root, fed_to, marker = tmp_path / "läufe mit  spaces", tmp_path / "fed", tmp_path / "marker"
     root.mkdir()
-    fed.mkdir()
+    fed_to.mkdir()
     torch.save({"callbacks": Attack(marker)}, root / "hpc_ckpt_9.ckpt")
     where = [f"run_root={root}", f"data.root={shards}", "name=strange", "tracking=offline"]
     environment = {"TZ": "Pacific/Kiritimati", "LC_ALL": "tr_TR.UTF-8", "PYTHONDONTWRITEBYTECODE": ""}
-    environment |= {"FED_TO": str(fed), "KILL_AT": "0 2 0 clock"}
+    environment |= {"FED_TO": str(fed_to), "KILL_AT": "0 2 0 clock"}
     environment |= {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}  # where Lightning looks for hpc_ckpt_*.ckpt
     arguments = [str(TRAIN_RECORDED), *where, *SMALL, *SHORT]
     ended = run(arguments, prefix=[*IN_NAMESPACE, mounts], environment=environment)
+    assert [what for _, what in fired(fed_to)] == ["0 2 0 clock"]
     assert "hpc" not in ended.output and not marker.exists()
     found = find_latest(root / "strange" / "checkpoints", pytest.fail)
     assert found is not None and found.step == 4

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import train_recorded
+from commands import fired, train_recorded
 
 STEP_TIMEOUT_SECONDS = 6
 # The launcher gives the survivors 2 s, then the stopped rank 15 s from SIGTERM to SIGKILL; a busy machine more.
@@ -17,7 +17,7 @@ def hang(root: Path, shards: Path, devices: int, where: str, step: int) -> str:
     kill_at = f"{devices - 1} {step - 1} {where} hang"
     output = train_recorded(root, shards, "hung", devices, *OPTIONS, kill_at=kill_at, expect=1).output
     fed = root / "hung.fed"
-    stopped = (fed / f"rank{devices - 1}.jsonl").stat().st_mtime
+    ((stopped, _),) = fired(fed)
     assert time.time() - stopped < END_SECONDS
     lines = [len((fed / f"rank{rank}.jsonl").read_text().splitlines()) for rank in range(devices)]
     assert lines == [step] * devices, "the rank did not stop there, or the others went on"
