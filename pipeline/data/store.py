@@ -30,6 +30,9 @@ from pipeline.files import sha256_of_file, write_atomic
 CACHE_DIRECTORY = ".squeezewire"
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
+MAX_FOREIGN_CLASSES = 1_000_000
+"""Shards without a manifest have as many classes as their highest label says, up to here. The largest public sets have
+some 22,000; a number beyond this is an identifier or damage, and a classifier of its size would fill the memory."""
 TRUST_THE_FIRST = "size"
 """`verify` for the ranks of a machine that follow one which has read and hashed the same files."""
 
@@ -99,7 +102,17 @@ class ShardIndex:
             )
         else:
             index = cls(root, split, *_open_local(Path(root), split, verify))
-        index._check_labels()
+        if index.classes is None:
+            index.require_labels(
+                MAX_FOREIGN_CLASSES,
+                f"and shards without a manifest may have at most {MAX_FOREIGN_CLASSES:,} classes: prepare the shards"
+                " again with the right classes.",
+            )
+        last = index.num_classes - 1
+        index.require_labels(
+            index.num_classes,
+            f"and there are {index.num_classes} classes, 0 to {last}: prepare the shards again with the right classes.",
+        )
         return index
 
     @property
@@ -138,15 +151,15 @@ class ShardIndex:
         """Close the files `read` has opened; it opens them again when called again."""
         self.files.close()
 
-    def _check_labels(self) -> None:
-        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= self.num_classes))
+    def require_labels(self, num_classes: int, rule: str) -> None:
+        """Raise `DataError` unless every label is one of 0 to num_classes - 1; `rule` ends the sentence."""
+        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= num_classes))
         if len(wrong):
             first = int(wrong[0])
             others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise DataError(
                 f"Sample {self.sample_key(first)!r} of shard {self.shard_name(first)}{others} has label"
-                f" {self.label(first)}, and there are {self.num_classes} classes, 0 to {self.num_classes - 1}:"
-                " prepare the shards again with the right classes."
+                f" {self.label(first)}, {rule}"
             )
 
 

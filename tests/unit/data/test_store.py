@@ -18,7 +18,7 @@ from small_shards import CLASSES, samples_of, write_manifest, write_shards, writ
 
 from pipeline.data import store
 from pipeline.data.manifest import Manifest
-from pipeline.data.store import CACHE_DIRECTORY, ShardIndex
+from pipeline.data.store import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
 from pipeline.data.tarindex import index_shard
 from pipeline.errors import DataError
 
@@ -307,6 +307,19 @@ def test_a_bad_label_is_named_with_key_and_shard(root, label):
     write_manifest(root, {"train": {"train-000000.tar": 4, name: 3}})
     message = refused(root)
     assert "the-bad-one" in message and name in message
+
+
+@pytest.mark.parametrize(("label", "is_refused"), [(MAX_FOREIGN_CLASSES - 1, False), (MAX_FOREIGN_CLASSES, True)])
+def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(tmp_path, label, is_refused):
+    """Nothing says how many classes there are, and the classifier would be made as large as the label asks."""
+    tmp_path.joinpath("shards").mkdir()
+    odd = {"__key__": "the-odd-one", "jpg": picture(0), "cls": str(label)}
+    write_tar(tmp_path / "shards" / "train-000000.tar", [*samples_of(0, 2), odd])
+    if not is_refused:
+        assert ShardIndex.open(tmp_path / "shards", "train").num_classes == label + 1
+        return
+    message = refused(tmp_path / "shards")
+    assert f"'the-odd-one' of shard train-000000.tar has label {label}" in message and "at most 1,000,000" in message
 
 
 @pytest.mark.parametrize(
