@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.allowance import allowed_bad
 from pipeline.data.store import ShardIndex
 from pipeline.errors import DataError
 
@@ -71,7 +72,7 @@ class Quarantine:
             raise DataError(
                 f"{self.path} cannot be written ({error.strerror}), and no bad sample may go unnamed: free space there."
             ) from error
-        allowed = int(self.max_bad_fraction * self.index.num_samples)
+        allowed = allowed_bad(self.max_bad_fraction, self.index.num_samples)
         if len(self.samples) > allowed:
             shown = "; ".join(sample.reason for sample in list(self.samples.values())[-NUM_BAD_SHOWN:])
             where = f" (all of them: {self.path})" if self.path else ""
