@@ -123,7 +123,10 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class TrainSamples(Dataset[LoadedBatch]):
-    """Random views. A picture that cannot be read is replaced, so that every batch stays full."""
+    """Random views. A picture that does not decode is replaced, so that every batch stays full.
+
+    One that cannot be read is a DataError: what fails in passing would be replaced in this attempt alone.
+    """
 
     def __init__(self, index: ShardIndex, config: InputConfig, augment: AugmentConfig, seed: int) -> None:
         self.index, self.config, self.augment, self.seed = index, config, augment, seed
@@ -139,7 +142,7 @@ class TrainSamples(Dataset[LoadedBatch]):
             for candidate in self._candidates(item.sample_id):
                 try:
                     images_BHWC[place] = self._view(candidate, item.epoch)
-                except (SampleError, OSError) as error:
+                except SampleError as error:
                     bad.append(BadSample.of(self.index, candidate, error))
                 else:
                     labels_B[place] = self.index.label(candidate)
@@ -166,7 +169,7 @@ class TrainSamples(Dataset[LoadedBatch]):
 
 
 class EvalSamples(Dataset[LoadedBatch]):
-    """Centre crops. A picture that cannot be read is left out: counting another one twice would be a lie."""
+    """Centre crops. A picture that does not decode is left out: counting another one twice would be a lie."""
 
     def __init__(self, index: ShardIndex, config: InputConfig) -> None:
         self.index, self.config = index, config
@@ -185,7 +188,7 @@ class EvalSamples(Dataset[LoadedBatch]):
                 continue
             try:
                 images_BHWC[place] = eval_view(self.index.read(sample_id), self.config)
-            except (SampleError, OSError) as error:
+            except SampleError as error:
                 images_BHWC[place] = 0
                 bad.append(BadSample.of(self.index, sample_id, error))
             else:

@@ -23,7 +23,7 @@ _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be read or decoded."""
+    """A sample that could not be decoded."""
 
     sample_id: int
     shard: str
@@ -37,9 +37,8 @@ class BadSample(NamedTuple):
 
     @classmethod
     def of(cls, index: ShardIndex, sample_id: int, error: Exception) -> "BadSample":
-        """The sample and what its reading or decoding raised."""
-        cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        return cls(sample_id, index.shard_name(sample_id), index.sample_key(sample_id), cause)
+        """The sample and what its decoding raised."""
+        return cls(sample_id, index.shard_name(sample_id), index.sample_key(sample_id), str(error))
 
 
 class Quarantine:

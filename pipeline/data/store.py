@@ -8,6 +8,7 @@ the shards' names, sizes, hashes and times stay the same. Shards behind a URL: r
 import hashlib
 import json
 import os
+import time
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -33,6 +34,8 @@ MAX_OPEN_SHARDS = 128
 MAX_FOREIGN_CLASSES = 1_000_000
 """Shards without a manifest have as many classes as their highest label says, up to here. The largest public sets have
 some 22,000; a number beyond this is an identifier or damage, and a classifier of its size would fill the memory."""
+READ_AGAIN_SECONDS = 0.5
+"""Before a read that failed is tried again."""
 TRUST_THE_FIRST = "size"
 """`verify` for the ranks of a machine that follow one which has read and hashed the same files."""
 
@@ -136,11 +139,26 @@ class ShardIndex:
         return self.shards[self.table.shard[sample_id]].name
 
     def read(self, sample_id: int) -> bytes:
-        """The bytes of a sample's picture.
+        """The bytes of a sample's picture. A read that fails is tried once more, from files opened anew.
 
         Raises:
-            OSError: the shard is gone, has shrunk, or cannot be read.
+            DataError: the shard is gone, has shrunk, or cannot be read.
         """
+        try:
+            return self._read(sample_id)
+        except OSError:
+            self.close()  # a stale handle of a network file system stays stale
+            time.sleep(READ_AGAIN_SECONDS)
+        try:
+            return self._read(sample_id)
+        except OSError as error:
+            shard = f"{self.root}/{self.shard_name(sample_id)}"
+            raise DataError(
+                f"Sample {self.sample_key(sample_id)!r} of shard {shard} cannot be read ({error.strerror or error}):"
+                " put the shard back as it was or mend its disk, and run the same command again."
+            ) from error
+
+    def _read(self, sample_id: int) -> bytes:
         length = int(self.table.length[sample_id])
         content = self.files.read(int(self.table.shard[sample_id]), int(self.table.offset[sample_id]), length)
         if len(content) != length:

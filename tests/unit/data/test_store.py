@@ -99,15 +99,30 @@ def test_open_files_are_bounded_and_closed_with_the_index(tmp_path, monkeypatch)
     assert num_open_files() == before
 
 
-def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_of_the_sample(root):
+def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_that_names_it(root):
     index = ShardIndex.open(root, "train")
     with (root / "train-000000.tar").open("r+b") as file:
         file.truncate(700)
-    with pytest.raises(OSError, match="bytes could be read"):
+    with pytest.raises(DataError, match=r"'000000000' .*/train-000000\.tar .*bytes could be read"):
         index.read(0)
     (root / "train-000001.tar").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=rf"'000000008' .*{root}/train-000001\.tar .*No such file"):
         index.read(8)
+
+
+def test_a_read_that_fails_in_passing_is_tried_again(root):
+    """As a stale handle does, which the server that restarted no longer knows: what is opened anew can be read."""
+    index = ShardIndex.open(root, "train")
+    index.read(0)
+    (descriptor,) = (
+        int(link.name) for link in Path("/proc/self/fd").iterdir() if link.resolve() == root / "train-000000.tar"
+    )
+    elsewhere = os.open(root, os.O_RDONLY)
+    os.dup2(elsewhere, descriptor)
+    os.close(elsewhere)
+    with pytest.raises(IsADirectoryError):
+        os.pread(descriptor, 1, 0)
+    assert index.read(0) == samples_of(0, 1)[0]["jpg"]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
