@@ -35,6 +35,7 @@ LOCK_NAME = "lock"
 READ_LOCK_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 RELEASED_SECONDS = 1e8  # three years: longer ago than anything was used
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Produce = Callable[[BinaryIO, Path], object]
@@ -96,11 +97,16 @@ class Cache:
         """Make the directory, prove that it is ours and can be written, and sweep what dead processes left."""
         with self._disk_errors():
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            owner = self.directory.stat().st_uid
-            if owner != os.geteuid():
+            status = self.directory.stat()
+            if status.st_uid != os.geteuid():
                 raise DataError(
-                    f"The cache {self.directory} belongs to user {owner}, who could put other pictures there: give a"
-                    " data.cache_dir of your own."
+                    f"The cache {self.directory} belongs to user {status.st_uid}, who could put other pictures there:"
+                    " give a data.cache_dir of your own."
+                )
+            if status.st_mode & WRITABLE_BY_OTHERS:
+                raise DataError(
+                    f"Others may write to the cache {self.directory}, and could put other pictures there: chmod go-w"
+                    f" {self.directory}, or give another data.cache_dir."
                 )
             with self._locked():
                 for file in own_files(self.directory):
@@ -126,6 +132,17 @@ class Cache:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def look(self, entry: Entry) -> Iterator[int | None]:
+        """As `open`, without fetching: None if the object is not here. It counts as used."""
+        with self._disk_errors():
+            descriptor = self._find(entry, None)
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def fetch_ahead(self, entry: Entry, produce: Produce) -> bool:
         """Fetch an object that is needed later. False if that must wait: another process is at it, or there is no room.

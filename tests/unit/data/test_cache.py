@@ -503,6 +503,43 @@ def test_a_directory_of_somebody_else(tmp_path):
         make(directory)
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_directory_that_others_may_write_to(tmp_path, mode):
+    """Who may write there may put other pictures in the place of ours."""
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(DataError, match=rf"^Others may write to the cache .*chmod go-w {directory}"):
+        make(directory)
+    directory.chmod(0o755)
+    make(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+def test_what_somebody_else_left_is_neither_read_nor_counted_nor_evicted(tmp_path):
+    cache, path = make(tmp_path, bound=SIZE), tmp_path / ENTRIES[NAMES[0]].key
+    path.write_bytes(bytes(SIZE))
+    os.chown(path, 12345, 12345)
+    assert not cache.has(ENTRIES[NAMES[0]]) and cache.used_bytes() == 0
+    put(cache, NAMES[1])
+    assert path.read_bytes() == bytes(SIZE)
+    put(cache, NAMES[0])
+    assert path.read_bytes() == CONTENTS[NAMES[0]] and path.stat().st_uid == os.geteuid()
+
+
+def test_what_is_looked_at_is_not_evicted_meanwhile(tmp_path):
+    cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
+    put(cache, NAMES[0], NAMES[1])
+    with cache.look(ENTRIES[NAMES[2]]) as descriptor:
+        assert descriptor is None
+    with cache.look(ENTRIES[NAMES[0]]) as descriptor:
+        assert descriptor is not None
+        os.utime(tmp_path / ENTRIES[NAMES[0]].key, (1, 1))
+        put(other, NAMES[2])
+        assert held(cache) == [NAMES[0], NAMES[2]]
+        assert os.pread(descriptor, SIZE, 0) == CONTENTS[NAMES[0]]
+
+
 def test_a_link_is_not_followed(tmp_path):
     cache = make(tmp_path / "cache")
     target = tmp_path / "precious"
