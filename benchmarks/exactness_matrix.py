@@ -114,12 +114,14 @@ class Split:
             block=rule.block,
             shard_of_sample=self.shard_of_sample,
         ).tolist()
-        tail = len(ids) % GLOBAL_BATCH
         if rule.tail == "drop":
-            ids = ids[: len(ids) - tail]
-        elif tail:
-            ids += ids[-GLOBAL_BATCH:-tail]
-        of_group = np.array(ids).reshape(rule.groups, -1, GLOBAL_BATCH // rule.groups)
+            ids = ids[: len(ids) - len(ids) % GLOBAL_BATCH]
+        per_group, num_steps = GLOBAL_BATCH // rule.groups, -(-len(ids) // GLOBAL_BATCH)
+        shown = []
+        for group in range(rule.groups):
+            run = ids[len(ids) * group // rule.groups : len(ids) * (group + 1) // rule.groups]
+            shown += run + run[-per_group:][: num_steps * per_group - len(run)]
+        of_group = np.array(shown).reshape(rule.groups, num_steps, per_group)
         return np.concatenate(list(of_group.transpose(1, 0, 2).reshape(-1, GLOBAL_BATCH)))
 
 

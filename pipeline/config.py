@@ -95,7 +95,8 @@ class DataConfig:
     root: str | None = None
     """What `prepare` made, or foreign shards: in a directory, at http(s)://host/path or at s3://bucket/prefix."""
     cache_dir: str | None = None
-    """Shards from elsewhere are kept here, once per server: on a local disk. Null: squeezewire in the user's cache."""
+    """Shards from elsewhere are kept in `squeezewire` below it, once per server: on a local disk. Null: below the
+    user's cache."""
     cache_bytes: int = 200_000_000_000
     """Most the cache may hold; what was not used for longest goes first."""
     fetch_timeout_seconds: float = 300.0

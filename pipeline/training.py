@@ -97,7 +97,8 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
     """Index and verify the shards: the first rank of each machine, then the others from the index it leaves.
 
     Raises:
-        DataError: missing, damaged or mislabelled shards. ConfigError: model.num_classes is too small for the labels.
+        DataError: missing, damaged or mislabelled shards, or labels that the classifier has no output for.
+        ConfigError: model.num_classes is smaller than the manifest's number of classes.
     """
 
     def open_both(is_first: bool) -> Shards:
@@ -105,11 +106,19 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
         wants_validation = config.trainer.validate_every_steps != 0
         validation = open_split(config.data, config.data.val_split, is_first=is_first) if wants_validation else None
         num_classes = config.model.num_classes or training.num_classes
-        if num_classes < training.num_classes:
+        if training.classes is not None and num_classes < training.num_classes:
             raise ConfigError(
                 f"model.num_classes={num_classes}, but the shards have {training.num_classes} classes:"
                 f" set it to at least that, or to null."
             )
+        told = "model.num_classes=" if config.model.num_classes else "the number of classes of the training split is "
+        for index in (training, validation):
+            if index is not None:
+                index.require_labels(
+                    num_classes,
+                    f"and {told}{num_classes}: prepare the shards again with the right classes, or set"
+                    " model.num_classes to more than the highest label.",
+                )
         return Shards(training, validation, num_classes)
 
     shards = world.locally_first(open_both)

@@ -87,12 +87,12 @@ class TrainBatches(Sampler[list[TrainItem]]):
             by_rank=self.order.groups > 1,
         )
 
-    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
-        """What `ranks` are to show, step by step from the one last asked for. Safe in a thread of its own."""
+    def samples_ahead(self, ranks: range) -> Iterator[tuple[int, Ids]]:
+        """(step, what `ranks` are to show), from the step last asked for. Safe in a thread of its own."""
         order = replace(self.order, _latest={})  # its memory of an epoch must not be taken from the iteration
         for step in range(self.start_step if self.place is None else self.place, self.num_steps):
             batch = order.batch_samples(step)
-            yield np.concatenate([self._stripe(batch, rank, m) for rank in ranks for m in range(self.accumulate)])
+            yield step, np.concatenate([self._stripe(batch, rank, m) for rank in ranks for m in range(self.accumulate)])
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -114,16 +114,19 @@ class EvalBatches(Sampler[list[int]]):
             yield self.ids[place * self.batch_size : (place + 1) * self.batch_size].tolist()
         self.place = None
 
-    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
-        """What `ranks` are to show, batch by batch from the one last asked for. Safe in a thread of its own."""
+    def samples_ahead(self, ranks: range) -> Iterator[tuple[int, Ids]]:
+        """(batch, what `ranks` are to show), from the batch last asked for. Safe in a thread of its own."""
         of_rank = [evaluation_stripe(self.num_samples, rank=rank, world_size=self.world_size) for rank in ranks]
         for place in range(self.place or 0, len(self)):
             ids = np.concatenate([ids[place * self.batch_size : (place + 1) * self.batch_size] for ids in of_rank])
-            yield ids[ids != PADDING]
+            yield place, ids[ids != PADDING]
 
 
 class TrainSamples(Dataset[LoadedBatch]):
-    """Random views. A picture that cannot be read is replaced, so that every batch stays full."""
+    """Random views. A picture that does not decode is replaced, so that every batch stays full.
+
+    One that cannot be read is a DataError: what fails in passing would be replaced in this attempt alone.
+    """
 
     def __init__(self, index: ShardIndex, config: InputConfig, augment: AugmentConfig, seed: int) -> None:
         self.index, self.config, self.augment, self.seed = index, config, augment, seed
@@ -139,7 +142,7 @@ class TrainSamples(Dataset[LoadedBatch]):
             for candidate in self._candidates(item.sample_id):
                 try:
                     images_BHWC[place] = self._view(candidate, item.epoch)
-                except (SampleError, OSError) as error:
+                except SampleError as error:
                     bad.append(BadSample.of(self.index, candidate, error))
                 else:
                     labels_B[place] = self.index.label(candidate)
@@ -166,7 +169,7 @@ class TrainSamples(Dataset[LoadedBatch]):
 
 
 class EvalSamples(Dataset[LoadedBatch]):
-    """Centre crops. A picture that cannot be read is left out: counting another one twice would be a lie."""
+    """Centre crops. A picture that does not decode is left out: counting another one twice would be a lie."""
 
     def __init__(self, index: ShardIndex, config: InputConfig) -> None:
         self.index, self.config = index, config
@@ -185,7 +188,7 @@ class EvalSamples(Dataset[LoadedBatch]):
                 continue
             try:
                 images_BHWC[place] = eval_view(self.index.read(sample_id), self.config)
-            except (SampleError, OSError) as error:
+            except SampleError as error:
                 images_BHWC[place] = 0
                 bad.append(BadSample.of(self.index, sample_id, error))
             else:

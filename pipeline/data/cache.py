@@ -4,6 +4,8 @@
     <directory>/<key>.part     one that is being fetched, locked by who fetches it
     <directory>/lock           held while room is made
 
+Whatever else lies in the directory is not counted, not removed and not opened (cachefiles.py).
+
 Every lock is a `flock`, which the kernel lets go of when its process dies, however it dies: an unlocked `.part` is
 nobody's, and nothing else needs mending after a SIGKILL. Objects are never changed once they are there. While one is
 read it is locked for reading, and what is locked is not evicted.
@@ -22,17 +24,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.config import DataConfig
+from pipeline.data.cachefiles import PART, evict, is_there, open_own, open_part, own_files, sweep
 from pipeline.data.locks import POLL_SECONDS, is_at, try_lock
 from pipeline.data.transfer import Patience
 from pipeline.errors import DataError
 from pipeline.files import fsync_directory
 
-PART = ".part"
 FAILED = b"squeezewire could not fetch this: "
 LOCK_NAME = "lock"
 READ_LOCK_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 RELEASED_SECONDS = 1e8  # three years: longer ago than anything was used
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Produce = Callable[[BinaryIO, Path], object]
@@ -65,10 +68,13 @@ class CacheSettings:
 
     @classmethod
     def of(cls, data: DataConfig) -> "CacheSettings":
-        """As configured; without a directory, squeezewire in the user's cache directory."""
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        directory = Path(data.cache_dir) if data.cache_dir else Path(base) / "squeezewire"
-        return cls(directory.expanduser(), data.cache_bytes, Patience(data.fetch_timeout_seconds))
+        """As configured: squeezewire in data.cache_dir, else in the user's cache directory.
+
+        A directory of its own, because the one that is given may hold other things.
+        """
+        base = data.cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        directory = Path(base).expanduser() / "squeezewire"
+        return cls(directory, data.cache_bytes, Patience(data.fetch_timeout_seconds))
 
 
 class Cache:
@@ -91,15 +97,21 @@ class Cache:
         """Make the directory, prove that it is ours and can be written, and sweep what dead processes left."""
         with self._disk_errors():
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            owner = self.directory.stat().st_uid
-            if owner != os.geteuid():
+            status = self.directory.stat()
+            if status.st_uid != os.geteuid():
                 raise DataError(
-                    f"data.cache_dir={self.directory} belongs to user {owner}, who could put other pictures there: give"
-                    " a directory of your own."
+                    f"The cache {self.directory} belongs to user {status.st_uid}, who could put other pictures there:"
+                    " give a data.cache_dir of your own."
+                )
+            if status.st_mode & WRITABLE_BY_OTHERS:
+                raise DataError(
+                    f"Others may write to the cache {self.directory}, and could put other pictures there: chmod go-w"
+                    f" {self.directory}, or give another data.cache_dir."
                 )
             with self._locked():
-                for part in self.directory.glob(f"*{PART}"):
-                    self._sweep(part)
+                for file in own_files(self.directory):
+                    if file.is_part:
+                        sweep(file.path)
 
     @contextmanager
     def open(self, entry: Entry, produce: Produce, *, max_age_seconds: float | None = None) -> Iterator[int]:
@@ -121,6 +133,17 @@ class Cache:
         finally:
             os.close(descriptor)
 
+    @contextmanager
+    def look(self, entry: Entry) -> Iterator[int | None]:
+        """As `open`, without fetching: None if the object is not here. It counts as used."""
+        with self._disk_errors():
+            descriptor = self._find(entry, None)
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
     def fetch_ahead(self, entry: Entry, produce: Produce) -> bool:
         """Fetch an object that is needed later. False if that must wait: another process is at it, or there is no room.
 
@@ -140,7 +163,7 @@ class Cache:
         """Let an object go first: it is not needed soon. Being read again, it counts as used again."""
         with suppress(OSError):
             released = time.time() - RELEASED_SECONDS
-            os.utime(self.path(entry), (released, released))
+            os.utime(self.path(entry), (released, released), follow_symlinks=False)
 
     def remove(self, entry: Entry) -> None:
         """Forget an object."""
@@ -149,11 +172,11 @@ class Cache:
 
     def has(self, entry: Entry) -> bool:
         """Whether the object is here."""
-        return self.path(entry).exists()
+        return is_there(self.path(entry))
 
     def used_bytes(self) -> int:
         """Of all objects, those under way included."""
-        return sum(size for _, size, _ in self._objects())
+        return sum(file.num_bytes for file in own_files(self.directory))
 
     # --- finding ---
 
@@ -164,9 +187,8 @@ class Cache:
     def _find(self, entry: Entry, max_age_seconds: float | None) -> int | None:
         """A descriptor of the object, locked for reading and marked as used, or None."""
         path = self.path(entry)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
+        descriptor = open_own(path, os.O_RDONLY)
+        if descriptor is None:
             return None
         status = os.fstat(descriptor)
         age = time.time() - status.st_mtime
@@ -192,7 +214,9 @@ class Cache:
         """
         path = self.path(entry)
         part = path.with_name(f"{entry.key}{PART}")
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = open_part(part)
+        if descriptor is None:
+            raise DataError(f"{part} has the name of an object under way, and is no file of yours: remove it.")
         keep = False
         try:
             self._lock_part(descriptor, entry, wait=wait)
@@ -284,13 +308,13 @@ class Cache:
 
     def _make_room(self, num_bytes: int, entry: Entry) -> bool:
         """Evict what was not used for longest until `num_bytes` more are within the bound. Not what is in use."""
-        objects = self._objects()
-        excess = sum(size for _, size, _ in objects) + num_bytes - self.num_bytes
-        for path, size, _ in sorted(objects, key=lambda found: found[2]):
+        files = own_files(self.directory)
+        excess = sum(file.num_bytes for file in files) + num_bytes - self.num_bytes
+        for file in files:
             if excess <= 0:
                 break
-            if path.name != entry.key and path.suffix != PART and _evict(path):
-                excess -= size
+            if file.path.name != entry.key and not file.is_part and evict(file.path):
+                excess -= file.num_bytes
         return excess <= 0
 
     def _allocate(self, descriptor: int, num_bytes: int) -> bool:
@@ -305,33 +329,9 @@ class Cache:
                     return True
                 if error.errno not in FULL:
                     raise
-                objects = [found for found in self._objects() if found[0].suffix != PART]
-                if not any(_evict(path) for path, _, _ in sorted(objects, key=lambda found: found[2])):
+                if not any(evict(file.path) for file in own_files(self.directory) if not file.is_part):
                     raise
         return True
-
-    def _objects(self) -> list[tuple[Path, int, int]]:
-        """(path, bytes, last use in ns) of everything but the lock."""
-        found = []
-        with os.scandir(self.directory) as listing:
-            for item in listing:
-                if item.name == LOCK_NAME:
-                    continue
-                with suppress(FileNotFoundError):
-                    status = item.stat(follow_symlinks=False)
-                    found.append((Path(item.path), status.st_size, status.st_mtime_ns))
-        return found
-
-    def _sweep(self, part: Path) -> None:
-        """Remove a `.part` that nobody fetches any more."""
-        with suppress(FileNotFoundError):
-            descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                if try_lock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, part):
-                    os.ftruncate(descriptor, 0)
-                    part.unlink()
-            finally:
-                os.close(descriptor)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -355,25 +355,10 @@ class Cache:
         except OSError as error:
             if error.errno in FULL:
                 raise DataError(
-                    f"The disk of data.cache_dir={self.directory} is full ({error.strerror}), and everything in the"
-                    " cache is in use: free space there, or give a data.cache_dir on a larger disk."
+                    f"The disk of the cache {self.directory} is full ({error.strerror}), and everything in the cache"
+                    " is in use: free space there, or give a data.cache_dir on a larger disk."
                 ) from None
             raise DataError(
-                f"data.cache_dir={self.directory} cannot be used ({error.strerror or error}): give a directory on a"
-                " local disk that you may write to."
+                f"The cache {self.directory} cannot be used ({error.strerror or error}): give as data.cache_dir a"
+                " directory on a local disk that you may write to."
             ) from None
-
-
-def _evict(path: Path) -> bool:
-    """Remove an object unless somebody reads it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    try:
-        is_free = try_lock(descriptor, fcntl.LOCK_EX)
-        if is_free:
-            path.unlink(missing_ok=True)
-        return is_free
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,9 @@ from pipeline.files import write_json_atomic
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
+MAX_MANIFEST_BYTES = 256_000_000
+"""A shard takes some 200 bytes of it and a bad picture some 100: no set comes near. It is read into memory as a whole,
+and may come from a server that sends without end."""
 # Neither a path nor a URL, whose scheme ends with a colon: `pipe:` would be a command.
 _PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/:\x00-\x1f]+")
 
@@ -67,11 +70,14 @@ class Manifest:
         """Read `root/manifest.json`.
 
         Raises:
-            DataError: there is no manifest, it is not JSON, its schema is another, or its counts contradict themselves.
+            DataError: there is no manifest, it is too large or not JSON, its schema is another, or its counts
+                contradict themselves.
         """
         path = root / MANIFEST_NAME
         try:
-            return cls.parse(path.read_bytes(), str(path))
+            with path.open("rb") as file:
+                content = file.read(MAX_MANIFEST_BYTES + 1)
+            return cls.parse(content, str(path))
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
@@ -87,6 +93,10 @@ class Manifest:
         Raises:
             DataError: as `load`.
         """
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise DataError(
+                f"{path} has more than {MAX_MANIFEST_BYTES} bytes, as no manifest has. Run `prepare` again."
+            )
         try:
             value = json.loads(content.decode())
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

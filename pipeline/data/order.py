@@ -7,6 +7,7 @@ Everything is drawn as raw 64-bit words of Philox, whose stream NumPy promises n
 of `Generator` it does not), so that an upgrade of NumPy in the middle of a run keeps the order.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,24 +73,32 @@ def repeated_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") 
     return 0 if tail == "drop" else -num_samples % global_batch
 
 
-def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop") -> Ids:
-    """What an epoch shows, in order: as much of `order` as whole batches hold, or more than it.
+def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop", groups: int = 1) -> Ids:
+    """What an epoch shows, group by group: as much of `order` as whole batches hold, or more than it.
 
-    With `pad` the order goes on with its last `global_batch` samples from the first of them until the batch is full, so
-    that the last batch holds exactly those. They lie in the shards that were read last; nothing is fetched again.
+    Each group takes a run of the order, of equal lengths or, with `pad`, as equal as can be. With `pad` a group's run
+    goes on with its last b samples, b = global_batch / groups, from the first of them until its part of the batch is
+    full, so that its last part holds exactly those. They lie in the shards that it read last; nothing is fetched again.
+    No two groups share a sample, so none comes twice in a batch.
 
     Args:
         order: of shape (N,), N >= global_batch.
+        groups: divides global_batch.
 
     Returns:
         of shape (steps_per_epoch * global_batch,).
     """
-    assert len(order) >= global_batch
-    whole = order[: steps_per_epoch(len(order), global_batch) * global_batch]
-    if not (repeated := repeated_per_epoch(len(order), global_batch, tail)):
-        return whole
-    start = len(order) - global_batch
-    return np.concatenate([order, order[start : start + repeated]])
+    assert len(order) >= global_batch and global_batch % groups == 0
+    num_steps = steps_per_epoch(len(order), global_batch, tail)
+    if tail == "drop":
+        return order[: num_steps * global_batch]
+    per_group = global_batch // groups
+    borders = [group * len(order) // groups for group in range(groups + 1)]
+    runs = []
+    for first, last in itertools.pairwise(borders):
+        missing = num_steps * per_group - (last - first)  # from 0 to per_group
+        runs += [order[first:last], order[last - per_group : last - per_group + missing]]
+    return np.concatenate(runs)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class BatchOrder:
                 block=self.block,
                 shard_of_sample=self.shard_of_sample,
             )
-            self._latest[epoch] = used_in_epoch(order, self.global_batch, self.tail)
+            self._latest[epoch] = used_in_epoch(order, self.global_batch, self.tail, self.groups)
         return self._latest[epoch]
 
 

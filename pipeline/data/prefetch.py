@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,8 @@ class Course(Protocol):
     place: int | None
     """What was last asked for; None: nothing yet, or everything."""
 
-    def samples_ahead(self, ranks: range) -> Iterator[Ids]:
-        """Sample ids by place, from `place` on."""
+    def samples_ahead(self, ranks: range) -> Iterator[tuple[int, Ids]]:
+        """(place, sample ids), from `place` on, or from the first place there is."""
         ...
 
 
@@ -110,6 +110,14 @@ class _Stopped(Exception):
     """The block was left while a shard was on its way."""
 
 
+class _Step(NamedTuple):
+    """A place of the course."""
+
+    place: int
+    shards: tuple[int, ...]
+    """In the order of first use, not of number."""
+
+
 class _Window:
     """The shards that are needed from now on, in the order of their first use, as many as the cache has room for."""
 
@@ -117,9 +125,8 @@ class _Window:
         self._files, self._course = prefetcher.files, prefetcher.course
         self._shard_of_sample = prefetcher.shard_of_sample
         self._lag = prefetcher.lag
-        self._first = self._course.place or 0
         self._ahead = prefetcher.course.samples_ahead(prefetcher.ranks)
-        self._steps: deque[tuple[int, ...]] = deque()
+        self._steps: deque[_Step] = deque()
         self._uses: Counter[int] = Counter()
         self._num_bytes = 0
         self._limit_bytes = SHARE_OF_CACHE * self._files.cache.num_bytes
@@ -128,36 +135,36 @@ class _Window:
     def shards(self) -> list[int]:
         """Recomputed from where the sampler is by now."""
         if self._course.place is not None:
-            while self._steps and self._first < self._course.place - self._lag:
-                self._first += 1
+            while self._steps and self._steps[0].place < self._course.place - self._lag:
                 self._forget(self._steps.popleft())
         while self._next is not None and len(self._uses) < len(self._files.shards) and self._has_room(self._next):
             self._remember(self._next)
             self._next = self._following()
         return list(self._uses)
 
-    def _following(self) -> tuple[int, ...] | None:
-        """The shards of the next step, in the order of first use, not of number; None after the last step."""
-        ids = next(self._ahead, None)
-        if ids is None:
+    def _following(self) -> _Step | None:
+        """The next step; None after the last one."""
+        found = next(self._ahead, None)
+        if found is None:
             return None
+        place, ids = found
         shards, first_use = np.unique(self._shard_of_sample[ids], return_index=True)
-        return tuple(shards[np.argsort(first_use)].tolist())
+        return _Step(place, tuple(shards[np.argsort(first_use)].tolist()))
 
-    def _has_room(self, step: tuple[int, ...]) -> bool:
+    def _has_room(self, step: _Step) -> bool:
         """Whether the cache holds this step too; the step that is being read is looked at in any case."""
-        more = sum(self._files.shards[shard].bytes for shard in step if shard not in self._uses)
+        more = sum(self._files.shards[shard].bytes for shard in step.shards if shard not in self._uses)
         return not self._steps or self._num_bytes + more <= self._limit_bytes
 
-    def _remember(self, step: tuple[int, ...]) -> None:
+    def _remember(self, step: _Step) -> None:
         self._steps.append(step)
-        for shard in step:
+        for shard in step.shards:
             if shard not in self._uses:
                 self._num_bytes += self._files.shards[shard].bytes
             self._uses[shard] += 1
 
-    def _forget(self, step: tuple[int, ...]) -> None:
-        for shard in step:
+    def _forget(self, step: _Step) -> None:
+        for shard in step.shards:
             self._uses[shard] -= 1
             if not self._uses[shard]:
                 del self._uses[shard]

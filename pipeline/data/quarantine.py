@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.allowance import allowed_bad
 from pipeline.data.store import ShardIndex
 from pipeline.errors import DataError
 
@@ -22,7 +23,7 @@ _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be read or decoded."""
+    """A sample that could not be decoded."""
 
     sample_id: int
     shard: str
@@ -36,9 +37,8 @@ class BadSample(NamedTuple):
 
     @classmethod
     def of(cls, index: ShardIndex, sample_id: int, error: Exception) -> "BadSample":
-        """The sample and what its reading or decoding raised."""
-        cause = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        return cls(sample_id, index.shard_name(sample_id), index.sample_key(sample_id), cause)
+        """The sample and what its decoding raised."""
+        return cls(sample_id, index.shard_name(sample_id), index.sample_key(sample_id), str(error))
 
 
 class Quarantine:
@@ -71,7 +71,7 @@ class Quarantine:
             raise DataError(
                 f"{self.path} cannot be written ({error.strerror}), and no bad sample may go unnamed: free space there."
             ) from error
-        allowed = int(self.max_bad_fraction * self.index.num_samples)
+        allowed = allowed_bad(self.max_bad_fraction, self.index.num_samples)
         if len(self.samples) > allowed:
             shown = "; ".join(sample.reason for sample in list(self.samples.values())[-NUM_BAD_SHOWN:])
             where = f" (all of them: {self.path})" if self.path else ""

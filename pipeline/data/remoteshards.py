@@ -18,14 +18,13 @@ from typing import Any, BinaryIO
 
 from pipeline.data.cache import Cache, CacheSettings, Entry, Produce
 from pipeline.data.foreign import expand
-from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from pipeline.data.remote import Store, open_store
 from pipeline.data.scan import scan_shard, threads
 from pipeline.data.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, shards_of
 from pipeline.data.tarindex import ShardSamples
 from pipeline.data.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
 from pipeline.errors import DataError
-from pipeline.files import sha256_of_file
 
 FRESH_SECONDS = 10.0
 """For so long the processes of a server share what one of them was told: ranks start together."""
@@ -186,7 +185,8 @@ class _Place:
         def produce(file: BinaryIO, part: Path) -> None:
             del part
             if head(self.connection.store, MANIFEST_NAME, self.patience) is not None:
-                fetch(self.connection.store, MANIFEST_NAME, file, patience=self.patience)
+                expected = Expected(most_bytes=MAX_MANIFEST_BYTES)
+                fetch(self.connection.store, MANIFEST_NAME, file, expected=expected, patience=self.patience)
 
         entry = Entry(_key("manifest", self.url), f"{MANIFEST_NAME} of {self.url}")
         with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
@@ -303,9 +303,20 @@ def _hash_again(files: RemoteFiles) -> None:
     """Remove what has changed in the cache, so that it is fetched anew."""
     for shard, file in enumerate(files.shards):
         entry = files.entry(shard)
-        if file.sha256 and files.has(shard) and sha256_of_file(files.cache.path(entry)) != file.sha256:
+        with files.cache.look(entry) as descriptor:
+            is_sound = descriptor is None or file.sha256 in (None, _sha256_of(descriptor))
+        if not is_sound:
             say(f"{file.name} was damaged in {files.cache.directory}; it is fetched again")
             files.cache.remove(entry)
+
+
+def _sha256_of(descriptor: int) -> str | None:
+    """Hexadecimal; None if it cannot be read."""
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _check_hash(value: Any, name: str, url: str) -> None:

@@ -8,6 +8,7 @@ the shards' names, sizes, hashes and times stay the same. Shards behind a URL: r
 import hashlib
 import json
 import os
+import time
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -30,6 +31,11 @@ from pipeline.files import sha256_of_file, write_atomic
 CACHE_DIRECTORY = ".squeezewire"
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
+MAX_FOREIGN_CLASSES = 1_000_000
+"""Shards without a manifest have as many classes as their highest label says, up to here. The largest public sets have
+some 22,000; a number beyond this is an identifier or damage, and a classifier of its size would fill the memory."""
+READ_AGAIN_SECONDS = 0.5
+"""Before a read that failed is tried again."""
 TRUST_THE_FIRST = "size"
 """`verify` for the ranks of a machine that follow one which has read and hashed the same files."""
 
@@ -99,7 +105,17 @@ class ShardIndex:
             )
         else:
             index = cls(root, split, *_open_local(Path(root), split, verify))
-        index._check_labels()
+        if index.classes is None:
+            index.require_labels(
+                MAX_FOREIGN_CLASSES,
+                f"and shards without a manifest may have at most {MAX_FOREIGN_CLASSES:,} classes: prepare the shards"
+                " again with the right classes.",
+            )
+        last = index.num_classes - 1
+        index.require_labels(
+            index.num_classes,
+            f"and there are {index.num_classes} classes, 0 to {last}: prepare the shards again with the right classes.",
+        )
         return index
 
     @property
@@ -123,11 +139,26 @@ class ShardIndex:
         return self.shards[self.table.shard[sample_id]].name
 
     def read(self, sample_id: int) -> bytes:
-        """The bytes of a sample's picture.
+        """The bytes of a sample's picture. A read that fails is tried once more, from files opened anew.
 
         Raises:
-            OSError: the shard is gone, has shrunk, or cannot be read.
+            DataError: the shard is gone, has shrunk, or cannot be read.
         """
+        try:
+            return self._read(sample_id)
+        except OSError:
+            self.close()  # a stale handle of a network file system stays stale
+            time.sleep(READ_AGAIN_SECONDS)
+        try:
+            return self._read(sample_id)
+        except OSError as error:
+            shard = f"{self.root}/{self.shard_name(sample_id)}"
+            raise DataError(
+                f"Sample {self.sample_key(sample_id)!r} of shard {shard} cannot be read ({error.strerror or error}):"
+                " put the shard back as it was or mend its disk, and run the same command again."
+            ) from error
+
+    def _read(self, sample_id: int) -> bytes:
         length = int(self.table.length[sample_id])
         content = self.files.read(int(self.table.shard[sample_id]), int(self.table.offset[sample_id]), length)
         if len(content) != length:
@@ -138,15 +169,15 @@ class ShardIndex:
         """Close the files `read` has opened; it opens them again when called again."""
         self.files.close()
 
-    def _check_labels(self) -> None:
-        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= self.num_classes))
+    def require_labels(self, num_classes: int, rule: str) -> None:
+        """Raise `DataError` unless every label is one of 0 to num_classes - 1; `rule` ends the sentence."""
+        wrong = np.flatnonzero((self.table.label < 0) | (self.table.label >= num_classes))
         if len(wrong):
             first = int(wrong[0])
             others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise DataError(
                 f"Sample {self.sample_key(first)!r} of shard {self.shard_name(first)}{others} has label"
-                f" {self.label(first)}, and there are {self.num_classes} classes, 0 to {self.num_classes - 1}:"
-                " prepare the shards again with the right classes."
+                f" {self.label(first)}, {rule}"
             )
 
 

@@ -56,6 +56,8 @@ class Expected:
     sha256: str | None = None
     validator: str | None = None
     """Stat.validator that it must still have."""
+    most_bytes: int | None = None
+    """If its size is not known: the largest that makes sense."""
 
 
 Pulse = Callable[[], None]
@@ -264,12 +266,17 @@ class _Transfer:
                 f"{self.name} at {self.store.url} is no longer the one it was when the run began: shards must not"
                 " change under a run. Start again from an empty name=, or put the old one back."
             )
+        most = self.expected.most_bytes
+        if most is not None and total is not None and total > most:
+            raise self._too_large(most)
         self._validator = body.stat.validator
         self.file.seek(self._position)
         speed = _Speed(self.retries.patience.low_speed_seconds)
         while chunk := body.read():
             if total is not None and self._position + len(chunk) > total:
                 raise _WrongContent("more bytes than expected")
+            if most is not None and self._position + len(chunk) > most:
+                raise self._too_large(most)
             self.file.write(chunk)
             self._digest.update(chunk)
             self._position += len(chunk)
@@ -282,6 +289,12 @@ class _Transfer:
         if self.expected.sha256 not in (None, self._digest.hexdigest()):
             raise _WrongContent(f"SHA-256 {self._digest.hexdigest()[:16]}...")
         self.file.truncate(self._position)
+
+    def _too_large(self, most: int) -> DataError:
+        return DataError(
+            f"{self.name} at {self.store.url} is larger than {most} bytes, which none of its kind is: copy the right"
+            " one there, or correct data.root."
+        )
 
     def _not_the_one(self, error: Exception) -> DataError:
         expected = self.expected

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.data.foreign import find_all, find_split
 from pipeline.data.images import BadImageError, check_picture
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Split
+from pipeline.data.store import MAX_FOREIGN_CLASSES
 from pipeline.data.table import INDEX_KEY, index_name
 from pipeline.data.tarindex import ShardSamples, index_shard
 from pipeline.data.writer import STATE_DIRECTORY
@@ -138,7 +139,7 @@ class ShardVerifier:
 
 
 def _wrong_labels(samples: ShardSamples, num_classes: int | None) -> list[str]:
-    limit = 2**31 if num_classes is None else num_classes
+    limit = MAX_FOREIGN_CLASSES if num_classes is None else num_classes
     return [
         f"sample {_text(key)}: its label is {label}, and there are {limit} classes, 0 to {limit - 1}"
         if num_classes is not None

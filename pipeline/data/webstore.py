@@ -75,9 +75,12 @@ class HttpStore:
             response.drain_conn() if method == "HEAD" else response.close()
             if response.status not in REDIRECT_STATUS or "Location" not in response.headers:
                 raise error_of_status(response.status, response.headers)
-            url = urljoin(url, response.headers["Location"])
-            if urlsplit(url).scheme not in ("http", "https"):
+            before, url = urlsplit(url).scheme, urljoin(url, response.headers["Location"])
+            after = urlsplit(url).scheme
+            if after not in ("http", "https"):
                 raise Refused("a redirect to something that is not HTTP")
+            if (before, after) == ("https", "http"):  # a login for this host would travel in clear
+                raise Refused("a redirect from HTTPS to HTTP")
         raise Refused(f"more than {MAX_REDIRECTS} redirects")
 
     def _base_headers(self, url: str) -> dict[str, str]:

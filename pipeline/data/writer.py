@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from pipeline.data.allowance import allowed_bad
 from pipeline.data.images import BadImageError, Encoding, shard_jpeg
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
 from pipeline.data.plan import PlannedShard
@@ -279,7 +280,7 @@ class _BadAllowance:
         plan = self.split_of_shard[result.shard.name]
         bad = self.bad[plan.name]
         bad.extend(result.bad)
-        if len(bad) > self.max_bad_fraction * plan.num_samples:
+        if len(bad) > allowed_bad(self.max_bad_fraction, plan.num_samples):
             shown = "; ".join(f"{image.name}: {image.reason}" for image in bad[:NUM_BAD_SHOWN])
             raise DataError(
                 f"At least {len(bad)} of the {plan.num_samples} pictures of the split {plan.name!r} are bad, more than "

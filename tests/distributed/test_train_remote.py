@@ -93,7 +93,7 @@ def test_over_http_with_faults(
     assert {request.authorization is not None for request in server.requests()} == {True}
     token = base64.b64encode(f"me:{PASSWORD}".encode()).decode()
     assert_holds_no(root, first.output, PASSWORD, token, SECRET, KEY_ID)
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache" / "squeezewire").glob("*.part"))
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_over_s3_with_faults(two_ranks: Pair, indexed: Path, tmp_path: Path) -> 
         url, options = f"s3://{BUCKET}/shards/small", remote(tmp_path / "cache", *PAIR_OPTIONS)
         root = tmp_path / "runs"
         ended = train_recorded(root, url, "remote", 2, *options, environment=credentials(server.url, tmp_path))
-        assert f"GB, from {url}; a server keeps up to 200 GB in {tmp_path / 'cache'}" in ended.output
+        assert f"GB, from {url}; a server keeps up to 200 GB in {tmp_path / 'cache' / 'squeezewire'}" in ended.output
         assert "HTTP 503 SlowDown" in ended.output or "HTTP 503" in ended.output
         fired = [request.fault for request in server.requests() if request.fault]
         assert sorted(fired) == sorted(rule.fault for rule in FAULTS for _ in range(rule.times or 0))
@@ -140,8 +140,8 @@ def test_a_server_that_stays_away_in_the_middle_of_a_run(num_workers: int, serve
     said = sentences(ended.output)
     assert said and all("train-000001.tar of http" in sentence and "HTTP 503 (" in sentence for sentence in said)
     # What a rank that ended at once left half is nobody's, and whoever comes next sweeps it.
-    Cache(CacheSettings(tmp_path / "cache", 10**9, Patience(1.0)), server.url).prepare()
-    assert not list((tmp_path / "cache").glob("*.part"))
+    Cache(CacheSettings(tmp_path / "cache" / "squeezewire", 10**9, Patience(1.0)), server.url).prepare()
+    assert not list((tmp_path / "cache" / "squeezewire").glob("*.part"))
     assert "data.fetch_timeout_seconds=3" in said[0] and "run the same command again" in said[0]
 
 
@@ -150,7 +150,7 @@ def test_a_cache_that_cannot_be_used(server: ShardServer, tmp_path: Path) -> Non
     for cache in (tmp_path / "file", Path("/proc/nowhere")):
         ended = train(tmp_path / "runs", server.url, "refused", 2, *remote(cache), expect=3)
         (sentence,) = sentences(ended.output)
-        assert f"data.cache_dir={cache} cannot be used" in sentence
+        assert f"The cache {cache}/squeezewire cannot be used" in sentence and "data.cache_dir" in sentence
     assert not (tmp_path / "runs").exists()
 
 

@@ -80,7 +80,7 @@ class Soak:
         self.num_attempts += 1
         with_server = self.num_attempts % 2 == 0 and self.fired.total() < self.num_faults - 1
         if with_server:
-            for path in (self.root / "cache").glob("*"):
+            for path in (self.root / "cache" / "squeezewire").glob("*"):
                 path.unlink()
         seen = len([request for request in self.server.requests() if request.fault])
         self.server.set_rules(*(SERVER_FAULTS if with_server else ()))

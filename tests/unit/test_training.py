@@ -128,6 +128,29 @@ def test_a_classifier_smaller_than_the_labels_is_refused(tmp_path: Path, world: 
         training.open_shards(configure(tmp_path, "model.num_classes=2"), world)
 
 
+def test_a_label_of_foreign_shards_beyond_the_classifier_is_named(tmp_path: Path, shards: Path, world: World) -> None:
+    """Nothing but the classifier says how many classes there are, so that it may be the label which is wrong."""
+    (shards / "manifest.json").unlink()
+    write_tar(shards / "train-1.tar", list("1251"))
+    assert training.open_shards(configure(tmp_path), world).num_classes == 6
+    assert training.open_shards(configure(tmp_path, "model.num_classes=6"), world).num_classes == 6
+    with pytest.raises(DataError, match=r"'1000002' of shard train-1\.tar has label 5.*model\.num_classes=4") as raised:
+        training.open_shards(configure(tmp_path, "model.num_classes=4"), world)
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("more", "said"), [((), "training split is 3"), (("model.num_classes=4",), "num_classes=4")])
+def test_a_validation_label_that_training_does_not_know_is_named(
+    more: tuple[str, ...], said: str, tmp_path: Path, shards: Path, world: World
+) -> None:
+    (shards / "manifest.json").unlink()
+    write_tar(shards / "val-0.tar", list("0172"))
+    with pytest.raises(DataError, match=rf"'0000002' of shard val-0\.tar has label 7.*{said}"):
+        training.open_shards(configure(tmp_path, *more), world)
+    training.open_shards(configure(tmp_path, *more, "trainer.validate_every_steps=0"), world)
+    assert training.open_shards(configure(tmp_path, "model.num_classes=8"), world).num_classes == 8
+
+
 # --- the run directory ---
 
 

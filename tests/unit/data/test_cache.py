@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from shard_server import Rule, ShardServer, serving
 
+from pipeline.config import DataConfig
 from pipeline.data.cache import PART, Cache, CacheSettings, Entry, Produce
 from pipeline.data.transfer import Patience
 from pipeline.errors import DataError
@@ -376,6 +377,70 @@ def test_an_object_of_the_wrong_size_is_fetched_anew(tmp_path):
     put(cache, NAMES[0])
 
 
+# --- what is not the cache's own ---
+
+
+def test_whatever_else_lies_in_the_directory_is_left_alone(tmp_path):
+    """A directory that people keep other things in: not swept, not evicted, not counted, not opened."""
+    foreign = {"thesis.tex": b"years", "download.part": b"half", f"{'a' * 63}.part": b"short", f"{'b' * 64}.txt": b"?"}
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (1, 1))  # unused for longest
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    os.utime(tmp_path / "elsewhere", (1, 1))
+    (tmp_path / "directory").mkdir()
+    (tmp_path / f"{'c' * 64}{PART}").mkdir()
+    for name in ("link", "link.part", "d" * 64, f"{'d' * 64}{PART}"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    for name in ("fifo", "fifo.part", "e" * 64, f"{'e' * 64}{PART}"):  # to open one waits for who writes
+        os.mkfifo(tmp_path / name)
+        os.utime(tmp_path / name, (1, 1))
+    before = {path.name: path.lstat()[:4] for path in tmp_path.iterdir()}
+
+    cache = make(tmp_path, bound=2 * SIZE)
+    assert cache.used_bytes() == 0
+    put(cache, *NAMES[:4])
+    assert held(cache) == NAMES[2:4] and cache.used_bytes() == 2 * SIZE
+    kept = set(before) | {"lock", *(ENTRIES[name].key for name in NAMES[2:4])}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert {name: (tmp_path / name).lstat()[:4] for name in before} == before
+    assert {name: (tmp_path / name).read_bytes() for name in foreign} == foreign
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_has_the_name_of_an_object_and_is_none_is_replaced_and_never_followed(tmp_path, kind):
+    cache, path = make(tmp_path / "cache"), tmp_path / "cache" / ENTRIES[NAMES[0]].key
+    target = tmp_path / "precious"
+    target.write_bytes(CONTENTS[NAMES[0]])
+    os.utime(target, (1, 1))
+    path.symlink_to(target) if kind == "link" else os.mkfifo(path)
+    assert not cache.has(ENTRIES[NAMES[0]])
+    cache.release(ENTRIES[NAMES[0]])
+    put(cache, NAMES[0])
+    assert path.is_file() and not path.is_symlink() and target.stat().st_mtime == 1
+
+
+def test_a_fifo_in_the_place_of_a_part_is_a_sentence(tmp_path):
+    cache, part = make(tmp_path), tmp_path / f"{ENTRIES[NAMES[0]].key}{PART}"
+    os.mkfifo(part)
+    with pytest.raises(DataError, match=rf"{part.name} .*remove it"):
+        put(cache, NAMES[0])
+    assert part.is_fifo()
+
+
+def test_the_cache_has_a_directory_of_its_own_below_the_one_that_is_given(tmp_path, monkeypatch):
+    (tmp_path / "download.part").write_text("half")
+    settings = CacheSettings.of(DataConfig(cache_dir=str(tmp_path)))
+    cache = Cache(settings, "here")
+    cache.prepare()
+    put(cache, NAMES[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["download.part", "squeezewire"]
+    assert (tmp_path / "squeezewire" / ENTRIES[NAMES[0]].key).is_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CacheSettings.of(DataConfig()).directory == settings.directory
+
+
 # --- disks ---
 
 FULL_DISK = """
@@ -414,14 +479,16 @@ def test_a_disk_that_is_full_before_the_bound_is_made_the_most_of_and_then_said(
     assert ended.returncode == 0, ended.stderr
     kept, sentence, left = ended.stdout.splitlines()
     assert kept == "[False, False, True]" and left == "['222', 'loc']"
-    assert "data.cache_dir=" in sentence and os.strerror(errno.ENOSPC) in sentence and "free space" in sentence
+    assert "data.cache_dir" in sentence and os.strerror(errno.ENOSPC) in sentence and "free space" in sentence
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "/proc"])
 def test_a_directory_that_cannot_be_used(tmp_path, place):
     (tmp_path / "file").write_text("")
     directory = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "/proc": Path("/proc/x")}[place]
-    with pytest.raises(DataError, match=rf"^data\.cache_dir={directory} cannot be used \(.+\): give a directory"):
+    with pytest.raises(
+        DataError, match=rf"^The cache {directory} cannot be used \(.+\): give as data\.cache_dir a directory"
+    ):
         make(directory)
 
 
@@ -432,8 +499,45 @@ def test_a_directory_of_somebody_else(tmp_path):
         os.chown(directory, 12345, 12345)
     else:
         directory = Path("/")
-    with pytest.raises(DataError, match=r"belongs to user .*give a directory of your own"):
+    with pytest.raises(DataError, match=r"belongs to user .*give a data\.cache_dir of your own"):
         make(directory)
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_directory_that_others_may_write_to(tmp_path, mode):
+    """Who may write there may put other pictures in the place of ours."""
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    directory.chmod(mode)
+    with pytest.raises(DataError, match=rf"^Others may write to the cache .*chmod go-w {directory}"):
+        make(directory)
+    directory.chmod(0o755)
+    make(directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
+def test_what_somebody_else_left_is_neither_read_nor_counted_nor_evicted(tmp_path):
+    cache, path = make(tmp_path, bound=SIZE), tmp_path / ENTRIES[NAMES[0]].key
+    path.write_bytes(bytes(SIZE))
+    os.chown(path, 12345, 12345)
+    assert not cache.has(ENTRIES[NAMES[0]]) and cache.used_bytes() == 0
+    put(cache, NAMES[1])
+    assert path.read_bytes() == bytes(SIZE)
+    put(cache, NAMES[0])
+    assert path.read_bytes() == CONTENTS[NAMES[0]] and path.stat().st_uid == os.geteuid()
+
+
+def test_what_is_looked_at_is_not_evicted_meanwhile(tmp_path):
+    cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
+    put(cache, NAMES[0], NAMES[1])
+    with cache.look(ENTRIES[NAMES[2]]) as descriptor:
+        assert descriptor is None
+    with cache.look(ENTRIES[NAMES[0]]) as descriptor:
+        assert descriptor is not None
+        os.utime(tmp_path / ENTRIES[NAMES[0]].key, (1, 1))
+        put(other, NAMES[2])
+        assert held(cache) == [NAMES[0], NAMES[2]]
+        assert os.pread(descriptor, SIZE, 0) == CONTENTS[NAMES[0]]
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -20,6 +20,7 @@ from pipeline.data.loader import ShardData, evaluation_loader
 from pipeline.data.order import BatchOrder
 from pipeline.data.store import ShardIndex
 from pipeline.data.workers import choose_num_workers
+from pipeline.errors import DataError
 
 INPUT = InputConfig(size=16, resize_side=20)
 GLOBAL_BATCH = 12
@@ -247,13 +248,24 @@ def test_validation_leaves_a_bad_picture_out_and_names_it(damaged):
     assert sorted(bad.sample_id for bad in batch.bad) == [2, 3, 7]
 
 
-def test_where_nothing_can_be_read_the_batch_is_black_and_everything_is_named(tmp_path):
-    index = ShardIndex.open(write_shards(tmp_path / "shards", train=(10,)), "train")
-    (Path(index.root) / "train-000000.tar").unlink()  # in the middle of a run
+def test_where_nothing_decodes_the_batch_is_black_and_everything_is_named(tmp_path):
+    write_tar(tmp_path / "train-000000.tar", [{**sample, "jpg": b"\xff\xd8"} for sample in samples_of(0, 10)])
+    write_manifest(tmp_path, {"train": {"train-000000.tar": 10}})
+    index = ShardIndex.open(tmp_path, "train")
     (batch,) = one_epoch(index)
     assert not batch.images_BCHW.any() and {bad.sample_id for bad in batch.bad} == set(range(10))
     assert batch.labels_B.tolist() == [index.label(i) for i in batch.sample_ids_B.tolist()]
-    assert all("No such file" in bad.reason for bad in batch.bad)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_shard_that_cannot_be_read_is_no_bad_picture(tmp_path, num_workers):
+    """What fails in passing would be replaced in this attempt alone, and the next one would train on other pictures."""
+    index = ShardIndex.open(write_shards(tmp_path / "shards", train=(5, 5)), "train")
+    (tmp_path / "shards" / "train-000001.tar").unlink()  # in the middle of a run
+    with pytest.raises(DataError, match=r"^Sample '00000000[5-9]' of shard .*/train-000001\.tar .*No such file"):
+        next(one_epoch(index, num_workers=num_workers))
+    with pytest.raises(DataError, match=r"^Sample '000000005' of shard .*/train-000001\.tar .*No such file"):
+        list(evaluation_loader(index, INPUT, batch_size=10, num_workers=num_workers))
 
 
 # Workers

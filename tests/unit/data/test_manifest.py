@@ -65,6 +65,15 @@ def test_a_missing_split_names_those_that_exist() -> None:
     assert caught.value.exit_code == ExitCode.DATA
 
 
+def test_a_manifest_that_is_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = MANIFEST.save(tmp_path)
+    monkeypatch.setattr("pipeline.data.manifest.MAX_MANIFEST_BYTES", path.stat().st_size)
+    assert Manifest.load(tmp_path) == MANIFEST
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DataError, match=rf"manifest\.json has more than {path.stat().st_size - 1} bytes"):
+        Manifest.load(tmp_path)
+
+
 def test_no_manifest_means_unfinished(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.json does not exist.*unfinished"):
         Manifest.load(tmp_path)

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data.order import (
@@ -164,7 +164,48 @@ def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, tail, 
     steps = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
     of_group = [np.concatenate([step.reshape(groups, -1)[group] for step in steps]) for group in range(groups)]
     whole = epoch_order(num_samples, seed=seed, epoch=epoch, index_hash=HASH, block=block, shard_of_sample=shards)
-    assert np.array_equal(np.concatenate(of_group), used_in_epoch(whole, global_batch, tail))
+    assert np.array_equal(np.concatenate(of_group), used_in_epoch(whole, global_batch, tail, groups))
+    if tail == "drop":
+        assert np.array_equal(np.concatenate(of_group), whole[: num_steps * global_batch])
+
+
+@given(
+    data=st.data(),
+    seed=seeds,
+    epoch=st.integers(0, 3),
+    groups=st.integers(1, 6),
+    per_group=st.integers(1, 6),
+    num_whole=st.integers(1, 4),
+    block=st.integers(0, 3),
+)
+@example(data=None, seed=3, epoch=0, groups=4, per_group=6, num_whole=1, block=0)
+def test_padding_shows_every_sample_and_none_twice_in_a_step_in_any_groups(
+    data, seed, epoch, groups, per_group, num_whole, block
+):
+    """Nor does any group of a batch need what another group walks through."""
+    global_batch = groups * per_group
+    num_samples = num_whole * global_batch + (4 if data is None else data.draw(st.integers(0, global_batch - 1)))
+    order = BatchOrder(
+        num_samples=num_samples,
+        global_batch=global_batch,
+        seed=seed,
+        index_hash=HASH,
+        block=block,
+        shard_of_sample=shards_of(num_samples, 5),
+        groups=groups,
+        tail="pad",
+    )
+    num_steps = order.steps_per_epoch
+    batches = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
+    assert {len(batch) for batch in batches} == {len(set(batch.tolist())) for batch in batches} == {global_batch}
+    counts = np.bincount(np.concatenate(batches), minlength=num_samples)
+    assert counts.min() == 1 and counts.max() <= 2
+    assert (counts == 2).sum() == repeated_per_epoch(num_samples, global_batch, "pad")
+    of_group = [
+        set(np.concatenate([b.reshape(groups, -1)[group] for b in batches]).tolist()) for group in range(groups)
+    ]
+    assert sum(map(len, of_group)) == num_samples
+    assert max(map(len, of_group)) - min(map(len, of_group)) <= 1
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])

@@ -54,6 +54,15 @@ def test_one_more_than_the_budget_stops_the_run(index, tmp_path, has_file):
         assert str(path) in str(caught.value) and [line["sample_id"] for line in lines(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("fraction", "allowed"), [(0.29, 29), (0.57, 57), (0.07, 7), (0.019, 1), (1e-05, 0)])
+def test_the_budget_is_of_the_number_as_it_is_written(index, fraction, allowed):
+    """0.29 * 100 is 28.999999999999996."""
+    quarantine = Quarantine(index, fraction)
+    quarantine.add(bad(index, *range(allowed)))
+    with pytest.raises(DataError, match=rf"{allowed + 1} of 100 .*max_bad_fraction={fraction} allows {allowed}:"):
+        quarantine.add(bad(index, 99))
+
+
 def test_without_a_budget_the_first_stops_the_run(index):
     with pytest.raises(DataError, match="1 of 100"):
         Quarantine(index, 0.0).add(bad(index, 5))

@@ -283,7 +283,7 @@ def test_a_foreign_shard_that_is_damaged_is_named_by_its_name(root, tmp_path):
 # --- fetching ahead ---
 
 
-def small_order(index: ShardIndex, **more: Any) -> TrainBatches:
+def small_order(index: ShardIndex, start_step: int = 0, **more: Any) -> TrainBatches:
     order = BatchOrder(
         num_samples=index.num_samples,
         global_batch=4,
@@ -292,7 +292,8 @@ def small_order(index: ShardIndex, **more: Any) -> TrainBatches:
         shard_of_sample=index.table.shard,
         **more,
     )
-    return TrainBatches(order, rank=0, world_size=1, accumulate=1, start_step=0, num_steps=6)
+    num_steps = (order.epoch_of(start_step) + 1) * order.steps_per_epoch
+    return TrainBatches(order, rank=0, world_size=1, accumulate=1, start_step=start_step, num_steps=num_steps)
 
 
 def wait_for(condition: Any) -> None:
@@ -317,23 +318,30 @@ def test_what_the_order_needs_is_fetched_before_it_is_asked_for(many, tmp_path):
     assert tars_of(many) == [f"train-{number:06d}.tar" for number in range(12)]
 
 
-def test_it_looks_ahead_only_as_far_as_the_cache_has_room(many, tmp_path):
+@pytest.mark.parametrize("start_step", [0, 6, 8])
+def test_it_looks_ahead_only_as_far_as_the_cache_has_room(start_step, many, tmp_path):
+    """From wherever the run goes on: at the turn of an epoch or in the middle of one."""
     size = opened(many, tmp_path, cache="other").shards[0].bytes
     index = opened(many, tmp_path, bound=int(6.5 * size))
-    batches = small_order(index, block=2)
-    needed = [index.shard_name(i) for ids in batches.samples_ahead(range(1)) for i in ids.tolist()]
-    in_order = list(dict.fromkeys(needed))
-    assert len(in_order) == 12
+    batches = small_order(index, start_step, block=2)
+    steps = range(start_step, batches.num_steps)
+    samples = [batches.order.batch_samples(step).tolist() for step in steps]
+    ahead = [(place, ids.tolist()) for place, ids in batches.samples_ahead(range(1))]
+    assert ahead == list(zip(steps, samples, strict=True))
+    in_order = list(dict.fromkeys(index.shard_name(i) for ids in samples for i in ids))
     with Prefetcher(files_of(index), index.table.shard, batches, range(1)):
-        wait_for(lambda: len(tars_of(many)) >= 4)
-        time.sleep(0.5)
-        assert set(tars_of(many)) == set(in_order[:4])  # of 5.2 that 0.8 of the cache hold: whole batches
         taken = iter(batches)
-        for ids in (batches.order.batch_samples(step) for step in range(6)):  # read as it is handed out
-            next(taken)
-            for sample_id in ids.tolist():
+        for is_begun in (False, True):  # what the first step needs is not left behind when it is asked for
+            if is_begun:
+                next(taken)
+            wait_for(lambda: len(tars_of(many)) >= 4)
+            time.sleep(0.5)
+            assert set(tars_of(many)) == set(in_order[:4])  # of 5.2 that 0.8 of the cache hold: whole batches
+        for ids in samples:  # read as it is handed out
+            for sample_id in ids:
                 assert index.read(sample_id) == samples_of(sample_id, 1)[0]["jpg"]
-    assert sorted(set(tars_of(many))) == tars_of(many)  # nothing twice
+            next(taken, None)
+    assert tars_of(many) == sorted(in_order)  # nothing twice
 
 
 def test_leaving_stops_a_transfer_and_leaves_nothing_half(many, tmp_path):

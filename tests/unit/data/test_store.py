@@ -18,7 +18,7 @@ from small_shards import CLASSES, samples_of, write_manifest, write_shards, writ
 
 from pipeline.data import store
 from pipeline.data.manifest import Manifest
-from pipeline.data.store import CACHE_DIRECTORY, ShardIndex
+from pipeline.data.store import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
 from pipeline.data.tarindex import index_shard
 from pipeline.errors import DataError
 
@@ -99,15 +99,30 @@ def test_open_files_are_bounded_and_closed_with_the_index(tmp_path, monkeypatch)
     assert num_open_files() == before
 
 
-def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_of_the_sample(root):
+def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_that_names_it(root):
     index = ShardIndex.open(root, "train")
     with (root / "train-000000.tar").open("r+b") as file:
         file.truncate(700)
-    with pytest.raises(OSError, match="bytes could be read"):
+    with pytest.raises(DataError, match=r"'000000000' .*/train-000000\.tar .*bytes could be read"):
         index.read(0)
     (root / "train-000001.tar").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=rf"'000000008' .*{root}/train-000001\.tar .*No such file"):
         index.read(8)
+
+
+def test_a_read_that_fails_in_passing_is_tried_again(root):
+    """As a stale handle does, which the server that restarted no longer knows: what is opened anew can be read."""
+    index = ShardIndex.open(root, "train")
+    index.read(0)
+    (descriptor,) = (
+        int(link.name) for link in Path("/proc/self/fd").iterdir() if link.resolve() == root / "train-000000.tar"
+    )
+    elsewhere = os.open(root, os.O_RDONLY)
+    os.dup2(elsewhere, descriptor)
+    os.close(elsewhere)
+    with pytest.raises(IsADirectoryError):
+        os.pread(descriptor, 1, 0)
+    assert index.read(0) == samples_of(0, 1)[0]["jpg"]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -307,6 +322,19 @@ def test_a_bad_label_is_named_with_key_and_shard(root, label):
     write_manifest(root, {"train": {"train-000000.tar": 4, name: 3}})
     message = refused(root)
     assert "the-bad-one" in message and name in message
+
+
+@pytest.mark.parametrize(("label", "is_refused"), [(MAX_FOREIGN_CLASSES - 1, False), (MAX_FOREIGN_CLASSES, True)])
+def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(tmp_path, label, is_refused):
+    """Nothing says how many classes there are, and the classifier would be made as large as the label asks."""
+    tmp_path.joinpath("shards").mkdir()
+    odd = {"__key__": "the-odd-one", "jpg": picture(0), "cls": str(label)}
+    write_tar(tmp_path / "shards" / "train-000000.tar", [*samples_of(0, 2), odd])
+    if not is_refused:
+        assert ShardIndex.open(tmp_path / "shards", "train").num_classes == label + 1
+        return
+    message = refused(tmp_path / "shards")
+    assert f"'the-odd-one' of shard train-000000.tar has label {label}" in message and "at most 1,000,000" in message
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,23 @@
 import hashlib
 import io
 import re
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from shard_server import Rule, ShardServer, serving
 
 from pipeline.data.remote import open_store, retry_after
@@ -210,6 +220,66 @@ def test_redirects_are_followed_and_loops_are_not(serve):
 def test_a_redirect_to_a_file_of_this_machine_is_refused(serve):
     server = serve(Rule("redirect", location="file:///etc/passwd"))
     assert "a redirect to something that is not HTTP" in refused(server)
+
+
+def certificate(directory: Path) -> Path:
+    """A file with a key and a certificate of its own for 127.0.0.1."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = directory / "server.pem"
+    plain = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(plain + made.public_bytes(Encoding.PEM))
+    return path
+
+
+def test_a_redirect_from_https_to_http_is_refused_before_a_password_is_sent_in_clear(serve, tmp_path, monkeypatch):
+    server = serve()
+    told: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.append(self.headers["Authorization"])
+            self.send_response(302)
+            self.send_header("Location", f"{server.url}/{NAME}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret-of-mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    pem = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with HTTPServer(("127.0.0.1", 0), Handler) as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        thread = threading.Thread(target=secure.serve_forever)
+        thread.start()
+        try:
+            store = open_store(f"https://127.0.0.1:{secure.server_port}", SHORT.timeouts)
+            with pytest.raises(DataError, match="is refused: a redirect from HTTPS to HTTP"):
+                fetch(store, NAME, io.BytesIO(), expected=WHOLE, patience=SHORT)
+        finally:
+            secure.shutdown()
+            thread.join()
+    assert len(told) == 1 and str(told[0]).startswith("Basic ")  # the login was meant for this host
+    assert not server.requests()
+
+
+def test_what_is_larger_than_it_may_be_is_broken_off(serve):
+    expected = Expected(most_bytes=len(CONTENT) - 1)
+    server = serve()
+    assert f"{NAME} at {server.url} is larger than {len(CONTENT) - 1} bytes" in refused(server, expected=expected)
+    assert len(server.requests()) == 1
+    assert got(server, expected=Expected(most_bytes=len(CONTENT))) == CONTENT
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "is refused: HTTP 403"), (404, f"{NAME} is missing at")])

@@ -222,6 +222,16 @@ def test_a_bad_picture_is_named_and_fatal_unless_allowed(
     assert len(stored_samples(out, "train")) == 20
 
 
+def test_as_many_may_be_bad_as_the_number_says_that_is_written(tmp_path: Path) -> None:
+    """0.29 * 100 is 28.999999999999996."""
+    files = {f"cat/{number:04d}.jpg": b"" if number < 29 else picture(number) for number in range(100)}
+    source = open_folders(write_files(tmp_path / "animals", files), None, None)
+    with pytest.raises(DataError, match="At least 29 of the 100"):
+        write(source, tmp_path / "out", max_bad_fraction=0.28)
+    manifest, _ = write(source, tmp_path / "out", max_bad_fraction=0.29)
+    assert manifest.split("train").num_samples == 71
+
+
 def test_bad_pictures_stop_worker_processes_too(source: Source, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cat/0003\.jpg: empty file"):
         write(with_broken(source, tmp_path, b""), tmp_path / "out", num_workers=2)
