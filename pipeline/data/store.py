@@ -90,8 +90,8 @@ class ShardIndex:
 
         Args:
             root: directory or URL with `manifest.json` and its shards, or with foreign shards.
-            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it; at a URL shards are
-                `<split>-*.tar` or file names with braces.
+            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it; web servers do not
+                list their files, so that there it is file names with braces or a split of `_info.json`.
             verify: `size` compares each shard's bytes with the manifest; `sha256` reads and hashes it too.
             cache: for URLs; None: as without configuration.
             is_first: False: another process of this server has opened it and warned.
