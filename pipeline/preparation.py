@@ -14,8 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.data.builtin import BuiltinPictures
 from pipeline.data.images import Encoding
 from pipeline.data.manifest import Manifest
-from pipeline.data.opening import open_source, read_classes
-from pipeline.data.planning import exclusive, existing_manifest, finished_splits, plan_splits
+from pipeline.data.opening import BUILTIN, open_source, read_classes
+from pipeline.data.planning import (
+    digest_of_source,
+    exclusive,
+    existing_manifest,
+    finished_splits,
+    note_source,
+    plan_splits,
+)
 from pipeline.data.sources import Source
 from pipeline.data.writer import ShardWriter, WrittenShard, write_splits
 
@@ -36,10 +43,12 @@ def prepare_shards(config: "PrepareConfig") -> None:
     out = Path(config.out)
     classes = read_classes(Path(config.classes)) if config.classes else None
     request = _request(config, classes)
+    source_digest = digest_of_source(config.source) if config.source != BUILTIN else None
     with exclusive(out):
         manifest = existing_manifest(out)
-        if finished := finished_splits(out, manifest, request, config.split):
-            print(f"Finished already: {', '.join(finished)} in {out}.")
+        if finished := finished_splits(out, manifest, request, config.split, source_digest):
+            looked = "" if source_digest is None else f" {config.source} was not looked at again."
+            print(f"Finished already: {', '.join(finished)} in {out}.{looked}")
             return
         source = open_source(
             config.source,
@@ -60,7 +69,9 @@ def prepare_shards(config: "PrepareConfig") -> None:
             encoding=encoding,
             request=request,
             is_whole_source=config.split is None,
+            source_digest=source_digest,
         )
+        note_source(out, [plan.name for plan in plans], source_digest)
         with _progress(sum(plan.num_samples for plan in plans)) as report:
             manifest, results = write_splits(
                 plans,
@@ -78,7 +89,7 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[s
     """All that determines the shards. It names no directory of this machine, so that shards can be compared."""
     assert config.source is not None
     request: dict[str, Any] = {
-        "source": Path(config.source).resolve().name if config.source != "builtin" else "builtin",
+        "source": Path(config.source).resolve().name if config.source != BUILTIN else BUILTIN,
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,
         "short_side": config.short_side,
@@ -87,7 +98,7 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[s
     }
     if config.check != "pixels":
         request["check"] = config.check
-    if config.source == "builtin":
+    if config.source == BUILTIN:
         request |= {"num_images": config.num_images, "num_classes": config.num_classes}
     return request
 

@@ -1,13 +1,14 @@
 """Shards that somebody else made: which files a split consists of, and what lies beside them that tells.
 
 Without a manifest a split is `<split>-*.tar`, or itself file names with braces, or a split of timm's `_info.json`. What
-`_info.json` says of counts must then be so.
+`_info.json` says of counts must then be so. All this holds for a directory and behind a URL.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +28,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 class ForeignSplit:
     """The shards of one split in order, and how many samples each is said to have."""
 
-    def __init__(self, names: Sequence[str], counts: dict[str, int] | None = None, told_by: Path | None = None) -> None:
+    def __init__(self, names: Sequence[str], counts: dict[str, int] | None = None, told_by: str = "") -> None:
         self.names = tuple(names)
         self.counts = counts or {}
         """Samples by shard, as far as `_info.json` tells."""
@@ -51,6 +52,57 @@ class ForeignSplit:
             )
 
 
+@dataclass(frozen=True)
+class Info:
+    """timm's `_info.json`, as far as it is anybody's business here."""
+
+    where: str
+    """Its path or URL, for messages."""
+    splits: dict[str, Any] = field(default_factory=dict)
+    """As they stand there, unchecked; none where there is no such file."""
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> "Info | None":
+        """What it says; None if it is somebody else's file of a common name.
+
+        Raises:
+            DataError: it cannot be understood.
+        """
+        try:
+            value = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} cannot be read: {error}. Copy it again, or remove it.") from error
+        if isinstance(value, dict) and isinstance(value.get("splits"), dict):
+            return cls(where, value["splits"])
+        if PurePosixPath(where).name == INFO_NAMES[0]:
+            raise DataError(f"{where} is not what timm writes beside shards: it has no splits. Remove or rename it.")
+        return None
+
+    def find(self, split: str, by_prefix: Sequence[str] = ()) -> ForeignSplit | None:
+        """The shards of `split`, named with braces or known by this file; None: neither.
+
+        Args:
+            by_prefix: the shards `<split>-*.tar` that are there.
+
+        Raises:
+            DataError: a name leads out of the root, or the file contradicts itself or what is there.
+        """
+        if split.endswith(".tar"):
+            counts = {name: n for told in self.splits.values() for name, n in _counts_of(told, self.where).items()}
+            return ForeignSplit(expand(split), counts, self.where)
+        if split not in self.splits:
+            return None
+        counts = _counts_of(self.splits[split], self.where)
+        for name in counts:
+            check_name(name)
+        if unknown := [name for name in by_prefix if name not in counts]:
+            raise DataError(
+                f"{self.where} lists {len(counts)} shards of the split {split!r}, and {_listed(unknown)} lies there"
+                " too. Remove what does not belong there: the shards, or the file if it is of others."
+            )
+        return ForeignSplit(tuple(counts), counts, self.where)
+
+
 def find_split(root: Path, split: str) -> ForeignSplit:
     """The shards of `split` in `root`, by name alone: nothing is opened but `_info.json`.
 
@@ -66,25 +118,13 @@ def find_split(root: Path, split: str) -> ForeignSplit:
             f"The split {split!r} begins like a URL. Splits are names of files in data.root, and nothing is ever run"
             " to get them (`pipe:`): give the shards' directory as data.root."
         )
-    path, info = _load_info(root)
-    if split.endswith(".tar"):
-        names = expand(split)
-        counts = {name: n for told in _splits(info).values() for name, n in _counts_of(told, path).items()}
-        return ForeignSplit(names, counts, path)
+    info = _load_info(root)
     there = sorted(path.name for path in root.glob("*.tar"))
-    by_prefix = [name for name in there if name.startswith(f"{split}-")]
-    if split in _splits(info):
-        counts = _counts_of(_splits(info)[split], path)
-        for name in counts:
-            check_name(name)
-        if unknown := [name for name in by_prefix if name not in counts]:
-            raise DataError(
-                f"{path} lists {len(counts)} shards of the split {split!r}, and {_listed(unknown)} lies there too."
-                " Remove what does not belong there: the shards, or the file if it is of others."
-            )
-        return ForeignSplit(tuple(counts), counts, path)
+    by_prefix = shards_by_prefix(split, there)
+    if found := info.find(split, by_prefix):
+        return found
     if not by_prefix:
-        known = f"; {path} knows the splits {', '.join(sorted(_splits(info)))}" if info else ""
+        known = f"; {info.where} knows the splits {', '.join(sorted(info.splits))}" if info.splits else ""
         tars = f"the tars there are {there[0]} .. {there[-1]}" if there else "no tar at all"
         raise DataError(
             f"{root} has no {MANIFEST_NAME} and no shards {split}-*.tar ({tars}{known}): give the directory of the"
@@ -93,14 +133,18 @@ def find_split(root: Path, split: str) -> ForeignSplit:
     return ForeignSplit(by_prefix)
 
 
+def shards_by_prefix(split: str, there: Iterable[str]) -> list[str]:
+    """Those of the files that are shards of `split` by their names."""
+    return sorted(name for name in there if name.startswith(f"{split}-") and name.endswith(".tar"))
+
+
 def find_all(root: Path) -> dict[str, ForeignSplit]:
     """Every tar in `root`, by the split of `_info.json` that it belongs to, else by what stands before the last `-`.
 
     Raises:
         DataError: there is no tar, or `_info.json` contradicts itself or the directory.
     """
-    _, info = _load_info(root)
-    found = {split: find_split(root, split) for split in _splits(info)}
+    found = {split: find_split(root, split) for split in _load_info(root).splits}
     listed = {name for split in found.values() for name in split.names}
     rest: dict[str, list[str]] = {}
     for name in sorted(path.name for path in root.glob("*.tar")):
@@ -151,27 +195,21 @@ def check_name(name: str) -> None:
         )
 
 
-def _load_info(root: Path) -> tuple[Path, dict[str, Any]]:
-    """timm's file and its content; an empty content where there is none."""
+def _load_info(root: Path) -> Info:
+    """What timm's file says; nothing where there is none."""
     for path in (root / name for name in INFO_NAMES):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            info = Info.parse(path.read_bytes(), str(path))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise DataError(f"{path} cannot be read: {error}. Copy it again, or remove it.") from error
-        if isinstance(content, dict) and isinstance(content.get("splits"), dict):
-            return path, content
-        if path.name == INFO_NAMES[0]:
-            raise DataError(f"{path} is not what timm writes beside shards: it has no splits. Remove or rename it.")
-    return root / INFO_NAMES[0], {}
+        if info:
+            return info
+    return Info(str(root / INFO_NAMES[0]))
 
 
-def _splits(info: dict[str, Any]) -> dict[str, Any]:
-    return info.get("splits", {})
-
-
-def _counts_of(told: Any, path: Path) -> dict[str, int]:
+def _counts_of(told: Any, where: str) -> dict[str, int]:
     """Samples by shard of one split of `_info.json`, in its order.
 
     Raises:
@@ -184,15 +222,15 @@ def _counts_of(told: Any, path: Path) -> dict[str, int]:
     except (KeyError, TypeError):
         is_sound, names, lengths, total = False, [], [], 0
     if not is_sound:
-        raise DataError(f"{path}: a split must have as many shard_lengths as distinct filenames. Copy it again.")
+        raise DataError(f"{where}: a split must have as many shard_lengths as distinct filenames. Copy it again.")
     if sum(lengths) != total:
         raise DataError(
-            f"{path} contradicts itself: it says {total} samples, and its {len(names)} shard_lengths sum to"
+            f"{where} contradicts itself: it says {total} samples, and its {len(names)} shard_lengths sum to"
             f" {sum(lengths)}. Copy it again, or remove it."
         )
     if told.get("alt_label"):
         raise DataError(
-            f"{path} takes labels from the field {told['alt_label']!r} of each .json, which is not supported: prepare"
+            f"{where} takes labels from the field {told['alt_label']!r} of each .json, which is not supported: prepare"
             " shards whose .cls is the label."
         )
     return dict(zip(names, lengths, strict=True))

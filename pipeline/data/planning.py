@@ -1,9 +1,11 @@
 """What `prepare` decides before it writes: is it done already, does it fit what is there, what goes where."""
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,11 @@ from pipeline.data.plan import ORDER_RULE, plan_shards, shuffled
 from pipeline.data.sources import Source, SourceImage
 from pipeline.data.writer import SplitPlan, cannot_write
 from pipeline.errors import DataError
+from pipeline.files import write_json_atomic
 
+SOURCES_NAME = ".sources.json"
+"""Beside the shards: {split: digest of its source's path}. Not in the manifest, which is the same wherever the same
+pictures lay, and by which copies are compared. Where it is missing nothing is compared."""
 NUM_CALIBRATION_IMAGES = 64
 """Where pictures are encoded again, the size to plan with is the mean over this many of them."""
 
@@ -45,10 +51,57 @@ def existing_manifest(out: Path) -> Manifest | None:
     return Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
 
 
-def finished_splits(out: Path, manifest: Manifest | None, request: dict[str, Any], split: str | None) -> list[str]:
+def digest_of_source(source: str) -> str:
+    """Tells sources of one name in two places apart, and nobody where they lie."""
+    return hashlib.sha256(os.fsencode(Path(source).resolve())).hexdigest()
+
+
+def note_source(out: Path, splits: Iterable[str], digest: str | None) -> None:
+    """Remember where `splits` come from; None: from no place, so nothing is to be known of them.
+
+    Raises:
+        DataError: `out` cannot be written.
+    """
+    before = _sources(out)
+    now = {name: known for name, known in before.items() if name not in set(splits)}
+    now |= dict.fromkeys(splits, digest) if digest else {}
+    try:
+        if now != before:
+            write_json_atomic(out / SOURCES_NAME, now)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
+def _sources(out: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((out / SOURCES_NAME).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_same_source(out: Path, names: Iterable[str], digest: str | None) -> None:
+    known = _sources(out)
+    for name in names:
+        if known.get(name, digest) != digest:
+            raise DataError(
+                f"out={out} holds the split {name!r} made from a source= of this name that lay elsewhere. Choose"
+                f" another out=, or remove it; if the same pictures have only moved, remove {out / SOURCES_NAME}."
+            )
+
+
+def finished_splits(
+    out: Path, manifest: Manifest | None, request: dict[str, Any], split: str | None, source_digest: str | None
+) -> list[str]:
     """The splits that this very request has made already, if they are all that it asks for; else an empty list.
 
     The source is not opened: a finished run of hours must be told as such in a moment.
+
+    Args:
+        source_digest: `digest_of_source`; None: of no place.
+
+    Raises:
+        DataError: they were made from another source of the same name.
     """
     if manifest is None:
         return []
@@ -56,7 +109,10 @@ def finished_splits(out: Path, manifest: Manifest | None, request: dict[str, Any
         names = [split] if split in manifest.splits else []
     else:
         names = [name for name, found in manifest.splits.items() if found.extra.get("is_whole_source")]
-    return names if all(_is_complete(out, manifest.splits[name], request) for name in names) else []
+    if not all(_is_complete(out, manifest.splits[name], request) for name in names):
+        return []
+    _check_same_source(out, names, source_digest)
+    return names
 
 
 def _is_complete(out: Path, split: Split, request: dict[str, Any]) -> bool:
@@ -79,14 +135,16 @@ def plan_splits(
     encoding: Encoding,
     request: dict[str, Any],
     is_whole_source: bool,
+    source_digest: str | None = None,
 ) -> list[SplitPlan]:
     """Plan every split of `source` that `out` does not hold yet.
 
     Args:
         request: what was asked for, to be recorded, and compared with what made a split that is there already.
+        source_digest: as in `finished_splits`.
 
     Raises:
-        DataError: `out` has other classes or another split of the same name, or the disk is too small.
+        DataError: `out` has other classes or another split of the same name or place, or the disk is too small.
     """
     if manifest is not None and manifest.classes != source.classes:
         raise DataError(
@@ -98,6 +156,7 @@ def plan_splits(
     for name, images in sorted(source.splits.items()):
         if manifest is not None and name in manifest.splits:
             _check_same_request(out, name, manifest.splits[name], request)
+            _check_same_source(out, [name], source_digest)
             if _is_complete(out, manifest.splits[name], request):
                 continue
         ordered = shuffled(images, seed, name)

@@ -16,8 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from pipeline.data.cache import Cache, CacheSettings, Entry, Produce
-from pipeline.data.foreign import expand
+from pipeline.data.foreign import INFO_NAMES, Info, shards_by_prefix
 from pipeline.data.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from pipeline.data.remote import Store, open_store
 from pipeline.data.scan import scan_shard, threads
@@ -147,7 +149,8 @@ def open_remote(
     """
     place = _Place(url, split, settings)
     manifest = place.manifest()
-    shards, validators = place.listing(manifest)
+    info = None if manifest else place.info()
+    shards, validators = place.listing(manifest, info)
     files = RemoteFiles(place.url, shards, validators, place.cache)
     if verify == "sha256":
         _hash_again(files)
@@ -156,6 +159,10 @@ def open_remote(
     table = place.fetched_table(shards, described) if described else place.scanned_table(files)
     if not len(table.label):
         raise DataError(f"Split {split!r} at {place.url} holds no sample: prepare it again.")
+    told = info.find(split) if info else None
+    if told:
+        counts = np.bincount(table.shard, minlength=len(shards)).tolist()
+        told.check_counts(zip((shard.name for shard in shards), counts, strict=True))
     files.table = table
     return shards, table, files, manifest.classes if manifest else None, listed is not None and listed.is_checked
 
@@ -163,7 +170,8 @@ def open_remote(
 def check_remote(url: str, split: str, settings: CacheSettings) -> None:
     """Raise the DataError that `open_remote` would raise without fetching an index or a shard."""
     place = _Place(url, split, settings)
-    place.listing(place.manifest())
+    manifest = place.manifest()
+    place.listing(manifest, None if manifest else place.info())
 
 
 class _Place:
@@ -182,49 +190,72 @@ class _Place:
         if self.split.endswith(".tar"):
             return None
 
-        def produce(file: BinaryIO, part: Path) -> None:
-            del part
-            if head(self.connection.store, MANIFEST_NAME, self.patience) is not None:
-                expected = Expected(most_bytes=MAX_MANIFEST_BYTES)
-                fetch(self.connection.store, MANIFEST_NAME, file, expected=expected, patience=self.patience)
-
-        entry = Entry(_key("manifest", self.url), f"{MANIFEST_NAME} of {self.url}")
-        with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
-            content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        content = self._beside(MANIFEST_NAME, "manifest")
         return Manifest.parse(content, f"{self.url}/{MANIFEST_NAME}") if content else None
 
-    def listing(self, manifest: Manifest | None) -> tuple[tuple[ShardFile, ...], list[str | None]]:
-        """The shards, each there with its size, and what the server says of their versions."""
+    def info(self) -> Info:
+        """What timm's `_info.json` says of foreign shards; nothing where there is none."""
+        for name in INFO_NAMES:
+            content = self._beside(name, "info", name, is_optional=True)
+            if content and (info := Info.parse(content, f"{self.url}/{name}")):
+                return info
+        return Info(f"{self.url}/{INFO_NAMES[0]}")
+
+    def _beside(self, name: str, *key: str, is_optional: bool = False) -> bytes:
+        """The content of a file that lies beside the shards; nothing where there is none."""
+
+        def produce(file: BinaryIO, part: Path) -> None:
+            del part
+            if head(self.connection.store, name, self.patience, is_optional=is_optional) is not None:
+                expected = Expected(most_bytes=MAX_MANIFEST_BYTES)
+                fetch(self.connection.store, name, file, expected=expected, patience=self.patience)
+
+        entry = Entry(_key(*key, self.url), f"{name} of {self.url}")
+        with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
+            return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+    def listing(self, manifest: Manifest | None, info: Info | None) -> tuple[tuple[ShardFile, ...], list[str | None]]:
+        """The shards, each there with its size, and what the server says of their versions.
+
+        Args:
+            info: without a manifest; None with one.
+        """
         shards = shards_of(manifest, self.split) if manifest else ()
         for shard in shards:
             _check_hash(shard.sha256, shard.name, self.url)
 
         def produce(file: BinaryIO, part: Path) -> None:
-            found = shards or [ShardFile(name, -1, None, None) for name in self._foreign_names()]
+            found = shards or [ShardFile(name, -1, None, None) for name in self._foreign_names(info)]
             file.write(json.dumps(self._looked_up(found, part)).encode())
 
-        entry = Entry(_key("listing", self.url, self.split, *map(asdict, shards)), f"the listing of {self.url}")
+        told = info.splits if info else None
+        entry = Entry(_key("listing", self.url, self.split, told, *map(asdict, shards)), f"the listing of {self.url}")
         with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
             listed = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
         if not shards:
             shards = tuple(ShardFile(name, num_bytes, None, None) for name, num_bytes, _ in listed)
         return shards, [validator for _, _, validator in listed]
 
-    def _foreign_names(self) -> list[str]:
-        if self.split.endswith(".tar"):
-            return list(expand(self.split))
-        everything = names(self.connection.store, self.patience)
+    def _foreign_names(self, info: Info | None) -> Sequence[str]:
+        """As `foreign.find_split` finds them in a directory."""
+        has_names = self.split.endswith(".tar")
+        everything = None if has_names else names(self.connection.store, self.patience)
+        by_prefix = shards_by_prefix(self.split, everything or ())
+        told = info.find(self.split, by_prefix) if info else None
+        if told:
+            return told.names
+        known = f"; {info.where} knows the splits {', '.join(sorted(info.splits))}" if info and info.splits else ""
         if everything is None:
             raise DataError(
                 f"{self.url} has no {MANIFEST_NAME}, and a web server does not list its files: give the shards' names"
-                f" with braces as the split, as in 'data.train_split=\"{self.split}-{{000000..000146}}.tar\"'."
+                f" with braces as the split, as in 'data.train_split=\"{self.split}-{{000000..000146}}.tar\"'{known}."
             )
-        found = [name for name in everything if name.startswith(f"{self.split}-") and name.endswith(".tar")]
-        if not found:
+        if not by_prefix:
             raise DataError(
-                f"{self.url} has no {MANIFEST_NAME} and no shards {self.split}-*.tar: correct data.root or the split."
+                f"{self.url} has no {MANIFEST_NAME} and no shards {self.split}-*.tar{known}: correct data.root or the"
+                " split."
             )
-        return found
+        return by_prefix
 
     def _looked_up(self, shards: Sequence[ShardFile], part: Path) -> list[tuple[str, int, str | None]]:
         """[(name, bytes, validator)], asked for side by side."""

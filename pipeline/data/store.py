@@ -1,8 +1,9 @@
 """The samples of one split: where each lies and what it is. Bytes are read by offset, in any order.
 
-Opening verifies first: the shards against the manifest, the tars by a scan of their headers (tarindex.py), the labels
-against the classes. The scan is cached in `<root>/.squeezewire/`, where that can be written, and is used again while
-the shards' names, sizes, hashes and times stay the same. Shards behind a URL: remoteshards.py.
+Opening verifies first: the shards' sizes against the manifest, the labels against the classes. Where the samples lie
+is told by the index that `prepare` wrote beside the shards, if it is the one that the manifest names, else by a scan
+of all tars' headers (tarindex.py). The scan is cached in `<root>/.squeezewire/`, where that can be written,
+and is used again while the shards' names, sizes, hashes and times stay the same. Shards behind a URL: remoteshards.py.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ from pipeline.data.foreign import find_split
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.data.remote import is_url
 from pipeline.data.scan import scanned_table, threads
-from pipeline.data.table import SCHEMA, SampleTable, ShardFile, shards_of
+from pipeline.data.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, load_beside, shards_of
+from pipeline.data.transfer import say
 from pipeline.errors import DataError
 from pipeline.files import sha256_of_file, write_atomic
 
@@ -82,16 +84,23 @@ class ShardIndex:
 
     @classmethod
     def open(
-        cls, root: Path | str, split: str, *, verify: str = "size", cache: CacheSettings | None = None
+        cls,
+        root: Path | str,
+        split: str,
+        *,
+        verify: str = "size",
+        cache: CacheSettings | None = None,
+        is_first: bool = True,
     ) -> "ShardIndex":
         """Index the shards of `split` at `root`, or take the index that is there.
 
         Args:
             root: directory or URL with `manifest.json` and its shards, or with foreign shards.
-            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it; at a URL shards are
-                `<split>-*.tar` or file names with braces.
+            split: name in the manifest. Without a manifest, as `foreign.find_split` takes it; web servers do not
+                list their files, so that there it is file names with braces or a split of `_info.json`.
             verify: `size` compares each shard's bytes with the manifest; `sha256` reads and hashes it too.
             cache: for URLs; None: as without configuration.
+            is_first: False: another process of this server has opened it and warned.
 
         Raises:
             DataError: shards are missing, damaged, contradict the manifest, or a label is out of range.
@@ -104,7 +113,7 @@ class ShardIndex:
                 str(root), split, *open_remote(str(root), split, verify, cache or CacheSettings.of(DataConfig()))
             )
         else:
-            index = cls(root, split, *_open_local(Path(root), split, verify))
+            index = cls(root, split, *_open_local(Path(root), split, verify, is_first))
         if index.classes is None:
             index.require_labels(
                 MAX_FOREIGN_CLASSES,
@@ -189,7 +198,7 @@ def open_split(data: DataConfig, split: str, *, is_first: bool = True) -> ShardI
     """
     assert data.root is not None
     verify = data.verify if is_first else TRUST_THE_FIRST
-    return ShardIndex.open(data.root, split, verify=verify, cache=CacheSettings.of(data))
+    return ShardIndex.open(data.root, split, verify=verify, cache=CacheSettings.of(data), is_first=is_first)
 
 
 class LocalFiles:
@@ -241,7 +250,7 @@ Opened = tuple[tuple[ShardFile, ...], SampleTable, ShardFiles, tuple[str, ...] |
 """(shards, table, files, classes, whether its pictures are checked) of a split."""
 
 
-def _open_local(root: Path, split: str, verify: str) -> Opened:
+def _open_local(root: Path, split: str, verify: str, is_first: bool) -> Opened:
     if not root.is_dir():
         raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
     manifest = Manifest.load(root) if _has_manifest(root) else None
@@ -249,7 +258,10 @@ def _open_local(root: Path, split: str, verify: str) -> Opened:
     shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
     if verify == "sha256":
         _check_hashes(root, shards)
-    table = _cached_table(root, split, shards) if shards else None
+    described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
+    table = load_beside(root, split, shards, described)
+    if table is None and shards:
+        table = _cached_table(root, split, shards, is_first)
     if table is None or not len(table.label):
         raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
     if foreign:
@@ -315,7 +327,7 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
                 )
 
 
-def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...]) -> SampleTable:
+def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...], is_first: bool) -> SampleTable:
     """The cached table if it is of these very files, else a new scan, cached where that is possible."""
     path = root / CACHE_DIRECTORY / f"{hashlib.sha256(split.encode()).hexdigest()[:16]}.npz"
     times = [(root / shard.name).stat().st_mtime_ns for shard in shards]
@@ -323,7 +335,15 @@ def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...]) -> Samp
     table = _load_table(path, shards, known)
     if table is None:
         table = scanned_table(root, shards)
-        _save_table(path, table, shards, known)
+        try:
+            _save_table(path, table, shards, known)
+        except OSError as error:
+            if is_first:
+                say(
+                    f"the index of split {split!r} cannot be kept in {path.parent} ({error.strerror or error}), so"
+                    f" every start reads the headers of all {len(shards)} shards: start once as somebody who may write"
+                    f" there, or copy beside them the {index_name(split)} that `prepare` wrote with the shards"
+                )
     return table
 
 
@@ -340,14 +360,11 @@ def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> Sample
 
 
 def _save_table(path: Path, table: SampleTable, shards: tuple[ShardFile, ...], known: str) -> None:
-    """Leave the table for the next process. A root that cannot be written costs the next one a scan, nothing else."""
+    """Leave the table for the next process. Raises OSError where the root cannot be written."""
     arrays: dict[str, Any] = {
         **table.arrays(),
         "known": np.array(known),
         "index_hash": np.array(table.hash_with(shards)),
     }
-    try:
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, lambda file: np.savez(file, **arrays))
-    except OSError:
-        return
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, lambda file: np.savez(file, **arrays))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.manifest import Manifest
 from pipeline.data.tarindex import MAX_IMAGE_BYTES, MAX_KEY_BYTES, ShardSamples
 from pipeline.errors import DataError
+from pipeline.files import sha256_of_file
 
 SCHEMA = 1
 """Of the index and of its hash. Raise it when either changes: a stored index of another schema is made anew."""
@@ -140,3 +141,16 @@ class SampleTable:
 def index_name(split: str) -> str:
     """File name of a split's index."""
     return f"{split}.index.npz"
+
+
+def load_beside(root: Path, split: str, shards: tuple[ShardFile, ...], described: Any) -> SampleTable | None:
+    """The index that `prepare` wrote into the directory of the shards; None where it is not the one described.
+
+    Args:
+        described: what the manifest says of it; None: nothing.
+    """
+    path = root / index_name(split)
+    try:
+        return SampleTable.load(path, shards) if sha256_of_file(path) == described["sha256"] else None
+    except (OSError, KeyError, TypeError, DataError):
+        return None

@@ -131,15 +131,20 @@ def say(text: str) -> None:
     print(f"warning: {redacted(text)}", file=sys.stderr, flush=True)
 
 
-def head(store: Store, name: str, patience: Patience, pulse: Pulse = no_pulse) -> Stat | None:
+def head(
+    store: Store, name: str, patience: Patience, pulse: Pulse = no_pulse, *, is_optional: bool = False
+) -> Stat | None:
     """What the server says of an object; None if there is none.
+
+    Args:
+        is_optional: a refusal counts as none too. Buckets that may not be listed refuse what is not there.
 
     Raises:
         DataError: the server refuses it, or does not answer in time.
     """
     retries = Retries(patience, f"{name} of {store.url}", pulse)
     try:
-        return _persist(lambda: store.head(name), retries)
+        return _persist(lambda: store.head(name), retries, is_optional=is_optional)
     except Missing:
         return None
 
@@ -156,13 +161,15 @@ def names(store: Store, patience: Patience) -> list[str] | None:
         raise DataError(f"{store.url} does not exist ({error}): correct data.root.") from None
 
 
-def _persist(request: Callable[[], T], retries: Retries) -> T:
+def _persist(request: Callable[[], T], retries: Retries, *, is_optional: bool = False) -> T:
     while True:
         try:
             answer = request()
         except Transient as error:
             retries.failed(error)
         except Refused as error:
+            if is_optional:
+                raise Missing(str(error)) from None
             raise _refusal(retries.subject, error) from None
         else:
             retries.report()

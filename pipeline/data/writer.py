@@ -4,6 +4,7 @@ out/train-000000.tar ...      plain WebDataset tars: <key>.jpg, <key>.cls
 out/_info.json                what timm's reader of WebDataset wants to know
 out/train.index.npz           where every sample lies (table.py)
 out/manifest.json             written when everything else is complete
+out/.sources.json             which place each split came from, as a digest (planning.py)
 out/.prepare/<shard>.json     only while unfinished: which plan a finished shard is of, with its size and hash
 """
 

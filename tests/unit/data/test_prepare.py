@@ -54,7 +54,8 @@ def test_from_folders_to_shards_and_nothing_to_do_the_second_time(animals: Path,
     assert "9 images written" in done.stdout
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()}
     again = prepare(f"source={animals}", f"out={out}", "num_workers=1")
-    assert (again.returncode, again.stdout) == (0, f"Finished already: train in {out}.\n")
+    assert again.returncode == 0
+    assert again.stdout == f"Finished already: train in {out}. {animals} was not looked at again.\n"
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.iterdir()} == before
 
 
@@ -144,6 +145,42 @@ def test_other_settings_do_not_overwrite_what_is_there(animals: Path, tmp_path: 
     before = contents_of(tmp_path)
     assert "seed was 0 and is 1" in refused(f"source={animals}", f"out={tmp_path}", "seed=1")
     assert contents_of(tmp_path) == before
+
+
+def test_a_source_of_the_same_name_elsewhere_is_not_called_finished(tmp_path: Path) -> None:
+    first = write_files(tmp_path / "v1" / "animals", pictures({"cat": 5, "dog": 4}))
+    second = write_files(tmp_path / "v2" / "animals", pictures({"cat": 3, "dog": 4}))
+    out, tar = tmp_path / "out", tmp_path / "out" / "train-000000.tar"
+    assert prepare(f"source={first}", f"out={out}", "num_workers=1").returncode == 0
+    before = contents_of(out)
+    refusal = f"out={out} holds the split 'train' made from a source= of this name that lay elsewhere"
+    assert refusal in refused(f"source={second}", f"out={out}")
+    assert contents_of(out) == before
+    assert str(tmp_path).encode() not in b"".join(before.values())
+    # Another way to the same place is the same place; other splits may come from elsewhere.
+    (tmp_path / "link").symlink_to(first.parent)
+    assert "Finished already" in prepare(f"source={tmp_path / 'link' / 'animals'}", f"out={out}").stdout
+    assert prepare(f"source={second}", f"out={out}", "split=val", "num_workers=1").returncode == 0
+    assert {name: split.num_samples for name, split in Manifest.load(out).splits.items()} == {"train": 9, "val": 7}
+    # Nor may the rest of a damaged split.
+    tar.rename(tmp_path / "away")
+    assert refusal in refused(f"source={second}", f"out={out}", "split=train")
+    # Shards of an earlier version, or copied without that file, are accepted.
+    (tmp_path / "away").rename(tar)
+    (out / ".sources.json").unlink()
+    again = prepare(f"source={second}", f"out={out}", "split=train")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == f"Finished already: train in {out}. {second} was not looked at again.\n"
+
+
+def test_the_same_pictures_from_another_place_are_the_same_bytes(tmp_path: Path) -> None:
+    contents = []
+    for place in ("v1", "v2"):
+        source = write_files(tmp_path / place / "animals", pictures({"cat": 5, "dog": 4}))
+        assert prepare(f"source={source}", f"out={tmp_path / place / 'out'}", "num_workers=1").returncode == 0
+        contents.append(contents_of(tmp_path / place / "out"))
+    assert contents[0].pop(".sources.json") != contents[1].pop(".sources.json")
+    assert contents[0] == contents[1] and "manifest.json" in contents[0]
 
 
 def test_a_bad_picture_is_named_and_can_be_left_out(tmp_path: Path) -> None:

@@ -135,6 +135,67 @@ def test_foreign_shards_below_the_root(root, tmp_path):
         assert [index.read(i) for i in range(2)] == [samples_of(i, 1)[0]["jpg"] for i in range(2)]
 
 
+def with_info(root: Path, counts: dict[str, int], name: str = "_info.json") -> Path:
+    """Foreign shards, and what timm's file says of them, in that order."""
+    root.mkdir()
+    for number, name_of_shard in enumerate(sorted(counts)):
+        write_tar(root / name_of_shard, samples_of(10 * number, number + 2))
+    split = {"filenames": list(counts), "shard_lengths": list(counts.values()), "num_samples": sum(counts.values())}
+    (root / name).write_text(json.dumps({"splits": {"train": split}}))
+    return root
+
+
+@pytest.mark.parametrize("split", ["train", "{b,a}.tar"])
+@pytest.mark.parametrize("name", ["_info.json", "info.json"])
+def test_timms_info_tells_the_shards_and_their_order_as_on_a_disk(split, name, tmp_path):
+    root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 2}, name)
+    with serving(root, tmp_path / "requests.jsonl") as server:
+        index, local = opened(server, tmp_path, split), ShardIndex.open(root, split)
+        assert [shard.name for shard in index.shards] == ["b.tar", "a.tar"]
+        assert index.index_hash == local.index_hash
+        assert [index.read(i) for i in range(5)] == [local.read(i) for i in range(5)]
+        assert len(server.requests(rf"/{name}$")) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "{b,a}.tar"])
+def test_timms_info_must_be_right_about_the_shards(split, tmp_path):
+    root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 4})
+    with serving(root, tmp_path / "requests.jsonl") as server:
+        sentence = refused(server, tmp_path, split)
+        assert sentence.startswith(
+            f"{server.url}/_info.json contradicts 1 of the shards: a.tar holds 2 samples and not 4"
+        )
+        assert "Copy these again" in sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "_info.json cannot be read"),
+        ('{"splits": 3}', "has no splits"),
+        ('{"splits": {"train": {}}}', "as many shard_lengths"),
+        ('{"splits": {"val": {}}}', "knows the splits val"),
+        ('{"splits": {"train": {"filenames": ["../x.tar"], "shard_lengths": [1], "num_samples": 1}}}', "does not stay"),
+        ('{"splits": {"train": {"filenames": ["c.tar"], "shard_lengths": [1], "num_samples": 1}}}', "1 of 1 shards"),
+    ],
+)
+def test_an_info_at_a_url_that_cannot_be_so_is_refused(content, complaint, tmp_path):
+    root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 2})
+    (root / "_info.json").write_text(content)
+    with serving(root, tmp_path / "requests.jsonl") as server:
+        assert complaint in refused(server, tmp_path)
+        assert not server.requests(r"\.tar$")
+
+
+def test_a_server_that_refuses_what_is_not_there_is_no_obstacle(root, tmp_path):
+    """As a public bucket does that may not be listed."""
+    (root / "manifest.json").unlink()
+    with serving(root, tmp_path / "requests.jsonl") as server:
+        server.set_rules(Rule("status", status=403, path=r"info\.json$", method="HEAD"))
+        assert opened(server, tmp_path, "train-{000000..000002}.tar").num_samples == 12
+        assert [request.status for request in server.requests(r"info\.json$", method="HEAD")] == [403, 403]
+
+
 def test_a_cache_that_was_damaged_is_noticed_when_asked_to_look(server, root, tmp_path, capsys):
     index = opened(server, tmp_path)
     index.read(0)
@@ -453,6 +514,13 @@ def test_a_bucket_gives_what_a_disk_gives(s3, root, tmp_path, monkeypatch):
     (root / "manifest.json").unlink()
     assert foreign.index_hash == ShardIndex.open(root, "train").index_hash
     assert foreign.read(11) == local.read(11)
+    # timm's file tells more than the listing, and what it does not know must not lie there.
+    info = {"filenames": ["train-000002.tar", "train-000000.tar"], "shard_lengths": [3, 4], "num_samples": 7}
+    client.put_object(
+        Bucket=BUCKET, Key="pre/fix/_info.json", Body=json.dumps({"splits": {"train": info}}), ACL="public-read"
+    )
+    with pytest.raises(DataError, match=r"_info\.json lists 2 shards .*train-000001\.tar lies there too"):
+        ShardIndex.open(url, "train", cache=settings(tmp_path, cache="told"))
 
 
 def test_what_a_bucket_refuses_is_said_without_its_secrets(s3, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,13 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures_on_disk import picture
+from shard_index import add_index
 from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.data import store
 from pipeline.data.manifest import Manifest
 from pipeline.data.store import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
+from pipeline.data.table import INDEX_KEY, index_name
 from pipeline.data.tarindex import index_shard
 from pipeline.errors import DataError
+from pipeline.files import sha256_of_file
 
 BLOCK = 512
 
@@ -211,9 +215,62 @@ def test_a_cache_of_other_shards_is_not_believed(root):
     assert index.num_samples == 10 and index.read(9) == samples_of(105, 1)[0]["jpg"]
 
 
-def test_a_root_that_cannot_be_written_is_indexed_all_the_same(root):
+def make_unwritable(root: Path) -> None:
+    """For root, whom permissions do not bind, too."""
     (root / CACHE_DIRECTORY).write_bytes(b"a file where the directory should be")
+
+
+def test_a_root_that_cannot_be_written_is_indexed_all_the_same_and_told(root, capsys):
+    make_unwritable(root)
     assert ShardIndex.open(root, "train").num_samples == 9
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"'train' cannot be kept in {root / CACHE_DIRECTORY} (Not a directory" in line or "(File exists)" in line
+    assert "start once as somebody who may write there" in line
+    assert ShardIndex.open(root, "train", is_first=False).num_samples == 9
+    assert not capsys.readouterr().err  # eight ranks would say it eight times
+
+
+# The index beside the shards
+
+
+def test_with_the_index_of_prepare_no_tar_is_read_and_nothing_written(root, capsys):
+    expected = ShardIndex.open(root, "train").index_hash
+    shutil.rmtree(root / CACHE_DIRECTORY)
+    make_unwritable(add_index(root, "train"))
+    for path in root.glob("train-*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))  # nothing is left to scan
+    assert ShardIndex.open(root, "train").index_hash == expected
+    assert not capsys.readouterr().err
+
+
+def test_with_the_index_of_prepare_sizes_are_compared_all_the_same(root):
+    os.truncate(add_index(root, "train") / "train-000001.tar", 600)
+    assert "train-000001.tar" in refused(root)
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped", "of other shards", "described wrongly"])
+def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(root, tmp_path, damage):
+    expected = ShardIndex.open(root, "train").index_hash
+    shutil.rmtree(root / CACHE_DIRECTORY)
+    path = add_index(root, "train") / index_name("train")
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        manifest = Manifest.load(root)
+        described = manifest.split("train").extra[INDEX_KEY]
+        if damage == "described wrongly":
+            manifest.split("train").extra[INDEX_KEY] = [described]
+        else:
+            other = add_index(write_shards(tmp_path / "other", train=(7,)), "train") / index_name("train")
+            path.write_bytes(other.read_bytes())
+            described["sha256"] = sha256_of_file(other)
+        manifest.save(root)
+    assert ShardIndex.open(root, "train").index_hash == expected
+    assert list((root / CACHE_DIRECTORY).iterdir())
 
 
 # What is refused
