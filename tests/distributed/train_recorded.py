@@ -111,7 +111,13 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             place["step"] = step
             batch = Batch.of(loaded)
             pixels = hashlib.sha256(batch.images_BCHW.numpy().tobytes()).hexdigest()
-            line = {**place, "ids": batch.sample_ids_B.tolist(), "pixels": pixels, "generators": generators()}
+            line = {
+                **place,
+                "num_ranks": learner.trainer.world_size,
+                "ids": batch.sample_ids_B.tolist(),
+                "pixels": pixels,
+                "generators": generators(),
+            }
             with (directory / f"rank{rank}.jsonl").open("a") as file:
                 file.write(json.dumps({**line, "pid": os.getpid(), **resources()}) + "\n")
             if is_due(step, str(place["micro"])):
