@@ -40,6 +40,21 @@ def fed(root: Path, name: str, devices: int) -> dict[tuple[int, int, int], set[t
     return seen
 
 
+def global_batches(fed_to: Path, num_ranks: int, *, by_rank: bool = False) -> dict[int, list[int]]:
+    """By step: the sample ids of its global batch, in order, as attempts on `num_ranks` ranks were fed it.
+
+    Put together as `pipeline.data.order.stripe` cuts a batch. Attempts must agree; one that was killed amid a step may
+    leave that batch incomplete.
+    """
+    pieces: dict[int, dict[tuple[int, int], list[int]]] = {}
+    for rank in range(num_ranks):
+        for said in map(json.loads, (fed_to / f"rank{rank}.jsonl").read_text().splitlines()):
+            if said["num_ranks"] == num_ranks:
+                place = (rank, said["micro"]) if by_rank else (said["micro"], rank)
+                assert pieces.setdefault(said["step"], {}).setdefault(place, said["ids"]) == said["ids"], said
+    return {step: [number for place in sorted(cut) for number in cut[place]] for step, cut in pieces.items()}
+
+
 def committed(ledger: dict[str, Any]) -> Counter[tuple[str, ...]]:
     """(calls, bytes) of the committed training steps, over all attempts."""
     totals: Counter[tuple[str, ...]] = Counter()

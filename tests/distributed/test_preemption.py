@@ -78,6 +78,18 @@ def test_before_the_first_step_there_is_nothing_to_save(shards: Path, tmp_path: 
     assert not (tmp_path / "run" / "checkpoints" / "last.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["0 join SIGTERM rank", "0 join SIGTERM ranks", "1 loader SIGUSR1 ranks"])
+def test_while_ranks_join_and_make_ready(event: str, shards: Path, tmp_path: Path) -> None:
+    """Rank 0 keeps the store where they meet: a peer may find nobody. The same command then trains to the end."""
+    ended = preempted(tmp_path, shards, "run", 2, event)
+    assert f"{event.split()[2]} before the first step" in ended.output
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+    train_recorded(tmp_path, shards, "run", 2)
+    assert [row["trainer/step"] for row in rows(tmp_path / "run")] == list(range(1, 12))
+
+
 def test_after_the_last_step_it_is_too_late(shards: Path, tmp_path: Path) -> None:
     """It is validated, saved, reported on, and done."""
     events = "0 step10.0 SIGTERM ranks; 0 validation0 SIGUSR1 rank"

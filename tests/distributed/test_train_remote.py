@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
-from comparing import differences, fed, load
+from comparing import differences, fed, global_batches, load
 from s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
 from shard_index import add_index
 from shard_server import Rule, ShardServer, serving
@@ -201,15 +201,6 @@ def cluster(root: Path, server: ShardServer, name: str, *options: str) -> list[E
         return list(pool.map(one, range(2)))
 
 
-def batches(root: Path, name: str, devices: int) -> list[list[int]]:
-    """Sample ids of each step, as a set in order."""
-    by_step: dict[int, list[int]] = {}
-    for (_, step, _), things in fed(root, name, devices).items():
-        for ids, _ in things:
-            by_step.setdefault(step, []).extend(ids)
-    return [sorted(by_step[step]) for step in sorted(by_step)]
-
-
 @pytest.mark.slow
 def test_each_server_fetches_the_shards_of_its_groups_alone(tmp_path: Path) -> None:
     shards = add_index(write_shards(tmp_path / "shards", train=(8,) * 8), "train")
@@ -227,7 +218,8 @@ def test_each_server_fetches_the_shards_of_its_groups_alone(tmp_path: Path) -> N
         assert server.sent_bytes() == whole_split_bytes(shards, "train")
     # Ranks do not enter the order: one rank on a disk is fed the same batches.
     train_recorded(tmp_path, shards, "one", 1, *options)
-    assert batches(tmp_path, "two", 2) == batches(tmp_path, "one", 1)
+    two, one = (global_batches(tmp_path / f"{name}.fed", n, by_rank=True) for name, n in (("two", 2), ("one", 1)))
+    assert two == one and list(one) == list(range(8))
     assert [row["trainer/step"] for row in rows(tmp_path / "two")] == list(range(1, 9))
 
 

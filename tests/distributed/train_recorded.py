@@ -8,7 +8,8 @@ SIGSTOP to itself, `asked` is SIGTERM to itself, after which it goes on, `shell`
 `clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
 to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing. All of it once.
 SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal when it comes to that place. Places:
-`start` (joined, before the shards are opened), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
+`join` (about to meet the other ranks), `start` (joined, before the shards are opened), `loader` (the training loader is
+made: all is open, and no step made), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
 `validation<n>` (fed its micro-batch n). Targets: `rank`, itself; `supervisor`; `ranks`, all of them;
 `everything`, as Slurm does it: each process of the run but the supervisor.
 Before any of this happens it is noted in `<FED_TO>/fired`: a line of the time and what KILL_AT or SIGNAL_AT says.
@@ -29,6 +30,7 @@ from typing import Any
 from pipeline.cli import run_command
 from pipeline.config import TrainConfig
 from pipeline.run.launch import supervise
+from pipeline.run.preempt import block_early
 from pipeline.train import train
 
 
@@ -109,7 +111,13 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             place["step"] = step
             batch = Batch.of(loaded)
             pixels = hashlib.sha256(batch.images_BCHW.numpy().tobytes()).hexdigest()
-            line = {**place, "ids": batch.sample_ids_B.tolist(), "pixels": pixels, "generators": generators()}
+            line = {
+                **place,
+                "num_ranks": learner.trainer.world_size,
+                "ids": batch.sample_ids_B.tolist(),
+                "pixels": pixels,
+                "generators": generators(),
+            }
             with (directory / f"rank{rank}.jsonl").open("a") as file:
                 file.write(json.dumps({**line, "pid": os.getpid(), **resources()}) + "\n")
             if is_due(step, str(place["micro"])):
@@ -147,7 +155,8 @@ def send(number: signal.Signals, target: str) -> None:
 
 def signal_at(events: str, directory: Path, rank: int) -> None:
     """Wrap the places that `events` name."""
-    from pipeline import training
+    from pipeline import training, world
+    from pipeline.data.loader import ShardData
     from pipeline.learner import Learner
     from pipeline.run.checkpoint import AtomicCheckpointIO
 
@@ -170,7 +179,9 @@ def signal_at(events: str, directory: Path, rank: int) -> None:
 
         setattr(owner, name, wrapped)
 
+    wrap(world.dist, "init_process_group", lambda *_: "join")
     wrap(training, "open_shards", lambda *_: "start")
+    wrap(ShardData, "train_dataloader", lambda _: "loader")
     wrap(
         Learner,
         "training_step",
@@ -191,4 +202,5 @@ def train_recorded(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
+    block_early()
     run_command("train", TrainConfig, train_recorded)
