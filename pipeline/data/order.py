@@ -175,12 +175,13 @@ def stripe(
 
 
 def evaluation_stripe(num_samples: int, *, rank: int, world_size: int) -> Ids:
-    """Rank `rank`'s samples of an evaluation: rank, rank + world_size, ..., filled up with PADDING.
+    """Rank `rank`'s samples of an evaluation: a run of neighbours, filled up with PADDING.
 
-    Every sample is on exactly one rank, and all ranks get ceil(num_samples / world_size) entries.
+    Neighbours lie in few shards, so a server reads only its part of them. Every sample is on exactly one rank, and all
+    ranks get ceil(num_samples / world_size) entries, of which at most one is PADDING.
     """
     assert 0 <= rank < world_size
     ids = np.full(-(-num_samples // world_size), PADDING, np.int64)
-    mine = np.arange(rank, num_samples, world_size)
+    mine = np.arange(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
     ids[: len(mine)] = mine
     return ids

@@ -260,9 +260,9 @@ def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(world_size, accumu
 
 
 @given(num_samples=st.integers(0, 100), world_size=st.integers(1, 12))
-def test_evaluation_stripes_hold_each_sample_once_and_are_equally_long(num_samples, world_size):
+def test_evaluation_stripes_are_equally_long_runs_that_hold_each_sample_once(num_samples, world_size):
     stripes = [evaluation_stripe(num_samples, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(one) for one in stripes}) == 1
     everything = np.concatenate(stripes)
-    assert sorted(everything[everything != PADDING].tolist()) == list(range(num_samples))
-    assert (everything == PADDING).sum() < world_size
+    assert everything[everything != PADDING].tolist() == list(range(num_samples))  # in a row, rank by rank
+    assert all((one == PADDING).sum() <= 1 for one in stripes)

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,18 @@ def test_a_sentence_comes_out_of_a_worker_as_it_went_in(server, root, tmp_path, 
     loader = evaluation_loader(index, InputConfig(size=16, resize_side=20), batch_size=2, num_workers=num_workers)
     with pytest.raises(DataError, match=r"^val-000000\.tar is missing at"):
         list(loader)
+
+
+def test_a_server_fetches_its_part_of_a_validation_and_no_more(many, tmp_path):
+    for rank in range(4):  # each with a cache of its own, as a server has
+        index = opened(many, tmp_path, cache=f"server{rank}")
+        before = tars_of(many)
+        loader = evaluation_loader(
+            index, InputConfig(size=16, resize_side=20), batch_size=2, rank=rank, world_size=4, num_workers=0
+        )
+        assert sum(len(batch.labels_B) for batch in loader) == 6
+        fetched = Counter(tars_of(many)) - Counter(before)
+        assert sorted(fetched.elements()) == [f"train-{number:06d}.tar" for number in range(3 * rank, 3 * rank + 3)]
 
 
 # --- does it fit ---
