@@ -87,7 +87,7 @@ def test_what_leads_elsewhere_is_refused_and_nothing_is_run(override: str, words
 @pytest.mark.slow
 def test_more_ranks_than_samples_are_a_sentence(tmp_path: Path) -> None:
     shards = write_public(tmp_path / "public", (1, 1, 13))
-    options = ("batch.global_size=3", "data.val_split=validation")
+    options = ("batch.global_size=3", "data.val_split=validation", "model.num_classes=4")
     ended = train(tmp_path / "runs", shards, "few", 3, *options, expect=3)
     said = [line for line in ended.output.splitlines() if "error: " in line and "lost its connection" not in line]
     assert said and all(
