@@ -115,7 +115,8 @@ class DataConfig:
     """Samples that fill no whole batch at the end of an epoch: `drop` leaves them out, others each time; `pad` fills
     their batch with those shown just before."""
     max_bad_fraction: float = 0.0
-    """Share of samples that may fail to decode (each is replaced and named) before the run stops."""
+    """Share of samples that may fail to decode (each is replaced and named) before the run stops. A shard that is cut
+    short ends the run at its start in any case."""
     verify: str = "size"
     """At start: `size` compares each shard's bytes with the manifest, `sha256` reads and hashes it too."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -92,11 +92,14 @@ def raise_it(error: DataError) -> None:
     raise error
 
 
-def index_shard(path: Path, complain: Complain = raise_it) -> ShardSamples:
+def index_shard(
+    path: Path, complain: Complain = raise_it, tell_whole: Callable[[int], None] = lambda _: None
+) -> ShardSamples:
     """Scan the tar at `path`.
 
     Args:
         complain: called with what is wrong with single samples. What is wrong with the tar itself is always raised.
+        tell_whole: called before that is raised, with the number of samples found before that have picture and label.
 
     Raises:
         DataError: the tar is cut short, damaged or has forbidden members; with the default `complain` also if a sample
@@ -106,8 +109,12 @@ def index_shard(path: Path, complain: Complain = raise_it) -> ShardSamples:
     try:
         tar = _Tar(descriptor, path.name)
         samples = _Samples(tar, complain)
-        for name, offset, length in tar.regular_files():
-            samples.add(name, offset, length)
+        try:
+            for name, offset, length in tar.regular_files():
+                samples.add(name, offset, length)
+        except DataError:
+            tell_whole(samples.num_whole())
+            raise
         return samples.finish()
     finally:
         os.close(descriptor)
@@ -204,6 +211,12 @@ class _Samples:
         if name not in self._ignored and len(self._ignored) >= NUM_EXTENSIONS_COUNTED:
             name = "..."
         self._ignored[name] = self._ignored.get(name, 0) + 1
+
+    def num_whole(self) -> int:
+        """Samples so far with a picture and what may be a label."""
+        labelled = (state == _GOOD_LABEL for state in self._label_state)
+        columns = zip(self._offsets, labelled, self._json_offsets, strict=True)
+        return sum(offset >= 0 and (has_cls or json >= 0) for offset, has_cls, json in columns)
 
     def finish(self) -> ShardSamples:
         """Check that every sample is whole; the arrays hold those that are."""

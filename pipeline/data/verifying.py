@@ -123,10 +123,13 @@ class ShardVerifier:
         if expected.is_index:
             tick(num_bytes)
             return Found(expected, num_bytes, problems=tuple(problems))
+        num_whole: list[int] = []
         try:
-            samples = index_shard(path, lambda error: problems.append(str(error)))
+            samples = index_shard(path, lambda error: problems.append(str(error)), num_whole.append)
         except DataError as error:
-            problems.append(f"{error} None of its pictures was checked.")
+            of_how_many = "" if expected.num_samples is None else f" of {expected.num_samples}"
+            holds = f"Before that it holds {sum(num_whole)}{of_how_many} whole samples."
+            problems.append(f"{error} {holds} None of its pictures was checked.")
             tick(num_bytes)
             return Found(expected, num_bytes, problems=tuple(problems))
         if expected.num_samples not in (None, len(samples.keys)):

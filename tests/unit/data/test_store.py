@@ -18,12 +18,13 @@ from pictures_on_disk import picture
 from shard_index import add_index
 from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
+from pipeline.config import DataConfig
 from pipeline.data import store
 from pipeline.data.manifest import Manifest
 from pipeline.data.store import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
 from pipeline.data.table import INDEX_KEY, index_name
 from pipeline.data.tarindex import index_shard
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ExitCode
 from pipeline.files import sha256_of_file
 
 BLOCK = 512
@@ -332,6 +333,16 @@ def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path, where
     root = one_foreign_shard(tmp_path / "shards", content[: cut_points(content)[where]])
     message = refused(root)
     assert "train-000000.tar" in message and "cut short" in message
+
+
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root, is_foreign):
+    os.truncate(root / "train-000001.tar", 3000)
+    if is_foreign:
+        (root / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"train-000001\.tar .*3000") as caught:
+        store.open_split(DataConfig(root=str(root), max_bad_fraction=0.99), "train")
+    assert caught.value.exit_code == ExitCode.DATA
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])

@@ -1,9 +1,11 @@
 """`prepare verify=true`: everything that is wrong with shards is named in one go, and nothing is touched."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,34 @@ def test_foreign_shards_are_checked_as_far_as_anything_is_known(root):
     (root / "val-000000.tar").write_bytes((root / "val-000000.tar").read_bytes()[:-10240])
     lines, _ = verify(root, "split=val-{000000..000000}.tar", "num_workers=1", code=ExitCode.DATA)
     assert "cut short" in wrong(lines)[0]
+
+
+@pytest.mark.parametrize("known_by", ["manifest.json", "_info.json", "nothing"])
+def test_all_shards_cut_short_are_named_with_their_counts(root, known_by):
+    """In the middle of a label, between a picture and its label, and in the first header."""
+    write_tar(root / "train-000002.tar", samples_of(9, 2))
+    counts = {"train-000000.tar": 4, "train-000001.tar": 5, "train-000002.tar": 2}
+    write_manifest(root, {"train": counts, "val": {"val-000000.tar": 3}})
+    for name, num_members, num_more in (
+        ("train-000000.tar", 5, 512),
+        ("train-000001.tar", 9, 0),
+        ("train-000002.tar", 0, 100),
+    ):
+        with tarfile.open(root / name) as tar:
+            members = tar.getmembers()
+        os.truncate(root / name, members[num_members].offset + num_more)
+    if known_by != "manifest.json":
+        (root / "manifest.json").unlink()
+    if known_by == "_info.json":
+        train = {"filenames": list(counts), "shard_lengths": list(counts.values()), "num_samples": 11}
+        (root / "_info.json").write_text(json.dumps({"splits": {"train": train}}))
+    lines, _ = verify(root, "num_workers=1", code=ExitCode.DATA)
+    found = [line for line in wrong(lines) if "is cut short" in line]
+    of = ("", "", "") if known_by == "nothing" else (" of 4", " of 5", " of 2")
+    for line, name, num_whole, of_how_many in zip(found, counts, (2, 4, 0), of, strict=True):
+        assert line.startswith(f"{name}: Shard {name} is cut short: ")
+        assert f"Before that it holds {num_whole}{of_how_many} whole samples." in line
+    assert any(line.startswith("val: 3 sound pictures") for line in lines)
 
 
 @pytest.mark.parametrize(
