@@ -7,7 +7,8 @@ contender is one process on the same core with one thread, and no worker process
 while the others wait, and ratios are taken within a round, so that a machine that changes its speed changes all. The
 contenders, and what exactly each decodes, are in `peers/loaders.py`; litData, MosaicML Streaming and DALI are left out,
 and said to be, where their environment (`make peers`) is missing. Ours reads the shards that `prepare` wrote through
-the loader that trains, without worker processes; once more from shards prepared with short_side=256.
+the loader that trains, without worker processes; once more from shards prepared with short_side=256, and from shards of
+check=ends, whose pictures nobody has decoded, so that rows below the crop are decoded too, as with shards of others.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.peers import loaders
 
-OURS, OURS_SMALL = "squeezewire", "squeezewire, short side 256"
+OURS, OURS_SMALL, OURS_UNCHECKED = "squeezewire", "squeezewire, short side 256", "squeezewire, check=ends"
 PROJECT_PEERS, OTHER_PEERS = ("image_folder", "webdataset"), ("litdata", "mosaic", "dali")
 FLOOR_PEERS, FLOOR_DALI, FLOOR_DECODER = 1.2, 1.0, 0.85
 GOAL_PEERS, GOAL_DALI = 1.5, 1.2
@@ -101,8 +102,10 @@ def make_sources(options: argparse.Namespace, peers: Sequence[str]) -> dict[str,
     link_pictures(options.folder, folder, options.copies)
     common.run("prepare", f"source={folder}", f"out={root / 'shards'}")
     common.run("prepare", f"source={folder}", f"out={root / 'shards-256'}", f"short_side={SHORT_SIDE}")
+    common.run("prepare", f"source={folder}", f"out={root / 'shards-ends'}", "check=ends")
     sources = dict.fromkeys(("image_folder", "dali", "decoder"), folder)
     sources |= {OURS: root / "shards", OURS_SMALL: root / "shards-256", "webdataset": root / "shards"}
+    sources[OURS_UNCHECKED] = root / "shards-ends"
     for name in {"litdata", "mosaic"} & set(peers):
         sources[name] = root / name
         if not sources[name].exists():
@@ -113,7 +116,7 @@ def make_sources(options: argparse.Namespace, peers: Sequence[str]) -> dict[str,
 
 def command_of(name: str, source: Path, options: argparse.Namespace) -> list[str]:
     """Of the contender's process."""
-    if name in (OURS, OURS_SMALL):
+    if name in (OURS, OURS_SMALL, OURS_UNCHECKED):
         return [sys.executable, "-m", "benchmarks.loader_ours", str(source), str(options.batch)]
     python = str(options.peers) if name in OTHER_PEERS else sys.executable
     return [python, str(PROGRAM), "serve", name, str(source.resolve()), str(options.batch)]
@@ -169,6 +172,7 @@ def report(options: argparse.Namespace, contenders: dict[str, Contender]) -> int
         "images_per_second": {name: middle(contender.rates) for name, contender in contenders.items()},
         "ours_times_as_fast_as": {label: ratios(contenders, OURS, names) for label, names in compared.items()},
         "short_side_256_times_original": ratios(contenders, OURS_SMALL, [OURS]),
+        "unchecked_times_as_fast_as_the_best": ratios(contenders, OURS_UNCHECKED, present),
         "versions": {name: contender.versions for name, contender in contenders.items()},
         "rounds": {name: contender.rates for name, contender in contenders.items()},
     }
@@ -191,6 +195,8 @@ def report(options: argparse.Namespace, contenders: dict[str, Contender]) -> int
         goals[f"DALI, {GOAL_DALI}"] = by_name["dali"]["median"] >= GOAL_DALI
     result.figures["goals_reached"] = goals
     print(f"  goals reached: {goals}")
+    unchecked = result.figures["unchecked_times_as_fast_as_the_best"]["median"]
+    print(f"  from shards of check=ends: {unchecked:.3f} times as fast as the best of {len(present)}")
     print(f"  short side {SHORT_SIDE}: {result.figures['short_side_256_times_original']['median']:.3f} times that")
     return result.finish(options.results)
 
@@ -203,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.peers.exists():
         print(f"  {', '.join(OTHER_PEERS)}: left out, there is no {options.peers} (make peers)")
     sources = make_sources(options, peers)
-    order = [OURS, *peers, "decoder", OURS_SMALL]
+    order = [OURS, *peers, "decoder", OURS_SMALL, OURS_UNCHECKED]
     return report(options, measure(options, {name: sources[name] for name in order}))
 
 

@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--copies", type=int, default=10, help="times the pictures are in the large source (%(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="(%(default)s)")
     return parser.parse_args(arguments)
 
