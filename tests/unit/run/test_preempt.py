@@ -15,6 +15,8 @@ import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 from pipeline.run.preempt import StopRequest, block_early
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+
 def me(number):
     os.kill(os.getpid(), number)
 
