@@ -373,6 +373,7 @@ def test_an_ordinary_user_has_a_lab_or_a_sentence() -> None:
 # --- trainings ---
 
 
+@pytest.mark.slow
 def test_ranks_dealt_out_in_turn_train_as_any_others(shards: Path, tmp_path: Path) -> None:
     """Lightning derives another rank than the true one for two of the four. Only what leaves a server may differ."""
     options = ["model=squeezenet_small", "trainer.max_steps=4", "batch.max_per_rank=2", "batch.global_size=16"]
