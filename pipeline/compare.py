@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pipeline.cli import run_command
-from pipeline.comparison_config import CompareConfig
+from pipeline.comparison_config import CompareConfig, quote_models
 from pipeline.errors import ExitCode, LedgerError
 
 
@@ -53,6 +53,4 @@ def compare(config: CompareConfig) -> int:
 
 
 if __name__ == "__main__":
-    from pipeline.candidates import quote_models
-
     run_command("compare", CompareConfig, compare, argv=quote_models(sys.argv[1:]))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.candidates import check_candidates, quote_models
+from pipeline.candidates import check_candidates
 from pipeline.cli import compose
-from pipeline.compare import CompareConfig
+from pipeline.comparison_config import CompareConfig, quote_models
 from pipeline.comparison_launch import choose_launcher
 from pipeline.errors import ConfigError
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.candidates import check_candidates, quote_models
+from pipeline.candidates import check_candidates
 from pipeline.cli import compose
-from pipeline.compare import CompareConfig, compare
+from pipeline.compare import compare
 from pipeline.comparison import choose_baseline, compare_outcomes
+from pipeline.comparison_config import CompareConfig, quote_models
 from pipeline.comparison_rows import KEYS, Outcome, published
 from pipeline.errors import ConfigError, DataError, LedgerError
 from pipeline.model_facts import ModelFacts, model_facts

@@ -10,10 +10,10 @@ from conftest import timed_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.candidates import quote_models
 from pipeline.cli import compose
-from pipeline.compare import CompareConfig, compare
+from pipeline.compare import compare
 from pipeline.comparison import compare_outcomes
+from pipeline.comparison_config import CompareConfig, quote_models
 from pipeline.comparison_rows import Outcome, egress
 from pipeline.errors import ConfigError, ExitCode
 from pipeline.model_facts import model_facts
