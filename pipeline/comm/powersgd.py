@@ -66,7 +66,7 @@ class PowerSGD:
             orthogonalization_epsilon=EPSILON,  # pyright: ignore[reportArgumentType] # torch's default of 0 is an int
         )
         self._seed = seed
-        self._fresh_starts: dict[int, torch.Tensor] = {}
+        self._fresh_starts: dict[int, list[torch.Tensor]] = {}
         # A hook call per bucket and step: torch's count of iterations is the number of steps.
         self._state.iter = step
         self._device = device or torch.device("cpu")
@@ -109,16 +109,14 @@ class PowerSGD:
         if memory is None:
             return
         fresh = self._fresh_starts.get(bucket.index())
-        if fresh is None:
+        if fresh is None:  # the layout of a bucket is settled once it has a Q: nothing is worked out in later steps
             generator = torch.Generator().manual_seed((self._seed + bucket.index()) % 2**63)
-            fresh = torch.randn(len(memory), generator=generator).to(memory)
+            fresh = [torch.randn(shape, generator=generator).to(memory) for shape in self._shapes_of_qs(bucket)]
             self._fresh_starts[bucket.index()] = fresh
-        start = 0
-        for shape in self._shapes_of_qs(bucket):
-            part = slice(start, start := start + shape.numel())
-            q, fresh_q = memory[part].view(shape), fresh[part].view(shape)
-            length = torch.linalg.vector_norm(q, dim=1, keepdim=True)
-            q.copy_(torch.where(length < EPSILON, fresh_q, q))
+        for q, fresh_q in zip(memory.split([q.numel() for q in fresh]), fresh, strict=True):
+            columns = q.view_as(fresh_q)
+            length = torch.linalg.vector_norm(columns, dim=1, keepdim=True)
+            columns.copy_(torch.where(length < EPSILON, fresh_q, columns))
 
     def _shapes_of_qs(self, bucket: GradBucket) -> list[torch.Size]:
         """(layers, columns of the layer, rank) of every Q in torch's memory: layers of one shape lie together."""
