@@ -29,8 +29,11 @@ from pipeline.startup import Compute, keep_freed_memory, set_threads
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
 SHARE_OF_TIMEOUT = 0.25
-# How gloo reports a connection that broke or stayed silent, and one that it closed after such a report.
-OF_A_LOST_PEER = ("gloo/transport", "Application timeout caused pair closure")
+# How gloo reports a peer that stayed silent, to the transfer that waited longest, and to the others whose connection it
+# closes then; several buckets wait at once, and which of them is heard of first is chance.
+OF_A_SILENT_PEER = ("Timed out waiting", "Application timeout caused pair closure")
+# The same and how it reports a connection that broke.
+OF_A_LOST_PEER = ("gloo/transport", *OF_A_SILENT_PEER)
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def _is_of_a_lost_peer(error: RuntimeError) -> bool:
 
 def _gist(error: RuntimeError) -> str:
     """The one clause of gloo's report that says something: `Connection closed by peer`."""
+    if any(words in str(error) for words in OF_A_SILENT_PEER):
+        return "silent for longer than cluster.step_timeout_seconds, outside steps cluster.timeout_seconds"
     words = str(error).partition("\n")[0]
     found = re.search(r"gloo/transport/\S+\] (.*?)(?: \[|\. |$)", words)
     return found[1] if found else words[:200]

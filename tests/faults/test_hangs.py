@@ -39,7 +39,8 @@ def test_a_stopped_rank_ends_the_others_at_the_timeout_of_a_step(
     for rank in range(devices - 1):
         assert f"rank {rank} got nowhere for 4.8 s in step 5; its threads stand at:" in output
         assert f"Rank {rank} lost its connection to another rank in step 5 and stops" in output
-    assert "Timed out waiting 6000ms" in output
+    # Of three, one may hear of the other's leaving before its own patience ends.
+    assert "stops (silent for longer than cluster.step_timeout_seconds" in output
     assert output.count("Current thread 0x") == devices - 1  # the watch's own, then all others
     assert output.count("\nThread 0x") >= devices - 1
     assert "in training_step" in output or "in backward" in output  # Python's names of where they stand
