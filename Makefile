@@ -41,9 +41,11 @@ demo: venv ## shards, a two-rank training and a comparison with larger models: r
 	$(PY) -m pipeline.train experiment=demo
 	$(PY) -m pipeline.compare name=demo data.root=$(DEMO_SHARDS) data.size=64 steps=5 alone=false
 
+# Unit tests share nothing and take all cores. The others are ranks, clusters and deadlines: one at a time.
 .PHONY: test
 test: venv ## the tests but the slow ones, as CI runs them
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n $$(nproc) --maxprocesses 8 --dist loadfile tests/unit; code=$$?; \
+	$(PY) -m pytest -m "not slow" --ignore=tests/unit || exit; exit $$code
 
 .PHONY: test-all
 test-all: venv ## every test, an hour and a half; what came out goes into the table of tests/README.md
