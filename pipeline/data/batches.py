@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from pipeline.config import AugmentConfig, InputConfig
 from pipeline.data.order import PADDING, BatchOrder, Ids, evaluation_stripe, stripe
-from pipeline.data.pixels import SampleError, eval_view, train_view
+from pipeline.data.pixels import Draw, SampleError, eval_view, train_draws, train_view
 from pipeline.data.quarantine import BadSample
 from pipeline.data.store import ShardIndex
 
@@ -138,10 +138,11 @@ class TrainSamples(Dataset[LoadedBatch]):
         """The whole batch at once: each picture is written straight to its place."""
         images_BHWC = _room(len(items), self.config.size)
         labels_B, bad = np.empty(len(items), np.int64), []
-        for place, item in enumerate(items):
+        draws = train_draws(self.seed, [(item.epoch, item.sample_id) for item in items])
+        for place, (item, draw) in enumerate(zip(items, draws, strict=True)):
             for candidate in self._candidates(item.sample_id):
                 try:
-                    images_BHWC[place] = self._view(candidate, item.epoch)
+                    images_BHWC[place] = self._view(candidate, item, draw)
                 except SampleError as error:
                     bad.append(BadSample.of(self.index, candidate, error))
                 else:
@@ -156,16 +157,12 @@ class TrainSamples(Dataset[LoadedBatch]):
         yield sample_id
         yield from replacements(sample_id, self.index.num_samples)
 
-    def _view(self, sample_id: int, epoch: int) -> NDArray[np.uint8]:
-        return train_view(
-            self.index.read(sample_id),
-            self.config,
-            self.augment,
-            seed=self.seed,
-            epoch=epoch,
-            sample_id=sample_id,
-            is_checked=self.index.is_checked,
-        )
+    def _view(self, sample_id: int, item: TrainItem, draw: Draw) -> NDArray[np.uint8]:
+        """Of the item itself by `draw`; a replacement has numbers of its own."""
+        if sample_id != item.sample_id:
+            (draw,) = train_draws(self.seed, [(item.epoch, sample_id)])
+        content = self.index.read(sample_id)
+        return train_view(content, self.config, self.augment, draw, is_checked=self.index.is_checked)
 
 
 class EvalSamples(Dataset[LoadedBatch]):

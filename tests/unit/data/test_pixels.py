@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from draws import draw_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +18,15 @@ from torchvision.transforms import functional as tv
 
 from pipeline.config import AugmentConfig, InputConfig
 from pipeline.data.images import MAX_PIXELS
-from pipeline.data.pixels import SampleError, decode, eval_view, picture_size, random_resized_box, train_view
+from pipeline.data.pixels import (
+    SampleError,
+    decode,
+    eval_view,
+    picture_size,
+    random_resized_box,
+    train_draws,
+    train_view,
+)
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -136,7 +145,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_reason(name):
     views = (
         decode,
         lambda content: eval_view(content, InputConfig()),
-        lambda content: train_view(content, InputConfig(), AugmentConfig(), seed=0, epoch=0, sample_id=0),
+        lambda content: train_view(content, InputConfig(), AugmentConfig(), draw_of()),
     )
     for view in views:
         with pytest.raises(SampleError) as caught:
@@ -212,7 +221,7 @@ def test_the_smallest_pictures_still_give_full_views(mode, source, crop):
     content, config = encoded(*source), InputConfig(size=32, resize_side=40, resize_mode=mode)
     assert eval_view(content, config).shape == (32, 32, 3)
     for sample_id in range(10):
-        view = train_view(content, config, AugmentConfig(crop=crop), seed=0, epoch=0, sample_id=sample_id)
+        view = train_view(content, config, AugmentConfig(crop=crop), draw_of(sample_id=sample_id))
         assert view.shape == (32, 32, 3)
 
 
@@ -224,7 +233,7 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone(crop):
     content, config, augment = encoded(), InputConfig(size=64, resize_side=80), AugmentConfig(crop=crop)
 
     def view(seed: int = 1, epoch: int = 2, sample_id: int = 3) -> bytes:
-        return train_view(content, config, augment, seed=seed, epoch=epoch, sample_id=sample_id).tobytes()
+        return train_view(content, config, augment, draw_of(seed, epoch, sample_id)).tobytes()
 
     first = view()
     np.random.default_rng().random()
@@ -233,6 +242,11 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone(crop):
     ways = {first, *(view(seed=s) for s in range(4, 12)), *(view(epoch=e) for e in range(4, 12))}
     ways |= {view(sample_id=i) for i in range(4, 12)}
     assert len(ways) == 2 if crop == "center" else len(ways) > 15
+
+
+@given(seed=st.integers(0, 2**63), places=st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**63))))
+def test_a_batch_draws_what_each_of_its_pictures_would_alone(seed, places):
+    assert train_draws(seed, places) == [draw_of(seed, *place) for place in places]
 
 
 def test_views_stay_what_they_were_in_earlier_versions():
@@ -244,14 +258,14 @@ def test_views_stay_what_they_were_in_earlier_versions():
     config = InputConfig(size=16, resize_side=200, resize_mode="none")
     corners = []
     for sample_id in range(3):
-        view = train_view(buffer.getvalue(), config, augment, seed=7, epoch=1, sample_id=sample_id)
+        view = train_view(buffer.getvalue(), config, augment, draw_of(7, 1, sample_id))
         corners.append(view[0, 0, :2].tolist())
     assert corners == [[156, 218], [145, 142], [45, 171]]
 
 
 def test_the_largest_seed_epoch_and_sample_are_fine():
     big = 2**63 - 1
-    assert train_view(encoded(), InputConfig(), AugmentConfig(), seed=big, epoch=big, sample_id=big).shape == (
+    assert train_view(encoded(), InputConfig(), AugmentConfig(), draw_of(big, big, big)).shape == (
         224,
         224,
         3,
@@ -264,13 +278,13 @@ def test_half_of_the_views_are_mirrored():
     plain = decode(content)
     num_mirrored = 0
     for sample_id in range(400):
-        view = train_view(content, config, augment, seed=0, epoch=0, sample_id=sample_id)
+        view = train_view(content, config, augment, draw_of(sample_id=sample_id))
         mirrored = np.array_equal(view, plain[:, ::-1])
         assert mirrored or np.array_equal(view, plain)
         num_mirrored += mirrored
     assert 150 < num_mirrored < 250
     never = AugmentConfig(crop="center", flip=False)
-    views = [train_view(content, config, never, seed=0, epoch=0, sample_id=i) for i in range(20)]
+    views = [train_view(content, config, never, draw_of(sample_id=i)) for i in range(20)]
     assert all(np.array_equal(view, plain) for view in views)
 
 
@@ -283,7 +297,7 @@ def test_half_of_the_views_are_mirrored():
 )
 def test_random_resized_crops_lie_inside_and_have_the_asked_shape(height, width, low, seed, ratio):
     augment = AugmentConfig(scale=(low, 1.0), ratio=ratio)
-    box = random_resized_box((height, width), augment, np.random.default_rng(seed).random(40))
+    box = random_resized_box((height, width), augment, np.random.default_rng(seed).random(40).tolist())
     assert box.top >= 0 and box.left >= 0 and box.height >= 1 and box.width >= 1
     assert box.top + box.height <= height and box.left + box.width <= width
     if min(box.height, box.width) > 50:
@@ -299,7 +313,9 @@ def test_random_resized_crops_are_drawn_as_torchvisions():
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [0.75, 4 / 3]) for _ in range(num_draws)])
     generator = np.random.default_rng(0)
-    boxes = [random_resized_box((height, width), AugmentConfig(), generator.random(40)) for _ in range(num_draws)]
+    boxes = [
+        random_resized_box((height, width), AugmentConfig(), generator.random(40).tolist()) for _ in range(num_draws)
+    ]
     ours = np.array([(box.top, box.left, box.height, box.width) for box in boxes])
     for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert np.abs(np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)).max() < 20
@@ -314,8 +330,8 @@ def test_decoding_at_reduced_size_shows_the_same_picture():
     never_reduced, config = as_png(content), InputConfig(size=96)
     for sample_id in range(12):
         augment = AugmentConfig(scale=(0.3, 1.0), flip=False)
-        view = train_view(content, config, augment, seed=0, epoch=0, sample_id=sample_id)
-        whole = train_view(never_reduced, config, augment, seed=0, epoch=0, sample_id=sample_id)
+        view = train_view(content, config, augment, draw_of(sample_id=sample_id))
+        whole = train_view(never_reduced, config, augment, draw_of(sample_id=sample_id))
         distance = np.abs(view.astype(int) - whole.astype(int)).mean()
         shifted = np.abs(view[1:].astype(int) - whole[:-1].astype(int)).mean()
         assert distance < 1 and shifted > 4 * distance
@@ -338,7 +354,7 @@ def test_padded_crops_are_shifts_of_the_picture_over_black():
     config, augment = InputConfig(size=32, resize_mode="none"), AugmentConfig(crop="pad_random", pad=4, flip=False)
     padded = np.pad(decode(content), ((4, 4), (4, 4), (0, 0)))
     shifts = {padded[top : top + 32, left : left + 32].tobytes(): (top, left) for top in range(9) for left in range(9)}
-    views = [train_view(content, config, augment, seed=0, epoch=0, sample_id=i).tobytes() for i in range(600)]
+    views = [train_view(content, config, augment, draw_of(sample_id=i)).tobytes() for i in range(600)]
     assert {shifts[view] for view in views} == set(shifts.values())  # every shift occurs, and nothing else
 
 
@@ -349,7 +365,7 @@ def test_random_crops_come_from_the_resized_picture():
     windows = np.lib.stride_tricks.sliding_window_view(resized, (32, 32), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
     augment = AugmentConfig(crop="random", flip=False)
     for sample_id in range(20):
-        view = train_view(content, config, augment, seed=0, epoch=0, sample_id=sample_id)
+        view = train_view(content, config, augment, draw_of(sample_id=sample_id))
         distance = np.abs(windows.astype(np.int16) - view.astype(np.int16)).max(axis=(2, 3, 4))
         assert distance.min() <= 1
 
