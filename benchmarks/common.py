@@ -64,17 +64,14 @@ class Result:
     settings: Mapping[str, Any]
     figures: dict[str, Any] = field(default_factory=dict)
     floors: list[Floor] = field(default_factory=list)
-    program: str = ""
-    """The module that was run, where it is not called as the figure is."""
 
     def finish(self, directory: Path) -> int:
         """Write `<directory>/<name>.json`, print the floors; returns the exit code, 1 where a floor was missed."""
+        module = Path(sys.argv[0]).stem  # one may publish several figures
         content = {
             "schema": 1,
             "benchmark": self.name,
-            "command": shlex.join(
-                ["python", "-m", f"benchmarks.{self.program or self.name}", *map(portable, sys.argv[1:])]
-            ),
+            "command": shlex.join(["python", "-m", f"benchmarks.{module}", *map(portable, sys.argv[1:])]),
             "conditions": conditions(),
             "settings": {key: portable(value) for key, value in self.settings.items()},
             **self.figures,

@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
     name = "links_batches" if options.batches else "links"
-    result = common.Result(name, vars(options), program="links")
+    result = common.Result(name, vars(options))
     if options.batches:
         rows = batch_rows(options.steps, options.size)
         shown = ("model", "batch_per_rank", "buckets", "step_seconds", "forward_seconds", "backward_seconds",

@@ -98,8 +98,8 @@ def train_draws(seed: int, epochs_and_ids: Sequence[tuple[int, int]]) -> list[Dr
     """The random numbers of each (epoch, sample id): they depend on these and the seed, and on nothing else.
 
     53 bits of Philox's raw words, whose stream NumPy promises to keep (NEP 19). Philox is a function of a counter and a
-    key, made for streams that are addressed instead of advanced. Asked for a batch at once it is several times as fast
-    as between pictures, each of which takes the processor's caches for itself.
+    key, made for streams that are addressed instead of advanced. Drawn for a batch at once, because between
+    pictures, each of which takes the processor's caches for itself, the same Python takes longer.
     """
     words = np.empty((len(epochs_and_ids), _NUM_DRAWN), np.uint64)
     key = np.array([seed, _DOMAIN], np.uint64)

@@ -144,6 +144,39 @@ def test_a_lost_peer_is_one_sentence_and_no_cause(how: str, tmp_path: Path) -> N
         assert "pair.cc" not in facts["message"] and len(facts["message"]) < 250, facts["message"]
 
 
+@pytest.mark.parametrize("heard_first", [0, 1])
+def test_a_silent_peer_is_the_same_sentence_whichever_transfer_hears_of_it_first(
+    heard_first: int, tmp_path: Path
+) -> None:
+    """gloo tells the transfer that waited longest of a timeout, and the others of a connection that it closed."""
+    body = f"""
+    import dataclasses, time
+    import torch
+    import torch.distributed as dist
+    try:
+        with join_group(ranks, compute, dataclasses.replace(cluster, timeout_seconds=2)) as world:
+            world.agree(lambda: 1)
+            if ranks.rank == 1:
+                while not (out / "rank0.json").exists():
+                    time.sleep(0.1)
+                tell(silent=True)
+                os._exit(0)
+            waiting = []
+            for _ in range(2):
+                waiting.append(dist.all_reduce(torch.ones(1000), async_op=True))
+                time.sleep(1)
+            time.sleep(3)
+            waiting[{heard_first}].wait()
+    except UserError as error:
+        tell(code=int(error.exit_code), message=str(error))
+        os._exit(0)
+    """
+    told, silent = on_ranks(2, tmp_path, body)
+    assert silent == {"silent": True}
+    assert told["code"] == 1
+    assert "stops (silent for longer than cluster.step_timeout_seconds" in told["message"], told
+
+
 def test_a_bug_on_one_rank_leaves_no_other_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     body = """
     import traceback
