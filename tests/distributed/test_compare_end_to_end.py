@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_file import records
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,18 @@ def compare(shards: Path, root: Path, models: str, *more: str, expect: int = 0) 
     return json.loads((root / "c" / "comparison.json").read_text()), said
 
 
+def tables_in_wandb(directory: Path) -> list[list[dict]]:
+    """The comparison's table in every offline run that W&B would upload, by row."""
+    found = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        history = [record.history for record in records(path) if record.WhichOneof("record_type") == "history"]
+        items = {tuple(item.nested_key): json.loads(item.value_json) for row in history for item in row.item}
+        table = json.loads((path.parent / "files" / items["comparison/models", "path"]).read_text())
+        found.append([dict(zip(table["columns"], row, strict=True)) for row in table["data"]])
+        assert items["comparison/models", "nrows"] == len(found[-1])
+    return found
+
+
 def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
     result, said = compare(shards, tmp_path, "squeezenet1_0,squeezenet1_1,squeezenet1_0:sr=0.25")
     by_model = {row["model"]: row for row in result["models"]}
@@ -53,6 +66,9 @@ def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
     page = (tmp_path / "c" / "report.html").read_text()
     assert "4,993,696 bytes" in page and "http" not in page
     assert "squeezenet1_0" in said
+    (table,) = tables_in_wandb(tmp_path / "c")
+    assert table == [{key: row[key] for key in table[0]} for row in result["models"]]
+    assert {"model", "gradient_bytes", "step_seconds", "times_baseline", "ledger_closed"} <= table[0].keys()
 
     again, _ = compare(shards, tmp_path, "squeezenet1_1")
     assert [row["model"] for row in again["models"]] == ["squeezenet1_1"]
