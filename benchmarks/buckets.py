@@ -4,7 +4,7 @@
     python -m benchmarks.buckets --megabytes null 1 25 -- comm.hook=fp16
 
 A round is one short training for every model and size, in an order that rotates; rounds follow one another in the same
-processes, so that a change in the machine's speed meets all alike. A training is `pipeline.training.fit` as the `train`
+processes, so that a change in the machine's speed meets all alike. A training is `training.steps.fit` as the `train`
 command calls it, but for its loader, which hands out pictures decoded before. The times are those of its metrics.jsonl:
 `perf/step_seconds` less `perf/data_wait_seconds`, `comm/seconds`, `comm/exposed_seconds`, on rank 0; a training's first
 step is left out. Printed are medians over the rounds of the median of a round.
@@ -25,9 +25,9 @@ from unittest import mock
 from benchmarks import common
 
 if TYPE_CHECKING:
-    from pipeline.config import TrainConfig
+    from pipeline.config.training import TrainConfig
     from pipeline.data.batches import LoadedBatch
-    from pipeline.world import World
+    from pipeline.training.world import World
 
 NAME = "buckets"
 NUM_CLASSES = 1000
@@ -120,8 +120,8 @@ class Decoded:
 
 def compose_run(options: argparse.Namespace, case: Case, round_number: int) -> "TrainConfig":
     """The training, as the train command would have it."""
-    from pipeline.cli import compose
-    from pipeline.config import TrainConfig
+    from pipeline.config.training import TrainConfig
+    from pipeline.core.cli import compose
 
     overrides = [
         f"name=benchmarks/{NAME}/{case.model}-{case.megabytes}-{round_number}",
@@ -163,22 +163,22 @@ class Rounds:
         return self.cases
 
     def _train(self, case: Case, number: int) -> None:
-        from pipeline import training
+        from pipeline.training import steps
 
         config, world = compose_run(self.options, case, number), self.world
         # Rank 0 tells its user what each training is: here there are many, and the table tells.
         with contextlib.redirect_stdout(io.StringIO()):
-            run = training.open_run(config, world)
-            shards = training.open_shards(config, world)
-            plan = training.plan_steps(config, world, shards)
-            start = training.Start()
+            run = steps.open_run(config, world)
+            shards = steps.open_shards(config, world)
+            plan = steps.plan_steps(config, world, shards)
+            start = steps.Start()
             if not self._batches:
-                real = training.make_data(config, world, shards, plan, start)
+                real = steps.make_data(config, world, shards, plan, start)
                 self._batches = list(itertools.islice(real.train_dataloader(), NUM_BATCHES))
-            learner = training.make_learner(config, world, shards, plan, start)
+            learner = steps.make_learner(config, world, shards, plan, start)
             decoded = Decoded(self._batches, self.options.steps)
-            with mock.patch.object(training, "make_data", lambda *_: decoded):
-                training.fit(config, world, run, shards, plan, start, learner)
+            with mock.patch.object(steps, "make_data", lambda *_: decoded):
+                steps.fit(config, world, run, shards, plan, start, learner)
         if world.is_first:
             buckets = [bucket.num_bytes for _, bucket in sorted(world.meter.buckets.items())]
             case.add(common.read_rows(str(Path(config.name).relative_to("benchmarks"))), buckets)
@@ -210,7 +210,7 @@ def report(options: argparse.Namespace, world: "World", cases: list[Case]) -> in
 
 def main(arguments: Sequence[str]) -> int:
     """The ranks are started as the train command starts them."""
-    from pipeline.run.launch import find_ranks, supervise
+    from pipeline.run.launch.supervisor import find_ranks, supervise
 
     options = parse(arguments)
     ranks = find_ranks(options.ranks)
@@ -219,9 +219,9 @@ def main(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-m", "benchmarks.buckets", *arguments]
         return supervise(command, options.ranks, num_threads=options.threads)
 
-    from pipeline import training
+    from pipeline.training import steps
 
-    with training.join(compose_run(options, Case(options.models[0], options.megabytes[0]), 0), ranks) as world:
+    with steps.join(compose_run(options, Case(options.models[0], options.megabytes[0]), 0), ranks) as world:
         cases = Rounds(options, world).run()
         return report(options, world, cases) if world.is_first else 0
 

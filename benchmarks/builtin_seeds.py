@@ -31,7 +31,7 @@ def small_pictures(root: Path, split: str) -> "tuple[torch.Tensor, torch.Tensor]
     import torch
     from PIL import Image
 
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
 
     index = ShardIndex.open(root, split)
     rows = []

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json_atomic
+from pipeline.core.files import write_json_atomic
 from pipeline.run.provenance import CODE_ROOT, PACKAGES, describe_cpu, describe_git, package_version
 
 RUNS, SHARDS = Path("runs/benchmarks"), Path("shards/benchmarks")
@@ -143,7 +143,7 @@ def fresh(name: str) -> str:
 
 def read_rows(name: str) -> list[dict[str, Any]]:
     """metrics.jsonl of the run `benchmarks/<name>`."""
-    from pipeline.run.metrics_log import read_rows as read
+    from pipeline.run.record.metrics_log import read_rows as read
 
     return list(read(RUNS / name / "metrics.jsonl"))
 

@@ -87,7 +87,7 @@ def shard_content(first: int, count: int) -> bytes:
 
 def make_shards(root: Path, num_samples: int, num_shards: int) -> None:
     """The set, unless it is there."""
-    from pipeline.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
+    from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, Split
 
     if (root / MANIFEST_NAME).exists():
         return
@@ -112,8 +112,8 @@ def measure(root: Path) -> dict[str, float]:
     import pickle
 
     from benchmarks.synthetic import first_rank
-    from pipeline import training  # noqa: F401  # all that a rank has imported by then
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
+    from pipeline.training import steps  # noqa: F401  # all that a rank has imported by then
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on (proc(5))
     before, started = memory("VmRSS"), time.perf_counter()
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(measure(options.measure)))
         return 0
     common.print_conditions()
-    from pipeline.data.store import CACHE_DIRECTORY
+    from pipeline.data.index import CACHE_DIRECTORY
 
     root = common.SHARDS / f"epoch-start-{options.samples}-{options.shards}"
     make_shards(root, options.samples, options.shards)

@@ -34,7 +34,7 @@ def timed(measure: Callable[[], Any]) -> tuple[Any, float]:
 def matrix(loader_rules: Sequence[str]) -> dict[str, Any]:
     """Ours, pure and through loaders."""
     from benchmarks import exactness_matrix as ours
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
 
     root = common.SHARDS / f"exactness-{NUM_SAMPLES}"
     epoch_start.make_shards(root, NUM_SAMPLES, NUM_SHARDS)

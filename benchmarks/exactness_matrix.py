@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.order import BatchOrder, Ids, epoch_order, stripe
 
 if TYPE_CHECKING:
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
 
 WORLD_SIZES, WORKERS = (1, 2, 3, 4, 6, 8), (0, 1, 3)
 GLOBAL_BATCH = 24  # divisible by them all
@@ -216,7 +216,7 @@ def _of_rank(
     num_steps: int,
     tally: Tally,
 ) -> Iterator[Ids]:
-    from pipeline.config import AugmentConfig, DataConfig, InputConfig
+    from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
     from pipeline.data.loader import ShardData
 
     data = ShardData(

@@ -130,8 +130,8 @@ def be_rank(options: argparse.Namespace) -> int:
     """Measure, and leave the triples for the one who started the ranks."""
     import torch.distributed as dist
 
-    from pipeline.config import ClusterConfig
-    from pipeline.startup import keep_freed_memory, set_threads
+    from pipeline.config.training import ClusterConfig
+    from pipeline.training.plan import keep_freed_memory, set_threads
 
     keep_freed_memory()
     set_threads(ClusterConfig(num_threads=1), int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -40,7 +40,7 @@ def write_curve(rows: Sequence[Mapping[str, Any]], num_classes: int, directory: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from pipeline.files import write_bytes_atomic, write_text_atomic
+    from pipeline.core.files import write_bytes_atomic, write_text_atomic
 
     steps, losses = [row["trainer/step"] for row in rows], [row["train/loss"] for row in rows]
     text = io.StringIO()

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from benchmarks.synthetic import first_rank
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
 
     torch.set_num_threads(1)
     source, batch = arguments[0], int(arguments[1])

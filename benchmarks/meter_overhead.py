@@ -69,11 +69,11 @@ def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.comm.collectives import CollectiveMeter
-    from pipeline.comm.counters import SocketCounter
-    from pipeline.comm.ledger import Ledger
-    from pipeline.comm.reconcile import Reconciler
+    from pipeline.comm.kernel.counter import SocketCounter
+    from pipeline.comm.ledger.ledger import Ledger
+    from pipeline.comm.ledger.reconcile import Reconciler
+    from pipeline.comm.ledger.traffic import Placement
     from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
-    from pipeline.comm.traffic import Placement
 
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plain_group = whole_group()
@@ -153,14 +153,14 @@ def main(arguments: Sequence[str]) -> int:
     """Start the ranks, or be one."""
     options = parse(arguments)
     if "RANK" not in os.environ:
-        from pipeline.run.launch import supervise
+        from pipeline.run.launch.supervisor import supervise
 
         common.print_conditions()
         return supervise([sys.executable, "-m", "benchmarks.meter_overhead", *arguments], options.ranks)
     import torch.distributed as dist
 
-    from pipeline.config import ClusterConfig
-    from pipeline.startup import keep_freed_memory, set_threads
+    from pipeline.config.training import ClusterConfig
+    from pipeline.training.plan import keep_freed_memory, set_threads
 
     keep_freed_memory()
     set_threads(ClusterConfig(), options.ranks)

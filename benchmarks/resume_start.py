@@ -38,8 +38,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def measure(root: Path, place: float, num_workers: int) -> dict[str, Any]:
     """In a process of its own: open, and get the first batch of a run resumed at that share of the first epoch."""
     from benchmarks.synthetic import first_rank
-    from pipeline import training  # noqa: F401  # all that a rank has imported by then
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
+    from pipeline.training import steps  # noqa: F401  # all that a rank has imported by then
 
     started = time.perf_counter()
     index = ShardIndex.open(root, "train")

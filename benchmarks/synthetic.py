@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    from pipeline.data.index import ShardIndex
     from pipeline.data.loader import ShardData
-    from pipeline.data.store import ShardIndex
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ def make_training(model: str, batch: int, size: int, wrap: Callable[[Any], "Dist
     import torch.distributed as dist
     from torch.nn import functional as F
 
-    from pipeline.config import ClusterConfig, TrainerConfig
+    from pipeline.config.training import ClusterConfig, TrainerConfig
     from pipeline.models import zoo
-    from pipeline.startup import choose_compute
+    from pipeline.training.plan import choose_compute
 
     compute = choose_compute(TrainerConfig(max_steps=1), ClusterConfig())
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -64,7 +64,7 @@ def first_rank(
     index: "ShardIndex", *, seed: int, global_batch: int, world_size: int = 1, num_workers: int = 0, start_step: int = 0
 ) -> "ShardData":
     """What rank 0 of a training reads, to no end; all else is the product's default."""
-    from pipeline.config import DataConfig, InputConfig
+    from pipeline.config.training import DataConfig, InputConfig
     from pipeline.data.loader import ShardData
 
     return ShardData(

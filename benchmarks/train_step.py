@@ -4,7 +4,7 @@
     python -m benchmarks.train_step --ranks 2     two ranks; the plain loops run beside each other and exchange nothing
 
 A round is some steps of each plain loop, then as many of ours; rounds alternate, so that a change in the machine's
-speed meets all alike. Ours is `pipeline.training.fit` as the `train` command calls it: Lightning, DDP with the meter,
+speed meets all alike. Ours is `training.steps.fit` as the `train` command calls it: Lightning, DDP with the meter,
 the finite guard, gradient clipping, the ledger, metrics.jsonl and W&B's offline mirror. Only its loader is replaced, by
 one that hands out pictures decoded before; its time is what metrics.jsonl says, `perf/step_seconds` less
 `perf/data_wait_seconds`. A plain loop is `plain_loop.py`, what one writes by hand, in a process of its own.
@@ -23,9 +23,9 @@ from benchmarks import common
 from benchmarks.plain_loop import Peer, Settings, started
 
 if TYPE_CHECKING:
-    from pipeline.config import TrainConfig
+    from pipeline.config.training import TrainConfig
     from pipeline.data.batches import LoadedBatch
-    from pipeline.world import World
+    from pipeline.training.world import World
 
 NUM_CLASSES = 1000
 NUM_BATCHES = 4  # distinct ones, reused in turn
@@ -123,8 +123,8 @@ def our_timings(num_steps: int) -> Timings:
 
 def compose_run(options: argparse.Namespace) -> "TrainConfig":
     """The run, as the train command would have it."""
-    from pipeline.cli import compose
-    from pipeline.config import TrainConfig
+    from pipeline.config.training import TrainConfig
+    from pipeline.core.cli import compose
 
     threads = "null" if options.threads is None else options.threads
     overrides = [
@@ -176,22 +176,22 @@ def measure(options: argparse.Namespace, world: "World", config: "TrainConfig") 
     """Train, with the plain loops in between; rank 0 writes the result, and its exit code says what became of it."""
     import torch.distributed as dist
 
-    from pipeline import training
+    from pipeline.training import steps
 
-    run = training.open_run(config, world)
-    shards = training.open_shards(config, world)
-    plan = training.plan_steps(config, world, shards)
-    start = training.Start()
-    real = training.make_data(config, world, shards, plan, start)
+    run = steps.open_run(config, world)
+    shards = steps.open_shards(config, world)
+    plan = steps.plan_steps(config, world, shards)
+    start = steps.Start()
+    real = steps.make_data(config, world, shards, plan, start)
     batches = list(itertools.islice(real.train_dataloader(), NUM_BATCHES))
-    learner = training.make_learner(config, world, shards, plan, start)
+    learner = steps.make_learner(config, world, shards, plan, start)
     settings = peer_settings(config, world, batches, options.steps)
     with started(settings) as fp32, started(replace(settings, bf16=True)) as bf16:
         loader = Interleaved(
             batches, {FP32: fp32, BF16: bf16}, num_rounds=options.rounds, num_steps=options.steps, barrier=dist.barrier
         )
-        with mock.patch.object(training, "make_data", lambda *_: loader):
-            training.fit(config, world, run, shards, plan, start, learner)
+        with mock.patch.object(steps, "make_data", lambda *_: loader):
+            steps.fit(config, world, run, shards, plan, start, learner)
     if not world.is_first:
         return 0
     return report(options, world, {"ours": our_timings(options.steps), **loader.timings})
@@ -241,7 +241,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def main(arguments: Sequence[str]) -> int:
     """One rank is this process; several are started as the train command starts them."""
-    from pipeline.run.launch import find_ranks, supervise
+    from pipeline.run.launch.supervisor import find_ranks, supervise
 
     options = parse(arguments)
     ranks = find_ranks(options.ranks)
@@ -251,10 +251,10 @@ def main(arguments: Sequence[str]) -> int:
         command = [sys.executable, "-m", "benchmarks.train_step", *arguments]
         return supervise(command, options.ranks, num_threads=options.threads)
 
-    from pipeline import training
+    from pipeline.training import steps
 
     config = compose_run(options)
-    with training.join(config, ranks) as world:
+    with steps.join(config, ranks) as world:
         return measure(options, world, config)
 
 

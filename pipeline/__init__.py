@@ -1,1 +1,1 @@
-"""squeezewire: SqueezeNet over DDP, every byte accounted for."""
+"""Train SqueezeNet with DDP and account for every byte: the commands on top, the rooms below."""

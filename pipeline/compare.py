@@ -11,27 +11,28 @@ model's run beneath it, those on one rank in alone/.
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_command
-from pipeline.comparison_config import CompareConfig, quote_models
-from pipeline.errors import ExitCode, LedgerError
+from pipeline.config.compare import CompareConfig, quote_models
+from pipeline.core.cli import run_command
+from pipeline.core.errors import ExitCode, LedgerError
 
 
 def compare(config: CompareConfig) -> int:
     """Run or read every model, then write the report. Returns the exit code."""
     from rich.console import Console
 
-    from pipeline import candidates, comparison, comparison_tracking, measuring
+    from pipeline.comparison import candidates, measure, tracking
+    from pipeline.comparison import result as comparison
     from pipeline.report.comparison_tables import terminal_table
     from pipeline.report.page import write_comparison_report
-    from pipeline.report.records import read_run
+    from pipeline.report.runs import read_run
     from pipeline.report.sections import comparison_sentence
 
     if config.runs:
-        outcomes = measuring.read_outcomes(config)
+        outcomes = measure.read_outcomes(config)
     else:
         checked = candidates.check_candidates(config)  # every mistake in the command is found before the first run
         shards = candidates.shards_for(config)
-        outcomes = measuring.measure(config, checked, shards)
+        outcomes = measure.measure(config, checked, shards)
     result = comparison.compare_outcomes(outcomes, config.baseline, config.directory)
 
     comparison.write_files(result, config.directory)
@@ -46,7 +47,7 @@ def compare(config: CompareConfig) -> int:
     for outcome in outcomes:
         if outcome.reason:
             print(f"error: {outcome.name}: {outcome.reason}", file=sys.stderr)
-    comparison_tracking.mirror_comparison(result, config.name, config.directory, config.tracking)
+    tracking.mirror_comparison(result, config.name, config.directory, config.tracking)
     if open_ledgers := [outcome.name for outcome in outcomes if outcome.exit_code == ExitCode.LEDGER]:
         raise LedgerError(f"The ledger does not close for {', '.join(open_ledgers)}; the report says why.")
     return ExitCode.DONE if runs else outcomes[0].exit_code

@@ -10,9 +10,9 @@ again changes what it made before instead of making it anew.
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import run_command
-from pipeline.config import require
-from pipeline.errors import ExitCode
+from pipeline.config.training import require
+from pipeline.core.cli import run_command
+from pipeline.core.errors import ExitCode
 
 FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
 LONGEST_PROJECT = 128
@@ -46,7 +46,7 @@ class DashboardConfig:
 
 def dashboard(config: DashboardConfig) -> int:
     """Write both specifications; publish them if asked. Returns the exit code."""
-    from pipeline.files import write_json_atomic
+    from pipeline.core.files import write_json_atomic
     from pipeline.report import wandb_pages
     from pipeline.run.directory import validate_name
 
@@ -60,7 +60,7 @@ def dashboard(config: DashboardConfig) -> int:
     print(f"Workspace: {config.directory / 'workspace.json'}\nReport: {config.directory / 'report.json'}")
 
     if config.publish:
-        from pipeline.publication import publish
+        from pipeline.run.record.wandb_publish import publish
 
         for kind, url in publish(workspace, report, config.directory / "published.json").items():
             print(f"Published {kind}: {url}")

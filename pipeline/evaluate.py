@@ -9,8 +9,8 @@ Every picture counts once, whatever the number of ranks. Left in `<run_root>/<na
 import sys
 from dataclasses import dataclass
 
-from pipeline.cli import run_command
-from pipeline.config import ClusterConfig, DataConfig, InputConfig, ModelConfig, TrainerConfig, one_of, require
+from pipeline.config.training import ClusterConfig, DataConfig, InputConfig, ModelConfig, TrainerConfig, one_of, require
+from pipeline.core.cli import run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> int:
     """Score the weights; returns the exit code."""
     from pipeline.models import zoo
-    from pipeline.preflight import check_root
-    from pipeline.run.launch import find_ranks, supervise
+    from pipeline.run.launch.supervisor import find_ranks, supervise
+    from pipeline.training.preflight import check_root
 
     split = config.data.split or config.data.val_split
     ranks = find_ranks(config.cluster.devices)
@@ -68,17 +68,18 @@ def evaluate(config: EvaluateConfig) -> int:
         command = [sys.executable, "-m", "pipeline.evaluate", *sys.argv[1:]]
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
-    from pipeline import evaluation, startup
-    from pipeline.data.store import open_split
-    from pipeline.world import join_group
+    from pipeline.data.index import open_split
+    from pipeline.training import plan as startup
+    from pipeline.training import scoring
+    from pipeline.training.world import join_group
 
     compute = startup.choose_compute(config.trainer, config.cluster)
     with join_group(ranks, compute, config.cluster) as world:
         index = world.locally_first(lambda is_first: open_split(config.data, split, is_first=is_first))
-        weights = world.agree(lambda: evaluation.load_weights(config, index.num_classes))
-        results = evaluation.score(config, world, weights, index)
-        world.first_decides(lambda: evaluation.write(config, weights, results))
-        world.say(evaluation.sentence(config, weights, results))
+        weights = world.agree(lambda: scoring.load_weights(config, index.num_classes))
+        results = scoring.score(config, world, weights, index)
+        world.first_decides(lambda: scoring.write(config, weights, results))
+        world.say(scoring.sentence(config, weights, results))
     return 0
 
 

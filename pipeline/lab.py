@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cli import run_command
-from pipeline.config import one_of, require
+from pipeline.config.training import one_of, require
+from pipeline.core.cli import run_command
 
 if TYPE_CHECKING:
-    from pipeline.run.netlab import Layout
+    from pipeline.run.lab.cluster import Layout
 
 SCHEMA = 1
 
@@ -47,7 +47,7 @@ class LabConfig:
     """Compute threads per rank. Null: OMP_NUM_THREADS, else the cores divided by all ranks."""
 
     def __post_init__(self) -> None:
-        from pipeline.run import netlab
+        from pipeline.run.lab import cluster as netlab
 
         one_of("placement", self.placement, netlab.PLACEMENTS)
         require(
@@ -62,7 +62,7 @@ class LabConfig:
     @property
     def layout(self) -> "Layout":
         """Servers, ranks and links."""
-        from pipeline.run.netlab import Layout, bits_per_second
+        from pipeline.run.lab.cluster import Layout, bits_per_second
 
         return Layout(
             servers=self.servers,
@@ -77,11 +77,11 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
     """Build the cluster, run `command` on every rank, write lab.json. Returns the exit code of the ranks."""
     from rich.console import Console
 
-    from pipeline.files import write_json_atomic
+    from pipeline.core.files import write_json_atomic
     from pipeline.report.tables import lab_table
     from pipeline.run.directory import validate_name
-    from pipeline.run.launch import supervise_commands
-    from pipeline.run.netlab import open_lab
+    from pipeline.run.lab.cluster import open_lab
+    from pipeline.run.launch.supervisor import supervise_commands
 
     require(bool(command), "No command: give it after `--`, as in `-- python -m pipeline.train name=x data.root=y`.")
     validate_name(config.name)

@@ -9,8 +9,8 @@ Left in `<run_root>/<name>/`: forecast.json, .csv, its pictures as .png and .svg
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import run_command
-from pipeline.config import one_of, require
+from pipeline.config.training import one_of, require
+from pipeline.core.cli import run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         from pipeline.comm.forecast import ALGORITHMS
-        from pipeline.run.netlab import bits_per_second
+        from pipeline.run.lab.cluster import bits_per_second
 
         for rate in self.bandwidth:
             bits_per_second(rate)
@@ -97,14 +97,15 @@ def plan(config: PlanConfig) -> int:
     """Read the runs, forecast every cluster, write the report. Returns the exit code."""
     from rich.console import Console
 
-    from pipeline import forecasting, measured_step
+    from pipeline.forecasting import grid
+    from pipeline.forecasting import source as measured_step
     from pipeline.report.forecast import forecast_sentences, forecast_table, write_forecast
-    from pipeline.report.records import read_run
+    from pipeline.report.runs import read_run
 
     compute = [read_run(Path(directory)) for directory in config.compute_runs]
     runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]
     sources = [measured_step.read_source(run, config.measured_bandwidth, compute, config.round_seconds) for run in runs]
-    result = forecasting.forecast(config, sources)
+    result = grid.forecast(config, sources)
     report = write_forecast(result, config.directory)
 
     Console().print(forecast_table(result).to_rich())

@@ -7,8 +7,8 @@ python -m pipeline.prepare verify=true out=shards/imagenet         read it all, 
 
 from dataclasses import dataclass
 
-from pipeline.cli import run_command
-from pipeline.config import one_of, require
+from pipeline.config.training import one_of, require
+from pipeline.core.cli import run_command
 
 CHECKS = ("pixels", "ends")
 KINDS = ("folders", "tar", "ilsvrc2012", "builtin")
@@ -96,11 +96,11 @@ def prepare(config: PrepareConfig) -> None:
         DataError: the source, the pictures or the output directory are not as they must be.
     """
     if config.verify:
-        from pipeline.verification import verify_shards
+        from pipeline.data.prepare.verify import verify_shards
 
         verify_shards(config)
     else:
-        from pipeline.preparation import prepare_shards
+        from pipeline.data.prepare.write import prepare_shards
 
         prepare_shards(config)
 

@@ -8,21 +8,21 @@ Nothing is trained, and nothing is left behind. Exits with the code that the tra
 
 import sys
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.errors import UserError
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.core.errors import UserError
 
 
 def ready(config: TrainConfig) -> int:
     """Check, print a table, return the exit code of the first thing that is wrong, or 0."""
-    from pipeline.run.launch import find_ranks, supervise
+    from pipeline.run.launch.supervisor import find_ranks, supervise
 
     ranks = find_ranks(config.cluster.devices)
     if ranks is None:
         command = [sys.executable, "-m", "pipeline.ready", *sys.argv[1:]]
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
-    from pipeline.readiness import Findings, check_alone, check_together, join_soon
+    from pipeline.training.readiness import Findings, check_alone, check_together, join_soon
 
     findings = Findings()
     if ranks.is_first:

@@ -10,15 +10,15 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.core.errors import ConfigError
 
 
 def requeue(config: TrainConfig, exit_code: str) -> int:
     """Decide, write it down, say why."""
-    from pipeline.causes import VARIABLE, read_causes
-    from pipeline.run.requeue import decide
+    from pipeline.core.exits import VARIABLE, read_causes
+    from pipeline.run.launch.requeue import decide
 
     if not exit_code.isdigit():
         raise ConfigError(f"{exit_code!r} is no exit code: python -m pipeline.requeue EXIT_CODE key=value ...")

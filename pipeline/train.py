@@ -9,24 +9,24 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
 
 if TYPE_CHECKING:
-    from pipeline.run.preempt import StopRequest
-    from pipeline.run.ranks import RankInfo
+    from pipeline.run.launch.preempt import StopRequest
+    from pipeline.run.launch.ranks import RankInfo
 
 
 def train(config: TrainConfig) -> int:
     """One run, or one further attempt at it. Returns the exit code."""
-    from pipeline.run.launch import find_ranks, supervise
-    from pipeline.run.preempt import StopRequest
+    from pipeline.run.launch.preempt import StopRequest
+    from pipeline.run.launch.supervisor import find_ranks, supervise
 
     stop = StopRequest(config.cluster.preempt_grace_seconds)
     with stop.listening():
         ranks = find_ranks(config.cluster.devices)
         if ranks is None or ranks.source == "single":
-            from pipeline.preflight import check_before_ranks
+            from pipeline.training.preflight import check_before_ranks
 
             check_before_ranks(config)  # said once, by the parent, before any rank starts
         if ranks is not None:
@@ -37,23 +37,23 @@ def train(config: TrainConfig) -> int:
 
 def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int:
     """As one of the ranks."""
-    from pipeline import training
+    from pipeline.training import steps
 
-    with training.join(config, ranks, stop) as world:
-        shards = training.open_shards(config, world)
-        plan = training.plan_steps(config, world, shards)
-        with contextlib.closing(training.open_run(config, world)) as run:
-            start = training.find_start(config, world, run, shards.training.index_hash)
+    with steps.join(config, ranks, stop) as world:
+        shards = steps.open_shards(config, world)
+        plan = steps.plan_steps(config, world, shards)
+        with contextlib.closing(steps.open_run(config, world)) as run:
+            start = steps.find_start(config, world, run, shards.training.index_hash)
             if start.step >= plan.num_steps:
                 world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
             else:
-                learner = training.make_learner(config, world, shards, plan, start)
-                training.fit(config, world, run, shards, plan, start, learner)
+                learner = steps.make_learner(config, world, shards, plan, start)
+                steps.fit(config, world, run, shards, plan, start, learner)
     return 0
 
 
 if __name__ == "__main__":
-    from pipeline.run.preempt import block_early
+    from pipeline.run.launch.preempt import block_early
 
     block_early()
     run_command("train", TrainConfig, train)

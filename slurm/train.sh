@@ -62,7 +62,7 @@ pass_on() {
 }
 trap pass_on TERM INT USR1 USR2
 
-# Where ranks that end with an error say so (pipeline/causes.py): srun reports the highest code of all, and so the 137 of
+# Where ranks that end with an error say so (pipeline/core/exits.py): srun reports the highest code of all, and so the 137 of
 # those that waited for them in vain.
 export SQUEEZEWIRE_CAUSES=$SLURM_SUBMIT_DIR/.slurm-causes/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 trap 'rm -rf "$SQUEEZEWIRE_CAUSES"; rmdir "${SQUEEZEWIRE_CAUSES%/*}" 2> /dev/null || true' EXIT

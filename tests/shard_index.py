@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.scan import scanned_table
-from pipeline.data.table import INDEX_KEY, index_name, shards_of
-from pipeline.files import sha256_of_file, write_atomic
+from pipeline.core.files import sha256_of_file, write_atomic
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.scan import scanned_table
+from pipeline.data.shards.table import INDEX_KEY, index_name, shards_of
 
 
 def add_index(root: Path, *splits: str) -> Path:

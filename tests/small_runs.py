@@ -11,8 +11,8 @@ from commands import train_recorded
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from pipeline.data.manifest import Manifest, Shard, Split
-from pipeline.files import sha256_of_file
+from pipeline.core.files import sha256_of_file
+from pipeline.data.shards.manifest import Manifest, Shard, Split
 
 CLASSES = ("ant", "bee", "cat", "dog")
 PAIR_OPTIONS = (

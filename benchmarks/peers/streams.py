@@ -170,9 +170,9 @@ class Squeezewire(Library):
     """Ours. The state is the number of steps done, which a checkpoint of `train` holds."""
 
     def loader(self) -> Iterable[Any]:
-        from pipeline.config import AugmentConfig, DataConfig, InputConfig
+        from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
+        from pipeline.data.index import ShardIndex
         from pipeline.data.loader import ShardData
-        from pipeline.data.store import ShardIndex
 
         index = ShardIndex.open(self.scenario.data, "train")
         augment = AugmentConfig(crop="center", flip=False)

@@ -30,13 +30,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from pipeline.comm import wire, wire_plans
-from pipeline.comm.wire import Links, NotDerivable
+from pipeline.comm.wire import algorithms, gloo
+from pipeline.comm.wire.gloo import Links, NotDerivable
 
 FRAME_HEADER_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
 SEGMENT_BYTES = 1448  # data in a frame of 1,500 bytes
 HEADER_SHARE = FRAME_HEADER_BYTES / SEGMENT_BYTES
-ALGORITHMS = wire_plans.PLANS
+ALGORITHMS = algorithms.PLANS
 ROUND_SECONDS = 1e-4
 """Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
 
@@ -247,13 +247,13 @@ def all_reduce(
     if num_ranks == 1:
         return AllReduce(0, 0, payload_bytes, 0, 0, 1)
     if algorithm == "ring":
-        found: Links | NotDerivable = wire.gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
+        found: Links | NotDerivable = gloo.gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
     else:
-        found = wire_plans.links(algorithm, payload_bytes, itemsize, server_of_rank)
+        found = algorithms.links(algorithm, payload_bytes, itemsize, server_of_rank)
     if isinstance(found, NotDerivable):
         return found
-    placed = wire_plans.placed(algorithm, server_of_rank)
-    egress = max(wire.egress_bytes_per_server(found, placed))
+    placed = algorithms.placed(algorithm, server_of_rank)
+    egress = max(gloo.egress_bytes_per_server(found, placed))
     match algorithm:
         case "ring":
             card = egress

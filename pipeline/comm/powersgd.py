@@ -28,7 +28,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_powersgd
 
 from pipeline.comm.hooks import GradientFuture, average
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 
 # What is added to lengths before dividing by them: torch's own proposal. Columns shorter than that tell no direction.
 EPSILON = 1e-8

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from pipeline.config import AugmentConfig, InputConfig
+from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.data.index import ShardIndex
 from pipeline.data.order import PADDING, BatchOrder, Ids, evaluation_stripe, stripe
 from pipeline.data.pixels import Draw, SampleError, eval_view, train_draws, train_view
 from pipeline.data.quarantine import BadSample
-from pipeline.data.store import ShardIndex
 
 NUM_REPLACEMENT_TRIES = 16
 _DOMAIN = 0x7265_706C_6163_6564  # keeps the choice of replacements apart from other streams

@@ -2,10 +2,10 @@
 
 import math
 
-from pipeline.config import DataConfig
+from pipeline.config.training import DataConfig
+from pipeline.data.index import ShardIndex
 from pipeline.data.prefetch import SHARE_OF_CACHE
-from pipeline.data.remoteshards import RemoteFiles
-from pipeline.data.store import ShardIndex
+from pipeline.data.remote.shards import RemoteFiles
 
 NUM_BLOCKS_HELD = 3
 """The block being read, the next, and the one before, which other ranks and workers may not have left yet."""

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from pipeline.config import DataConfig, InputConfig
+from pipeline.config.training import DataConfig, InputConfig
 from pipeline.data.batches import EvalBatches, EvalSamples, LoadedBatch, TrainBatches, TrainSamples
+from pipeline.data.index import ShardIndex
 from pipeline.data.order import BatchOrder
 from pipeline.data.prefetch import Course, Prefetcher
-from pipeline.data.remoteshards import RemoteFiles
-from pipeline.data.store import ShardIndex
+from pipeline.data.remote.shards import RemoteFiles
 from pipeline.data.workers import PREFETCH_BATCHES, choose_num_workers, make_loader
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.config import AugmentConfig, InputConfig
-from pipeline.data.images import MAX_PIXELS, as_rgb, not_a_picture
-from pipeline.data.jpegrows import upper_rows
+from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.data.jpeg_rows import upper_rows
+from pipeline.data.pictures import MAX_PIXELS, as_rgb, not_a_picture
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.data.order import Ids
-from pipeline.data.remoteshards import RemoteFiles
-from pipeline.errors import DataError
+from pipeline.data.remote.shards import RemoteFiles
 
 NUM_THREADS = 4
 SHARE_OF_CACHE = 0.8

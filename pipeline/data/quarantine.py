@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.allowance import allowed_bad
-from pipeline.data.store import ShardIndex
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.index import ShardIndex
+from pipeline.data.shards.allowance import allowed_bad
 
 NUM_BAD_SHOWN = 5
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pipeline.core.errors import DataError, ExitCode, UserError
 from pipeline.data.batches import LoadedBatch
-from pipeline.errors import DataError, ExitCode, UserError
 
 MAX_AUTOMATIC_WORKERS = 16
 PREFETCH_BATCHES = 2  # per worker

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import nearest, require
-from pipeline.errors import ConfigError
+from pipeline.config.training import nearest, require
+from pipeline.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.units import format_bytes, format_percent, format_rate, format_seconds
 from pipeline.report.comparison_tables import label_of
 from pipeline.report.figures import (
     BLUE,
@@ -17,7 +18,6 @@ from pipeline.report.figures import (
     label_bar,
     model_bytes_figure,
 )
-from pipeline.report.units import format_bytes, format_percent, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

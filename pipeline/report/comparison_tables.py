@@ -5,8 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.report.tables import Column, Row, Table, make_table
-from pipeline.report.units import (
+from pipeline.core.units import (
     MISSING,
     format_accuracy,
     format_bandwidth,
@@ -17,6 +16,7 @@ from pipeline.report.units import (
     format_seconds,
     format_times,
 )
+from pipeline.report.tables import Column, Row, Table, make_table
 
 OPEN, UNMEASURED = "*", "?"
 """After the name of a row whose ledger does not close, or was not measured."""

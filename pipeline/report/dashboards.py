@@ -18,7 +18,7 @@ MODEL_GROUP = "group"
 NOISY = 0.6
 """Weight of the running mean over what jumps from step to step."""
 
-# What the comparison's own run logs (pipeline/comparison_tracking.py).
+# What the comparison's own run logs (pipeline/comparison/tracking.py).
 COMPARISON_TABLE = "comparison/models"
 COMPARISON_PICTURE = "comparison/picture"
 COMPARISON_BARS = {

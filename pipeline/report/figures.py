@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files import write_bytes_atomic
+from pipeline.core.files import write_bytes_atomic
+from pipeline.core.units import format_bytes, format_percent, format_times
 from pipeline.report.comparison_tables import is_baseline, label_of
-from pipeline.report.records import RunRecord
-from pipeline.report.units import format_bytes, format_percent, format_times
+from pipeline.report.runs import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

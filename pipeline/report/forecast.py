@@ -6,12 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files import write_json_atomic, write_text_atomic
-from pipeline.report import figures
-from pipeline.report.page import Page, render
-from pipeline.report.sections import Fact, ForecastView, PageFigure, not_measured, svg_figure
-from pipeline.report.tables import Column, Table, make_table
-from pipeline.report.units import (
+from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.units import (
     MISSING,
     format_bandwidth,
     format_bytes,
@@ -20,6 +16,10 @@ from pipeline.report.units import (
     format_rate,
     format_seconds,
 )
+from pipeline.report import figures
+from pipeline.report.page import Page, render
+from pipeline.report.sections import Fact, ForecastView, PageFigure, not_measured, svg_figure
+from pipeline.report.tables import Column, Table, make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

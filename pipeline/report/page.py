@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError
-from pipeline.files import write_text_atomic
+from pipeline.core.errors import DataError
+from pipeline.core.files import write_text_atomic
 from pipeline.report import comparison_figures
 from pipeline.report.comparison_tables import comparison_tables, sources
-from pipeline.report.records import RunRecord, is_run, read_run
+from pipeline.report.runs import RunRecord, is_run, read_run
 from pipeline.report.sections import (
     Fact,
     ForecastView,

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report import figures
-from pipeline.report.records import RunRecord, flat
-from pipeline.report.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
-from pipeline.report.units import (
+from pipeline.core.units import (
     MISSING,
     format_accuracy,
     format_bytes,
@@ -18,6 +15,9 @@ from pipeline.report.units import (
     format_seconds,
     format_times,
 )
+from pipeline.report import figures
+from pipeline.report.runs import RunRecord, flat
+from pipeline.report.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
 
 
 @dataclass(frozen=True)

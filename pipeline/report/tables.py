@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report.units import MISSING, format_bytes, format_count
+from pipeline.core.units import MISSING, format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -33,8 +33,8 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 from typing_extensions import override
 
-from pipeline.errors import CheckpointError
-from pipeline.files import TEMPORARY_MARK, fsync_directory, sweep_temporaries, write_json_atomic
+from pipeline.core.errors import CheckpointError
+from pipeline.core.files import TEMPORARY_MARK, fsync_directory, sweep_temporaries, write_json_atomic
 from pipeline.run.checkpoint_files import (
     BEST_NAME,
     POINTER_NAME,

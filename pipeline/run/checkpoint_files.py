@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
-from pipeline.files import sha256_of_file
+from pipeline.core.errors import CheckpointError
+from pipeline.core.files import sha256_of_file
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"

@@ -11,8 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckpointError, ConfigError
-from pipeline.files import fsync_directory, sweep_temporaries, write_bytes_atomic, write_json_atomic, write_text_atomic
+from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.core.files import (
+    fsync_directory,
+    sweep_temporaries,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 from pipeline.run.lock import RunLock, this_process
 
 SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")

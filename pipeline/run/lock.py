@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import CheckpointError, ConfigError, ExitCode, Preempted
+from pipeline.core.errors import CheckpointError, ConfigError, ExitCode, Preempted
 
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0

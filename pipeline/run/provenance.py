@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.ranks import RankInfo, lab_conditions
+from pipeline.run.launch.ranks import RankInfo, lab_conditions
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 10.0

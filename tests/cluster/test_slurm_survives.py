@@ -25,7 +25,7 @@ import torch
 from comparing import committed, global_batches
 from conftest import running_cluster
 
-from pipeline.files import write_text_atomic
+from pipeline.core.files import write_text_atomic
 
 if TYPE_CHECKING:
     from conftest import SlurmCluster

@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.run.preempt import block_early
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.run.launch.preempt import block_early
 from pipeline.train import train
 
 
 def paced(config: TrainConfig) -> int:
     """Record, hold, slow down, train."""
-    from pipeline.learner import Learner
+    from pipeline.training.learner import Learner
 
     directory = Path(os.environ["FED_TO"]) / config.name
     directory.mkdir(parents=True, exist_ok=True)

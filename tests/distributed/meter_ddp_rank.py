@@ -14,10 +14,10 @@ from meter_ranks import run_scenarios
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
-from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
-from pipeline.errors import LedgerError
+from pipeline.core.errors import LedgerError
 
 CONDITIONS = Conditions(run="test", model="small", hook="none", global_batch=6)
 

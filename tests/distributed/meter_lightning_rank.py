@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.comm.collectives import CollectiveMeter
-from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDPStrategy, gradient_bytes_by_parameter, rebuild_buckets
 
 NUM_STEPS = 6

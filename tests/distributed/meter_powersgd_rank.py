@@ -11,7 +11,7 @@ from meter_ranks import run_scenarios
 
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import rebuild_buckets
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 
 START_STEP, NUM_STEPS, SAVE_AFTER = 2, 6, 4
 BUCKET_MEGABYTES = 0.1

@@ -15,7 +15,7 @@ from meter_ranks import leave
 from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
-from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.comm import wire
 from pipeline.comm.collectives import Call, CollectiveMeter
-from pipeline.comm.sockets import Connection, own_connections
+from pipeline.comm.kernel.sockets import Connection, own_connections
+from pipeline.comm.wire import gloo
 
 
 def gloo_connections(store_port: int) -> list[Connection]:
@@ -71,18 +71,18 @@ def split_elements(elements: int, num_ranks: int) -> list[list[int]]:
     return [[elements * (1 + source + 2 * other) for other in range(num_ranks)] for source in range(num_ranks)]
 
 
-def links_of(case: tuple[str, str, int, int], calls: Counter[Call], num_ranks: int) -> list[wire.Links]:
+def links_of(case: tuple[str, str, int, int], calls: Counter[Call], num_ranks: int) -> list[gloo.Links]:
     """The formula of every recorded call; where a record is not enough, that of what the case is known to do."""
     op, _, elements, _ = case
     if op == "send":
-        return [wire.gloo_send(4 * elements, source=num_ranks - 1, destination=0)]
+        return [gloo.gloo_send(4 * elements, source=num_ranks - 1, destination=0)]
     if op == "all_to_all_single":
         rows = split_elements(elements, num_ranks)
-        return [wire.gloo_all_to_all(tuple(tuple(4 * size for size in row) for row in rows))]
+        return [gloo.gloo_all_to_all(tuple(tuple(4 * size for size in row) for row in rows))]
     found = []
     for call, count in calls.items():
-        links = wire.links(call.op, call.payload_bytes, call.itemsize, call.root, num_ranks, "gloo")
-        assert not isinstance(links, wire.NotDerivable), links
+        links = gloo.links(call.op, call.payload_bytes, call.itemsize, call.root, num_ranks, "gloo")
+        assert not isinstance(links, gloo.NotDerivable), links
         found += [links] * count
     return found
 
@@ -195,7 +195,7 @@ def main(out: Path) -> None:
                 "case": case,
                 "recorded": [[call.op, call.payload_bytes, call.itemsize, call.root, n] for call, n in calls.items()],
                 "predicted": sum(
-                    wire.sent_bytes_per_rank(links, num_ranks)[rank] for links in links_of(case, calls, num_ranks)
+                    gloo.sent_bytes_per_rank(links, num_ranks)[rank] for links in links_of(case, calls, num_ranks)
                 ),
                 "measured": None if before is None or after is None else after - before,
             }

@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.run.launch import find_ranks, supervise
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.run.launch.supervisor import find_ranks, supervise
 
 
 def open_recorded(config: TrainConfig) -> int:
     """Join, open, tell, leave."""
     if "RANK" not in os.environ:
         return supervise([sys.executable, *sys.argv], config.cluster.devices, num_threads=config.cluster.num_threads)
-    from pipeline import training
+    from pipeline.training import steps
 
     opened: list[str] = []
 
@@ -26,8 +26,8 @@ def open_recorded(config: TrainConfig) -> int:
     sys.addaudithook(note)
     ranks = find_ranks(config.cluster.devices)
     assert ranks is not None
-    with training.join(config, ranks) as world:
-        shards = training.open_shards(config, world)
+    with steps.join(config, ranks) as world:
+        shards = steps.open_shards(config, world)
         told = {"opened": sorted(opened), "num_samples": shards.training.num_samples}
     (Path(os.environ["OPENED_TO"]) / f"rank{ranks.rank}.json").write_text(json.dumps(told))
     return 0

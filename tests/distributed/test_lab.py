@@ -105,7 +105,7 @@ def test_every_rank_knows_its_place(
 REDUCE = """
 import os, sys, torch, torch.distributed as dist
 from pathlib import Path
-from pipeline.comm.sockets import own_connections
+from pipeline.comm.kernel.sockets import own_connections
 dist.init_process_group("gloo")
 values = torch.ones(int(sys.argv[1]) // 4)
 dist.all_reduce(values)

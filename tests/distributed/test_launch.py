@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConfigError
-from pipeline.run.launch import Ended, Patience, RankCommand, exit_code_of, supervise, supervise_commands
+from pipeline.core.errors import ConfigError
+from pipeline.run.launch.supervisor import Ended, Patience, RankCommand, exit_code_of, supervise, supervise_commands
 
 MARK = "SQUEEZEWIRE_TEST_MARK"
 DEADLINE_SECONDS = 30.0
@@ -59,7 +59,7 @@ def test_an_end_that_another_thread_was_told_of_is_seen(mark: dict[str, str]) ->
     """The kernel gives SIGCHLD to any thread that does not block it, and drops it there."""
     script = """
         import signal, sys, threading, time
-        from pipeline.run.launch import supervise
+        from pipeline.run.launch.supervisor import supervise
 
         threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()  # before the signals are blocked
         inner = signal.sigtimedwait
@@ -89,7 +89,7 @@ def rank_command(out: Path, body: str) -> list[str]:
 def start(out: Path, devices: int, body: str, environment: dict[str, str], **patience: float) -> subprocess.Popen[str]:
     """The launcher as a process of its own, whose exit code is what `supervise` returned."""
     program = (
-        "import sys\nfrom pipeline.run.launch import Patience, supervise\n"
+        "import sys\nfrom pipeline.run.launch.supervisor import Patience, supervise\n"
         f"sys.exit(supervise({rank_command(out, body)!r}, {devices}, patience=Patience(**{patience!r})))"
     )
     return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from meter_ranks import run_ranks
 
-from pipeline.comm import wire
 from pipeline.comm.collectives import Call
+from pipeline.comm.wire import gloo
 
 NUM_RANKS, NUM_STEPS = 2, 3
 
@@ -49,8 +49,8 @@ def test_a_sparse_all_reduce_is_counted_and_not_priced(ranks: list[dict[str, Any
     call = Call(*ranks[0]["sparse"])
     assert call.op == "sparse_all_reduce"
     assert call.payload_bytes == 3 * 4 + 3 * 2 * 8  # three values and their two int64 indices
-    found = wire.links(call.op, call.payload_bytes, call.itemsize, call.root, NUM_RANKS, "gloo")
-    assert isinstance(found, wire.NotDerivable)
+    found = gloo.links(call.op, call.payload_bytes, call.itemsize, call.root, NUM_RANKS, "gloo")
+    assert isinstance(found, gloo.NotDerivable)
 
 
 def test_merging_respects_order() -> None:

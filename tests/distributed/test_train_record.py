@@ -11,7 +11,7 @@ from commands import TIMES, rows, train_recorded
 from small_runs import NUM_VALIDATION, PAIR_OPTIONS, Pair
 from wandb_file import records
 
-from pipeline.comm import wire
+from pipeline.comm.wire import gloo
 from pipeline.report import dashboards
 
 GRADIENT_BYTES = 4_941_984  # 1,235,496 parameters of squeezenet1_1, 4 bytes each
@@ -92,8 +92,8 @@ def test_gradients_are_metered_to_the_byte(ledger: dict[str, Any]) -> None:
 
 
 def test_a_step_sends_what_the_ring_of_its_buckets_sends(two_ranks: Pair, ledger: dict[str, Any]) -> None:
-    rings = [wire.gloo_ring_all_reduce(bucket["bytes"], 4, 2) for bucket in ledger["buckets"]]
-    sent = [sum(wire.sent_bytes_per_rank(ring, 2)[rank] for ring in rings) for rank in range(2)]
+    rings = [gloo.gloo_ring_all_reduce(bucket["bytes"], 4, 2) for bucket in ledger["buckets"]]
+    sent = [sum(gloo.sent_bytes_per_rank(ring, 2)[rank] for ring in rings) for rank in range(2)]
     assert sent == [4_943_136, 4_943_136]
     per_rank = ledger["per_step"]["transport_bytes_per_rank"]
     assert all(0 < rank_bytes - 4_943_136 < 1000 for rank_bytes in per_rank)  # metrics and Lightning's broadcast

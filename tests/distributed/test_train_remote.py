@@ -14,10 +14,10 @@ from shard_server import Rule, ShardServer, serving
 from small_runs import PAIR_OPTIONS, Pair, write_shards
 from test_train_refusals import SHORT
 
-from pipeline.data.cache import Cache, CacheSettings
-from pipeline.data.manifest import Manifest
-from pipeline.data.transfer import Patience
-from pipeline.run.ports import free_port
+from pipeline.data.remote.cache import Cache, CacheSettings
+from pipeline.data.remote.transfer import Patience
+from pipeline.data.shards.manifest import Manifest
+from pipeline.run.launch.ports import free_port
 
 PASSWORD = "correct-horse-battery"
 FAULTS = (

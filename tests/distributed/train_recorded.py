@@ -27,10 +27,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.run.launch import supervise
-from pipeline.run.preempt import block_early
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.run.launch.preempt import block_early
+from pipeline.run.launch.supervisor import supervise
 from pipeline.train import train
 
 
@@ -96,7 +96,7 @@ def resources() -> dict[str, int]:
 
 def record(directory: Path, rank: int, kill_at: list[str]) -> None:
     """Wrap the learner's training and validation steps."""
-    from pipeline.learner import Batch, Learner
+    from pipeline.training.learner import Batch, Learner
 
     inner, inner_validation = Learner.training_step, Learner.validation_step
     place = {"step": -1, "micro": -1}
@@ -155,10 +155,10 @@ def send(number: signal.Signals, target: str) -> None:
 
 def signal_at(events: str, directory: Path, rank: int) -> None:
     """Wrap the places that `events` name."""
-    from pipeline import training, world
     from pipeline.data.loader import ShardData
-    from pipeline.learner import Learner
     from pipeline.run.checkpoint import AtomicCheckpointIO
+    from pipeline.training import steps, world
+    from pipeline.training.learner import Learner
 
     due: dict[str, list[tuple[signal.Signals, str]]] = {}
     for who, place, name, target in (event.split() for event in filter(None, events.split(";"))):
@@ -180,7 +180,7 @@ def signal_at(events: str, directory: Path, rank: int) -> None:
         setattr(owner, name, wrapped)
 
     wrap(world.dist, "init_process_group", lambda *_: "join")
-    wrap(training, "open_shards", lambda *_: "start")
+    wrap(steps, "open_shards", lambda *_: "start")
     wrap(ShardData, "train_dataloader", lambda _: "loader")
     wrap(
         Learner,

@@ -8,9 +8,9 @@ import os
 import sys
 from typing import Any
 
-from pipeline.cli import run_command
-from pipeline.config import TrainConfig
-from pipeline.run.launch import supervise
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+from pipeline.run.launch.supervisor import supervise
 from pipeline.train import train
 
 
@@ -18,7 +18,7 @@ def plant_group() -> None:
     import torch
     import torch.distributed as dist
 
-    from pipeline.learner import Learner
+    from pipeline.training.learner import Learner
 
     inner, kept = Learner.training_step, []
 
@@ -35,9 +35,9 @@ def plant_group() -> None:
 
 
 def plant_formula() -> None:
-    from pipeline.comm import wire
+    from pipeline.comm.wire import gloo
 
-    inner = wire.sent_bytes_per_rank
+    inner = gloo.sent_bytes_per_rank
 
     def sent_bytes_per_rank(links: Any, num_ranks: int) -> list[int]:
         sent = inner(links, num_ranks)
@@ -46,7 +46,7 @@ def plant_formula() -> None:
             print("the fault fired", flush=True)
         return sent
 
-    wire.sent_bytes_per_rank = sent_bytes_per_rank
+    gloo.sent_bytes_per_rank = sent_bytes_per_rank
 
 
 def train_with_a_fault(config: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from comparing import differences, load
 from small_runs import PAIR_OPTIONS, Pair
 
 from pipeline.run.checkpoint import find_latest
-from pipeline.run.metrics_log import read_rows
+from pipeline.run.record.metrics_log import read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")

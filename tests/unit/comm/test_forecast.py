@@ -22,7 +22,7 @@ from pipeline.comm.forecast import (
     forecast,
     tree_levels,
 )
-from pipeline.comm.wire import NotDerivable, gloo_ring_all_reduce, sent_bytes_per_rank
+from pipeline.comm.wire.gloo import NotDerivable, gloo_ring_all_reduce, sent_bytes_per_rank
 
 SQUEEZENET_BUCKETS = (Bucket(2_048_000, 4, 0.010), Bucket(2_945_696, 4, 0.080))
 STEP = Step(0.04, 0.08, 0.01, SQUEEZENET_BUCKETS)

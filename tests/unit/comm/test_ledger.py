@@ -11,12 +11,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm.attempts import Attempt, predicted_totals
 from pipeline.comm.collectives import ORIGINS, PHASES, Call, CollectiveMeter
-from pipeline.comm.ledger import Conditions, Ledger
+from pipeline.comm.ledger.attempts import Attempt, predicted_totals
+from pipeline.comm.ledger.ledger import Conditions, Ledger
+from pipeline.comm.ledger.traffic import Placement, StepTraffic, price
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
-from pipeline.comm.traffic import Placement, StepTraffic, price
-from pipeline.errors import LedgerError
+from pipeline.core.errors import LedgerError
 
 CONDITIONS = Conditions(run="one", model="linear", hook="none", global_batch=4, step_seconds_p50=0.5)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,11 +6,11 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm.attempts import Attempt
 from pipeline.comm.collectives import Call
-from pipeline.comm.reconcile import Measured, Row, lay_side_by_side, match, unexplained_table
-from pipeline.comm.sockets import parse_tcp_info
-from pipeline.comm.traffic import Placement
+from pipeline.comm.kernel.sockets import parse_tcp_info
+from pipeline.comm.ledger.attempts import Attempt
+from pipeline.comm.ledger.reconcile import Measured, Row, lay_side_by_side, match, unexplained_table
+from pipeline.comm.ledger.traffic import Placement
 
 
 def connection(local: tuple[str, int], remote: tuple[str, int], store: bool = False, **by_label: int) -> dict:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.collectives import Call
-from pipeline.comm.traffic import Placement, placement_warning
+from pipeline.comm.ledger.traffic import Placement, placement_warning
 
 SQUEEZENET_BUCKETS = (2_048_000, 2_893_984)
 

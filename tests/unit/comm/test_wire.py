@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm import wire
+from pipeline.comm.wire import gloo
 
 OPERATIONS = (
     "all_reduce",
@@ -25,14 +25,14 @@ itemsizes = st.sampled_from([1, 2, 4, 8])
 element_counts = st.one_of(st.integers(1, 300), st.integers(300, 3_000_000))
 
 
-def links_of(op: str, payload_bytes: int, itemsize: int = 4, root: int = -1, num_ranks: int = 2) -> wire.Links:
-    found = wire.links(op, payload_bytes, itemsize, root, num_ranks, "gloo")
-    assert not isinstance(found, wire.NotDerivable)
+def links_of(op: str, payload_bytes: int, itemsize: int = 4, root: int = -1, num_ranks: int = 2) -> gloo.Links:
+    found = gloo.links(op, payload_bytes, itemsize, root, num_ranks, "gloo")
+    assert not isinstance(found, gloo.NotDerivable)
     return found
 
 
 def sent(op: str, payload_bytes: int, itemsize: int = 4, root: int = -1, num_ranks: int = 2) -> list[int]:
-    return wire.sent_bytes_per_rank(links_of(op, payload_bytes, itemsize, root, num_ranks), num_ranks)
+    return gloo.sent_bytes_per_rank(links_of(op, payload_bytes, itemsize, root, num_ranks), num_ranks)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_all_reduce_moves_every_segment_but_one_twice_around(elements: int, item
     assert set(links) <= {(rank, (rank - 1) % num_ranks) for rank in range(num_ranks)}
 
 
-@given(st.integers(1, wire.MAX_SEGMENT_BYTES // 8), itemsizes, ranks)
+@given(st.integers(1, gloo.MAX_SEGMENT_BYTES // 8), itemsizes, ranks)
 def test_all_reduce_closed_form(segment_elements: int, itemsize: int, num_ranks: int) -> None:
     """Two full segments per rank: 2(n-1)/n of the payload, and 144 bytes for each of the 4(n-1) messages."""
     payload_bytes = 2 * num_ranks * segment_elements * itemsize
@@ -87,7 +87,7 @@ def test_all_reduce_is_nearly_even(elements: int, itemsize: int, num_ranks: int)
     payload_bytes = elements * itemsize
     per_rank = sent("all_reduce", payload_bytes, itemsize, num_ranks=num_ranks)
     share = math.ceil(payload_bytes / num_ranks)
-    slack = 2 * (itemsize * 2 * num_ranks + share + 288 * (2 + payload_bytes // wire.MAX_SEGMENT_BYTES))
+    slack = 2 * (itemsize * 2 * num_ranks + share + 288 * (2 + payload_bytes // gloo.MAX_SEGMENT_BYTES))
     assert max(per_rank) - min(per_rank) <= slack
 
 
@@ -96,7 +96,7 @@ def test_broadcast_gives_every_other_rank_one_copy(elements: int, num_ranks: int
     root = data.draw(st.integers(0, num_ranks - 1))
     links = links_of("broadcast", 4 * elements, root=root, num_ranks=num_ranks)
     assert sorted(destination for _, destination in links) == sorted(set(range(num_ranks)) - {root})
-    assert all(link == wire.Link(1, 4 * elements) for link in links.values())
+    assert all(link == gloo.Link(1, 4 * elements) for link in links.values())
     copies_of_root = sum(source == root for source, _ in links)
     assert copies_of_root == math.ceil(math.log2(num_ranks))
 
@@ -107,7 +107,7 @@ def test_all_gather_brings_every_contribution_everywhere(elements: int, num_rank
     assert sum(link.data_bytes for link in links.values()) == num_ranks * (num_ranks - 1) * 4 * elements
 
 
-@given(st.integers(1, 2 * wire.MAX_SEGMENT_BYTES // 8), itemsizes, ranks, st.data())
+@given(st.integers(1, 2 * gloo.MAX_SEGMENT_BYTES // 8), itemsizes, ranks, st.data())
 def test_reduce_is_no_more_than_all_reduce(
     elements_per_rank: int, itemsize: int, num_ranks: int, data: st.DataObject
 ) -> None:
@@ -122,8 +122,8 @@ def test_reduce_is_no_more_than_all_reduce(
 @given(st.sampled_from(OPERATIONS), element_counts, ranks)
 def test_servers_of_one_rank_emit_what_their_rank_sends(op: str, elements: int, num_ranks: int) -> None:
     links = links_of(op, 4 * elements, root=0, num_ranks=num_ranks)
-    egress = wire.egress_bytes_per_server(links, range(num_ranks))
-    assert egress == wire.sent_bytes_per_rank(links, num_ranks)
+    egress = gloo.egress_bytes_per_server(links, range(num_ranks))
+    assert egress == gloo.sent_bytes_per_rank(links, num_ranks)
 
 
 @given(st.sampled_from(OPERATIONS), element_counts, ranks, st.data())
@@ -133,8 +133,8 @@ def test_traffic_inside_servers_and_between_them_is_all(
     server_of_rank = data.draw(st.lists(st.integers(0, 3), min_size=num_ranks, max_size=num_ranks))
     links = links_of(op, 4 * elements, root=0, num_ranks=num_ranks)
     inside = {pair: link for pair, link in links.items() if server_of_rank[pair[0]] == server_of_rank[pair[1]]}
-    between = sum(wire.egress_bytes_per_server(links, server_of_rank))
-    assert between + sum(wire.sent_bytes_per_rank(inside, num_ranks)) == sum(wire.sent_bytes_per_rank(links, num_ranks))
+    between = sum(gloo.egress_bytes_per_server(links, server_of_rank))
+    assert between + sum(gloo.sent_bytes_per_rank(inside, num_ranks)) == sum(gloo.sent_bytes_per_rank(links, num_ranks))
 
 
 def test_interleaved_ranks_double_what_leaves_a_server() -> None:
@@ -142,7 +142,7 @@ def test_interleaved_ranks_double_what_leaves_a_server() -> None:
     egress = {}
     for name, server_of_rank in {"contiguous": (0, 0, 1, 1), "interleaved": (0, 1, 0, 1)}.items():
         parts = [
-            wire.egress_bytes_per_server(links_of("all_reduce", size, num_ranks=4), server_of_rank)
+            gloo.egress_bytes_per_server(links_of("all_reduce", size, num_ranks=4), server_of_rank)
             for size in (2_048_000, 2_893_984)
         ]
         egress[name] = [sum(pair) for pair in zip(*parts, strict=True)]
@@ -168,7 +168,7 @@ def test_scatter_is_gather_backwards(elements: int, num_ranks: int, data: st.Dat
 def test_all_to_all_sends_all_but_what_is_kept(num_ranks: int, data: st.DataObject) -> None:
     rows = st.tuples(*[st.integers(0, 1000)] * num_ranks)
     split_bytes = tuple(data.draw(rows) for _ in range(num_ranks))
-    sent_bytes = wire.sent_bytes_per_rank(wire.gloo_all_to_all(split_bytes), num_ranks)
+    sent_bytes = gloo.sent_bytes_per_rank(gloo.gloo_all_to_all(split_bytes), num_ranks)
     for rank in range(num_ranks):
         assert sent_bytes[rank] == sum(split_bytes[rank]) - split_bytes[rank][rank] + 144 * (num_ranks - 1)
 
@@ -180,7 +180,7 @@ def test_a_large_reduce_sends_more_than_it_needs() -> None:
 
 
 def test_send_is_one_message() -> None:
-    assert wire.sent_bytes_per_rank(wire.gloo_send(36, source=2, destination=0), 3) == [48, 0, 132]
+    assert gloo.sent_bytes_per_rank(gloo.gloo_send(36, source=2, destination=0), 3) == [48, 0, 132]
 
 
 @given(st.sampled_from(OPERATIONS), st.integers(0, 3000), st.integers(0, 3000), ranks)
@@ -198,8 +198,8 @@ def test_servers_are_only_names(op: str, elements: int, num_ranks: int, data: st
     server_of_rank = data.draw(st.lists(st.integers(0, 3), min_size=num_ranks, max_size=num_ranks))
     names = data.draw(st.permutations(range(4)))
     links = links_of(op, num_ranks * 4 * elements, root=0, num_ranks=num_ranks)
-    egress = dict(enumerate(wire.egress_bytes_per_server(links, server_of_rank)))
-    renamed = dict(enumerate(wire.egress_bytes_per_server(links, [names[server] for server in server_of_rank])))
+    egress = dict(enumerate(gloo.egress_bytes_per_server(links, server_of_rank)))
+    renamed = dict(enumerate(gloo.egress_bytes_per_server(links, [names[server] for server in server_of_rank])))
     for server in set(server_of_rank):
         assert renamed[names[server]] == egress[server]
     assert sum(renamed.values()) == sum(egress.values())
@@ -208,7 +208,7 @@ def test_servers_are_only_names(op: str, elements: int, num_ranks: int, data: st
 @given(st.sampled_from(OPERATIONS), element_counts, ranks)
 def test_one_server_sends_nothing_out(op: str, elements: int, num_ranks: int) -> None:
     links = links_of(op, num_ranks * 4 * elements, root=0, num_ranks=num_ranks)
-    assert wire.egress_bytes_per_server(links, [0] * num_ranks) == [0]
+    assert gloo.egress_bytes_per_server(links, [0] * num_ranks) == [0]
 
 
 @given(element_counts, st.integers(2, 4), st.integers(1, 4), st.data())
@@ -219,17 +219,17 @@ def test_contiguous_ranks_are_best_for_a_ring(
     contiguous = [server for server in range(num_servers) for _ in range(ranks_per_server)]
     other = data.draw(st.permutations(contiguous))
     links = links_of("all_reduce", 4 * elements, num_ranks=len(contiguous))
-    best = wire.egress_bytes_per_server(links, contiguous)
+    best = gloo.egress_bytes_per_server(links, contiguous)
     tail_bytes = 2 * (math.ceil(4 * elements / len(contiguous)) + 16 * len(contiguous)) + 288 * len(links)
-    for server, egress in enumerate(wire.egress_bytes_per_server(links, other)):
+    for server, egress in enumerate(gloo.egress_bytes_per_server(links, other)):
         assert best[server] <= egress + tail_bytes
 
 
 def test_one_rank_sends_nothing() -> None:
     for op in (*OPERATIONS, "all_to_all_single"):
-        links = wire.links(op, 1000, 4, 0, 1, "gloo")
-        assert not isinstance(links, wire.NotDerivable)
-        assert wire.sent_bytes_per_rank(links, 1) == [0]
+        links = gloo.links(op, 1000, 4, 0, 1, "gloo")
+        assert not isinstance(links, gloo.NotDerivable)
+        assert gloo.sent_bytes_per_rank(links, 1) == [0]
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_one_rank_sends_nothing() -> None:
     ],
 )
 def test_what_is_unknown_says_why(op: str, backend: str) -> None:
-    found = wire.links(op, 1000, 4, -1, 2, backend)
-    assert isinstance(found, wire.NotDerivable)
+    found = gloo.links(op, 1000, 4, -1, 2, backend)
+    assert isinstance(found, gloo.NotDerivable)
     assert backend in found.reason
 
 
@@ -253,4 +253,4 @@ def test_results_cannot_be_altered() -> None:
     """They are shared through a cache."""
     links = links_of("all_reduce", 1000)
     with pytest.raises(TypeError):
-        links[0, 1] = wire.Link(0, 0)  # type: ignore[index]
+        links[0, 1] = gloo.Link(0, 0)  # type: ignore[index]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm import wire, wire_nccl
+from pipeline.comm.wire import gloo, nccl
 
 OPERATIONS = ("all_reduce", "broadcast", "reduce", "all_gather", "reduce_scatter", "barrier")
 SQUEEZENET_BUCKETS = (2_048_000, 2_893_984)
@@ -27,7 +27,7 @@ NCCL INFO AllReduce: 32768 Bytes -> Algo TREE proto LL channel{Lo..Hi}={0..3}
 """
 
 operations = st.sampled_from(OPERATIONS)
-algorithms = st.sampled_from(wire_nccl.ALGORITHMS)
+algorithms = st.sampled_from(nccl.ALGORITHMS)
 protocols = st.sampled_from(["LL", "LL128", "Simple"])
 element_counts = st.one_of(st.integers(1, 300), st.integers(300, 30_000_000))
 placements = st.lists(st.integers(0, 3), min_size=2, max_size=17)
@@ -35,13 +35,13 @@ placements = st.lists(st.integers(0, 3), min_size=2, max_size=17)
 
 def links_of(
     op: str, payload_bytes: int, server_of_rank: list[int], algorithm: str = "ring", protocol: str = "Simple"
-) -> wire.Links:
-    found = wire_nccl.links(op, payload_bytes, 4, 0, server_of_rank, algorithm, protocol)
-    assert not isinstance(found, wire.NotDerivable), found
+) -> gloo.Links:
+    found = nccl.links(op, payload_bytes, 4, 0, server_of_rank, algorithm, protocol)
+    assert not isinstance(found, gloo.NotDerivable), found
     return found
 
 
-def total(links: wire.Links) -> int:
+def total(links: gloo.Links) -> int:
     return sum(link.data_bytes for link in links.values())
 
 
@@ -59,7 +59,7 @@ def test_an_all_reduce_crosses_2n_minus_2_links(algorithm: str, elements: int, s
 def test_ring_is_even_when_chunks_are(chunk_elements: int, num_ranks: int, scale: int) -> None:
     """Whole 16 bytes to each rank: the textbook's 2(n-1)/n of the payload."""
     payload_bytes = 16 * num_ranks * chunk_elements * scale
-    sent = wire.sent_bytes_per_rank(links_of("all_reduce", payload_bytes, [0] * num_ranks), num_ranks)
+    sent = gloo.sent_bytes_per_rank(links_of("all_reduce", payload_bytes, [0] * num_ranks), num_ranks)
     assert sent == [2 * (num_ranks - 1) * payload_bytes // num_ranks] * num_ranks
 
 
@@ -73,7 +73,7 @@ def test_uneven_chunks_step_by_step(elements: int, num_ranks: int) -> None:
         passed = [position - 1 - step for step in range(num_ranks - 1)] + [
             position - step for step in range(num_ranks - 1)
         ]
-        link = links.get((position, (position + 1) % num_ranks), wire.Link(0, 0))
+        link = links.get((position, (position + 1) % num_ranks), gloo.Link(0, 0))
         assert link.data_bytes == sum(chunks[chunk % num_ranks] for chunk in passed)
 
 
@@ -121,7 +121,7 @@ def test_squeezenet_under_each_protocol() -> None:
             sum(part)
             for part in zip(
                 *(
-                    wire.sent_bytes_per_rank(links_of("all_reduce", size, [0, 1], "ring", protocol), 2)
+                    gloo.sent_bytes_per_rank(links_of("all_reduce", size, [0, 1], "ring", protocol), 2)
                     for size in SQUEEZENET_BUCKETS
                 ),
                 strict=True,
@@ -152,8 +152,8 @@ def test_egress_is_part_of_what_ranks_send(
     op: str, algorithm: str, elements: int, protocol: str, server_of_rank: list[int]
 ) -> None:
     links = links_of(op, 4 * elements, server_of_rank, algorithm, protocol)
-    sent = wire.sent_bytes_per_rank(links, len(server_of_rank))
-    egress = wire.egress_bytes_per_server(links, server_of_rank)
+    sent = gloo.sent_bytes_per_rank(links, len(server_of_rank))
+    egress = gloo.egress_bytes_per_server(links, server_of_rank)
     for server, size in enumerate(egress):
         assert size <= sum(sent[rank] for rank, its in enumerate(server_of_rank) if its == server)
     if len(set(server_of_rank)) == 1:
@@ -181,7 +181,7 @@ def test_two_servers_of_eight() -> None:
     """A flat ring sends 2(n-1)/n of the payload out of each server, a tree over servers 2(m-1)/m."""
     server_of_rank, payload_bytes = [0] * 8 + [1] * 8, 16 * 1_000_000
     ring, tree = (
-        wire.egress_bytes_per_server(links_of("all_reduce", payload_bytes, server_of_rank, algorithm), server_of_rank)
+        gloo.egress_bytes_per_server(links_of("all_reduce", payload_bytes, server_of_rank, algorithm), server_of_rank)
         for algorithm in ("ring", "tree")
     )
     assert ring == [1.875 * payload_bytes] * 2
@@ -193,7 +193,7 @@ def test_trees_over_servers_are_fair_on_average(num_servers: int, elements: int)
     """The average server sends 2(m-1)/m of the payload, and none more than two of it."""
     server_of_rank = [server for server in range(num_servers) for _ in range(2)]
     links = links_of("all_reduce", 8 * elements, server_of_rank, "tree")
-    egress = wire.egress_bytes_per_server(links, server_of_rank)
+    egress = gloo.egress_bytes_per_server(links, server_of_rank)
     assert sum(egress) == 2 * (num_servers - 1) * 8 * elements
     assert max(egress) <= 2 * 8 * elements
 
@@ -217,12 +217,12 @@ def test_trees_over_servers_are_fair_on_average(num_servers: int, elements: int)
     ],
 )
 def test_double_trees_are_those_drawn(num_servers: int, first: dict[int, int], second: dict[int, int]) -> None:
-    assert wire_nccl.double_tree([[server] for server in range(num_servers)]) == (first, second)
+    assert nccl.double_tree([[server] for server in range(num_servers)]) == (first, second)
 
 
 @given(placements)
 def test_trees_reach_everybody(server_of_rank: list[int]) -> None:
-    for parents in wire_nccl.double_tree(wire.ranks_by_server(server_of_rank)):
+    for parents in nccl.double_tree(gloo.ranks_by_server(server_of_rank)):
         (root,) = set(range(len(server_of_rank))) - set(parents)
         for rank in parents:
             path = [rank]
@@ -245,8 +245,8 @@ def test_trees_reach_everybody(server_of_rank: list[int]) -> None:
     ],
 )
 def test_what_is_unknown_says_why(op: str, algorithm: str, protocol: str, named: str) -> None:
-    found = wire_nccl.links(op, 400, 4, -1, [0, 1], algorithm, protocol)
-    assert isinstance(found, wire.NotDerivable)
+    found = nccl.links(op, 400, 4, -1, [0, 1], algorithm, protocol)
+    assert isinstance(found, gloo.NotDerivable)
     assert named in found.reason
 
 
@@ -259,19 +259,19 @@ def test_a_barrier_reduces_one_float() -> None:
 
 
 def test_only_all_reduce_is_pinned_to_the_tree() -> None:
-    assert wire_nccl.environment("ring", "ll128") == {"NCCL_ALGO": "Ring", "NCCL_PROTO": "LL128"}
-    assert wire_nccl.environment("tree", "Simple") == {"NCCL_ALGO": "Ring;AllReduce:Tree", "NCCL_PROTO": "Simple"}
+    assert nccl.environment("ring", "ll128") == {"NCCL_ALGO": "Ring", "NCCL_PROTO": "LL128"}
+    assert nccl.environment("tree", "Simple") == {"NCCL_ALGO": "Ring;AllReduce:Tree", "NCCL_PROTO": "Simple"}
     assert links_of("broadcast", 400, [0, 1, 1], "tree") == links_of("broadcast", 400, [0, 1, 1], "ring")
 
 
 def test_choices_are_read_from_a_captured_log() -> None:
-    choices = list(wire_nccl.read_choices(CAPTURED_LOG))
+    choices = list(nccl.read_choices(CAPTURED_LOG))
     assert choices == [
-        wire_nccl.Choice("broadcast", 8192, "ring", "ll", 1),
-        wire_nccl.Choice("broadcast", 16384, "ring", "ll", 2),
-        wire_nccl.Choice("broadcast", 131072, "ring", "simple", 4),
-        wire_nccl.Choice("all_reduce", 1024, "tree", "simple", 1),
-        wire_nccl.Choice("all_reduce", 32768, "tree", "ll", 4),
+        nccl.Choice("broadcast", 8192, "ring", "ll", 1),
+        nccl.Choice("broadcast", 16384, "ring", "ll", 2),
+        nccl.Choice("broadcast", 131072, "ring", "simple", 4),
+        nccl.Choice("all_reduce", 1024, "tree", "simple", 1),
+        nccl.Choice("all_reduce", 32768, "tree", "ll", 4),
     ]
     for choice in choices:
         assert links_of(choice.op, choice.count_bytes, [0, 1], choice.algorithm, choice.protocol)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm import wire, wire_plans
+from pipeline.comm.wire import algorithms, gloo
 
-plans = st.sampled_from(wire_plans.PLANS)
+plans = st.sampled_from(algorithms.PLANS)
 element_counts = st.one_of(st.integers(0, 300), st.integers(300, 10**8))
 servers_and_ranks = st.tuples(st.integers(1, 5), st.integers(1, 5))
 
@@ -17,19 +17,19 @@ def contiguous(num_servers: int, ranks_per_server: int) -> list[int]:
     return [server for server in range(num_servers) for _ in range(ranks_per_server)]
 
 
-def links_of(plan: str, payload_bytes: int, server_of_rank: list[int], num_parameter_servers: int = 1) -> wire.Links:
-    found = wire_plans.links(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
-    assert not isinstance(found, wire.NotDerivable), found
+def links_of(plan: str, payload_bytes: int, server_of_rank: list[int], num_parameter_servers: int = 1) -> gloo.Links:
+    found = algorithms.links(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
+    assert not isinstance(found, gloo.NotDerivable), found
     return found
 
 
 def egress(plan: str, payload_bytes: int, server_of_rank: list[int], num_parameter_servers: int = 1) -> list[int]:
-    found = wire_plans.egress_bytes_per_server(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
-    assert not isinstance(found, wire.NotDerivable), found
+    found = algorithms.egress_bytes_per_server(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
+    assert not isinstance(found, gloo.NotDerivable), found
     return found
 
 
-def total(links: wire.Links) -> int:
+def total(links: gloo.Links) -> int:
     return sum(link.data_bytes for link in links.values())
 
 
@@ -47,8 +47,8 @@ def test_every_element_crosses_2n_minus_2_links(plan: str, elements: int, log2_r
 @given(st.integers(0, 300), st.integers(2, 9))
 def test_ring_step_by_step(elements: int, num_ranks: int) -> None:
     """Rank r passes parts r - 1, r - 2, ..., r + 1 towards the sum, then r, r - 1, ..., r + 2 back."""
-    parts = wire_plans.even_parts(4 * elements, 4, num_ranks)
-    sent = wire.sent_bytes_per_rank(links_of("ring", 4 * elements, [0] * num_ranks), num_ranks)
+    parts = algorithms.even_parts(4 * elements, 4, num_ranks)
+    sent = gloo.sent_bytes_per_rank(links_of("ring", 4 * elements, [0] * num_ranks), num_ranks)
     for rank in range(num_ranks):
         passed = [rank - 1 - step for step in range(num_ranks - 1)] + [rank - step for step in range(num_ranks - 1)]
         assert sent[rank] == sum(parts[part % num_ranks] for part in passed)
@@ -64,7 +64,7 @@ def test_one_server_is_a_hierarchy_of_its_ring(elements: int, ranks_per_server: 
 def test_halving_doubling_step_by_step(elements: int, log2_ranks: int) -> None:
     """Partners at distance d hold the same parts and split them; each part ends summed with one rank."""
     num_ranks = 2**log2_ranks
-    parts = wire_plans.even_parts(4 * elements, 4, num_ranks)
+    parts = algorithms.even_parts(4 * elements, 4, num_ranks)
     held = [set(range(num_ranks)) for _ in range(num_ranks)]
     sent = dict.fromkeys([(rank, rank ^ 2**step) for rank in range(num_ranks) for step in range(log2_ranks)], 0)
     history = []
@@ -102,8 +102,8 @@ def test_a_parameter_server_carries_everybody_in_and_out(elements: int, num_rank
 def test_parameter_servers_on_every_rank_cost_a_ring(elements: int, num_ranks: int) -> None:
     """Sharded over the workers themselves, each rank sends 2(n-1)/n of the payload."""
     payload_bytes = 4 * num_ranks * elements
-    links = wire_plans.parameter_server(payload_bytes, 4, range(num_ranks), range(num_ranks))
-    sent = wire.sent_bytes_per_rank(links, num_ranks)
+    links = algorithms.parameter_server(payload_bytes, 4, range(num_ranks), range(num_ranks))
+    sent = gloo.sent_bytes_per_rank(links, num_ranks)
     assert sent == [2 * (num_ranks - 1) * payload_bytes // num_ranks] * num_ranks
 
 
@@ -113,12 +113,12 @@ def test_ring_and_halving_doubling_are_even(elements: int, log2_ranks: int) -> N
     payload_bytes = 4 * num_ranks * elements
     expected = [2 * (num_ranks - 1) * payload_bytes // num_ranks] * num_ranks
     for plan in ("ring", "halving_doubling"):
-        assert wire.sent_bytes_per_rank(links_of(plan, payload_bytes, [0] * num_ranks), num_ranks) == expected
+        assert gloo.sent_bytes_per_rank(links_of(plan, payload_bytes, [0] * num_ranks), num_ranks) == expected
 
 
 @given(element_counts, st.integers(2, 20))
 def test_in_a_tree_nobody_sends_more_than_three_payloads(elements: int, num_ranks: int) -> None:
-    sent = wire.sent_bytes_per_rank(links_of("tree", 4 * elements, [0] * num_ranks), num_ranks)
+    sent = gloo.sent_bytes_per_rank(links_of("tree", 4 * elements, [0] * num_ranks), num_ranks)
     assert max(sent) <= 3 * 4 * elements
     assert sent[-1] == 4 * elements  # a leaf
 
@@ -206,8 +206,8 @@ def test_sums(
 )
 def test_what_cannot_be_done_says_why(plan: str, server_of_rank: list[int], named: str) -> None:
     for found in (
-        wire_plans.links(plan, 400, 4, server_of_rank),
-        wire_plans.egress_bytes_per_server(plan, 400, 4, server_of_rank),
+        algorithms.links(plan, 400, 4, server_of_rank),
+        algorithms.egress_bytes_per_server(plan, 400, 4, server_of_rank),
     ):
-        assert isinstance(found, wire.NotDerivable)
+        assert isinstance(found, gloo.NotDerivable)
         assert named in found.reason

@@ -6,8 +6,8 @@ from pathlib import Path
 from pictures_on_disk import picture
 from webdataset.writer import TarWriter
 
-from pipeline.data.manifest import Manifest, Shard, Split
-from pipeline.files import sha256_of_file
+from pipeline.core.files import sha256_of_file
+from pipeline.data.shards.manifest import Manifest, Shard, Split
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.builtin import CLASSES, EXPECTED_BYTES, BuiltinPictures, open_builtin
-from pipeline.data.textures import TEXTURES, draw
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.prepare.builtin import CLASSES, EXPECTED_BYTES, BuiltinPictures, open_builtin
+from pipeline.data.prepare.textures import TEXTURES, draw
 
 PICTURES = BuiltinPictures(seed=0, num_classes=10)
 

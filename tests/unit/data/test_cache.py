@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from shard_server import Rule, ShardServer, serving
 
-from pipeline.config import DataConfig
-from pipeline.data.cache import PART, Cache, CacheSettings, Entry, Produce
-from pipeline.data.transfer import Patience
-from pipeline.errors import DataError
+from pipeline.config.training import DataConfig
+from pipeline.core.errors import DataError
+from pipeline.data.remote.cache import PART, Cache, CacheSettings, Entry, Produce
+from pipeline.data.remote.transfer import Patience
 
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]
@@ -31,10 +31,10 @@ DEADLINE_SECONDS = 60.0
 READER = """
 import hashlib, os, sys
 from pathlib import Path
-from pipeline.data.cache import Cache, CacheSettings, Entry
-from pipeline.data.remote import open_store
-from pipeline.data.transfer import Expected, Patience, fetch
-from pipeline.errors import DataError
+from pipeline.data.remote.cache import Cache, CacheSettings, Entry
+from pipeline.data.remote.store import open_store
+from pipeline.data.remote.transfer import Expected, Patience, fetch
+from pipeline.core.errors import DataError
 
 url, directory, bound, seconds, *wanted = sys.argv[1:]
 patience = Patience(float(seconds))
@@ -204,7 +204,7 @@ def test_the_failure_of_another_job_is_not_shared(tmp_path):
 
 
 def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetched_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.locks.POLL_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.data.remote.locks.POLL_SECONDS", 0.3)
     first, second = make(tmp_path), make(tmp_path)
     entry, is_under_way, may_end = ENTRIES[NAMES[0]], threading.Event(), threading.Event()
 
@@ -446,9 +446,9 @@ def test_the_cache_has_a_directory_of_its_own_below_the_one_that_is_given(tmp_pa
 FULL_DISK = """
 import os, sys
 from pathlib import Path
-from pipeline.data.cache import Cache, CacheSettings, Entry
-from pipeline.data.transfer import Patience
-from pipeline.errors import DataError
+from pipeline.data.remote.cache import Cache, CacheSettings, Entry
+from pipeline.data.remote.transfer import Patience
+from pipeline.core.errors import DataError
 
 cache = Cache(CacheSettings(Path(sys.argv[1]), 10**9, Patience(5.0)), "here")
 cache.prepare()
@@ -551,7 +551,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.cache.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.data.remote.cache.GRACE_SECONDS", 0.5)
     directory = tmp_path / "cache"
     server.set_rules(Rule("slow", bytes_per_second=50_000))
     victim = Reader(server, directory, NAMES[0])

@@ -24,8 +24,8 @@ from benchmarks.exactness_matrix import (
     through_loaders,
 )
 from benchmarks.exactness_peers import Job
+from pipeline.data.index import ShardIndex
 from pipeline.data.order import BatchOrder
-from pipeline.data.store import ShardIndex
 
 SIZES = (20, 30, 24, 13)  # 3 batches of 24, and 15 samples that fill none
 

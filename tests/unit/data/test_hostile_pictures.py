@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_shards import CLASSES, write_manifest, write_tar
 
-from pipeline.config import AugmentConfig, InputConfig
+from pipeline.config.training import AugmentConfig, InputConfig
 from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamples
-from pipeline.data.images import BadImageError, check_picture
+from pipeline.data.index import ShardIndex
+from pipeline.data.pictures import BadImageError, check_picture
 from pipeline.data.pixels import SampleError, decode
-from pipeline.data.store import ShardIndex
 
 HEIGHT, WIDTH = 40, 56
 INPUT = InputConfig(size=24, resize_side=28)
@@ -207,10 +207,10 @@ def test_a_check_of_shards_judges_damage_as_training_does(seed, num_damaged, whi
 
 MEASURE = """
 import resource, sys
-from pipeline.config import AugmentConfig, InputConfig
+from pipeline.config.training import AugmentConfig, InputConfig
 from pipeline.data.batches import EvalSamples, TrainItem, TrainSamples
-from pipeline.data.images import check_picture
-from pipeline.data.store import ShardIndex
+from pipeline.data.pictures import check_picture
+from pipeline.data.index import ShardIndex
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,13 +14,13 @@ import torch
 from pictures_on_disk import picture
 from small_shards import samples_of, write_manifest, write_shards, write_tar
 
-from pipeline.config import AugmentConfig, DataConfig, InputConfig
+from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
+from pipeline.core.errors import DataError
 from pipeline.data.batches import LoadedBatch, replacements
+from pipeline.data.index import ShardIndex
 from pipeline.data.loader import ShardData, evaluation_loader
 from pipeline.data.order import BatchOrder
-from pipeline.data.store import ShardIndex
 from pipeline.data.workers import choose_num_workers
-from pipeline.errors import DataError
 
 INPUT = InputConfig(size=16, resize_side=20)
 GLOBAL_BATCH = 12
@@ -284,10 +284,10 @@ PROGRAM = """
 import sys
 
 def main(root):
-    from pipeline.config import AugmentConfig, InputConfig
+    from pipeline.config.training import AugmentConfig, InputConfig
     from pipeline.data.batches import TrainBatches, TrainSamples
     from pipeline.data.order import BatchOrder
-    from pipeline.data.store import ShardIndex
+    from pipeline.data.index import ShardIndex
     from pipeline.data.workers import make_loader
 
     index = ShardIndex.open(root, "train")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.manifest import Manifest, Shard, Split
-from pipeline.errors import DataError, ExitCode
+from pipeline.core.errors import DataError, ExitCode
+from pipeline.data.shards.manifest import Manifest, Shard, Split
 
 SHARD = Shard("train-000000.tar", 10240, "ab" * 32, 3)
 TWICE = {"name": "train-000000.tar", "bytes": 10240, "sha256": "ab" * 32, "num_samples": 3}
@@ -67,7 +67,7 @@ def test_a_missing_split_names_those_that_exist() -> None:
 
 def test_a_manifest_that_is_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = MANIFEST.save(tmp_path)
-    monkeypatch.setattr("pipeline.data.manifest.MAX_MANIFEST_BYTES", path.stat().st_size)
+    monkeypatch.setattr("pipeline.data.shards.manifest.MAX_MANIFEST_BYTES", path.stat().st_size)
     assert Manifest.load(tmp_path) == MANIFEST
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(DataError, match=rf"manifest\.json has more than {path.stat().st_size - 1} bytes"):

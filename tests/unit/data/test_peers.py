@@ -11,7 +11,7 @@ import pytest
 from pictures_on_disk import stored_samples
 from PIL import Image
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.shards.manifest import Manifest
 from pipeline.prepare import PrepareConfig, prepare
 
 DEADLINE_SECONDS = 120

@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from pipeline.config import AugmentConfig, InputConfig
-from pipeline.data.images import MAX_PIXELS
+from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.data.pictures import MAX_PIXELS
 from pipeline.data.pixels import (
     SampleError,
     decode,

@@ -13,8 +13,8 @@ import pytest
 from pictures_on_disk import contents_of, picture, pictures, stored_samples, tar_of, write_files
 from PIL import Image
 
-from pipeline.data.manifest import Manifest
-from pipeline.errors import ExitCode
+from pipeline.core.errors import ExitCode
+from pipeline.data.shards.manifest import Manifest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_shards import write_shards
 
+from pipeline.core.errors import DataError, ExitCode
+from pipeline.data.index import ShardIndex
 from pipeline.data.quarantine import BadSample, Quarantine
-from pipeline.data.store import ShardIndex
-from pipeline.errors import DataError, ExitCode
 
 NUM_SAMPLES = 100
 
@@ -126,7 +126,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from pipeline.data.quarantine import BadSample, Quarantine
-from pipeline.data.store import ShardIndex
+from pipeline.data.index import ShardIndex
 
 root, path, *met = sys.argv[1:]
 index = ShardIndex.open(root, "train")

@@ -17,20 +17,20 @@ from shard_index import add_index
 from shard_server import Rule, ShardServer, serving
 from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
-from pipeline.config import DataConfig, InputConfig
+from pipeline.config.training import DataConfig, InputConfig
+from pipeline.core.errors import DataError
+from pipeline.core.files import sha256_of_file
 from pipeline.data.batches import TrainBatches
-from pipeline.data.cache import CacheSettings
 from pipeline.data.fit import misfit_sentence, origin_sentence
+from pipeline.data.index import ShardIndex
 from pipeline.data.loader import ShardData, evaluation_loader
-from pipeline.data.manifest import Manifest
 from pipeline.data.order import BatchOrder
 from pipeline.data.prefetch import Prefetcher
-from pipeline.data.remoteshards import RemoteFiles, check_remote
-from pipeline.data.store import ShardIndex
-from pipeline.data.table import INDEX_KEY, index_name
-from pipeline.data.transfer import Patience
-from pipeline.errors import DataError
-from pipeline.files import sha256_of_file
+from pipeline.data.remote.cache import CacheSettings
+from pipeline.data.remote.shards import RemoteFiles, check_remote
+from pipeline.data.remote.transfer import Patience
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.table import INDEX_KEY, index_name
 
 DEADLINE_SECONDS = 60.0
 

@@ -7,12 +7,12 @@ import pytest
 from mat_file import WRITTEN_BY_SCIPY, mat_file
 from pictures_on_disk import picture, pictures, tar_of, write_files
 
-from pipeline.data.builtin import BuiltinPictures
-from pipeline.data.ilsvrc2012 import read_devkit
-from pipeline.data.matfile import read_struct_array
-from pipeline.data.opening import open_source, read_classes, recognise
-from pipeline.data.sources import Kind, Source, tar_members
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.prepare.builtin import BuiltinPictures
+from pipeline.data.prepare.ilsvrc2012 import read_devkit
+from pipeline.data.prepare.matfile import read_struct_array
+from pipeline.data.prepare.opening import open_source, read_classes, recognise
+from pipeline.data.prepare.sources import Kind, Source, tar_members
 
 COUNTS = {"cat": 3, "dog": 2}
 BUILTIN = BuiltinPictures(seed=0, num_classes=10)

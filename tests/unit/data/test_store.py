@@ -18,14 +18,14 @@ from pictures_on_disk import picture
 from shard_index import add_index
 from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
-from pipeline.config import DataConfig
-from pipeline.data import store
-from pipeline.data.manifest import Manifest
-from pipeline.data.store import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
-from pipeline.data.table import INDEX_KEY, index_name
-from pipeline.data.tarindex import index_shard
-from pipeline.errors import DataError, ExitCode
-from pipeline.files import sha256_of_file
+from pipeline.config.training import DataConfig
+from pipeline.core.errors import DataError, ExitCode
+from pipeline.core.files import sha256_of_file
+from pipeline.data import index as store
+from pipeline.data.index import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.table import INDEX_KEY, index_name
+from pipeline.data.shards.tar import index_shard
 
 BLOCK = 512
 
@@ -481,7 +481,7 @@ def test_shards_that_prepare_has_not_finished_are_not_taken_for_foreign_ones(roo
 
 def test_another_process_gets_the_same_index(root):
     expected = ShardIndex.open(root, "train").index_hash
-    program = "import sys; from pipeline.data.store import ShardIndex; print(ShardIndex.open(*sys.argv[1:]).index_hash)"
+    program = "import sys; from pipeline.data.index import ShardIndex; print(ShardIndex.open(*sys.argv[1:]).index_hash)"
     command = [sys.executable, "-c", program, str(root), "train"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert printed.strip() == expected

@@ -13,9 +13,9 @@ import pytest
 from pictures_on_disk import picture
 from small_shards import samples_of, write_tar
 
-from pipeline.data.store import ShardIndex
-from pipeline.data.tarindex import MAX_ZERO_BYTES, index_shard
-from pipeline.errors import DataError, ExitCode
+from pipeline.core.errors import DataError, ExitCode
+from pipeline.data.index import ShardIndex
+from pipeline.data.shards.tar import MAX_ZERO_BYTES, index_shard
 
 BLOCK = 512
 PICKLE = b"cos\nsystem\n(S'touch harmed'\ntR."
@@ -190,7 +190,7 @@ def test_pictures_of_another_format_are_said_to_be_that(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from pipeline.data.tarindex import index_shard
+from pipeline.data.shards.tar import index_shard
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

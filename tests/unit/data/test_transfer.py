@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from shard_server import Rule, ShardServer, serving
 
-from pipeline.data.remote import open_store, retry_after
-from pipeline.data.transfer import Expected, Patience, fetch, head
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.remote.store import open_store, retry_after
+from pipeline.data.remote.transfer import Expected, Patience, fetch, head
 
 NAME = "train-000000.tar"
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -116,6 +116,7 @@ def test_a_server_that_wants_longer_than_the_patience_ends_it_at_once(serve):
 @pytest.mark.parametrize(
     ("value", "low", "high"),
     [("7", 7, 7), (" 7 ", 7, 7), (formatdate(time.time() + 1000, usegmt=True), 0, 1001), (formatdate(0), 0, 0)],
+    ids=["seconds", "spaced seconds", "a date to come", "a date gone by"],  # no clock: all workers must collect alike
 )
 def test_retry_after_is_a_number_or_a_date(value, low, high):
     seconds = retry_after(value)

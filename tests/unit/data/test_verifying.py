@@ -12,8 +12,8 @@ import pytest
 from pictures_on_disk import contents_of, picture
 from small_shards import samples_of, write_manifest, write_shards, write_tar
 
-from pipeline.errors import ExitCode
-from pipeline.files import sha256_of_file
+from pipeline.core.errors import ExitCode
+from pipeline.core.files import sha256_of_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from pictures_on_disk import contents_of, picture, pictures, stored_samples, write_files
 from shard_index import add_index
 
-from pipeline.data.images import BadImageError, Encoding, shard_jpeg
-from pipeline.data.manifest import Manifest, Split
-from pipeline.data.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
-from pipeline.data.planning import exclusive, plan_splits
-from pipeline.data.sources import Source, SourceImage, open_folders
-from pipeline.data.store import ShardIndex
-from pipeline.data.writer import ShardWriter, WrittenShard, write_splits
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.index import ShardIndex
+from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
+from pipeline.data.prepare.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
+from pipeline.data.prepare.request import exclusive, plan_splits
+from pipeline.data.prepare.sources import Source, SourceImage, open_folders
+from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
+from pipeline.data.shards.manifest import Manifest, Split
 
 COUNTS = {"cat": 13, "dog": 8}
 SHARD_BYTES = 12_000

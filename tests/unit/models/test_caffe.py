@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 from pipeline.models import zoo
 from pipeline.models.caffe import load_npz, load_torchvision_state
 from pipeline.models.squeezenet import SqueezeNet

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.models import zoo
 from pipeline.models.cost import ModelCost, cost, footprint, gradient_bytes, layer_kinds
 

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ModelConfig
-from pipeline.config import build as build_config
-from pipeline.errors import ConfigError
+from pipeline.config.training import ModelConfig
+from pipeline.config.training import build as build_config
+from pipeline.core.errors import ConfigError
 from pipeline.models import zoo
 from pipeline.models.squeezenet import SqueezeNet
 

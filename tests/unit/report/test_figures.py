@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from pipeline.report import figures
-from pipeline.report.records import read_run
+from pipeline.report.runs import read_run
 
 ROWS = [
     {"model": "squeezenet1_0", "gradient_bytes": 4_993_696, "times_baseline": 1.0},

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.report.page import write_comparison_report, write_run_report
-from pipeline.report.records import read_run
+from pipeline.report.runs import read_run
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

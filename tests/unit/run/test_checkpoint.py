@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 from pipeline.run.checkpoint import (
     AtomicCheckpointIO,
     checkpoint_path,
@@ -33,8 +33,8 @@ from pipeline.run.checkpoint import (
     sidecar_path,
     verify,
 )
-from pipeline.run.cluster_environment import RankEnvironment
-from pipeline.run.ranks import RankInfo
+from pipeline.run.launch.environment import RankEnvironment
+from pipeline.run.launch.ranks import RankInfo
 
 
 def state(step: int, num_values: int = 20_000) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, ExitCode, Preempted
+from pipeline.core.errors import ConfigError, ExitCode, Preempted
 from pipeline.run import lock
 from pipeline.run.lock import RunLock, this_process
 
 RACER = """
 import sys, time
 from pathlib import Path
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.run.directory import RunDirectory
 directory = RunDirectory(sys.argv[1], "first")
 print("ready", flush=True)
@@ -249,7 +249,7 @@ def test_any_other_owner_elsewhere_that_has_the_lock_refuses_at_once(owner: dict
 OWNER = """
 import signal, socket, sys
 from pathlib import Path
-from pipeline.errors import CheckpointError
+from pipeline.core.errors import CheckpointError
 from pipeline.run import lock
 socket.gethostname = lambda: "elsewhere"
 lock.fcntl.flock = lambda *_: None  # granted here, and unknown to every other host: a mount with `localflock`

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.run.metrics_log import MetricsLog, read_rows
+from pipeline.run.record.metrics_log import MetricsLog, read_rows
 
 
 def write(path: Path, *steps: int) -> None:

@@ -13,7 +13,7 @@ DEADLINE_SECONDS = 60.0
 PREAMBLE = """
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from pipeline.run.preempt import StopRequest, block_early
+from pipeline.run.launch.preempt import StopRequest, block_early
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe, describe_cpu, describe_git
-from pipeline.run.ranks import RankInfo
 
 RANKS = RankInfo(0, 1, 0, 1, 0, 1, "127.0.0.1", 29500, "single")
 

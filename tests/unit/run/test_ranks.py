@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
-from pipeline.run.cluster_environment import RankEnvironment
-from pipeline.run.ports import SERVICE_PORTS, free_port, is_free, reserved_port
-from pipeline.run.ranks import RankInfo, expand_tasks_per_node, find_ranks, first_host
+from pipeline.core.errors import ConfigError
+from pipeline.run.launch.environment import RankEnvironment
+from pipeline.run.launch.ports import SERVICE_PORTS, free_port, is_free, reserved_port
+from pipeline.run.launch.ranks import RankInfo, expand_tasks_per_node, find_ranks, first_host
 
 TORCHRUN = {
     "RANK": "3",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run.requeue import decide, last_step
+from pipeline.run.launch.requeue import decide, last_step
 
 
 def save(run: Path, step: int) -> None:

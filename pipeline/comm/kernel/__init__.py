@@ -1,0 +1,1 @@
+"""What the kernel counts: bytes of sockets and of interfaces."""

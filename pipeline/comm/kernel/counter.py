@@ -1,0 +1,160 @@
+"""What was sent, by the kernel's own counts: this rank's connections to the other ranks, by phase of the run.
+
+A connection belongs to the job when its two ends are sockets of two ranks; that is found by comparing the ranks' lists
+(`comm.ledger.reconcile`). So data that is loaded over the network, uploads and anything else on the same card stay
+out. The connections of torch's TCPStore, known by its port, are a row of their own.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.comm.kernel.interface import InterfaceCounts, interface_of_address, read_interface
+from pipeline.comm.kernel.sockets import Connection, TcpCounts, own_connections
+
+OPEN_TRAIN = "open train"
+"""Label of training that no step has committed so far."""
+
+
+@dataclass
+class _Watched:
+    """A connection, what it has counted, and for which label."""
+
+    connection: Connection
+    last: TcpCounts
+    first: TcpCounts
+    by_label: Counter[str] = field(default_factory=Counter)
+
+
+class SocketCounter:
+    """Bytes each of this rank's connections has sent, by label: a phase of the run, or OPEN_TRAIN.
+
+    Life: made right after the process group, when all ranks are still silent; `read` whenever a label ends; `commit`
+    when a step is committed; `report` when the ranks compare. Call it from the main thread, when no collective of this
+    rank is under way: then a rank's count is exact, because gloo finishes an operation only after its last byte was
+    handed to TCP.
+
+    store_port: of the TCPStore.
+    """
+
+    def __init__(self, store_port: int) -> None:
+        self._store_port = store_port
+        self._watched: dict[int, _Watched] = {}
+        self._job: set[int] | None = None
+        self.available = True
+        """False where the kernel does not count."""
+        self._rescan(baseline_now=True)
+        self._interface_name: str | None = None
+        self._interface_start: InterfaceCounts | None = None
+
+    # --- counting ---
+
+    def read(self, label: str) -> None:
+        """All bytes since the last `read` belong to `label`; connections opened since then are found."""
+        self._rescan(baseline_now=False)
+        self._read(label)
+
+    def end_phase(self, phase: str) -> None:
+        """`read` for the phase of a run that ends; training is committed by `commit` only."""
+        self.read(OPEN_TRAIN if phase == "train" else phase)
+
+    def commit(self) -> int:
+        """A step ends: what it sent becomes `train`. Returns the bytes this step sent to other ranks.
+
+        Before the ranks have compared their lists, every connection but the store's is taken for the job's.
+        """
+        self._read(OPEN_TRAIN)
+        total = 0
+        for inode, watched in self._watched.items():
+            step_bytes = watched.by_label.pop(OPEN_TRAIN, 0)
+            watched.by_label["train"] += step_bytes
+            if self._is_job(inode, watched):
+                total += step_bytes
+        return total
+
+    def _is_job(self, inode: int, watched: _Watched) -> bool:
+        return inode in self._job if self._job is not None else not self._is_store(watched.connection)
+
+    def _is_store(self, connection: Connection) -> bool:
+        return self._store_port in (connection.local[1], connection.remote[1])
+
+    def _read(self, label: str) -> None:
+        for watched in self._watched.values():
+            counts = watched.connection.counts()
+            if counts is None:  # closed: what it sent after the last look is not known
+                continue
+            watched.by_label[label] += counts.sent_bytes - watched.last.sent_bytes
+            watched.last = counts
+
+    def _rescan(self, *, baseline_now: bool) -> None:
+        for connection in own_connections():
+            if connection.inode in self._watched:
+                continue
+            counts = connection.counts()
+            if counts is None:
+                self.available = False
+                continue
+            start = counts if baseline_now else TcpCounts(0, 0, 0, 0, counts.has_timestamps)
+            self._watched[connection.inode] = _Watched(connection, last=start, first=start)
+
+    # --- the network card ---
+
+    def start_interface(self) -> None:
+        """Remember the card's counters, to be compared from here on. The ranks must be silent."""
+        for watched in self._watched.values():
+            if not self._is_store(watched.connection):
+                self._interface_name = interface_of_address(watched.connection.local[0])
+                break
+        if self._interface_name is not None:
+            self._interface_start = read_interface(self._interface_name)
+        for watched in self._watched.values():
+            watched.first = watched.connection.counts() or watched.first
+
+    # --- for the comparison ---
+
+    def report(self) -> dict[str, Any]:
+        """What this rank tells the others, in plain types. Nothing of this rank may be under way."""
+        return {
+            "connections": [
+                {
+                    "local": list(watched.connection.local),
+                    "remote": list(watched.connection.remote),
+                    "store": self._is_store(watched.connection),
+                    "by_label": dict(watched.by_label),
+                    "retransmitted_bytes": watched.last.retransmitted_bytes,
+                    "on_wire_bytes": _on_wire(watched),
+                    "segment_header_bytes": 66 if watched.last.has_timestamps else 54,
+                }
+                for watched in self._watched.values()
+            ],
+            "interface": self._interface_report(),
+        }
+
+    def _interface_report(self) -> dict[str, Any] | None:
+        if self._interface_name is None or self._interface_start is None:
+            return None
+        now = read_interface(self._interface_name)
+        if now is None:
+            return None
+        return {
+            "name": self._interface_name,
+            "tx_bytes": now.tx_bytes - self._interface_start.tx_bytes,
+            "tx_packets": now.tx_packets - self._interface_start.tx_packets,
+        }
+
+    def set_job(self, endpoints: list[tuple[str, int]]) -> None:
+        """Connections from these local (address, port) pairs go to other ranks; the rest is not the job's."""
+        wanted = set(endpoints)
+        self._job = {
+            inode
+            for inode, watched in self._watched.items()
+            if watched.connection.local in wanted and not self._is_store(watched.connection)
+        }
+
+
+def _on_wire(watched: _Watched) -> int:
+    """Data bytes that have left through the card since `start_interface`, retransmissions included."""
+    first, last = watched.first, watched.last
+    now = last.sent_bytes - last.unsent_bytes + last.retransmitted_bytes
+    before = first.sent_bytes - first.unsent_bytes + first.retransmitted_bytes
+    return max(0, now - before)

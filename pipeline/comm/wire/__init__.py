@@ -1,0 +1,1 @@
+"""Bytes of a collective on the wire, by transport and algorithm: pure functions."""

@@ -1,0 +1,147 @@
+"""How each training of a comparison is started: as ranks of this machine, in a lab, or over a Slurm allocation."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.compare import CompareConfig
+from pipeline.config.training import require
+from pipeline.run.launch.ranks import LAB_VARIABLE
+
+# Ranks that belong to whoever started `compare` must not be taken for those of the runs it starts.
+_RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    LAB_VARIABLE,
+)
+# Ranks that fail agree on it and leave with the same code, but not at the same instant: as in slurm/train.sh.
+_SRUN_DEFAULTS = {"SLURM_WAIT": "300", "SLURM_KILL_BAD_EXIT": "0"}
+_SRUN_SECONDS = 60.0  # for srun to end its ranks when the comparison is told to stop
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Where the ranks of each training run."""
+
+    kind: str
+    """`local`, `lab` or `slurm`."""
+    num_ranks: int
+    num_machines: int = 1
+    cpus_per_rank: int | None = None
+    """Under Slurm."""
+    lab: tuple[str, ...] = ()
+    """The lab's overrides, without name and run_root."""
+
+    @property
+    def ranks_per_machine(self) -> int:
+        """Of the machine that has most."""
+        return -(-self.num_ranks // self.num_machines)
+
+    @property
+    def devices(self) -> int:
+        """What `cluster.devices` of a training must say: Slurm and the lab give their ranks themselves."""
+        return self.num_ranks if self.kind == "local" else 1
+
+    def command(self, overrides: Sequence[str], where: Sequence[str], *, alone: bool) -> list[str]:
+        """The command line of one training.
+
+        where: name and run_root, for the lab. alone: on one rank, which needs neither a lab nor other nodes.
+        """
+        train = [sys.executable, "-m", "pipeline.train", *overrides]
+        if self.kind == "slurm":
+            nodes, tasks = (1, 1) if alone else (self.num_machines, self.num_ranks)
+            return ["srun", f"--nodes={nodes}", f"--ntasks={tasks}", f"--cpus-per-task={self.cpus_per_rank}", *train]
+        if self.kind == "lab" and not alone:
+            return [sys.executable, "-m", "pipeline.lab", *where, *self.lab, "--", *train]
+        return train
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        """Run it to its end, its output in `log`. Returns the exit code. An exception here ends the run too."""
+        with (
+            log.open("w") as output,
+            subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment()) as process,
+        ):
+            try:
+                return process.wait()
+            except BaseException:
+                if self.kind == "slurm":  # killed, srun would leave its ranks behind
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(_SRUN_SECONDS)
+                process.kill()  # its ranks go with it
+                raise
+
+    def environment(self) -> dict[str, str]:
+        """This process's, without ranks that are not the run's own."""
+        kept = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+        if self.kind == "slurm":
+            return {**_SRUN_DEFAULTS, **kept}
+        return {key: value for key, value in kept.items() if not key.startswith("SLURM_")}
+
+
+def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None = None) -> Launcher:
+    """What `launcher` and `lab` come to here. environment: default os.environ.
+
+    Raises:
+        ConfigError: Slurm is asked for outside of a job or together with a lab, or there is a single rank.
+    """
+    environment = os.environ if environment is None else environment
+    in_job = environment.get("SLURM_JOB_ID", "") != ""
+    num_nodes = int(environment.get("SLURM_JOB_NUM_NODES") or 1)
+    num_tasks = int(environment.get("SLURM_NTASKS") or 0)
+    require(
+        in_job or config.launcher != "slurm",
+        "launcher=slurm, but this is no Slurm job: submit slurm/compare.sh, or set launcher=local.",
+    )
+    in_lab = config.lab.servers is not None
+    require(
+        not in_lab or config.launcher != "slurm",
+        "lab.servers makes a cluster of one machine: set launcher=local, or leave lab.servers out.",
+    )
+    if in_lab:
+        assert config.lab.servers is not None
+        launcher = Launcher("lab", config.lab.servers * config.lab.ranks_per_server, lab=tuple(_lab(config)))
+    elif config.launcher == "slurm" or (config.launcher == "auto" and in_job and max(num_nodes, num_tasks) > 1):
+        # As slurm/train.sh: one rank per GPU, else one per node, unless the allocation says how many tasks.
+        num_ranks = num_tasks or num_nodes * max(1, int(environment.get("SLURM_GPUS_ON_NODE") or 0))
+        of_node = int(environment.get("SLURM_CPUS_ON_NODE") or 1) // -(-num_ranks // num_nodes)
+        cpus = int(environment.get("SLURM_CPUS_PER_TASK") or max(1, of_node))
+        launcher = Launcher("slurm", num_ranks, num_nodes, cpus)
+    else:
+        launcher = Launcher("local", config.cluster.devices)
+    require(
+        launcher.num_ranks >= 2,
+        "One rank alone sends nothing: give cluster.devices, lab.servers, or Slurm's tasks, at least 2.",
+    )
+    return launcher
+
+
+def _lab(config: CompareConfig) -> list[str]:
+    values = {**asdict(config.lab), "num_threads": config.cluster.num_threads}
+    return [f"{key}={literal(value)}" for key, value in values.items()]
+
+
+def literal(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return "'" + value.replace("'", "\\'") + "'" if not value.replace("_", "").isalnum() else value
+        case list() | tuple():
+            return f"[{','.join(map(literal, value))}]"
+        case _:
+            return str(value)

@@ -1,0 +1,205 @@
+"""Making the runs a comparison is made of, one `pipeline.train` after another, or reading runs already made."""
+
+import re
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.comparison.candidates import Candidate, log_path, where_of
+from pipeline.comparison.conditions import footing_difference, refuse_to_mix
+from pipeline.comparison.launcher import choose_launcher, literal
+from pipeline.comparison.result import choose_baseline, label_of
+from pipeline.comparison.rows import Outcome, metered_gradient_bytes
+from pipeline.config.compare import CompareConfig
+from pipeline.config.training import BatchConfig, require
+from pipeline.core.errors import ConfigError, ExitCode, LedgerError, UserError
+from pipeline.models import zoo
+from pipeline.models.facts import model_facts
+from pipeline.report.runs import RunRecord, flat, read_run
+from pipeline.run.memory import available_memory, refusal
+from pipeline.training.plan import choose_accelerator
+
+LONGEST_REASON = 300  # characters of a run's last words
+_NOT_WANTED = "alone=false: no run on a single rank was made, against which to measure scaling."
+_NOT_GIVEN = "No run on a single rank was given: alone_runs=[...]."
+
+
+# --- the runs ---
+
+
+def measure(config: CompareConfig, candidates: Sequence[Candidate], shards: str) -> list[Outcome]:
+    """The training runs, one after another. A failure is an outcome with its reason."""
+    # A comparison told to stop takes its run along: leaving by an exception ends the run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    outcomes: list[Outcome] = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(candidates))
+        runner = _Runner(config, shards)
+        for candidate in candidates:
+            progress.update(task, description=candidate.label)
+            outcomes.append(runner.measure(candidate))
+            progress.advance(task)
+            ended = "failed" if outcomes[-1].reason else "done"
+            progress.console.print(f"{candidate.label}: {ended}", highlight=False, markup=False)
+    return outcomes
+
+
+class _Runner:
+    """Makes the runs of one comparison. A model's single-rank run is made once, after its first that succeeds."""
+
+    def __init__(self, config: CompareConfig, shards: str) -> None:
+        self._config, self._shards = config, shards
+        self._launcher = choose_launcher(config)
+        self._accelerator = choose_accelerator(config.cluster)
+        self._alone: dict[str, RunRecord | str] = {}
+
+    def measure(self, candidate: Candidate) -> Outcome:
+        """The candidate's run, and the single-rank run that belongs to it."""
+        outcome = Outcome(candidate.model, candidate.facts, candidate.hook, candidate.label, command=_command_line())
+        if reason := self._impossible(candidate):
+            return replace(outcome, reason=reason, exit_code=ExitCode.CONFIG)
+        outcome = with_run(self._run(outcome, candidate.slug, candidate.overrides), self._directory(candidate.slug))
+        if outcome.run is None:
+            return outcome
+        found = self._run_alone(candidate, outcome.run)
+        return replace(outcome, why_not_alone=found) if isinstance(found, str) else replace(outcome, alone=found)
+
+    def _impossible(self, candidate: Candidate) -> str:
+        """Why nothing needs to be started; empty if something may."""
+        taken = candidate.facts.footprint
+        if taken is None:
+            return candidate.facts.why_no_footprint
+        available = available_memory(self._accelerator)
+        return refusal(taken.training_memory_bytes, self._launcher.ranks_per_machine, available)
+
+    def _run_alone(self, candidate: Candidate, run: RunRecord) -> RunRecord | str:
+        """The model on one rank with as many threads as each rank of `run` has, or why there is none."""
+        if not self._config.alone:
+            return _NOT_WANTED
+        if candidate.model not in self._alone:
+            num_threads = run.environment.get("num_threads_per_rank")
+            overrides = [*candidate.alone_overrides, f"cluster.num_threads={literal(num_threads)}"]
+            outcome = self._run(Outcome(candidate.model, candidate.facts), candidate.alone_slug, overrides, alone=True)
+            if outcome.reason:
+                self._alone[candidate.model] = f"The run on a single rank failed: {outcome.reason}"
+            else:
+                self._alone[candidate.model] = read_run(self._directory(candidate.alone_slug))
+        return self._alone[candidate.model]
+
+    def _run(self, outcome: Outcome, slug: str, overrides: Sequence[str], *, alone: bool = False) -> Outcome:
+        """The outcome with the reason, if the training failed."""
+        directory = self._directory(slug)
+        if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
+            shutil.rmtree(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        where = where_of(self._config, f"{self._config.name}/{slug}")
+        overrides = [*overrides, f"data.root={literal(self._shards)}"]
+        code = self._launcher.run(self._launcher.command(overrides, where, alone=alone), log_path(directory))
+        if not code:
+            return outcome
+        return replace(outcome, reason=_reason(code, log_path(directory)), exit_code=max(code, ExitCode.INTERNAL))
+
+    def _directory(self, slug: str) -> Path:
+        return self._config.directory / slug
+
+
+def with_run(outcome: Outcome, directory: Path) -> Outcome:
+    """The outcome with its run, if there is one and its ledger stands up to the model's parameters."""
+    if outcome.reason:
+        return outcome
+    try:
+        run = read_run(directory)
+        metered_gradient_bytes(run, outcome.facts.parameter_bytes)
+    except UserError as error:
+        return replace(outcome, reason=str(error), exit_code=int(error.exit_code))
+    return replace(outcome, run=run)
+
+
+def _reason(returncode: int, log: Path) -> str:
+    """Why a training command failed: its own last error sentence, else the exception, else its last line."""
+    number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
+    if number in set(signal.Signals):
+        name = signal.Signals(number).name
+        hint = ", most likely for want of memory" if name == "SIGKILL" else ""
+        return f"The run was killed by {name}{hint}; its output is in {log}."
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.partition("error: ")[2] for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+    if errors:
+        return f"{errors[-1]} (exit code {returncode})"
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last_words = textwrap.shorten((exceptions or lines)[-1], LONGEST_REASON) if lines else "It said nothing"
+    return f"{last_words} (exit code {returncode}; its output is in {log})"
+
+
+def _command_line() -> str:
+    return shlex.join(["python", "-m", "pipeline.compare", *sys.argv[1:]])
+
+
+# --- runs already made ---
+
+
+def read_outcomes(config: CompareConfig) -> list[Outcome]:
+    """The runs of `config.runs`.
+
+    Raises:
+        DataError: one is not a run. ConfigError: two of the same model and compression, or different conditions.
+        LedgerError: one's ledger does not carry what its model owes.
+    """
+    records = [read_run(Path(directory)) for directory in config.runs]
+    models = [model_of(record) for record in records]
+    labels = [label_of(model, run.ledger["hook"], config.hooks) for model, run in zip(models, records, strict=True)]
+    for label in labels:
+        require(labels.count(label) == 1, f"runs=[...] holds {label} more than once: keep one run of each model.")
+    choose_baseline(config.baseline, models)
+    refuse_to_mix(dict(zip(labels, records, strict=True)), hooks_may_differ=bool(config.hooks))
+    for run in records:
+        require(
+            not config.hooks or run.ledger["hook"] in config.hooks,
+            f"{run.directory} was compressed by {run.ledger['hook']}, which hooks={list(config.hooks)} does not name.",
+        )
+    alone = _read_alone(config.alone_runs)
+    return [
+        _read_outcome(model, label, run, alone.get(model))
+        for model, label, run in zip(models, labels, records, strict=True)
+    ]
+
+
+def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None) -> Outcome:
+    settings = flat(run.config)
+    size = settings.get("data.size") or settings.get("model.input.size")
+    batch = BatchConfig(
+        global_size=run.ledger["global_batch"],
+        max_per_rank=settings.get("batch.max_per_rank") or run.ledger["global_batch"],
+    )
+    per_rank, _ = batch.split(run.ledger["world_size"])
+    facts = model_facts(model, settings.get("model.num_classes") or 1000, size, per_rank)
+    outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
+    outcome = with_run(outcome, run.directory)
+    if outcome.exit_code == ExitCode.LEDGER:
+        raise LedgerError(outcome.reason)
+    if alone is not None and (difference := footing_difference(run, alone)):
+        raise ConfigError(f"alone_runs=[...], {model}: {difference}")
+    return replace(outcome, alone=alone)
+
+
+def _read_alone(directories: Sequence[str]) -> dict[str, RunRecord]:
+    records = [read_run(Path(directory)) for directory in directories]
+    by_model = {model_of(record): record for record in records}
+    require(len(by_model) == len(records), "alone_runs=[...] holds a model more than once: keep one run of each.")
+    return by_model
+
+
+def model_of(record: RunRecord) -> str:
+    """A run's model as a spec: its name and what its metaparameters add to it."""
+    told = record.config.get("model") or {}
+    return zoo.format_spec(told.get("name", record.ledger["model"]), told.get("metaparameters") or {})

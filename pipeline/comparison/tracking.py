@@ -1,0 +1,85 @@
+"""A comparison in W&B: one run of its own with the table, the bars and the picture, after comparison.json is written.
+
+Like every mirror it may fail in any way: the comparison's files are complete before it begins.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.training import CompareTrackingConfig
+from pipeline.report.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
+from pipeline.run.record.tracking import kept_id
+from pipeline.run.record.wandb_mirror import WandbMirror
+
+GROUP = "comparison"
+JOB_TYPE = "compare"
+ID_FILE = "comparison_wandb_id"
+"""Not `wandb_id`: a comparison may lie in the directory of a training, which is another W&B run."""
+UNTOLD = ("command", "hosts", "shards")
+"""Conditions that stay in comparison.json: they name paths and machines."""
+
+
+def mirror_comparison(result: Mapping[str, Any], name: str, directory: Path, tracking: CompareTrackingConfig) -> None:
+    """Log the content of `comparison.json` to the comparison's W&B run, the same one whenever it is repeated.
+
+    Bounded in time; a failure of W&B's is a warning.
+    """
+    if tracking.mode == "disabled":
+        return
+    mirror = WandbMirror(
+        directory,
+        run_id=kept_id(directory / ID_FILE, f"compare-{name}"),
+        mode=tracking.mode,
+        name=name,
+        group=GROUP,
+        job_type=JOB_TYPE,
+        project=tracking.project,
+        entity=tracking.entity,
+        tags=tracking.tags,
+        config={"baseline": result["baseline"], "conditions": told_conditions(result)},
+        notes=comparison_notes(result),
+        record="comparison.json",
+    )
+    mirror.log_media(lambda: _media(result, directory / "comparison.png"))
+    mirror.finish()
+
+
+def told_conditions(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison's conditions without what names paths and machines."""
+    return {key: value for key, value in result["conditions"].items() if key not in UNTOLD}
+
+
+def comparison_notes(result: Mapping[str, Any]) -> str:
+    """What was compared under which conditions, in words."""
+    models = ", ".join(row["model"] for row in result["models"])
+    conditions = "; ".join(f"{key}: {value}" for key, value in told_conditions(result).items())
+    return f"{models} under the same conditions, as multiples of {result['baseline']}. {conditions}."
+
+
+def scalar_columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Keys whose value is a number, a text or null in every row, in order of appearance."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if all(isinstance(row.get(key), int | float | str | None) for row in rows)]
+
+
+def _media(result: Mapping[str, Any], picture: Path) -> dict[str, Any]:
+    import wandb
+
+    rows = result["models"]
+    columns = scalar_columns(rows)
+    media: dict[str, Any] = {COMPARISON_TABLE: _table(columns, rows)}
+    for key, (column, title) in COMPARISON_BARS.items():
+        measured = [row for row in rows if row[column] is not None]
+        if measured:
+            media[key] = wandb.plot.bar(_table(["model", column], measured), "model", column, title=title)
+    if picture.is_file():
+        media[COMPARISON_PICTURE] = wandb.Image(str(picture))
+    return media
+
+
+def _table(columns: list[Any], rows: list[dict[str, Any]]) -> Any:
+    import wandb
+
+    data = [[row.get(column) for column in columns] for row in rows]
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)

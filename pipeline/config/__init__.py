@@ -1,0 +1,1 @@
+"""What each command may be told: frozen dataclasses whose field names are the configuration's keys."""

@@ -1,0 +1,121 @@
+"""What a comparison may be told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.training import (
+    BatchConfig,
+    ClusterConfig,
+    CommConfig,
+    CompareTrackingConfig,
+    DataConfig,
+    one_of,
+    require,
+)
+
+HOOKS = ("none", "fp16", "bf16", "powersgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareLabConfig:
+    """Whether each training runs on a cluster of network namespaces, as `pipeline.lab` makes one."""
+
+    servers: int | None = None
+    """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
+    ranks_per_server: int = 1
+    bandwidth: str | None = None
+    """Of each server's link: 1gbit, 100mbit. Null: as fast as the machine."""
+    placement: str = "contiguous"
+    offloads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train several models for a few steps each, under the same conditions, and compare what they send."""
+
+    name: str = "comparison"
+    """The comparison's directory under run_root."""
+    run_root: str = "runs"
+    models: tuple[str, ...]
+    """Names of the registry, with metaparameters if you like: [squeezenet1_0,squeezenet1_0:sr=0.5,alexnet]."""
+    hooks: tuple[str, ...] = ()
+    """Compressions to run each model with, a row for each: [none,bf16,powersgd]. Empty: comm.hook alone."""
+    runs: tuple[str, ...] = ()
+    """Run directories already made: report on these and run nothing. Their conditions must agree; the compression may
+    differ if `hooks` names it."""
+    alone: bool = True
+    """Run each model on one rank too, with the same batch per rank, to see how well it scales."""
+    alone_runs: tuple[str, ...] = ()
+    """With `runs`: run directories of single ranks, to see how well those scale."""
+    training_run: str | None = None
+    """A training run whose curves the report shows too. Null: the run in the comparison's own directory, if any."""
+    baseline: str | None = None
+    """The model the others are multiples of. Null: squeezenet1_0 if it is among the models, else the first."""
+    steps: int = 10
+    """Optimiser steps per model."""
+    num_classes: int = 1000
+    """Outputs of every classifier, whatever the shards hold: 1000 compares the models as published."""
+    precision: str = "auto"
+    """As trainer.precision: `auto`, `fp32`, `bf16`."""
+    seed: int = 0
+    launcher: str = "auto"
+    """`local`: ranks of this machine; `slurm`: each training over the whole allocation, with srun; `auto`: `slurm`
+    inside a job of several nodes or tasks."""
+    data: DataConfig
+    batch: BatchConfig
+    cluster: ClusterConfig
+    comm: CommConfig
+    tracking: CompareTrackingConfig
+    lab: CompareLabConfig
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("launcher", self.launcher, ("auto", "local", "slurm"))
+        for hook in self.hooks:
+            one_of("hooks", hook, HOOKS)
+        require(len(set(self.hooks)) == len(self.hooks), f"hooks={list(self.hooks)} names a hook twice.")
+        require(bool(self.models or self.runs), "Nothing to compare: give models=[...] or runs=[...].")
+        require(len(set(self.models)) == len(self.models), f"models={list(self.models)} names a model twice.")
+        require(
+            bool(self.runs) or not self.alone_runs,
+            "alone_runs=[...] belongs to runs=[...]: without them `alone=true` makes the single-rank runs.",
+        )
+        require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
+        require(self.num_classes >= 2, f"num_classes={self.num_classes} must be at least 2.")
+        require(self.comm.meter or bool(self.runs), "comm.meter=false leaves nothing to compare: set it to true.")
+
+    @property
+    def all_hooks(self) -> tuple[str, ...]:
+        """What every model is run with."""
+        return self.hooks or (self.comm.hook,)
+
+    @property
+    def directory(self) -> Path:
+        """Where the comparison lies."""
+        return Path(self.run_root) / self.name
+
+
+def quote_models(arguments: Sequence[str]) -> list[str]:
+    """`models=[squeezenet1_0:sr=0.5,alexnet]` as Hydra's grammar wants it: specs with a colon in quotes.
+
+    A comma inside brackets or before `key=value` continues the spec; anything else is left as it is.
+    """
+    return [_quote_list(argument) if argument.startswith("models=[") else argument for argument in arguments]
+
+
+def _quote_list(argument: str) -> str:
+    key, _, listed = argument.partition("=")
+    if not listed.endswith("]") or ":" not in listed or "'" in listed or '"' in listed:
+        return argument
+    from pipeline.comparison.launcher import literal
+    from pipeline.models import zoo  # imports torch, which takes longer than an answer to --help may
+
+    specs: list[str] = []
+    for item in zoo.split_outside_brackets(listed[1:-1]):
+        continues = specs and "=" in item and ":" not in item.partition("=")[0]
+        if continues:
+            specs[-1] += f",{item.strip()}"
+        else:
+            specs.append(item.strip())
+    return f"{key}=[{','.join(literal(spec) for spec in specs)}]"

@@ -1,0 +1,385 @@
+"""The typed configuration. OmegaConf ends here: past this module there are only frozen dataclasses.
+
+A field's name is its YAML key. `building.build` makes them from plain containers and refuses unknown keys and wrong
+types; every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.core.errors import ConfigError, refuse_secret
+from pipeline.core.typed import build, nearest, one_of, require
+
+__all__ = ["build", "nearest", "one_of", "require"]  # asked for here by all who declare a configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """What a model expects to see. Mean and std are in the units of 0..255 pixels, in the model's channel order."""
+
+    size: int = 224
+    """Side of the square crop, pixels."""
+    resize_side: int = 256
+    """Evaluation: side to resize to before the centre crop, pixels."""
+    resize_mode: str = "short"
+    """`short`: the short side becomes resize_side; `warp`: both sides do; `none`: no resize."""
+    channel_order: str = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        one_of("model.input.resize_mode", self.resize_mode, ("short", "warp", "none"))
+        one_of("model.input.channel_order", self.channel_order, ("rgb", "bgr"))
+        require(self.size > 0, f"model.input.size={self.size} must be a positive number of pixels.")
+        require(
+            self.resize_mode == "none" or self.resize_side >= self.size,
+            f"model.input.resize_side={self.resize_side} is smaller than the crop {self.size}: raise it to that.",
+        )
+        require(min(self.std) > 0, f"model.input.std={self.std} must be positive.")
+
+    def resized(self, size: int | None) -> "InputConfig":
+        """The same input at another crop side; resize_side keeps its ratio to the crop."""
+        if size is None or size == self.size:
+            return self
+        return dataclasses.replace(self, size=size, resize_side=max(size, round(self.resize_side * size / self.size)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, by its name in the registry."""
+
+    name: str
+    num_classes: int | None = None
+    """Outputs of the classifier. Null: as many as the shards have classes."""
+    metaparameters: dict[str, Any] = field(default_factory=dict)
+    """Passed to the builder; for SqueezeNet: base_e, incr_e, freq, pct3x3, sr, bypass, pool_after, dropout."""
+    input: InputConfig = field(default_factory=InputConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_classes is None or self.num_classes >= 2,
+            f"model.num_classes={self.num_classes} must be at least 2, or null to take it from the shards.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How a training picture is cut. A pure function of (seed, epoch, sample id)."""
+
+    crop: str = "random_resized"
+    """`random_resized`: area and ratio drawn; `random`: fixed scale, random place; `pad_random`: pad, then random
+    place; `center`: as in evaluation."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random_resized: share of the picture's area, lowest and highest."""
+    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
+    """random_resized: width over height, lowest and highest."""
+    pad: int = 4
+    """pad_random: pixels added on each side."""
+    flip: bool = True
+    """Mirror left to right with probability one half."""
+
+    def __post_init__(self) -> None:
+        one_of("data.augment.crop", self.crop, ("random_resized", "random", "pad_random", "center"))
+        low, high = self.scale
+        require(0 < low <= high <= 1, f"data.augment.scale={self.scale} must satisfy 0 < low <= high <= 1.")
+        low, high = self.ratio
+        require(0 < low <= high, f"data.augment.ratio={self.ratio} must satisfy 0 < low <= high.")
+        require(self.pad >= 0, f"data.augment.pad={self.pad} must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards are and how they are read."""
+
+    root: str | None = None
+    """What `prepare` made, or foreign shards: in a directory, at http(s)://host/path or at s3://bucket/prefix."""
+    cache_dir: str | None = None
+    """Shards from elsewhere are kept in `squeezewire` below it, once per server: on a local disk. Null: below the
+    user's cache."""
+    cache_bytes: int = 200_000_000_000
+    """Most the cache may hold; what was not used for longest goes first."""
+    fetch_timeout_seconds: float = 300.0
+    """How long a server may fail to deliver before the run stops. Keep it below the timeouts of cluster."""
+    size: int | None = None
+    """Crop side in pixels; null: what the model's input says."""
+    train_split: str = "train"
+    val_split: str = "val"
+    num_workers: int | None = None
+    """DataLoader processes per rank; null: chosen from the cores a rank may use."""
+    shuffle_block: int = 0
+    """0: one permutation of all samples. N: shards are shuffled and mixed N at a time, which reads in long runs."""
+    shuffle_groups: int = 1
+    """With shuffle_block: parts of a batch that read shards of their own. Servers that divide it fetch their part."""
+    tail: str = "drop"
+    """Samples that fill no whole batch at the end of an epoch: `drop` leaves them out, others each time; `pad` fills
+    their batch with those shown just before."""
+    max_bad_fraction: float = 0.0
+    """Share of samples that may fail to decode (each is replaced and named) before the run stops. A shard that is cut
+    short ends the run at its start in any case."""
+    verify: str = "size"
+    """At start: `size` compares each shard's bytes with the manifest, `sha256` reads and hashes it too."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        one_of("data.verify", self.verify, ("size", "sha256"))
+        one_of("data.tail", self.tail, ("drop", "pad"))
+        require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
+        require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
+        require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")
+        refuse_secret("data.root", self.root)
+        require(self.shuffle_groups >= 1, f"data.shuffle_groups={self.shuffle_groups} must be >= 1.")
+        require(self.cache_bytes > 0, f"data.cache_bytes={self.cache_bytes} must be positive.")
+        require(self.fetch_timeout_seconds > 0, "data.fetch_timeout_seconds must be positive.")
+        require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The batch people think and tune in; per-rank batch and accumulation follow from it."""
+
+    global_size: int = 256
+    """Pictures per optimiser step over all ranks."""
+    max_per_rank: int = 256
+    """Most pictures one rank holds at once; more than that is accumulated over micro-batches."""
+
+    def __post_init__(self) -> None:
+        require(self.global_size > 0, f"batch.global_size={self.global_size} must be positive.")
+        require(self.max_per_rank > 0, f"batch.max_per_rank={self.max_per_rank} must be positive.")
+
+    def split(self, world_size: int) -> tuple[int, int]:
+        """(pictures per micro-batch and rank, micro-batches per step) for `world_size` ranks.
+
+        Raises:
+            ConfigError: `global_size` is not divisible by the ranks.
+        """
+        if self.global_size % world_size:
+            below = self.global_size // world_size * world_size
+            near = [str(size) for size in (below, below + world_size) if size > 0]
+            raise ConfigError(
+                f"batch.global_size={self.global_size} is not divisible by {world_size} ranks:"
+                f" set it to {' or '.join(near)}, or change the number of ranks."
+            )
+        per_rank = self.global_size // world_size
+        num_micro = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= self.max_per_rank)
+        return per_rank // num_micro, num_micro
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """SGD with momentum, a linear warm-up and a decay to zero, both per step."""
+
+    lr: float = 0.04
+    momentum: float = 0.9
+    weight_decay: float = 0.0002
+    nesterov: bool = False
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps to lr."""
+    decay: str = "linear"
+    """After the warm-up: `linear` to 0, `cosine` to 0, or `none`."""
+    label_smoothing: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights, which validation and best checkpoints then use; 0: off."""
+
+    def __post_init__(self) -> None:
+        one_of("recipe.decay", self.decay, ("linear", "cosine", "none"))
+        require(self.lr > 0, f"recipe.lr={self.lr} must be positive.")
+        require(0 <= self.momentum < 1, f"recipe.momentum={self.momentum} must be in [0, 1).")
+        require(self.weight_decay >= 0, f"recipe.weight_decay={self.weight_decay} must not be negative.")
+        require(
+            not self.nesterov or self.momentum > 0, "recipe.nesterov=true needs momentum: set recipe.momentum above 0."
+        )
+        require(self.warmup_steps >= 0, f"recipe.warmup_steps={self.warmup_steps} must not be negative.")
+        require(0 <= self.label_smoothing < 1, f"recipe.label_smoothing={self.label_smoothing} must be in [0, 1).")
+        require(self.grad_clip_norm >= 0, f"recipe.grad_clip_norm={self.grad_clip_norm} must not be negative.")
+        require(0 <= self.ema_decay < 1, f"recipe.ema_decay={self.ema_decay} must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how often, in which precision."""
+
+    max_steps: int | None = None
+    """Optimiser steps in all. Exactly one of max_steps and max_epochs is set; the smaller wins if both are."""
+    max_epochs: float | None = None
+    """Passes over the training split; whole global batches only."""
+    validate_every_steps: int | None = None
+    """Null: once per epoch and at the end. 0: never."""
+    checkpoint_every_steps: int | None = None
+    """Null: once per epoch. 0: never, not even at the end."""
+    keep_checkpoints: int = 2
+    precision: str = "auto"
+    """`auto`: bf16 autocast where the hardware gains from it, else fp32; or `fp32`, `bf16`."""
+    memory_format: str = "auto"
+    """`auto`: channels_last wherever precision is bf16 or the device a GPU; or `channels_last`, `contiguous`."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels only."""
+    evaluation_batch_per_rank: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
+        one_of("trainer.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
+        require(
+            self.max_steps is not None or self.max_epochs is not None,
+            "Nothing says how long to train: set trainer.max_steps or trainer.max_epochs.",
+        )
+        for key in ("max_steps", "max_epochs"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"trainer.{key}={value} must be positive.")
+        for key in ("validate_every_steps", "checkpoint_every_steps"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"trainer.{key}={value} must be >= 0 (0: never) or null.")
+        require(
+            self.keep_checkpoints >= 2,
+            f"trainer.keep_checkpoints={self.keep_checkpoints} must be at least 2: the newest may turn out damaged.",
+        )
+        require(self.evaluation_batch_per_rank > 0, "trainer.evaluation_batch_per_rank must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Ranks and devices. Under Slurm or torchrun the ranks are given and `devices` is not used."""
+
+    devices: int = 1
+    """Ranks to start on this machine."""
+    accelerator: str = "auto"
+    """`auto`: a GPU where torch sees one, else the CPU; or `cpu`, `gpu`."""
+    num_threads: int | None = None
+    """Compute threads per rank on the CPU; null: the cores divided by the ranks of this machine."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for the other ranks: until the first step, in validation and checkpoints."""
+    step_timeout_seconds: float | None = None
+    """The same between steps, where a rank that is late hangs. Null: data.fetch_timeout_seconds, which a rank may wait
+    for its shards, and a minute more; at most timeout_seconds."""
+    preempt_grace_seconds: float = 120.0
+    """After a signal that asks to stop: how long the end of the step, a save and W&B may take before the rank leaves
+    as it is. Keep it below what `--signal` in slurm/train.sh allows."""
+    max_fruitless_requeues: int = 3
+    """slurm/train.sh puts a job back into the queue at most so often in a row without a new checkpoint."""
+
+    def __post_init__(self) -> None:
+        one_of("cluster.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        require(self.devices >= 1, f"cluster.devices={self.devices} must be at least 1.")
+        require(self.num_threads is None or self.num_threads >= 1, "cluster.num_threads must be at least 1.")
+        require(self.timeout_seconds > 0, "cluster.timeout_seconds must be positive.")
+        require(
+            self.step_timeout_seconds is None or 0 < self.step_timeout_seconds <= self.timeout_seconds,
+            f"cluster.step_timeout_seconds={self.step_timeout_seconds} must be positive and at most"
+            f" cluster.timeout_seconds={self.timeout_seconds}, or null.",
+        )
+        require(self.preempt_grace_seconds > 0, "cluster.preempt_grace_seconds must be positive.")
+        require(self.max_fruitless_requeues >= 0, "cluster.max_fruitless_requeues must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How gradients travel."""
+
+    meter: bool = True
+    """Record every collective. Off only to measure what the recording costs."""
+    timeline: bool = True
+    """Time each step's communication, and how much of it is exposed. Needs the meter. Off only to measure its cost."""
+    bucket_megabytes: float | None = 1.0
+    """DDP's bucket_cap_mb, in MiB as torch counts it, for every bucket. Null: torch's default, a first bucket of 1 MiB
+    and 25 MiB after it. 1 was measured: the last bucket, which nothing hides, is small, and large models lose nothing
+    on gloo (python -m benchmarks.links --batches)."""
+    strict: bool | None = None
+    """Fail with exit code 6 when bytes measured and predicted differ. Null: yes on gloo, whose bytes are exact."""
+    hook: str = "none"
+    """Compression of gradients on the wire: `none`, `fp16`, `bf16`, `powersgd`."""
+    powersgd_rank: int = 1
+    """powersgd: rank of the matrices that stand for a layer's gradient. Higher: closer to it, and more bytes."""
+    powersgd_start_step: int = 1000
+    """powersgd: optimiser steps of the run that reduce plainly before the first compressed one, at least 2."""
+    find_unused_parameters: bool = False
+    nccl_algorithm: str | None = None
+    """Hold NCCL to `ring` or `tree`, so that its bytes can be predicted. Null: it chooses at run time."""
+    nccl_protocol: str | None = None
+    """With nccl_algorithm: `simple`, or `ll`, which sends every byte twice to save latency."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.nccl_algorithm is None) == (self.nccl_protocol is None),
+            "comm.nccl_algorithm and comm.nccl_protocol belong together: set both, or neither.",
+        )
+        if self.nccl_algorithm is not None and self.nccl_protocol is not None:
+            one_of("comm.nccl_algorithm", self.nccl_algorithm, ("ring", "tree"))
+            one_of("comm.nccl_protocol", self.nccl_protocol, ("simple", "ll"))
+        one_of("comm.hook", self.hook, ("none", "fp16", "bf16", "powersgd"))
+        for key, least in (("powersgd_rank", 1), ("powersgd_start_step", 2)):
+            require(getattr(self, key) >= least, f"comm.{key}={getattr(self, key)} must be at least {least}.")
+        require(
+            self.hook != "powersgd" or not self.find_unused_parameters,
+            "comm.hook=powersgd cannot compress the zero gradients of unused parameters:"
+            " set comm.find_unused_parameters=false, or another comm.hook.",
+        )
+        require(
+            self.bucket_megabytes is None or self.bucket_megabytes > 0,
+            f"comm.bucket_megabytes={self.bucket_megabytes} must be positive, or null for torch's default.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases mirrors metrics.jsonl."""
+
+    mode: str = "offline"
+    """`offline` (upload later with `wandb sync`), `online`, `disabled`."""
+    project: str = "squeezewire"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareTrackingConfig(TrackingConfig):
+    """Of a comparison, which is one W&B run with its table and charts."""
+
+    trainings: bool = False
+    """Mirror each model's training too, as a W&B run of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str
+    """The run's directory under run_root. The same name resumes it."""
+    run_root: str = "runs"
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig
+    recipe: RecipeConfig
+    batch: BatchConfig
+    trainer: TrainerConfig
+    cluster: ClusterConfig
+    comm: CommConfig
+    tracking: TrackingConfig
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
+        require(
+            self.data.root is not None,
+            "data.root is not set: give the directory that `python -m pipeline.prepare` made"
+            " (`python -m pipeline.prepare source=builtin out=shards/builtin` makes one from nothing).",
+        )
+        require(
+            self.batch.global_size % self.data.shuffle_groups == 0,
+            f"data.shuffle_groups={self.data.shuffle_groups} must divide batch.global_size={self.batch.global_size}.",
+        )
+
+    @property
+    def step_timeout_seconds(self) -> float:
+        """How long a collective may wait between steps."""
+        cluster = self.cluster
+        longest_fetch = self.data.fetch_timeout_seconds + 60.0
+        return min(cluster.timeout_seconds, cluster.step_timeout_seconds or longest_fetch)
+
+    @property
+    def input(self) -> InputConfig:
+        """The model's input at the crop side this run uses."""
+        return self.model.input.resized(self.data.size)

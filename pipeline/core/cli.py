@@ -1,0 +1,319 @@
+"""What every command has in common: Hydra composition, typed configuration, help, and exit codes.
+
+python -m pipeline.COMMAND key=value ...     run
+python -m pipeline.COMMAND --help            what can be set
+python -m pipeline.COMMAND --cfg job         the composed configuration (as any Hydra application; also --multirun)
+"""
+
+import ast
+import atexit
+import contextlib
+import dataclasses
+import inspect
+import os
+import stat
+import sys
+import textwrap
+import threading
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pipeline.config.training import build, nearest, require
+from pipeline.core import secrets
+from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError, redacted, refuse_secret
+from pipeline.core.exits import leave_cause
+
+T = TypeVar("T")
+CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
+# A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
+OPEN_KEYS = ("model.metaparameters.",)
+LONGEST_END_SECONDS = 60.0
+"""Of a rank that has finished: its result is durable by then, so that nothing is worth more waiting."""
+
+
+def run_command(
+    command: str, schema: type[T], body: Callable[[T], int | None], *, argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
+    has_lost_others = False
+    try:
+        code = int(_run(command, schema, body, arguments))
+    except UserError as error:
+        _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {error}")
+        code, has_lost_others = int(error.exit_code), isinstance(error, PeerLost)
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        code = 130  # the shell's code for SIGINT
+    except SystemExit as error:  # of a library, which knows nothing of our codes
+        code = int(ExitCode.INTERNAL if error.code else ExitCode.DONE)
+    except Exception as error:
+        is_cut_short = isinstance(error, BrokenPipeError) and _only_tells(arguments)  # `--help | head`
+        if is_cut_short:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            _print_error(traceback.format_exc())
+        code = int(ExitCode.DONE if is_cut_short else ExitCode.INTERNAL)
+    leave_cause(code, has_lost_others=has_lost_others)
+    _leave(code)
+
+
+def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
+    for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
+        refuse_secret(*_split_override(argument))
+        secrets.refuse_argument(argument)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(help_text(command, schema), flush=True)
+        return ExitCode.DONE
+    if any(argument.startswith("-") for argument in arguments):
+        return _run_hydra_application(command, schema, body, arguments)
+    return body(compose(command, schema, arguments)) or ExitCode.DONE
+
+
+def _only_tells(arguments: Sequence[str]) -> bool:
+    """Whether nothing but printing was asked for."""
+    return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. A rank goes without the interpreter's teardown, which for a failed one waits for ranks that wait for it.
+
+    A finished rank does first what is left for the end (threads, files, W&B), in bounded time. In a teardown after that
+    a thread of gloo that drops a future's callback aborts the process, once in some hundred runs: 134 instead of 0, and
+    a requeue.
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        sys.exit(code)
+    if code == ExitCode.DONE:
+        patience = threading.Timer(LONGEST_END_SECONDS, os._exit, [code])
+        patience.daemon = True
+        patience.start()
+        with contextlib.suppress(Exception):  # what a library does at its end does not make a finished run fail
+            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+            atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
+
+
+def _print_error(text: str) -> None:
+    """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
+    text = redacted(text)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
+        print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+
+
+def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:
+    """The typed configuration of `command` under `overrides` (Hydra's grammar).
+
+    Raises:
+        ConfigError: a key or a choice does not exist (the nearest is named), or a value is impossible.
+    """
+    return build(schema, compose_container(command, overrides))
+
+
+def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """`compose`, but the plain containers before they are typed."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    require(
+        CONF_DIRECTORY.is_dir(),
+        f"No configuration at {CONF_DIRECTORY}: install with `pip install -e .` from the checkout.",
+    )
+    groups = config_groups()
+    overrides = [_quoted(override) for override in overrides]
+    choices = [override for override in overrides if _split_override(override)[0] in groups]
+    try:
+        with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
+            for override in choices:
+                _check_choice(*_split_override(override), groups)
+            base = OmegaConf.to_container(hydra_compose(command, choices))
+            opened = [_open_or_check(override, base, groups) for override in overrides]
+            composed = hydra_compose(command, opened)
+            secrets.refuse_values(OmegaConf.to_container(composed, resolve=False))
+            container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key} is not set: add {key}=... to the command.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    assert isinstance(container, dict)
+    return typing.cast(dict[str, Any], container)
+
+
+def config_groups() -> dict[str, tuple[str, ...]]:
+    """Hydra groups (directories of conf/) and the choices in each."""
+    return {
+        directory.name: tuple(sorted(path.stem for path in directory.glob("*.yaml")))
+        for directory in sorted(CONF_DIRECTORY.iterdir())
+        if directory.is_dir()
+    }
+
+
+def _split_override(override: str) -> tuple[str, str]:
+    """(key, value) of `+key=value`, `~key` and the like."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+~").partition("@")[0], value
+
+
+def _quoted(override: str) -> str:
+    """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
+
+    Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
+    `data.train_split=imagenet-train-{0000..1023}.tar`; a path may hold accents and several spaces in a row.
+    """
+    key, _, value = override.partition("=")
+    is_special = "=" in value or ("{" in value and ".." in value) or not value.isascii() or "  " in value
+    if not is_special or not value or value[0] in "'\"[{$" or "(" in value:
+        return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
+    known = groups[group]
+    if choice not in (*known, "null"):
+        raise ConfigError(f"{group}={choice!r} does not exist.{nearest(choice, known)} Known: {', '.join(known)}.")
+
+
+def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]]) -> str:
+    """The override, made an addition below an open key; `ConfigError` if its key does not exist."""
+    key, _ = _split_override(override)
+    if "=" not in override and not override.startswith("~"):
+        raise ConfigError(f"{override!r} is not of the form key=value.")
+    if key in groups or override.startswith(("+", "~")) or key.partition(".")[0] == "hydra":
+        return override
+    if key.startswith(OPEN_KEYS):
+        return f"++{override}"
+    known = set(_flat_keys(base))
+    if key not in known:
+        leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+        guess = nearest(key, [*known, *groups])
+        by_leaf = leaves.get(key.rpartition(".")[2])  # a right name in the wrong place is nearer than a similar one
+        raise ConfigError(f"Unknown key {key}.{f' Did you mean {by_leaf!r}?' if by_leaf else guess}")
+    return override
+
+
+def _flat_keys(value: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every key, groups included."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from _flat_keys(inner, f"{prefix}{key}.")
+
+
+def help_text(command: str, schema: type[Any]) -> str:
+    """What can be set: groups with their choices, then every key with its default and meaning."""
+    lines = [
+        f"python -m pipeline.{command} key=value ...",
+        "",
+        textwrap.fill(" ".join((schema.__doc__ or "").split()), 100),
+        "",
+    ]
+    container = _defaults(command)
+    used = [group for group in config_groups() if group in container or (group == "experiment" and command == "train")]
+    if used:
+        lines.append("Groups (GROUP=CHOICE):")
+        for group in used:
+            names = ", ".join(config_groups()[group])
+            lines.append(textwrap.fill(names, 100, initial_indent=f"  {group}: ", subsequent_indent="      "))
+        lines.append("")
+    lines.append("Keys (key=value):")
+    lines.extend(_help_of_fields(schema, container, ""))
+    lines += ["", "--cfg job prints the composed configuration; --multirun sweeps, as in any Hydra application."]
+    return "\n".join(lines)
+
+
+def _defaults(command: str) -> dict[str, Any]:
+    """The configuration without overrides, missing values included as `???`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
+        container = OmegaConf.to_container(hydra_compose(command), resolve=False)
+    assert isinstance(container, dict)
+    return typing.cast(dict[str, Any], container)
+
+
+def _help_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
+    hints, docs = typing.get_type_hints(schema), field_docs(schema)
+    for entry in dataclasses.fields(schema):
+        key, hint = f"{prefix}{entry.name}", hints[entry.name]
+        value = values.get(entry.name, entry.default) if isinstance(values, dict) else entry.default
+        if dataclasses.is_dataclass(hint):
+            yield from _help_of_fields(hint, value, f"{key}.")
+            continue
+        shown = "null" if value is None else "" if value is dataclasses.MISSING else value
+        yield f"  {key}={shown}"
+        if entry.name in docs:
+            yield textwrap.fill(docs[entry.name], 100, initial_indent="      ", subsequent_indent="      ")
+
+
+def field_docs(schema: Any) -> dict[str, str]:
+    """The string written under each field of a dataclass, inherited fields included."""
+    docs = {}
+    for base in reversed(schema.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _docs_of_body(base)
+    return docs
+
+
+def _docs_of_body(schema: Any) -> dict[str, str]:
+    """`field_docs` of what the class itself says."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def _run_hydra_application(
+    command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]
+) -> ExitCode | int:
+    """Hand flags (--cfg, --info, --multirun, ...) to Hydra itself. No directory is ever named by the clock."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    codes: list[int] = []
+
+    def task(configuration: Any) -> None:
+        # The ranks a command starts are given its command line: this job's part of it, without Hydra's own flags.
+        sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
+        secrets.refuse_values(OmegaConf.to_container(configuration, resolve=False))
+        container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
+        codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
+
+    overrides = [_quoted(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
+    sys.argv = [
+        f"pipeline.{command}",
+        *overrides,
+        "hydra.run.dir=.",
+        "hydra.sweep.dir=.",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+        *flags,  # last: Hydra's parser takes overrides in one run only
+    ]
+    hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
+    return next((code for code in codes if code), ExitCode.DONE)

@@ -1,0 +1,169 @@
+"""Is this file a picture, and is it the JPEG that a shard should hold?"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.core.errors import DataError
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused from their header, before a byte is decoded (Pillow's own limit: a 256 MiB bitmap)."""
+SQUARE_TO_JPEG_DRAFT = 2
+"""libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
+
+
+_OTHER_FORMATS = (
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WebP"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"jP  ", "JPEG 2000"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"BM", "BMP"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<", "a web page or XML"),
+    (0, b"version https://git-lfs", "a Git LFS pointer"),
+)
+"""(offset, bytes there, name) of what is found under a JPEG's name now and then."""
+
+
+class BadImageError(DataError):
+    """A picture that cannot be decoded, with the reason."""
+
+
+def not_a_picture(content: bytes) -> str:
+    """Why `content`, which is neither JPEG nor PNG, is refused: a clause that says what it is, where that shows."""
+    if not content:
+        return "empty file"
+    found = (name for offset, mark, name in _OTHER_FORMATS if content.startswith(mark, offset))
+    return f"neither JPEG nor PNG but {name}" if (name := next(found, None)) else "neither JPEG nor PNG"
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB. Grey of 16 bits is scaled to 8, where Pillow's own conversion would cut it off to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def check_picture(content: bytes) -> None:
+    """Decode a picture as far as it takes to know whether training can use it: every byte, at an eighth of the size.
+
+    Raises:
+        BadImageError: empty, neither JPEG nor PNG, cut short, or more than MAX_PIXELS.
+    """
+    with _judged(content):
+        _load_if_doubtful(_opened(content), content)
+
+
+_END_OF_JPEG = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What happens to a picture on its way into a shard."""
+
+    short_side: int | None = None
+    """Pixels that the shorter side is reduced to. Null, or a picture that is no larger: the bytes stay as they are."""
+    jpeg_quality: int = 90
+    """Used where a picture must be encoded: it was reduced, or it was no JPEG."""
+    check: str = "pixels"
+    """How a picture that stays as it is gets judged. `pixels`: decoded to its last byte. `ends`: a JPEG with a header
+    that can be read and an end mark where the file ends passes for whole; all else is decoded."""
+
+
+def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
+    """The JPEG for the shard: `content` itself if it is one and small enough, else its pixels encoded again as RGB.
+
+    Every picture is decoded in full, unless `encoding` asks for less, because a file cut short has a perfect header.
+
+    Raises:
+        BadImageError: empty, not a picture, cut short, or more than MAX_PIXELS.
+    """
+    with _judged(content):
+        if _may_stay(content, encoding) and (_has_ends(content, encoding) or _decodes_strictly(content)):
+            return content
+        image = _opened(content)
+        is_small_enough = encoding.short_side is None or min(image.size) <= encoding.short_side
+        if image.format != "JPEG" or not is_small_enough:
+            return _encoded_again(image, encoding)
+        _load_if_doubtful(image, content)
+        return content
+
+
+@contextmanager
+def _judged(content: bytes) -> Iterator[None]:
+    """Whatever Pillow raises for a broken file becomes `BadImageError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata and the like: a picture is judged by its pixels alone
+            yield
+    except UnidentifiedImageError:
+        raise BadImageError(not_a_picture(content)) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError(str(error)) from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The picture with its header read, and nothing decoded yet."""
+    image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    return image
+
+
+def _may_stay(content: bytes, encoding: Encoding) -> bool:
+    """Whether this is a JPEG small enough to be kept, from its header alone; Pillow judges what seems not to be."""
+    try:
+        header = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return False
+    height, width = int(header[0]), int(header[1])
+    return height * width <= MAX_PIXELS and (encoding.short_side is None or min(height, width) <= encoding.short_side)
+
+
+def _has_ends(content: bytes, encoding: Encoding) -> bool:
+    return encoding.check == "ends" and content.endswith(_END_OF_JPEG)
+
+
+def _load_if_doubtful(image: Image.Image, content: bytes) -> None:
+    """Raise what Pillow raises at a real hole. libjpeg complains of stray bytes too, which do no harm."""
+    if image.format != "JPEG" or not _decodes_strictly(content):
+        image.load()
+
+
+def _decodes_strictly(content: bytes) -> bool:
+    """Whether libjpeg-turbo decodes the file without a complaint (at an eighth of its size, which reads every byte)."""
+    try:
+        # `strict` turns libjpeg's warnings into errors.
+        simplejpeg.decode_jpeg(content, colorspace="GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8)
+    except ValueError:
+        return False
+    return True
+
+
+def _encoded_again(image: Image.Image, encoding: Encoding) -> bytes:
+    """The picture as an RGB JPEG, its shorter side at most `short_side`, without metadata."""
+    width, height = image.size
+    size = (width, height)
+    if encoding.short_side is not None and min(size) > encoding.short_side:
+        scale = encoding.short_side / min(size)
+        size = (max(encoding.short_side, round(width * scale)), max(encoding.short_side, round(height * scale)))
+        image.draft("RGB", (size[0] * SQUARE_TO_JPEG_DRAFT, size[1] * SQUARE_TO_JPEG_DRAFT))
+    image = as_rgb(image)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=encoding.jpeg_quality)
+    return buffer.getvalue()

@@ -1,0 +1,169 @@
+"""ILSVRC2012 as it is handed out: a tar of 1000 per-class tars, a tar of 50,000 flat JPEGs, and the devkit.
+
+    ILSVRC2012_img_train.tar        n01440764.tar ...  each holding n01440764_10026.JPEG ...
+    ILSVRC2012_img_val.tar          ILSVRC2012_val_00000001.JPEG ...
+    ILSVRC2012_devkit_t12.tar.gz    data/meta.mat, data/ILSVRC2012_validation_ground_truth.txt
+
+The ground truth has one id per line, 1..1000, in the devkit's own order of synsets (`ILSVRC2012_ID` in meta.mat). That
+is not the order of sorted wnids which everybody trains with, so ids are turned into wnids before anything else.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from pipeline.core.errors import DataError
+from pipeline.data.prepare.matfile import read_struct_array
+from pipeline.data.prepare.sources import (
+    Source,
+    SourceImage,
+    check_classes,
+    chosen,
+    read_image,
+    tar_members,
+)
+
+TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
+VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "ILSVRC2012_devkit_t12")
+VAL_PREFIX = "ILSVRC2012_val_"
+GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+META = "data/meta.mat"
+
+
+def holds_archives(directory: Path) -> bool:
+    """Whether ILSVRC2012's own archives lie in `directory`."""
+    return any((directory / name).is_file() for name in (TRAIN_ARCHIVE, VAL_ARCHIVE))
+
+
+def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | None, devkit: Path | None) -> Source:
+    """Training and validation pictures of ILSVRC2012.
+
+    Args:
+        path: one of the two archives, or the directory that holds them.
+        split: the one wanted; null means every one whose archive is there.
+        classes: wnids in index order; by default sorted, which is the usual order.
+        devkit: archive or directory; by default looked for beside the validation archive.
+
+    Raises:
+        DataError: an archive is damaged, the devkit is missing or does not fit the pictures.
+    """
+    if not (archives := _archives(path)):
+        raise DataError(f"source={path} holds neither {TRAIN_ARCHIVE} nor {VAL_ARCHIVE}, which kind=ilsvrc2012 reads.")
+    splits: dict[str, list[SourceImage]] = {}
+    found: set[str] = set()
+    for archive in archives:
+        is_train = _is_train(archive)
+        if split is not None and split != ("train" if is_train else "val"):
+            continue
+        if is_train:
+            splits["train"] = list(_train_images(archive))
+            found |= {image.class_name for image in splits["train"]}
+        else:
+            wnids, truth = read_devkit(devkit or _devkit_beside(archive))
+            splits["val"] = list(_val_images(archive, wnids, truth))
+            found |= set(wnids.values())
+    if not splits:
+        raise DataError(f"split={split} is not in source={path}, which holds {', '.join(a.name for a in archives)}.")
+    return Source(
+        kind="ilsvrc2012",
+        classes=check_classes(path, found, classes),
+        splits=chosen(path, splits, split),
+        read=read_image,
+    )
+
+
+def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
+    """(wnid of each of the ids 1..1000, id of each validation picture in order).
+
+    Raises:
+        DataError: a file is missing, or an id is out of range.
+    """
+    files = _devkit_files(devkit)
+    wnids = {}
+    for row in read_struct_array(files[META], "synsets", ("ILSVRC2012_ID", "WNID", "num_children")):
+        number, wnid, num_children = row["ILSVRC2012_ID"], row["WNID"], row["num_children"]
+        # Ids above 1000 are inner nodes of the tree of classes.
+        if isinstance(number, list) and isinstance(wnid, str) and num_children == [0]:
+            wnids[int(number[0])] = wnid
+    if not wnids or len(set(wnids.values())) != len(wnids):
+        raise DataError(f"devkit={devkit}: {META} does not name distinct leaf synsets. Fetch the devkit again.")
+    lines = files[GROUND_TRUTH].decode("ascii", "replace").split()
+    for line_number, line in enumerate(lines, 1):
+        if not line.isdigit() or int(line) not in wnids:
+            raise DataError(
+                f"devkit={devkit}: line {line_number} of {GROUND_TRUTH} is {line!r}, which is the id of no synset "
+                f"(they go from {min(wnids)} to {max(wnids)}). Fetch the devkit again."
+            )
+    return wnids, [int(line) for line in lines]
+
+
+def _archives(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [path / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE) if (path / name).is_file()]
+    return [path]
+
+
+def _is_train(archive: Path) -> bool:
+    """By content, since people rename archives."""
+    first = next(tar_members(archive), None)
+    return first is not None and first.name.endswith(".tar")
+
+
+def _train_images(archive: Path) -> Iterator[SourceImage]:
+    """Pictures of every per-class tar, read in place: a tar within a tar is a range of bytes."""
+    mtime_ns = archive.stat().st_mtime_ns
+    for inner in tar_members(archive):
+        wnid = PurePosixPath(inner.name).stem
+        stop = inner.offset_data + inner.size
+        for member in tar_members(archive, start=inner.offset_data, stop=stop):
+            name = f"{wnid}/{PurePosixPath(member.name).name}"
+            yield SourceImage(name, wnid, str(archive), member.offset_data, member.size, mtime_ns)
+
+
+def _val_images(archive: Path, wnids: dict[int, str], truth: list[int]) -> Iterator[SourceImage]:
+    mtime_ns = archive.stat().st_mtime_ns
+    seen: set[int] = set()
+    for member in tar_members(archive):
+        name = PurePosixPath(member.name).name
+        match = re.fullmatch(VAL_PREFIX + r"(\d{8})\.JPEG", name)
+        number = int(match[1]) if match else 0
+        if not 1 <= number <= len(truth) or number in seen:
+            raise DataError(
+                f"source={archive}: {member.name!r} is not a validation picture of its own among the {len(truth)} that "
+                "the devkit labels (ILSVRC2012_val_00000001.JPEG and so on). Check that both are of 2012."
+            )
+        seen.add(number)
+        yield SourceImage(name, wnids[truth[number - 1]], str(archive), member.offset_data, member.size, mtime_ns)
+    if len(seen) != len(truth):
+        raise DataError(
+            f"source={archive} holds {len(seen)} pictures and the devkit labels {len(truth)}: fetch the archive again."
+        )
+
+
+def _devkit_beside(archive: Path) -> Path:
+    for name in DEVKIT_NAMES:
+        if (archive.parent / name).exists():
+            return archive.parent / name
+    raise DataError(
+        f"The labels of {archive.name} are in the devkit. Put {DEVKIT_NAMES[0]} beside it, or add devkit=PATH."
+    )
+
+
+def _devkit_files(devkit: Path) -> dict[str, bytes]:
+    """Contents of meta.mat and of the ground truth."""
+    try:
+        if devkit.is_dir():
+            return {name: (devkit / name).read_bytes() for name in (META, GROUND_TRUTH)}
+        with tarfile.open(devkit) as tar:
+            files = {}
+            for member in tar:
+                wanted = next((name for name in (META, GROUND_TRUTH) if member.name.endswith(name)), None)
+                if wanted and (file := tar.extractfile(member)):
+                    files[wanted] = file.read()
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"devkit={devkit} cannot be read: {error}. Fetch the devkit again.") from error
+    if missing := {META, GROUND_TRUTH} - set(files):
+        raise DataError(f"devkit={devkit} holds no {min(missing)}. Give ILSVRC2012_devkit_t12.tar.gz.")
+    return files

@@ -1,0 +1,94 @@
+"""What `prepare verify=true` does: read shards that are there, and say everything that is wrong with them."""
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.core.errors import DataError
+from pipeline.data.prepare.pool import run_tasks
+from pipeline.data.prepare.verifier import Expected, Found, ShardVerifier, expected_shards
+
+if TYPE_CHECKING:
+    from pipeline.prepare import PrepareConfig
+
+
+def verify_shards(config: "PrepareConfig") -> None:
+    """Check the shards in `config.out`; each thing that is wrong is a line on stdout.
+
+    Raises:
+        DataError: something is wrong, or there is nothing to check.
+    """
+    started = time.monotonic()
+    root = Path(config.out)
+    shards, notes = expected_shards(root, config.split)
+    for note in notes:
+        print(note)
+    with _progress(_num_bytes(root, shards)) as report:
+        found = run_tasks(
+            ShardVerifier(root),
+            shards,
+            num_workers=config.num_workers or len(os.sched_getaffinity(0)),
+            report=report,
+            accept=_tell,
+        )
+    _summarise(found, time.monotonic() - started)
+    if wrong := [shard for shard in found if shard.problems]:
+        raise DataError(
+            f"Not sound: {len(wrong)} of {len(found)} files of {root}, with"
+            f" {sum(len(shard.problems) for shard in wrong)} faults, each named above. Copy these again from"
+            " their source, or prepare them again."
+        )
+
+
+def _num_bytes(root: Path, shards: list[Expected]) -> int:
+    paths = [root / shard.name for shard in shards]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _tell(found: Found) -> None:
+    """At once, because checking may take hours."""
+    for problem in found.problems:
+        print(f"wrong: {found.expected.name}: {problem}", flush=True)
+
+
+@contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, and silence elsewhere. Yields what is to be called with the bytes done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else what is wrong would go to the terminal, not into the user's file
+    ) as progress:
+        bar = progress.add_task("checked", total=num_bytes)
+        yield lambda num_done: progress.update(bar, completed=num_done)
+
+
+def _summarise(found: list[Found], seconds: float) -> None:
+    """Counts by split, and the rate."""
+    for split in sorted({shard.expected.split for shard in found}):
+        shards = [shard for shard in found if shard.expected.split == split and not shard.expected.is_index]
+        num_pictures, num_bytes = (sum(getattr(s, name) for s in shards) for name in ("num_pictures", "num_bytes"))
+        num_wrong = sum(bool(shard.problems) for shard in shards)
+        labels = [label for shard in shards if shard.labels for label in shard.labels]
+        verdict = f"{num_wrong} not sound" if num_wrong else "all sound"
+        print(
+            f"{split}: {num_pictures:,} sound pictures, {num_bytes / 1e6:,.1f} MB, {len(shards)} shards, {verdict}"
+            + (f"; labels {min(labels)} to {max(labels)}" if labels else "")
+        )
+        ignored = sum((Counter(shard.ignored) for shard in shards), Counter[str]())
+        if ignored:
+            print(f"{split}: members that are not read: {', '.join(f'{n:,} {name}' for name, n in ignored.items())}")
+    total = sum(shard.num_pictures for shard in found)
+    print(f"{total:,} pictures decoded in {seconds:.1f} s, {total / seconds:,.0f} pictures/s")

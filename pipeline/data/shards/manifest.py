@@ -1,0 +1,185 @@
+"""`manifest.json`: what lies beside the shards, and the promise that they are complete. It is written last."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import DataError
+from pipeline.core.files import write_json_atomic
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = 1
+MAX_MANIFEST_BYTES = 256_000_000
+"""A shard takes some 200 bytes of it and a bad picture some 100: no set comes near. It is read into memory as a whole,
+and may come from a server that sends without end."""
+# Neither a path nor a URL, whose scheme ends with a colon: `pipe:` would be a command.
+_PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/:\x00-\x1f]+")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split."""
+
+    name: str
+    """File name, relative to the manifest's directory; never a path."""
+    bytes: int
+    """Size of the file."""
+    sha256: str
+    """Hexadecimal SHA-256 of the file."""
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its shards in order, and what else was recorded when it was written."""
+
+    shards: tuple[Shard, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further JSON keys of the split (seed, source, kind, short_side, ...)."""
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether `prepare` decoded every picture to its end."""
+        request = self.extra.get("request")
+        return isinstance(request, dict) and request.get("check", "pixels") == "pixels"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes over all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Classes in index order and the splits by name."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further top-level JSON keys."""
+
+    @classmethod
+    def load(cls, root: Path) -> "Manifest":
+        """Read `root/manifest.json`.
+
+        Raises:
+            DataError: there is no manifest, it is too large or not JSON, its schema is another, or its counts
+                contradict themselves.
+        """
+        path = root / MANIFEST_NAME
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_MANIFEST_BYTES + 1)
+            return cls.parse(content, str(path))
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
+                f"Run `python -m pipeline.prepare source=... out={root}` (again), or correct the directory."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> "Manifest":
+        """The manifest with this content; `path` says in messages where it lies.
+
+        Raises:
+            DataError: as `load`.
+        """
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise DataError(
+                f"{path} has more than {MAX_MANIFEST_BYTES} bytes, as no manifest has. Run `prepare` again."
+            )
+        try:
+            value = json.loads(content.decode())
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+        return _parse(value, path)
+
+    def save(self, root: Path) -> Path:
+        """Write `root/manifest.json` atomically; returns its path. The shards must be complete and durable by now.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        path = root / MANIFEST_NAME
+        write_json_atomic(path, self.to_json())
+        return path
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract: schema, classes, splits {name: {num_samples, shards [{name, bytes, sha256, num_samples}]}}."""
+        splits = {
+            name: {
+                "num_samples": split.num_samples,
+                "shards": [
+                    {"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256, "num_samples": shard.num_samples}
+                    for shard in split.shards
+                ],
+                **split.extra,
+            }
+            for name, split in sorted(self.splits.items())
+        }
+        return {"schema": SCHEMA, "classes": list(self.classes), "splits": splits, **self.extra}
+
+    def split(self, name: str) -> Split:
+        """The split called `name`.
+
+        Raises:
+            DataError: there is none; the message names those that exist.
+        """
+        if name not in self.splits:
+            known = ", ".join(sorted(self.splits)) or "none"
+            raise DataError(f"There is no split {name!r} in these shards (there is: {known}). Choose one of them.")
+        return self.splits[name]
+
+
+def _parse(value: Any, path: str) -> Manifest:
+    """The typed manifest, or `DataError` naming the first thing that is not as it must be."""
+    try:
+        if value["schema"] != SCHEMA:
+            raise DataError(f"{path} has schema {value['schema']!r}, and this version reads schema {SCHEMA}.")
+        classes = tuple(value["classes"])
+        if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+            raise DataError(f"{path}: `classes` must be distinct strings in index order. Run `prepare` again.")
+        splits = {name: _parse_split(name, split, path) for name, split in value["splits"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a manifest of squeezewire ({type(error).__name__}: {error}). Run `prepare` again."
+        ) from error
+    extra = {key: inner for key, inner in value.items() if key not in ("schema", "classes", "splits")}
+    return Manifest(classes=classes, splits=splits, extra=extra)
+
+
+def _parse_split(name: str, value: dict[str, Any], path: str) -> Split:
+    shards = tuple(_parse_shard(shard, path) for shard in value["shards"])
+    extra = {key: inner for key, inner in value.items() if key not in ("num_samples", "shards")}
+    split = Split(shards=shards, extra=extra)
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: split {name!r} lists {twice!r} twice. Run `prepare` again.")
+    if split.num_samples != value["num_samples"]:
+        raise DataError(
+            f"{path}: split {name!r} says {value['num_samples']} samples, and its shards sum to {split.num_samples}. "
+            "The file was edited or damaged: run `prepare` again."
+        )
+    return split
+
+
+def _parse_shard(value: dict[str, Any], path: str) -> Shard:
+    shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
+    is_plain_name = isinstance(shard.name, str) and bool(_PLAIN_NAME.fullmatch(shard.name))
+    counts = (shard.bytes, shard.num_samples)
+    if not is_plain_name or not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(
+            f"{path}: the shard {value!r} must have a plain file name and counts that are not negative. "
+            "Run `prepare` again."
+        )
+    return shard

@@ -1,0 +1,156 @@
+"""What is known of every sample of a split without reading a picture: where it lies, its label, its key."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.errors import DataError
+from pipeline.core.files import sha256_of_file
+from pipeline.data.shards.manifest import Manifest
+from pipeline.data.shards.tar import MAX_IMAGE_BYTES, MAX_KEY_BYTES, ShardSamples
+
+SCHEMA = 1
+"""Of the index and of its hash. Raise it when either changes: a stored index of another schema is made anew."""
+INDEX_KEY = "index"
+"""In a split of the manifest: {name, bytes, sha256} of the index that lies beside the shards."""
+SAMPLE_BYTES = 20 + MAX_KEY_BYTES
+"""Most that a sample takes in a table."""
+MIN_SAMPLE_BYTES = 3 * 512
+"""Least that a sample takes in a tar: two headers and a label."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One tar of the split, and what is known of it before it is read."""
+
+    name: str
+    bytes: int
+    """Size of the file."""
+    sha256: str | None
+    """From the manifest; None for foreign shards."""
+    num_samples: int | None
+    """From the manifest; None for foreign shards."""
+
+
+def shards_of(manifest: Manifest, split: str) -> tuple[ShardFile, ...]:
+    """The shards that the manifest lists. Raises DataError if there is no such split."""
+    return tuple(ShardFile(s.name, s.bytes, s.sha256, s.num_samples) for s in manifest.split(split).shards)
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """What the index holds per sample: NumPy arrays of shape (num_samples,), about 40 bytes a sample and no objects."""
+
+    shard: NDArray[np.int32]
+    """Position of the shard in the split's list."""
+    offset: NDArray[np.int64]
+    """Bytes from the start of the tar to the picture."""
+    length: NDArray[np.int32]
+    """Bytes of the picture."""
+    label: NDArray[np.int32]
+    """Class index."""
+    key: NDArray[np.bytes_]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By name, in a fixed order."""
+        return {name: getattr(self, name) for name in ("shard", "offset", "length", "label", "key")}
+
+    def hash_with(self, shards: tuple[ShardFile, ...]) -> str:
+        """SHA-256 over the shards (name, size, hash where known) and every array: hexadecimal.
+
+        Where the shards lie and when they were written does not enter.
+        """
+        digest = hashlib.sha256(json.dumps([SCHEMA, [asdict(shard) for shard in shards]]).encode())
+        for name, array in self.arrays().items():
+            digest.update(f"{name} {array.dtype.str} {len(array)} ".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+
+    @classmethod
+    def of(cls, scans: Sequence[ShardSamples]) -> "SampleTable":
+        """The samples of all shards, in their order."""
+        limits = np.iinfo(np.int32)
+        return cls(
+            shard=np.repeat(np.arange(len(scans), dtype=np.int32), [len(scan.keys) for scan in scans]),
+            offset=np.concatenate([scan.offsets for scan in scans]),
+            length=np.concatenate([scan.lengths for scan in scans]),
+            # Clipped rather than wrapped around: a label beyond int32 must stay out of range.
+            label=np.concatenate([scan.labels for scan in scans]).clip(limits.min, limits.max).astype(np.int32),
+            key=np.concatenate([scan.keys for scan in scans]),
+        )
+
+    def agrees_with(self, shard: int, scan: ShardSamples) -> bool:
+        """Whether the samples of shard number `shard` are those that a scan of its headers finds."""
+        first, last = np.searchsorted(self.shard, [shard, shard + 1])
+        mine = {name: array[first:last] for name, array in self.arrays().items() if name != "shard"}
+        other = SampleTable.of([scan]).arrays()
+        return all(np.array_equal(array, other[name]) for name, array in mine.items())
+
+    def save(self, file: BinaryIO) -> None:
+        """As a compressed `.npz`."""
+        np.savez_compressed(file, allow_pickle=False, **self.arrays())
+
+    @classmethod
+    def load(cls, path: Path, shards: tuple[ShardFile, ...]) -> "SampleTable":
+        """What `save` wrote; nothing in it is trusted.
+
+        Raises:
+            DataError: it is damaged, or is not about these shards.
+        """
+        try:
+            most = sum(shard.bytes // MIN_SAMPLE_BYTES for shard in shards)
+            with zipfile.ZipFile(path) as archive:
+                if sum(item.file_size for item in archive.infolist()) > most * SAMPLE_BYTES + 2**16:
+                    raise ValueError("more samples than there is room for")
+            with np.load(path, allow_pickle=False) as arrays:
+                table = cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+            table._check(shards)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"The index of the shards is not of these shards ({error}): prepare them again, or copy again all that"
+                " `prepare` made."
+            ) from error
+        return table
+
+    def _check(self, shards: tuple[ShardFile, ...]) -> None:
+        """Raise ValueError unless every sample lies in its shard and every shard has its samples."""
+        kinds = {"shard": "<i4", "offset": "<i8", "length": "<i4", "label": "<i4"}
+        for name, array in self.arrays().items():
+            is_right = array.dtype.str == kinds[name] if name in kinds else array.dtype.kind == "S"
+            if not is_right or array.shape != self.shard.shape or array.ndim != 1:
+                raise ValueError(f"array {name} of type {array.dtype} and shape {array.shape}")
+        if np.any(np.diff(self.shard) < 0) or np.any(self.shard < 0) or np.any(self.shard >= len(shards)):
+            raise ValueError("a sample of no shard")
+        counts = np.bincount(self.shard, minlength=len(shards)).tolist()
+        if any(shard.num_samples not in (None, count) for shard, count in zip(shards, counts, strict=True)):
+            raise ValueError("other numbers of samples")
+        sizes = np.array([shard.bytes for shard in shards])[self.shard]
+        if np.any(self.offset < 0) or np.any(self.length < 0) or np.any(self.offset > sizes - self.length):
+            raise ValueError("a sample beyond the end of its shard")
+        if np.any(self.length > MAX_IMAGE_BYTES):
+            raise ValueError(f"a picture of more than {MAX_IMAGE_BYTES} bytes")
+
+
+def index_name(split: str) -> str:
+    """File name of a split's index."""
+    return f"{split}.index.npz"
+
+
+def load_beside(root: Path, split: str, shards: tuple[ShardFile, ...], described: Any) -> SampleTable | None:
+    """The index that `prepare` wrote into the directory of the shards; None where it is not the one described.
+
+    Args:
+        described: what the manifest says of it; None: nothing.
+    """
+    path = root / index_name(split)
+    try:
+        return SampleTable.load(path, shards) if sha256_of_file(path) == described["sha256"] else None
+    except (OSError, KeyError, TypeError, DataError):
+        return None

@@ -1,0 +1,324 @@
+"""From measured steps to forecast.json: a grid of clusters, and what each would take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from math import exp, log
+from typing import TYPE_CHECKING, Any
+
+from pipeline.comm import forecast as pure
+from pipeline.comm.wire import gloo
+from pipeline.comm.wire.gloo import NotDerivable
+from pipeline.config.training import require
+from pipeline.core.errors import ConfigError
+from pipeline.forecasting.source import ITEMSIZES, Source
+from pipeline.run.lab.cluster import bits_per_second
+
+if TYPE_CHECKING:
+    from pipeline.plan import PlanConfig
+
+SCHEMA = 1
+LOWEST, HIGHEST = 1e6, 1e14  # bit/s, between which a bandwidth is looked for
+# What the forecast was compared with (python -m benchmarks.forecast); outside of it a point says so.
+VALIDATED_BANDWIDTHS = (100e6, 2e9)
+VALIDATED_SERVERS = (2, 4)
+VALIDATED_ERRORS = {"bandwidth": 0.052, "servers": 0.059}
+"""Mean absolute error of the step time, as a fraction, over other bandwidths and other numbers of servers."""
+
+ASSUMPTIONS = (
+    "Every server has one link to a switch that is never the limit, and nothing else is on it.",
+    "A rank computes as long as in the measured run, in proportion to its pictures; all ranks compute equally fast.",
+    "The wait for data is left out: no loader holds training back.",
+    "Buckets are those of the measured run and cross a server's card one after the other.",
+    "While ranks compute, an all-reduce takes longer by what the measured run shows of it, in proportion to its bytes.",
+    "A round costs round_seconds and latency_seconds; late ranks are waited for as long as in the measured run.",
+    "Ranks of one server have consecutive numbers; what they exchange costs no link.",
+    "fp16 and bf16 halve what travels; compressing and decompressing take no time.",
+    "A larger global batch takes as many pictures to the same accuracy.",
+)
+
+
+# --- one point ---
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is asked about."""
+
+    num_servers: int
+    ranks_per_server: int
+    network: pure.Network
+    algorithm: str
+    hook: str
+    batch_per_rank: int
+    accumulate: int
+
+    @property
+    def server_of_rank(self) -> tuple[int, ...]:
+        """Consecutive ranks on each server."""
+        return tuple(rank // self.ranks_per_server for rank in range(self.num_servers * self.ranks_per_server))
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures per optimiser step."""
+        return self.num_servers * self.ranks_per_server * self.batch_per_rank * self.accumulate
+
+
+def step_on(source: Source, cluster: Cluster) -> pure.StepForecast | NotDerivable:
+    """The run's step on that cluster."""
+    step = source.step.accumulating(cluster.accumulate).with_batch(cluster.batch_per_rank / source.batch_per_rank)
+    itemsize = ITEMSIZES[cluster.hook]
+    step = step.compressed(itemsize / ITEMSIZES[source.hook], itemsize)
+    return pure.forecast(
+        step, cluster.algorithm, cluster.server_of_rank, cluster.network, source.host, source.num_ranks
+    )
+
+
+def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
+    """What the busiest server sends in a step: gradients by the algorithm, all else by gloo's own, exactly."""
+    placement = cluster.server_of_rank
+    num_ranks = len(placement)
+    if num_ranks == 1:
+        return 0
+    placed = pure.algorithms.placed(cluster.algorithm, placement)
+    per_server = [0] * (max(placed) + 1)
+    factor = ITEMSIZES[cluster.hook] / ITEMSIZES[source.hook]
+    for call in source.calls:
+        payload, itemsize, count = call["payload_bytes"], call["itemsize"], call["num_calls"]
+        if call["origin"] == "gradients":
+            payload, itemsize = round(payload * factor), ITEMSIZES[cluster.hook]
+        elif call["origin"] == "lightning":  # one broadcast before every micro-batch
+            count = count * cluster.accumulate // source.step.num_micro_batches
+        if call["origin"] == "gradients" and cluster.algorithm != "ring":
+            links = pure.algorithms.links(cluster.algorithm, payload, itemsize, placement)
+        else:
+            links = gloo.links(call["op"], payload, itemsize, call["root"], num_ranks, "gloo")
+        if isinstance(links, NotDerivable):
+            return links
+        for server, sent in enumerate(gloo.egress_bytes_per_server(links, placed)):
+            per_server[server] += count * sent
+    return max(per_server)
+
+
+def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float) -> float | None:
+    """Bits per second above which at most `exposed_share` of the step is exposed; None if no bandwidth is enough."""
+
+    def share(bandwidth: float | None) -> float:
+        found = step_on(source, replace(cluster, network=replace(cluster.network, bandwidth_bits_per_second=bandwidth)))
+        assert not isinstance(found, NotDerivable)
+        return found.exposed_seconds / found.step_seconds
+
+    if share(None) > exposed_share:
+        return None
+    low, high = log(LOWEST), log(HIGHEST)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(exp(middle)) <= exposed_share else (middle, high)
+    return exp(high)
+
+
+def break_even_bandwidth(light: Source, heavy: Source) -> tuple[float | None, str | None]:
+    """(bits per second, None): below it `light`, which sends less, trains faster per picture, above it `heavy` does.
+
+    Both on as many servers as they were measured on, with gloo's ring. (None, sentence): one is faster on every link.
+    """
+
+    def lead(bandwidth: float | None) -> float:
+        return _images_per_second(light, bandwidth) - _images_per_second(heavy, bandwidth)
+
+    if lead(None) >= 0:
+        return None, f"{light.model} trains faster per picture on every link."
+    if lead(LOWEST) <= 0:
+        return None, f"{heavy.model} trains faster per picture on every link from {LOWEST / 1e6:g} Mbit/s."
+    low, high = log(LOWEST), log(HIGHEST)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if lead(exp(middle)) > 0 else (low, middle)
+    return exp(low), None
+
+
+def _images_per_second(source: Source, bandwidth: float | None) -> float:
+    """Of the measured cluster with other links."""
+    cluster = Cluster(
+        num_servers=source.num_ranks // source.ranks_per_server,
+        ranks_per_server=source.ranks_per_server,
+        network=replace(source.network, bandwidth_bits_per_second=bandwidth),
+        algorithm="ring",
+        hook=source.hook,
+        batch_per_rank=source.batch_per_rank,
+        accumulate=source.step.num_micro_batches,
+    )
+    found = step_on(source, cluster)
+    assert isinstance(found, pure.StepForecast)  # a ring of any cluster
+    return cluster.global_batch / found.step_seconds
+
+
+# --- the grid ---
+
+
+def clusters(config: "PlanConfig", source: Source) -> Iterator[Cluster]:
+    """Every combination that was asked for; what is left open is as in the measured run."""
+    rates: Sequence[float | None] = [bits_per_second(rate) for rate in config.bandwidth]
+    grid = product(
+        rates or [source.network.bandwidth_bits_per_second],
+        config.algorithm,
+        config.hook or (source.hook,),
+        config.ranks_per_server or (source.ranks_per_server,),
+        config.servers,
+    )
+    accumulate = config.accumulate or source.step.num_micro_batches
+    for rate, algorithm, hook, per_server, servers in grid:
+        batch = config.batch_per_rank or source.batch_per_rank
+        if config.global_batch is not None:
+            batch, rest = divmod(config.global_batch, servers * per_server * accumulate)
+            if rest or not batch:
+                continue  # no such batch exists; `plan` says how many were left out
+        network = pure.Network(rate, config.latency_seconds)
+        yield Cluster(servers, per_server, network, algorithm, hook, batch, accumulate)
+
+
+def point(config: "PlanConfig", source: Source, cluster: Cluster) -> dict[str, Any]:
+    """One entry of `points` in forecast.json."""
+    row: dict[str, Any] = {
+        "model": source.model,
+        "num_servers": cluster.num_servers,
+        "ranks_per_server": cluster.ranks_per_server,
+        "bandwidth_bits_per_second": cluster.network.bandwidth_bits_per_second,
+        "latency_seconds": cluster.network.latency_seconds,
+        "algorithm": cluster.algorithm,
+        "hook": cluster.hook,
+        "batch_per_rank": cluster.batch_per_rank,
+        "accumulate": cluster.accumulate,
+        "global_batch": cluster.global_batch,
+    }
+    found, egress = step_on(source, cluster), egress_bytes(source, cluster)
+    for impossible in (found, egress):
+        if isinstance(impossible, NotDerivable):
+            return {**row, **dict.fromkeys(POINT_VALUES), "reason": impossible.reason}
+    assert isinstance(found, pure.StepForecast)
+    alone = found.step_seconds - found.exposed_seconds
+    training_seconds = config.num_images * config.epochs / cluster.global_batch * found.step_seconds
+    price = config.price_per_server_hour
+    return {
+        **row,
+        "server_egress_bytes_per_step": egress,
+        "step_seconds": found.step_seconds,
+        "exposed_seconds": found.exposed_seconds,
+        "communication_seconds": found.communication_seconds,
+        "scaling_efficiency": alone / found.step_seconds,
+        "images_per_second": cluster.global_batch / found.step_seconds,
+        "sufficient_bandwidth_bits_per_second": sufficient_bandwidth(source, cluster, config.exposed_share),
+        "training_seconds": training_seconds,
+        "training_cost": None if price is None else price * cluster.num_servers * training_seconds / 3600,
+        "validated": is_validated(source, cluster),
+    }
+
+
+POINT_VALUES = (
+    "server_egress_bytes_per_step",
+    "step_seconds",
+    "exposed_seconds",
+    "communication_seconds",
+    "scaling_efficiency",
+    "images_per_second",
+    "sufficient_bandwidth_bits_per_second",
+    "training_seconds",
+    "training_cost",
+    "validated",
+)
+
+
+def is_validated(source: Source, cluster: Cluster) -> bool:
+    """Whether the point lies inside what was compared with measurements."""
+    rate = cluster.network.bandwidth_bits_per_second
+    return (
+        cluster.algorithm == "ring"
+        and cluster.hook == source.hook
+        and cluster.ranks_per_server == 1
+        and cluster.network.latency_seconds == 0
+        and cluster.batch_per_rank == source.batch_per_rank
+        and VALIDATED_SERVERS[0] <= cluster.num_servers <= VALIDATED_SERVERS[1]
+        and rate is not None
+        and VALIDATED_BANDWIDTHS[0] <= rate <= VALIDATED_BANDWIDTHS[1]
+    )
+
+
+def forecast(config: "PlanConfig", sources: Sequence[Source]) -> dict[str, Any]:
+    """The content of forecast.json.
+
+    Raises:
+        ConfigError: no cluster of the grid has the global batch that was asked for, or two runs are of one model.
+    """
+    models = [source.model for source in sources]
+    require(len(set(models)) == len(models), f"Two runs are of the same model ({', '.join(models)}): give one of each.")
+    points = [point(config, source, cluster) for source in sources for cluster in clusters(config, source)]
+    if not points:
+        raise ConfigError(
+            f"global_batch={config.global_batch} divides evenly among none of servers={list(config.servers)}: choose a"
+            " multiple of the ranks."
+        )
+    best = best_for_budget(points, config.budget) if config.budget is not None else None
+    return {
+        "schema": SCHEMA,
+        "source_run": sources[0].name,
+        "sources": [_told(source) for source in sources],
+        "settings": {
+            key: getattr(config, key)
+            for key in ("exposed_share", "epochs", "num_images", "price_per_server_hour", "budget")
+        },
+        "assumptions": list(ASSUMPTIONS),
+        "validation": {
+            "bandwidth_bits_per_second": list(VALIDATED_BANDWIDTHS),
+            "num_servers": list(VALIDATED_SERVERS),
+            "error": VALIDATED_ERRORS,
+            "command": "python -m benchmarks.forecast",
+        },
+        "points": points,
+        "best_for_budget": best,
+        "null_reasons": _null_reasons(config, points),
+    }
+
+
+def _told(source: Source) -> dict[str, Any]:
+    """What the forecast took from a run."""
+    return {
+        "run": source.name,
+        "model": source.model,
+        "num_ranks": source.num_ranks,
+        "batch_per_rank": source.batch_per_rank,
+        "bandwidth_bits_per_second": source.network.bandwidth_bits_per_second,
+        "forward_seconds": source.step.forward_seconds,
+        "backward_seconds": source.step.backward_seconds,
+        "other_seconds": source.step.other_seconds,
+        "waiting_seconds": source.step.waiting_seconds,
+        "host_seconds_per_round": source.host.seconds_per_round,
+        "host_seconds_per_byte": source.host.seconds_per_byte,
+        "buckets": [asdict(bucket) for bucket in source.step.buckets],
+    }
+
+
+def _null_reasons(config: "PlanConfig", points: Sequence[dict[str, Any]]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for index, row in enumerate(points):
+        if "reason" in row:
+            reasons |= {f"points.{index}.{key}": row["reason"] for key in POINT_VALUES}
+            continue
+        if row["bandwidth_bits_per_second"] is None:
+            reasons[f"points.{index}.bandwidth_bits_per_second"] = (
+                "As in the measured run, whose links limited nothing."
+            )
+        if row["sufficient_bandwidth_bits_per_second"] is None:
+            reasons[f"points.{index}.sufficient_bandwidth_bits_per_second"] = (
+                f"Latency and the hosts' own work alone expose more than {config.exposed_share:.0%} of a step."
+            )
+        if row["training_cost"] is None:
+            reasons[f"points.{index}.training_cost"] = "No price_per_server_hour was given."
+    if config.budget is None:
+        reasons["best_for_budget"] = "No budget was given."
+    return reasons
+
+
+def best_for_budget(points: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | None:
+    """The point that trains soonest among those that cost no more than `budget`; None: none does."""
+    affordable = [row for row in points if row["training_cost"] is not None and row["training_cost"] <= budget]
+    return min(affordable, key=lambda row: row["training_seconds"], default=None)

@@ -1,0 +1,47 @@
+"""What a model's shapes tell about it, without a run."""
+
+from dataclasses import dataclass
+
+from pipeline.core.errors import ConfigError
+from pipeline.models import zoo
+from pipeline.models.cost import Footprint, footprint, layer_kinds
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Counted on the meta device."""
+
+    num_parameters: int
+    parameter_bytes: int
+    """Of the trainable ones: what the ledger is checked against."""
+    kinds: dict[str, str]
+    """Kind of each layer that owns parameters, by its name in the ledger."""
+    footprint: Footprint | None
+    why_no_footprint: str = ""
+
+
+def model_facts(spec: str, num_classes: int, image_size: int | None, batch_size: int | None) -> ModelFacts:
+    """Of a model for pictures of this crop and this many of them at once on a rank; null: not known.
+
+    Raises:
+        ConfigError: unknown model, or impossible metaparameters.
+    """
+    import torch
+
+    name, metaparameters = zoo.parse_spec(spec)
+    with torch.device("meta"):  # the shapes, without the memory
+        model = zoo.build(name, num_classes, **metaparameters)
+    taken, why = None, "The run does not tell its crop and its batch."
+    if image_size and batch_size:
+        try:
+            taken = footprint(model, image_size, batch_size)
+        except ConfigError as error:
+            why = str(error)
+    parameters = list(model.parameters())
+    return ModelFacts(
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        parameter_bytes=sum(parameter.nbytes for parameter in parameters if parameter.requires_grad),
+        kinds=layer_kinds(model),
+        footprint=taken,
+        why_no_footprint="" if taken else why,
+    )

@@ -1,0 +1,164 @@
+"""A run directory, read back: what the report and the comparison are made from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.core.errors import DataError
+from pipeline.core.units import format_bandwidth, median
+
+STEP = "trainer/step"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run left behind. A missing file is an empty mapping or list; without a ledger it is no run."""
+
+    directory: Path
+    ledger: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+    """metrics.jsonl, by step."""
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, where it was recorded."""
+        found = [(row[STEP], row[key]) for row in self.rows if row.get(key) is not None and STEP in row]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+    def last(self, key: str) -> float | None:
+        """The metric's latest value."""
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds of a step: the ledger's, else that of the recorded steps without the first, which warms up."""
+        timed = self.ledger["time"]["step_seconds"]["p50"]
+        if timed is not None:
+            return timed
+        values = self.series("perf/step_seconds")[1]
+        return median(values[1:] or values)
+
+    @property
+    def egress_bytes_per_step(self) -> int | None:
+        """Bytes that leave the busiest server in a step; predicted unless the ledger measured them."""
+        per_server = self.ledger["per_step"]["server_egress_bytes"]
+        return max(per_server) if per_server else None
+
+    @property
+    def link(self) -> str | None:
+        """Of each server, in words; None where no lab promised one."""
+        lab = self.environment.get("lab")
+        if not lab:
+            return None
+        rate = lab["bandwidth_bits_per_second"]
+        return "unshaped, within one machine" if rate is None else f"{format_bandwidth(rate)}, emulated"
+
+    @property
+    def wire_gradient_bytes(self) -> float | None:
+        """Gradient payload per committed training step as the collectives carried it (after compression), rank 0's.
+
+        None if the run recorded no gradient collective: a world of one, or a meter that was off.
+        """
+        rows = [
+            row
+            for row in self.ledger["collectives"]
+            if row["origin"] == "gradients" and row["phase"] == "train" and row.get("committed", True)
+        ]
+        num_steps = self.ledger["num_steps"]
+        if not rows or not num_steps:
+            return None
+        return sum(row["payload_bytes"] for row in rows) / num_steps
+
+    @property
+    def carried_bytes_per_step(self) -> float | None:
+        """Gradient payload of a step as carried, bytes: the mean, but PowerSGD's plain first steps are left out.
+
+        A whole number is an int. None where `wire_gradient_bytes` is.
+        """
+        mean, num_steps = self.wire_gradient_bytes, self.ledger["num_steps"]
+        num_plain = (self.config.get("comm") or {}).get("powersgd_start_step")
+        if mean is not None and self.ledger["hook"] == "powersgd" and num_plain is not None and num_plain < num_steps:
+            mean = (mean * num_steps - num_plain * self.ledger["gradient_bytes"]) / (num_steps - num_plain)
+        return int(mean) if mean is not None and mean.is_integer() else mean
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Pictures over all ranks per second of a median step."""
+        seconds = self.step_seconds
+        return self.ledger["global_batch"] / seconds if seconds else None
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run left its ledger here."""
+    return (directory / "ledger.json").is_file()
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        DataError: there is no ledger, or a file is not what it should be.
+    """
+    if not is_run(directory):
+        raise DataError(f"{directory} holds no ledger.json: give the directory of a run that `pipeline.train` made.")
+    ledger = _read_json(directory / "ledger.json")
+    if ledger.get("schema") != 1:
+        raise DataError(f"{directory / 'ledger.json'} has schema {ledger.get('schema')!r}, this program reads 1.")
+    environment = directory / "environment.json"
+    return RunRecord(
+        directory=directory,
+        ledger=ledger,
+        config=_read_yaml(directory / "config.yaml"),
+        environment=_read_json(environment) if environment.is_file() else {},
+        rows=_read_rows(directory / "metrics.jsonl"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}): the run has to be repeated.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows by step. A last line without its end is a write cut short by a kill and is left out."""
+    if not path.is_file():
+        return []
+    *whole, _cut_short = path.read_text().split("\n")
+    rows = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path} line {number} is not JSON ({error}): the file was changed by hand.") from error
+    return sorted(rows, key=lambda row: row.get(STEP, 0))
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; anything else is a leaf."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            found.update(flat(inner, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = inner
+    return found

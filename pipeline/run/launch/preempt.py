@@ -1,0 +1,138 @@
+"""Signals as a wish: somebody wants this process to stop soon, and it decides when that is safe.
+
+1. The signals are blocked in every thread and taken by one thread of ours, which waits for them. No handler interrupts
+   a collective or a save, and a wish is heard while the main thread is stuck inside one. What this process starts (data
+   loader workers, W&B's helper) inherits the blocked signals: Slurm sends them to every process of a step.
+2. Before training there is nothing to save: the process leaves at once, with the code that means `run me again`.
+3. While training a wish is a flag, which all ranks look at together between two steps. Further signals change nothing.
+4. If no such moment comes within `grace_seconds` (a collective is stuck), the process leaves with the same code and
+   the stacks of its threads on stderr. The checkpoints saved before are untouched.
+5. Once training is over, a wish is too late to matter.
+
+Nothing here imports torch: signals are blocked before it is loaded.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.core.errors import ExitCode
+
+# Sent by Slurm: SIGTERM (requeue, preemption, time limit), what `--signal` says. SIGHUP: by a terminal that goes away.
+# SIGINT comes from a keyboard.
+EARLY_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*EARLY_SIGNALS, signal.SIGINT)
+
+
+def block_early() -> None:
+    """Let signals wait until `StopRequest.listening` takes them. The first thing a command does, before slow imports.
+
+    SIGINT is not among them: while a command only reads its command line, Ctrl-C ends it as any other.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, EARLY_SIGNALS)
+
+
+class StopRequest:
+    """Whether somebody wants this process to stop.
+
+    Args:
+        grace_seconds: from the first signal while training until the process leaves by itself.
+    """
+
+    def __init__(self, grace_seconds: float = 120.0) -> None:
+        self.grace_seconds = grace_seconds
+        self.signal: signal.Signals | None = None
+        """The first that came while training."""
+        self._phase = "idle"
+        self._lock = threading.RLock()  # a signal that a library unblocked may come while this thread holds it
+        self._timer: threading.Timer | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop at the next step boundary."""
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        """Of the signal, for sentences; of one that another rank got, `a signal`."""
+        return "a signal" if self.signal is None else self.signal.name
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Signals are heard inside, and blocked from then on: after the block they wait for whoever takes them next.
+
+        Call in the main thread, before any other thread exists.
+        """
+        # What was ignored at start (SIGINT of a background job, SIGHUP under nohup) stays so.
+        heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        if not heard:
+            yield self
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+        for number in heard:
+            # Should a library unblock one, it is not fatal: Python's own resource tracker does.
+            signal.signal(number, lambda number, _: self.hear(signal.Signals(number)))
+        self._phase = "starting"
+        thread = threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._set_phase("closed")
+            assert thread.ident is not None
+            signal.pthread_kill(thread.ident, next(iter(heard)))  # wakes it, and nobody else
+            thread.join()
+            for number in heard:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def begin_training(self) -> None:
+        """From here on a signal is a flag."""
+        self._set_phase("training")
+
+    def end_training(self) -> None:
+        """All steps are done: signals change nothing any more."""
+        self._set_phase("over")
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def hear(self, number: signal.Signals) -> None:
+        """React to a signal."""
+        with self._lock:
+            if self._phase == "starting":
+                self._leave(f"{number.name} before the first step: nothing is lost. The same command goes on.")
+            if self._phase != "training" or self.signal is not None:
+                return
+            self.signal = number
+            self._timer = threading.Timer(self.grace_seconds, self._leave_late)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _set_phase(self, phase: str) -> None:
+        with self._lock:
+            self._phase = phase
+
+    def _listen(self, heard: set[signal.Signals]) -> None:
+        while True:
+            number = signal.Signals(signal.sigwait(heard))
+            if self._phase == "closed":
+                return
+            self.hear(number)
+
+    def _leave_late(self) -> None:
+        with self._lock:
+            if self._phase == "training":
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                self._leave(
+                    f"{self.name} came {self.grace_seconds:g} s ago and no step has ended since: this rank leaves"
+                    " without saving. The same command goes on from the last checkpoint."
+                )
+
+    def _leave(self, text: str) -> None:
+        """The end of the process, whatever its other threads do."""
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        os.write(sys.stderr.fileno(), f"preempted: [rank {rank}] {text}\n".encode())
+        os._exit(int(ExitCode.PREEMPTED))

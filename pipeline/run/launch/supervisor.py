@@ -1,0 +1,353 @@
+"""Start the ranks of one machine as child processes, and answer for them with one exit code.
+
+1. The parent imports no torch and has one thread. It blocks the signals it cares about and takes them one at a time
+   with `sigtimedwait`, so there is no handler and no moment at which a signal is lost.
+2. Each child is a command line with torchrun-style variables, in a process group of its own (Ctrl-C reaches it once,
+   through the parent), with stdin closed. The kernel kills it should the parent die, however the parent dies.
+3. Signals to the parent are passed on to every rank that still runs.
+4. When a rank fails, its peers get a moment to end by themselves, then SIGTERM, then SIGKILL. When a rank ends, what is
+   left of its process group (data loader workers) goes with it.
+5. The answer is the code of the rank that is the cause: see `exit_code_of`.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.run.launch.ports import is_free, reserved_port
+from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
+
+__all__ = [
+    "Ended",
+    "Patience",
+    "RankCommand",
+    "RankInfo",
+    "exit_code_of",
+    "find_ranks",
+    "supervise",
+    "supervise_commands",
+    "threads_of_a_rank",
+]
+
+FORWARDED_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+# Ends are looked for at least so often: where the parent has other threads, one of them may take a SIGCHLD that
+# arrives while this one is not waiting, and the kernel then drops it.
+LONGEST_WAIT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Codes a rank only ends with on purpose, knowing the cause. 1 is what a peer's broken connection looks like.
+TELLING_CODES = {int(code) for code in ExitCode} - {ExitCode.DONE, ExitCode.INTERNAL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the supervisor waits, seconds."""
+
+    peer: float = 2.0
+    """After a rank failed: for its peers to end by themselves, with their own message."""
+    grace: float = 15.0
+    """From SIGTERM to SIGKILL."""
+    signal: float = 60.0
+    """For ranks to obey an ending signal that was passed on, or to follow one that was preempted. A second ending
+    signal shortens it to `grace`."""
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """How one rank is started."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    """All of it: nothing is inherited."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended."""
+
+    rank: int
+    returncode: int
+    """As subprocess gives it: -n for death by signal n."""
+    told_to_stop: bool = False
+    """The supervisor had told it to stop, because a peer had failed: its end is a consequence."""
+
+
+def supervise(
+    argv: Sequence[str],
+    devices: int,
+    *,
+    num_threads: int | None = None,
+    patience: Patience | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Run `devices` ranks of the command `argv` on this machine until all have ended. Returns their exit code.
+
+    `argv` is the whole command, usually `[sys.executable, "-m", "pipeline.train", *sys.argv[1:]]`.
+    `num_threads`: compute threads per rank (OMP_NUM_THREADS); default: what the environment says, else the cores of
+    this process divided by the ranks. `environment`: of the ranks, default this process's.
+
+    Raises:
+        ConfigError: not on Linux, the command cannot be started, or no port is free.
+    """
+    assert devices >= 1, devices
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"cluster.devices={devices} needs Linux: set cluster.devices=1, or start the ranks with torchrun."
+        )
+    environment = os.environ if environment is None else environment
+    with _port(environment) as port:
+        places = (_environment_of(rank, devices, port, num_threads, environment) for rank in range(devices))
+        return supervise_commands([RankCommand(argv, place) for place in places], patience=patience)
+
+
+def supervise_commands(commands: Sequence[RankCommand], *, patience: Patience | None = None) -> int:
+    """Run one command per rank, in the order of the ranks, until all have ended. Returns their exit code.
+
+    Must be called in the main thread: the kernel ties the children to the thread that started them.
+
+    Raises:
+        ConfigError: a command cannot be started.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    with _signals_blocked() as (signals, mask):
+        children = _Children()
+        try:
+            for command in commands:
+                children.start(command, mask)
+            return _Supervision(children, patience or Patience()).run(signals)
+        finally:
+            children.kill()
+            children.wait()
+
+
+def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
+    """The one exit code of ranks that ended in this order, after the signals `forwarded` had been passed on to them.
+
+    0 if all ended with 0. Otherwise the first there is of:
+    1. a code a rank ends with on purpose: 2, 3, 4, 5, 6, 75 (but a 75 that answers our own SIGTERM is no cause);
+    2. 128 + n, as a shell has it, where a rank died of signal n that had been passed on, or had to be killed for not
+       obeying it;
+    3. any other code, in which death by a signal nobody passed on counts as 1, our fault.
+    """
+    ending = [number for number in forwarded if number in ENDING_SIGNALS]
+    telling, interrupted, other = [], [], []
+    for end in ended:
+        number = ending[0] if end.returncode == -signal.SIGKILL and ending else -end.returncode
+        if end.returncode in TELLING_CODES:
+            if not (end.told_to_stop and end.returncode == ExitCode.PREEMPTED):
+                telling.append(end.returncode)
+        elif end.returncode < 0 and number in forwarded:
+            interrupted.append(128 + number)
+        elif end.returncode - 128 in forwarded:
+            interrupted.append(end.returncode)
+        elif end.returncode != 0:
+            other.append(end.returncode if end.returncode > 0 else int(ExitCode.INTERNAL))
+    return (telling or interrupted or other or [int(ExitCode.DONE)])[0]
+
+
+@contextlib.contextmanager
+def _port(environment: Mapping[str, str]) -> Iterator[int]:
+    """The port the ranks meet at: MASTER_PORT if it is set, else a free one, held for as long as the ranks run."""
+    chosen = environment.get("MASTER_PORT")
+    if chosen is None:
+        with reserved_port() as port:
+            yield port
+        return
+    if not chosen.isdigit() or not is_free(int(chosen)):
+        raise ConfigError(f"MASTER_PORT={chosen} is not a free port: unset it, and a free one is chosen.")
+    yield int(chosen)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
+    """Block SIGCHLD and the signals to forward. Yields (those signals, the mask of before, for the children)."""
+    # What was ignored at start (SIGHUP under nohup, SIGINT of a background job) stays so.
+    signals = {number for number in FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    signals.add(signal.SIGCHLD)
+    old_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # SIG_IGN would make the kernel discard exit codes
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield signals, {signal.Signals(number) for number in old_mask} - signals
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+        signal.signal(signal.SIGCHLD, old_handler)
+
+
+def _environment_of(
+    rank: int, devices: int, port: int, num_threads: int | None, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """The variables of one rank. A value the user set for the interface stands."""
+    own = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(devices),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads_of_a_rank(devices, num_threads, environment),
+        SPAWNED_MARK: "1",
+    }
+    return {"GLOO_SOCKET_IFNAME": "lo", **environment, **own}
+
+
+def threads_of_a_rank(num_ranks: int, num_threads: int | None, environment: Mapping[str, str]) -> str:
+    """OMP_NUM_THREADS: as asked, else as the environment says, else this process's cores divided by the ranks."""
+    if num_threads is not None:
+        return str(num_threads)
+    return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+
+
+class _Children:
+    """The ranks as processes: start them, pass signals on, collect their ends in order."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.ended: list[Ended] = []
+        self.told_to_stop = False
+
+    def start(self, command: RankCommand, mask: set[signal.Signals]) -> None:
+        """Start the next rank.
+
+        Raises:
+            ConfigError: the program cannot be executed.
+        """
+        try:
+            child = subprocess.Popen(
+                command.argv,
+                env=command.environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                preexec_fn=_die_with_parent(mask),
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ConfigError(f"Cannot start a rank as {command.argv[0]!r}: {error}.") from error
+        self.running[len(self.running) + len(self.ended)] = child
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the rank processes, not to their workers, which end with them."""
+        for child in self.running.values():
+            child.send_signal(number)
+
+    def reap(self) -> None:
+        """Collect the ranks that have ended, and kill what is left of their process groups."""
+        for rank, child in list(self.running.items()):
+            # Looked at, not yet collected: as long as the dead leader is there, its group number is nobody else's.
+            if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                _kill_group(child)
+                self.ended.append(Ended(rank, child.wait(), self.told_to_stop))
+                del self.running[rank]
+
+    def kill(self) -> None:
+        """SIGKILL to every rank that still runs, and to its workers."""
+        for child in self.running.values():
+            _kill_group(child)
+
+    def wait(self) -> None:
+        """Until no rank runs."""
+        for child in self.running.values():
+            child.wait()
+
+
+def _kill_group(child: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
+    """What a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
+
+    Everything it needs exists before the fork. Should the parent have died before the request was made, the child's
+    parent is already another process, and the child ends itself. A parent outside of the child's PID namespace is seen
+    as process 0; once it has died, the namespace's first process, number 1, stands in its place.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parents = (os.getpid(), 0)
+
+    def prepare() -> None:
+        if prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0 or os.getppid() not in parents:
+            os._exit(int(ExitCode.INTERNAL))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    return prepare
+
+
+class _Supervision:
+    """Waits for signals, ends and deadlines, one at a time."""
+
+    def __init__(self, children: _Children, patience: Patience) -> None:
+        self._children = children
+        self._patience = patience
+        self._forwarded: list[int] = []
+        self._num_seen = 0
+        # When the next, harder step is due: SIGTERM to the peers of a failed rank, then SIGKILL.
+        self._deadline = math.inf
+        self._sigterm_is_next = False
+
+    def run(self, signals: set[signal.Signals]) -> int:
+        """Until every rank has ended. Returns the exit code."""
+        children = self._children
+        while children.running:
+            seconds = min(max(0.0, self._deadline - time.monotonic()), LONGEST_WAIT_SECONDS)
+            received = signal.sigtimedwait(signals, seconds)
+            if received is not None and received.si_signo != signal.SIGCHLD:
+                self._pass_on(signal.Signals(received.si_signo))
+            children.reap()
+            self._look_at_ends()
+            if children.running and time.monotonic() >= self._deadline:
+                self._press_harder()
+        return exit_code_of(children.ended, self._forwarded)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        self._children.send(number)
+        if number in ENDING_SIGNALS:
+            again = not ENDING_SIGNALS.isdisjoint(self._forwarded)
+            self._expect_end_within(self._patience.grace if again else self._patience.signal)
+        self._forwarded.append(number)
+
+    def _look_at_ends(self) -> None:
+        for end in self._children.ended[self._num_seen :]:
+            self._num_seen += 1
+            if end.returncode != 0 and not self._children.told_to_stop:
+                self._sigterm_is_next = True
+                self._expect_end_within(self._patience.peer)
+            if end.returncode < 0 and -end.returncode not in self._forwarded and not end.told_to_stop:
+                cause = " (out of memory?)" if end.returncode == -signal.SIGKILL else ""
+                _say(f"rank {end.rank} was killed by {signal.Signals(-end.returncode).name}{cause}")
+
+    def _expect_end_within(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def _press_harder(self) -> None:
+        if self._sigterm_is_next:
+            self._sigterm_is_next = False
+            self._children.told_to_stop = True
+            self._children.send(signal.SIGTERM)
+            preempted = all(end.returncode in (0, ExitCode.PREEMPTED) for end in self._children.ended)
+            self._deadline = time.monotonic() + (self._patience.signal if preempted else self._patience.grace)
+        else:
+            late = ", ".join(str(rank) for rank in self._children.running)
+            _say(f"rank {late} did not end in time and is killed")
+            self._children.told_to_stop = True
+            self._children.kill()
+            self._deadline = math.inf
+
+
+def _say(text: str) -> None:
+    print(f"launcher: {text}", file=sys.stderr, flush=True)

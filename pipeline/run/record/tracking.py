@@ -1,0 +1,129 @@
+"""What a run records while it goes: metrics.jsonl, and W&B as its mirror. Rank 0 only."""
+
+import contextlib
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.training import TrackingConfig
+from pipeline.core.files import write_text_atomic
+from pipeline.run.directory import RunDirectory
+from pipeline.run.record.metrics_log import MetricsLog, Row
+from pipeline.run.record.wandb_mirror import WandbMirror
+
+
+class Tracker:
+    """The record of one attempt at a run. On every rank but the first it does nothing.
+
+    Args:
+        run: its directory, open on rank 0.
+        tracking: where the mirror goes.
+        rank: of this process.
+        model: the mirror's group, so that runs of one model stand together.
+        job_type: `train`, `evaluate`, ...
+        config: plain values shown beside the mirrored run.
+        notes: its conditions in words.
+        resume_step: committed steps of the checkpoint this attempt starts from; later rows are dropped, the attempt
+            writes them again.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        tracking: TrackingConfig,
+        *,
+        rank: int,
+        model: str,
+        job_type: str = "train",
+        config: Mapping[str, Any] | None = None,
+        notes: str = "",
+        resume_step: int = 0,
+    ) -> None:
+        self.run_id: str | None = None
+        self._metrics: MetricsLog | None = None
+        self._mirror: WandbMirror | None = None
+        if rank != 0:
+            return
+        self._metrics = MetricsLog(run.metrics)
+        self._metrics.truncate_to(resume_step)
+        if tracking.mode == "disabled":
+            return
+        self.run_id = wandb_id(run)
+        self._mirror = WandbMirror(
+            run.path,
+            run_id=self.run_id,
+            mode=tracking.mode,
+            name=run.name,
+            group=model,
+            job_type=job_type,
+            project=tracking.project,
+            entity=tracking.entity,
+            tags=tracking.tags,
+            config=config,
+            notes=notes,
+        )
+
+    @property
+    def mode(self) -> str:
+        """What became of the mirror: `offline`, `online` or `disabled`."""
+        return self._mirror.mode if self._mirror is not None and self._mirror.is_alive else "disabled"
+
+    def log(self, step: int, row: Row) -> None:
+        """Record the one row of `step`: flat metric names such as `train/loss`; None is written as null."""
+        if self._metrics is not None:
+            written = self._metrics.append(step, row)
+            if self._mirror is not None:
+                self._mirror.log(step, written)
+
+    def sync(self) -> None:
+        """Make the rows durable: called before a checkpoint, so that it never knows of a step the record lacks."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def summarize(self, values: Mapping[str, float | int | str | None]) -> None:
+        """Put results beside the mirrored run."""
+        if self._mirror is not None:
+            self._mirror.summarize(values)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the record. Bounded in time, raises nothing of W&B's, harmless twice."""
+        if self._metrics is not None:
+            self._metrics.close()
+            for name, count in self._metrics.num_not_finite.items():
+                print(f"warning: {count} values of {name} were not finite and were written as null.", file=sys.stderr)
+            self._metrics.num_not_finite.clear()
+        if self._mirror is not None:
+            self._mirror.finish(exit_code)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide what ended the block
+            self.finish(exit_code=int(getattr(kind, "exit_code", 1)))
+
+
+def wandb_id(run: RunDirectory) -> str:
+    """The W&B id of this run: made at its first attempt, kept in its directory, the same ever after."""
+    return kept_id(run.path / "wandb_id", run.name)
+
+
+def kept_id(path: Path, name: str) -> str:
+    """The W&B id in this file, made of `name` and written there if there is none.
+
+    The random part keeps runs of one name on two machines from writing into each other.
+    """
+    if path.exists():
+        kept = path.read_text().strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]{1,100}", kept):
+            return kept
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:60].strip("-")
+    made = f"{readable}-{secrets.token_hex(4)}"
+    write_text_atomic(path, made + "\n")
+    return made

@@ -1,0 +1,178 @@
+"""Weights & Biases as a mirror of metrics.jsonl that can fail in any way without a training noticing."""
+
+import contextlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ExitCode
+
+# How long a server may take to give any answer at all before the run goes offline.
+PROBE_SECONDS = 5.0
+INIT_SECONDS = 30.0
+FINISH_SECONDS = 60.0
+STEP_METRIC = "trainer/step"
+
+
+class WandbMirror:
+    """One W&B run. The mode is chosen once, at start; any failure later ends the mirror with one warning.
+
+    Args:
+        directory: the run's; W&B writes below `<directory>/wandb`.
+        run_id: fixed for the life of the run: every attempt continues it.
+        mode: `offline` or `online`. Online becomes offline where there is no API key or the server does not answer.
+        name, group, job_type, project, entity, tags: as W&B shows them. A job of Slurm adds the tag `slurm-<id>`.
+        config: plain values to show beside the run; `slurm_job_id` is added. No secrets: it is stored as it is.
+        notes: the conditions of the run in words. No secrets either.
+        record: the file that holds the same and is whole whatever becomes of W&B; warnings name it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        run_id: str,
+        mode: str,
+        name: str,
+        group: str,
+        job_type: str,
+        project: str,
+        entity: str | None = None,
+        tags: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        notes: str = "",
+        record: str = "metrics.jsonl",
+    ) -> None:
+        assert mode in ("offline", "online"), mode
+        self.mode = mode
+        self._record = record
+        self._run: Any = None
+        # Its crash reports would go to a server nobody asked to talk to.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if mode == "online":
+            reason = why_not_online()
+            if reason:
+                self.mode = "offline"
+                _warn(f"W&B stays offline: {reason}. Upload later with `wandb sync`")
+        job_id = slurm_job_id(os.environ)
+        facts = {
+            "name": name,
+            "group": group,
+            "job_type": job_type,
+            "project": project,
+            "entity": entity,
+            "notes": notes or None,
+            "tags": [*tags, *([f"slurm-{job_id}"] if job_id else [])],
+            "config": {**(config or {}), "slurm_job_id": job_id},
+        }
+        try:
+            self._run = self._start(directory, run_id, facts)
+        except Exception as error:
+            self._give_up(error)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether rows still reach it."""
+        return self._run is not None
+
+    def log(self, step: int, row: Mapping[str, float | int | None]) -> None:
+        """Mirror a row; values that are None are left out. Returns without waiting for any server."""
+        # Never wandb's own step=: it must only grow, and a resumed run repeats steps. The step is a metric, and every
+        # other metric is drawn over it, so rows written twice fall on each other.
+        values = {key: value for key, value in row.items() if value is not None}
+        self._guard(lambda: self._run.log({STEP_METRIC: step, **values}))
+
+    def log_media(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Log the tables, charts and pictures that `make` returns, by name; what goes wrong in it ends the mirror."""
+        self._guard(lambda: self._run.log(dict(make())))
+
+    def summarize(self, values: Mapping[str, float | int | str | None]) -> None:
+        """Put results beside the run."""
+        self._guard(
+            lambda: self._run.summary.update({key: value for key, value in values.items() if value is not None})
+        )
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run and W&B's processes. Bounded in time; what was not uploaded stays on disk. Harmless twice."""
+
+        def end() -> None:
+            import wandb
+
+            if exit_code == ExitCode.PREEMPTED:
+                self._run.mark_preempting()  # shown as preempted, not as failed
+            self._run.finish(exit_code=exit_code)
+            wandb.teardown(exit_code=exit_code)
+
+        self._guard(end)
+        self._run = None
+
+    def _start(self, directory: Path, run_id: str, facts: dict[str, Any]) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            mode=self.mode,  # pyright: ignore[reportArgumentType]  asserted in __init__
+            silent=True,
+            console="off",  # our stdout stays ours
+            x_disable_meta=True,  # the command line may hold what is nobody's business
+            x_save_requirements=False,
+            disable_code=True,
+            disable_git=True,
+            save_code=False,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+        )
+        run = wandb.init(dir=str(directory), id=run_id, resume="allow", settings=settings, **facts)
+        run.define_metric(STEP_METRIC)
+        run.define_metric("*", step_metric=STEP_METRIC)
+        return run
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Do something with the run, if there is one still."""
+        if self._run is not None:
+            try:
+                action()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = " ".join(str(error).split())[:200]
+        _warn(f"W&B is off from here on ({type(error).__name__}: {reason}); {self._record} has everything")
+        # Its helper process goes too; what it had written can still be uploaded.
+        with contextlib.suppress(Exception):
+            import wandb
+
+            wandb.teardown(exit_code=1)
+
+
+def slurm_job_id(environment: Mapping[str, str]) -> str | None:
+    """The job this process belongs to, for an array the one number all its tasks share; None outside of Slurm."""
+    return environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID") or None
+
+
+def why_not_online() -> str | None:
+    """A clause saying why this machine cannot log online now; None if it can."""
+    try:
+        import wandb
+        from wandb.sdk.lib import wbauth
+
+        url = wandb.setup().settings.base_url
+        if wbauth.authenticate_session(host=url, source="squeezewire", prompt=False, update_session=False) is None:
+            return "no API key is configured (`wandb login`, or WANDB_API_KEY)"
+    except Exception as error:
+        return " ".join(str(error).split())[:200]
+    try:
+        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()  # any answer is an answer
+    except (OSError, ValueError) as error:
+        return f"{url} does not answer ({getattr(error, 'reason', error)})"
+    return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}.", file=sys.stderr, flush=True)

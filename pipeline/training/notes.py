@@ -1,0 +1,33 @@
+"""The conditions of a training in words, for the notes of its W&B run."""
+
+from pipeline.config.training import TrainConfig
+from pipeline.core.units import format_bandwidth
+from pipeline.run.launch.ranks import lab_conditions
+from pipeline.training.world import World
+
+
+def training_notes(config: TrainConfig, world: World) -> str:
+    """Where it runs and what a step is, in two sentences. No path, host or command: they are nobody's business."""
+    micro, num_micro = config.batch.split(world.size)
+    comm = config.comm
+    hook = {"none": "uncompressed", "powersgd": f"compressed by powersgd of rank {comm.powersgd_rank}"}
+    return (
+        f"{config.model.name} on {_counted(world.size, 'rank')}, {_servers(world)}, over {world.compute.backend}."
+        f" A step is {config.batch.global_size} pictures ({_counted(num_micro, 'micro-batch', 'es')} of {micro} per"
+        f" rank), {world.compute.arithmetic}, gradients {hook.get(comm.hook, f'sent as {comm.hook}')}"
+        f" (comm.hook={comm.hook})."
+    )
+
+
+def _servers(world: World) -> str:
+    lab = lab_conditions()
+    servers = _counted(world.placement.num_servers, "server")
+    if lab is not None:
+        rate = lab["bandwidth_bits_per_second"]
+        link = "unshaped links" if rate is None else f"links of {format_bandwidth(rate)}"
+        return f"{servers} emulated on one machine with {link}"
+    return servers if world.placement.measured else "each rank taken as a server"
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{'' if count == 1 else plural}"

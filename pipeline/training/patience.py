@@ -1,0 +1,152 @@
+"""How long ranks wait for one another, and what is said when one of them does not come.
+
+Before the first step, in a pause (validation, a checkpoint) and after the last step a collective may wait for
+`cluster.timeout_seconds`; between steps for `cluster.step_timeout_seconds`, because a rank that is late there is one
+that hangs. A rank that gets nowhere for most of that time says in which step it is and where each of its threads
+stands, so that the one that hangs speaks before its peers give up and it is ended with them.
+"""
+
+import contextlib
+import faulthandler
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+
+from pipeline.training.learner import Learner
+from pipeline.training.world import World
+
+# Of the patience that holds. The rest is for a rank to write its stacks before its peers end.
+SHARE_BEFORE_STACKS = 0.8
+
+
+class Watch:
+    """A thread that calls `on_silence` once, when nothing was heard for as long as was expected last."""
+
+    def __init__(self, on_silence: Callable[[float], None]) -> None:
+        self._on_silence = on_silence
+        self._condition = threading.Condition()
+        self._expected = self._deadline = self._wakes_at = math.inf
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def expect(self, seconds: float) -> None:
+        """Something was heard now; the next is to come within `seconds`."""
+        self._expected, self._deadline = seconds, time.monotonic() + seconds
+        if self._deadline < self._wakes_at:  # else the thread finds the new deadline when it wakes for the old one
+            with self._condition:
+                self._condition.notify()
+
+    def stop(self) -> None:
+        """Nothing more is expected. Harmless twice."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._stopped:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    self._deadline = math.inf
+                    self._on_silence(self._expected)
+                    continue
+                self._wakes_at = self._deadline
+                self._condition.wait(None if left == math.inf else left)
+
+
+class Patience(pl.Callback):
+    """Keeps the group's timeout and the watch in step with where the training is.
+
+    Args:
+        world: its `timeout_seconds` hold outside of steps.
+        step_timeout_seconds: holds between steps.
+    """
+
+    def __init__(self, world: World, step_timeout_seconds: float) -> None:
+        self.world, self.step_timeout_seconds = world, step_timeout_seconds
+        self._watch: Watch | None = None
+        self._in_steps = False
+        self._learner: Learner | None = None
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside may take long on one rank, and the others wait for it."""
+        was_in_steps = self._in_steps
+        self._hold(in_steps=False)
+        yield
+        self._hold(in_steps=was_in_steps)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first step may take long."""
+        del trainer
+        assert isinstance(pl_module, Learner)
+        self._learner = pl_module
+        self._watch = Watch(self._say_where)
+        self._hold(in_steps=False)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch is done, so the next will not take long either."""
+        del trainer, pl_module, outputs, batch, batch_idx
+        self._hold(in_steps=True)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A pause: workers start, and the parts of the ranks differ."""
+        del trainer, pl_module
+        self._hold(in_steps=False)
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """It goes on."""
+        self._hold(in_steps=False)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Steps again."""
+        del trainer, pl_module
+        self._hold(in_steps=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The rest is rank 0's."""
+        del trainer, pl_module
+        self._hold(in_steps=False)
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let the report say where this rank was."""
+        del trainer, pl_module
+        exception.add_note(self._where())
+        self._stop()
+
+    def _hold(self, *, in_steps: bool) -> None:
+        seconds = self.step_timeout_seconds if in_steps else self.world.timeout_seconds
+        if in_steps != self._in_steps:
+            self._in_steps = in_steps
+            self.world.wait_at_most(seconds)
+        if self._watch is not None:
+            self._watch.expect(SHARE_BEFORE_STACKS * seconds)
+
+    def _where(self) -> str:
+        if self._learner is None:
+            return "before the first step"
+        pausing = "" if self._in_steps else ", or in a pause before it"
+        return f"in step {self._learner.committed_steps + 1}{pausing}"
+
+    def _say_where(self, seconds: float) -> None:
+        print(
+            f"warning: rank {self.world.rank} got nowhere for {seconds:g} s {self._where()}; its threads stand at:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None

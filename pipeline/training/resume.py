@@ -1,0 +1,84 @@
+"""What changed between a checkpoint and the attempt that goes on from it: refused, or said.
+
+A field that decides which pictures meet which weights must match. Every other field takes its new value, and the change
+is said and kept in `attempts.jsonl`: a learning rate that was edited, a package that was upgraded, other ranks.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.training import TrainConfig
+from pipeline.core.errors import CheckpointError
+from pipeline.run.provenance import versions
+from pipeline.training.plan import BEFORE_IT_WAS_A_FIELD, must_match
+
+NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
+
+
+def free_fields(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run may change: plain values by dotted key, as a checkpoint keeps them."""
+    fixed = {*must_match(config, ""), *NOT_WORTH_SAYING}
+    return {key: value for key, value in _flat(dataclasses.asdict(config)) if key not in fixed}
+
+
+def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, Any], path: Path) -> None:
+    """Compare what must match.
+
+    Args:
+        shards_hash: of the training split's index.
+        section: ours of the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: a field differs; all that do are named, with both values.
+    """
+    saved = {**BEFORE_IT_WAS_A_FIELD, **section["must_match"]}
+    different = _differences(saved, {k: v for k, v in must_match(config, shards_hash).items() if k in saved})
+    if different:
+        raise CheckpointError(
+            f"{path} was made by another configuration ({'; '.join(different)}): set it back to resume, or give another"
+            " name= for a new run."
+        )
+
+
+def changes(
+    config: TrainConfig, world_size: int, section: Mapping[str, Any], made_with: Mapping[str, str]
+) -> list[str]:
+    """A clause for each free field, package and number of ranks that differs from the checkpoint's.
+
+    Args:
+        section: ours of the checkpoint. What an older one does not tell is not compared.
+        made_with: its package versions.
+    """
+    saved = section.get("free_fields")
+    fields = [] if saved is None else _differences(saved, free_fields(config))
+    ranks = _differences({"the number of ranks": section["world_size"]}, {"the number of ranks": world_size})
+    now = versions()
+    packages = _differences(made_with, {name: now.get(name) for name in made_with})
+    return [*fields, *ranks, *packages]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key was 1 and is 2`, for keys of both and of one alone; a list and a tuple of the same values are the same."""
+    return [
+        f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if key not in old or key not in new or _plain(old[key]) != _plain(new[key])
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(_plain(values[key])) if key in values else "not there"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(value)

@@ -1,0 +1,150 @@
+"""The steps of `evaluate.py`: open a split, load weights of any origin, score every picture once, write the result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from pipeline.core.errors import CheckpointError, ConfigError, DataError
+from pipeline.core.files import write_json_atomic
+from pipeline.data.index import ShardIndex
+from pipeline.data.loader import choose_num_workers, evaluation_loader, ranks_served
+from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
+from pipeline.models import zoo
+from pipeline.models.caffe import load_npz
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.directory import RunDirectory
+from pipeline.training.learner import NAME_PREFIX, Batch, ExactMetrics, Normalizer
+from pipeline.training.world import World
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model and where its weights come from."""
+
+    model: nn.Module
+    num_outputs: int
+    origin: str
+    """In words."""
+
+
+def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
+    """The model with its weights. Its outputs: as configured, as the checkpoint says, else `num_classes`.
+
+    Raises:
+        CheckpointError: no such file, damaged, or of another model. ConfigError: fewer outputs than classes.
+    """
+    path = Path(config.checkpoint)
+    if path.is_dir():
+        path = _checkpoint_of_run(path)
+    is_caffe = path.suffix == ".npz"
+    content = {} if is_caffe else _read(path)
+    section = content.get(checkpoints.SECTION, {})
+    num_outputs = config.model.num_classes or section.get("num_classes") or num_classes
+    if num_outputs < num_classes:
+        raise ConfigError(
+            f"The model has {num_outputs} outputs and the split has {num_classes} classes: set model.num_classes to the"
+            " number the weights were trained with, or evaluate on the shards they belong to."
+        )
+    metaparameters = {**section.get("metaparameters", {}), **config.model.metaparameters}
+    model = zoo.build(config.model.name, num_outputs, **metaparameters)
+    if is_caffe:
+        load_npz(path, model)
+        return Weights(model, num_outputs, str(path))
+    state = _state_dict(content)
+    checkpoints.require_same_model(
+        model.state_dict(), state, path=path, model=config.model.name, found_model=section.get("model")
+    )
+    model.load_state_dict(state)
+    return Weights(model, num_outputs, f"{path} (step {section['step']})" if section else str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One of our checkpoints, proven by its sidecar, or a file of any origin; nothing in it is executed."""
+    return checkpoints.load(path) if checkpoints.sidecar_path(path).exists() else checkpoints.load_foreign(path)
+
+
+def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights under the model's own names; a run with averaged weights validates, and so is judged by, the average."""
+    average = content.get(checkpoints.SECTION, {}).get("learner", {}).get("average")
+    if average is not None:  # an AveragedModel keeps its weights under `module.`
+        return {key.removeprefix("module."): value for key, value in average.items() if key != "n_averaged"}
+    return {key.removeprefix(NAME_PREFIX): value for key, value in content.get("state_dict", content).items()}
+
+
+def _checkpoint_of_run(run: Path) -> Path:
+    """Its best checkpoint, else its newest sound one."""
+    directory = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    info = checkpoints.find_best(directory) or checkpoints.find_latest(directory)
+    if info is None:
+        raise CheckpointError(f"There is no checkpoint in {directory}: train first, or give the path of a file.")
+    return info.path
+
+
+@torch.inference_mode()
+def score(config: "EvaluateConfig", world: World, weights: Weights, index: ShardIndex) -> dict[str, float | int]:
+    """Sums over all ranks. Collective.
+
+    Raises:
+        DataError: some picture was not scored. A result that leaves pictures out would be another split's.
+    """
+    model = weights.model.eval().to(world.device, memory_format=world.compute.memory_format)  # type: ignore[call-overload]
+    normalizer, metrics = Normalizer(config.input), ExactMetrics(weights.num_outputs).to(world.device)
+    on_gpu = world.device.type == "cuda"
+    loader = evaluation_loader(
+        index,
+        config.input,
+        batch_size=config.batch_per_rank,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=choose_num_workers(
+            config.data.num_workers, local_world_size=world.ranks.local_world_size, on_gpu=on_gpu
+        ),
+        pin_memory=on_gpu,
+        ranks_served=ranks_served(world.rank, world.ranks.local_rank, world.ranks.local_world_size, world.size),
+    )
+    bad: list[BadSample] = []
+    for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
+        bad.extend(loaded.bad)
+        batch = Batch.of(loaded).to(world.device)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):
+            logits_BK = model(normalizer(batch.images_BCHW, world.compute.memory_format))
+        metrics.update(logits_BK, batch)
+    with world.meter.origin("metrics"):
+        results = metrics.compute()
+    world.agree(lambda: _refuse(bad, f"{results['num_samples']} of {index.num_samples} pictures were scored"))
+    assert results["num_samples"] == index.num_samples
+    return results
+
+
+def _refuse(bad: list[BadSample], how_many: str) -> None:
+    """Raise `DataError` naming them, if there are any: the split without them is another one."""
+    if bad:
+        named = "; ".join(sample.reason for sample in bad[:NUM_BAD_SHOWN])
+        raise DataError(f"{how_many}; others cannot be used: {named}. Prepare the split again without them.")
+
+
+def write(config: "EvaluateConfig", weights: Weights, results: dict[str, float | int]) -> None:
+    """evaluation.json, and what made it. Rank 0 only."""
+    directory = RunDirectory(config.run_root, config.name)
+    directory.open()
+    try:
+        content = {"schema": 1, "checkpoint": weights.origin, **results, "model": config.model.name}
+        write_json_atomic(directory.path / "evaluation.json", content)
+    finally:
+        directory.close()
+
+
+def sentence(config: "EvaluateConfig", weights: Weights, results: dict[str, float | int]) -> str:
+    """For people."""
+    return (
+        f"{config.model.name} from {weights.origin}: top-1 {results['top1']:.4f}"
+        f" ({results['num_correct_top1']} of {results['num_samples']}), top-5 {results['top5']:.4f}"
+        f" ({results['num_correct_top5']}), loss {results['loss']:.4f}"
+    )

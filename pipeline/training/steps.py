@@ -1,0 +1,396 @@
+"""The steps of `train.py`, one function each: open the run, open the shards, find where it stands, fit, report."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+from pipeline.comm.ledger.ledger import Ledger
+from pipeline.comm.ledger.traffic import placement_warning
+from pipeline.comm.powersgd import PowerSGD
+from pipeline.comm.strategy import gradient_bytes_by_parameter
+from pipeline.comm.wire import gloo
+from pipeline.config.training import TrainConfig
+from pipeline.core.errors import ConfigError
+from pipeline.data.fit import misfit_sentence, origin_sentence
+from pipeline.data.index import ShardIndex, open_split
+from pipeline.data.loader import ShardData
+from pipeline.models import zoo
+from pipeline.models.plateau import PlateauDetector
+from pipeline.report.page import write_run_report
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.directory import RunDirectory
+from pipeline.run.launch.preempt import StopRequest
+from pipeline.run.launch.ranks import RankInfo
+from pipeline.run.provenance import describe
+from pipeline.run.record.tracking import Tracker
+from pipeline.training import lightning, resume
+from pipeline.training import plan as startup
+from pipeline.training.attempt import Recorder, TimedLoader
+from pipeline.training.learner import Learner
+from pipeline.training.notes import training_notes
+from pipeline.training.patience import Patience
+from pipeline.training.plan import Plan
+from pipeline.training.world import World, join_group
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None) -> Iterator[World]:
+    """Join the other ranks with the device and precision this run computes in.
+
+    stop: listening to signals; None: signals are not looked after.
+    """
+    compute = startup.choose_compute(config.trainer, config.cluster)
+    if config.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+    with join_group(ranks, compute, config.cluster, config.comm, stop=stop) as joined:
+        yield joined
+
+
+def open_run(config: TrainConfig, world: World) -> RunDirectory:
+    """Rank 0 makes the run directory, takes its lock and proves that it can be written.
+
+    Raises:
+        ConfigError: it cannot, or another job has it. Preempted: an earlier start of this job still has it.
+    """
+    directory = RunDirectory(config.run_root, config.name)
+    # The other ranks wait for the first one's word, no longer than any collective may take.
+    world.first_decides(lambda: directory.open(world.timeout_seconds / 2))
+    return directory
+
+
+def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "Start", learner: Learner) -> int:
+    """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
+    hosts = world.gather_hosts()
+    model = dataclasses.replace(config.model, num_classes=learner.num_classes)
+    resolved = dataclasses.replace(config, model=model)
+
+    def begin() -> int:
+        with run.writing():
+            return write()
+
+    def write() -> int:
+        run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(resolved)), sort_keys=False))
+        environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
+        command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
+        run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
+        return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
+
+    return world.first_decides(begin)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The indexes of both splits; `validation` is None where there is none or none is wanted."""
+
+    training: ShardIndex
+    validation: ShardIndex | None
+    num_classes: int
+    """Outputs of the classifier."""
+
+
+def open_shards(config: TrainConfig, world: World) -> Shards:
+    """Index and verify the shards: the first rank of each machine, then the others from the index it leaves.
+
+    Raises:
+        DataError: missing, damaged or mislabelled shards, or labels that the classifier has no output for.
+        ConfigError: model.num_classes is smaller than the manifest's number of classes.
+    """
+
+    def open_both(is_first: bool) -> Shards:
+        training = open_split(config.data, config.data.train_split, is_first=is_first)
+        wants_validation = config.trainer.validate_every_steps != 0
+        validation = open_split(config.data, config.data.val_split, is_first=is_first) if wants_validation else None
+        num_classes = config.model.num_classes or training.num_classes
+        if training.classes is not None and num_classes < training.num_classes:
+            raise ConfigError(
+                f"model.num_classes={num_classes}, but the shards have {training.num_classes} classes:"
+                f" set it to at least that, or to null."
+            )
+        told = "model.num_classes=" if config.model.num_classes else "the number of classes of the training split is "
+        for index in (training, validation):
+            if index is not None:
+                index.require_labels(
+                    num_classes,
+                    f"and {told}{num_classes}: prepare the shards again with the right classes, or set"
+                    " model.num_classes to more than the highest label.",
+                )
+        return Shards(training, validation, num_classes)
+
+    shards = world.locally_first(open_both)
+    hashes = [index.index_hash for index in (shards.training, shards.validation) if index is not None]
+    world.require_same(
+        " ".join(hashes),
+        f"The ranks see different shards at data.root={config.data.root}: every server must be given the same ones.",
+    )
+    return shards
+
+
+def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
+    """How many steps, and what is due when."""
+
+    def plan() -> Plan:
+        config.batch.split(world.size)
+        made = startup.make_plan(
+            config.trainer,
+            config.batch,
+            shards.training.num_samples,
+            world.size,
+            validate=shards.validation is not None,
+            tail=config.data.tail,
+        )
+        startup.require_compression(config.comm, made, world.compute)
+        return made
+
+    return world.agree(plan)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins: a checkpoint, or nothing yet."""
+
+    step: int = 0
+    """Optimiser steps already committed."""
+    info: checkpoints.CheckpointInfo | None = None
+    content: dict[str, Any] | None = None
+    """The checkpoint as saved."""
+    changes: tuple[str, ...] = ()
+    """What differs from the attempt that saved it, and may."""
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """What we put into it beside what Lightning puts there."""
+        return {} if self.content is None else self.content[checkpoints.SECTION]
+
+    @property
+    def num_recorded(self) -> int:
+        """Rows of the record that stand. A row whose validation was broken off is written by this attempt."""
+        return self.step - (self.section.get("owed_row") is not None)
+
+
+def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash: str) -> Start:
+    """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
+
+    Raises:
+        CheckpointError: none of several is sound, or it belongs to a run with other must-match fields.
+    """
+    directory = run.checkpoints
+
+    def choose() -> str | None:
+        checkpoints.AtomicCheckpointIO().sweep(directory)
+        info = checkpoints.find_latest(directory)
+        return None if info is None else info.path.name
+
+    chosen = world.first_decides(choose)
+    if chosen is None:
+        return Start()
+
+    def load() -> Start:
+        path = directory / chosen
+        info, content = checkpoints.load_proven(path)
+        section = content[checkpoints.SECTION]
+        resume.refuse_drift(config, shards_hash, section, path)
+        return Start(info.step, info, content, tuple(resume.changes(config, world.size, section, info.versions)))
+
+    return world.agree(load)
+
+
+def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> Learner:
+    """Build the model, the same weights on every rank, and take over the checkpoint's state if there is one.
+
+    Raises:
+        CheckpointError: the checkpoint holds another model.
+    """
+    torch.manual_seed(config.seed)
+
+    def make() -> Learner:
+        model = zoo.build(config.model.name, shards.num_classes, **config.model.metaparameters)
+        learner = Learner(
+            model,
+            recipe=config.recipe,
+            input_config=config.input,
+            num_classes=shards.num_classes,
+            seed=config.seed,
+            num_steps=plan.num_steps,
+            start_step=start.step,
+            rank=world.rank,
+            num_micro=config.batch.split(world.size)[1],
+            memory_format=world.compute.memory_format,
+            origin=world.exchanging,
+        )
+        if start.content is not None and start.info is not None:
+            checkpoints.require_same_model(
+                learner.state_dict(),
+                start.content["state_dict"],
+                path=start.info.path,
+                model=config.model.name,
+                found_model=start.info.model,
+            )
+            (optimizer_state,) = start.content["optimizer_states"]
+            learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
+        return learner
+
+    return world.agree(make)
+
+
+def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD | None:
+    """The compression with its state from the checkpoint; None for any other `comm.hook`.
+
+    A run that was not compressed before starts it without a debt.
+
+    Raises:
+        CheckpointError: the state is of another rank of approximation.
+    """
+    saved = start.section.get("powersgd")
+    if config.comm.hook != "powersgd":
+        if saved is not None and saved["errors"]:
+            world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
+        return None
+    powersgd = PowerSGD(
+        rank=config.comm.powersgd_rank,
+        start_step=config.comm.powersgd_start_step,
+        seed=config.seed,
+        step=start.step,
+        device=world.device,
+        waiting=world.timeline.waiting,
+    )
+    if saved is not None:
+        powersgd.load_state_dict(saved, world.rank, world.size)
+    return powersgd
+
+
+def fit(
+    config: TrainConfig, world: World, run: RunDirectory, shards: Shards, plan: Plan, start: Start, learner: Learner
+) -> None:
+    """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
+
+    Raises:
+        NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
+    """
+    powersgd = make_powersgd(config, world, start)
+    attempt = begin_attempt(config, world, run, start, learner)
+    data = make_data(config, world, shards, plan, start)
+    owed = gradient_bytes_by_parameter(learner.model)
+    reconciler = lightning.make_reconciler(config, world)
+    ledger = Ledger(world.meter, owed, world.placement, attempt=attempt, reconciler=reconciler, rank=world.rank)
+    if start.content is not None:
+        ledger.load_state_dict(start.section["ledger"], lightning.previous_ledger(run))
+    _announce(config, world, shards, plan, start, sum(owed.values()))
+    with (
+        run.writing(),
+        Tracker(
+            run,
+            config.tracking,
+            rank=world.rank,
+            model=config.model.name,
+            config=_plain(dataclasses.asdict(config)),
+            notes=training_notes(config, world),
+            resume_step=start.num_recorded,
+        ) as tracker,
+    ):
+        loader = TimedLoader(data.train_dataloader())
+        persistence = lightning.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
+        bars = [bar] if world.is_first and (bar := lightning.progress_bar()) else []
+        patience = Patience(world, config.step_timeout_seconds)
+        saver = lightning.Saver(run, config.trainer.keep_checkpoints, tracker, persistence, world, patience)
+        recorder = Recorder(
+            plan,
+            ledger,
+            world.timeline,
+            loader,
+            log=tracker.log,
+            save=saver.save,
+            plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
+            best_score=start.section.get("best_score"),
+            start_step=start.step,
+            owed_row=start.section.get("owed_row"),
+        )
+        bad_samples = lightning.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
+        warm_up = lightning.BucketWarmUp(world, config.input.size)
+        callbacks = [patience, warm_up, persistence, recorder, lightning.Stopping(world, recorder), bad_samples, *bars]
+        trainer = lightning.make_trainer(config, world, plan, start.step, callbacks, saver.io, powersgd)
+        lightning.connect(trainer, learner, plan, recorder, persistence, saver)
+        with lightning.left_behind(recorder, persistence):
+            trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
+            unexplained = ledger.compare()
+        ledger.refuse(unexplained)
+        tracker.summarize(recorder.summary())
+    _close(config, world, run, recorder, plan, bad_samples)
+
+
+def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> ShardData:
+    """Loaders of both splits for this rank, beginning at the first step not yet committed."""
+    return ShardData(
+        shards.training,
+        shards.validation,
+        config.data,
+        config.input,
+        seed=config.seed,
+        global_batch=config.batch.global_size,
+        rank=world.rank,
+        world_size=world.size,
+        local_rank=world.ranks.local_rank,
+        local_world_size=world.ranks.local_world_size,
+        accumulate=config.batch.split(world.size)[1],
+        start_step=start.step,
+        num_steps=plan.num_steps,
+        evaluation_batch=config.trainer.evaluation_batch_per_rank,
+        pin_memory=world.compute.accelerator == "gpu",
+    )
+
+
+def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start, owed_bytes: int) -> None:
+    """What a step will be, before the first."""
+    micro, num_micro = config.batch.split(world.size)
+    ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
+    sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
+    origin = origin_sentence(shards.training)
+    world.say(
+        f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
+        f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
+        f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
+        f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
+        + (f"  the shards  {origin}\n" if origin else "")
+        + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
+        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
+        + (f"; resumed from {start.info.path.name}" if start.info else "")
+        + "".join(f"\n  changed     {change}" for change in start.changes)
+    )
+    interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
+    misfit = misfit_sentence(
+        shards.training,
+        config.data,
+        global_batch=plan.global_batch,
+        local_world_size=world.ranks.local_world_size,
+        world_size=world.size,
+    )
+    for warning in filter(None, (interleaved, misfit) if world.is_first else ()):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _close(
+    config: TrainConfig,
+    world: World,
+    run: RunDirectory,
+    recorder: Recorder,
+    plan: Plan,
+    bad_samples: lightning.BadSamples,
+) -> None:
+    """The summary on stdout, and the report."""
+    if not world.is_first:
+        return
+    done = f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
+    with run.writing():
+        print(f"{done}  report      {write_run_report(run.path)}", flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,303 @@
+"""All ranks of a run as one: the process group, its meter, and decisions taken together."""
+
+import contextlib
+import functools
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.kernel.counter import SocketCounter
+from pipeline.comm.ledger.traffic import Placement
+from pipeline.comm.timeline import CudaClock, HostClock, Timeline
+from pipeline.comm.wire import nccl
+from pipeline.config.training import ClusterConfig, CommConfig
+from pipeline.core.errors import ConfigError, DataError, ExitCode, PeerLost, Preempted, UserError
+from pipeline.run.launch.preempt import StopRequest
+from pipeline.run.launch.ranks import RankInfo, lab_conditions
+from pipeline.training.plan import Compute, keep_freed_memory, set_threads
+
+T = TypeVar("T")
+# Ranks that wait for long work of another one meet after this share of a collective's patience.
+SHARE_OF_TIMEOUT = 0.25
+# How gloo reports a peer that stayed silent, to the transfer that waited longest, and to the others whose connection it
+# closes then; several buckets wait at once, and which of them is heard of first is chance.
+OF_A_SILENT_PEER = ("Timed out waiting", "Application timeout caused pair closure")
+# The same and how it reports a connection that broke.
+OF_A_LOST_PEER = ("gloo/transport", *OF_A_SILENT_PEER)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks, what they compute with, the meter of what they exchange and the timeline of when."""
+
+    ranks: RankInfo
+    compute: Compute
+    meter: CollectiveMeter
+    timeline: Timeline
+    placement: Placement
+    num_threads: int
+    counter: SocketCounter | None = None
+    """Of this rank's connections; None where nothing is exchanged, metered or counted by the kernel."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for the other ranks."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether a signal asked this rank to stop."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.ranks.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.ranks.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank."""
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if self.compute.accelerator == "gpu"
+            else torch.device("cpu")
+        )
+
+    @contextlib.contextmanager
+    def exchanging(self, origin: str) -> Iterator[None]:
+        """Blocking collectives inside come from `origin`, and their time is waiting."""
+        with self.meter.origin(origin), self.timeline.waiting():
+            yield
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From here on a collective that this rank begins waits so long for the others."""
+        if self.size > 1:
+            dist.set_timeout(timedelta(seconds=seconds))
+
+    def say(self, text: str) -> None:
+        """Print once, not once per rank."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank; if it fails with a user error on any, every rank raises it.
+
+        Raises:
+            UserError: this rank's own, or the first other rank's with the same exit code. Collective.
+        """
+        result: T | None = None
+        error: UserError | None = None
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+        for rank, found in enumerate(self._gather(None if error is None else (int(error.exit_code), str(error)))):
+            if found is not None:
+                raise error if error is not None else _same_error(rank, *found)
+        return result  # type: ignore[return-value]
+
+    def locally_first(self, work: Callable[[bool], T]) -> T:
+        """`work(True)` on the first rank of each machine; when all of these are done, `work(False)` on the others.
+
+        For work that leaves something on the machine which spares the others most of it. It may take longer than a
+        collective may wait: the ranks ask one another now and then.
+
+        Raises:
+            UserError: as `agree`. Collective.
+        """
+        if self.size == 1:
+            return work(True)
+        result: list[T] = []
+        is_first = self.ranks.local_rank == 0
+        for whose_turn in (True, False):
+            mine = [_begun(functools.partial(work, whose_turn))] if whose_turn == is_first else []
+            while True:
+                wait(mine, self.timeout_seconds * SHARE_OF_TIMEOUT)
+                if all(self._gather(all(future.done() for future in mine))):
+                    break
+            result += self.agree(lambda futures=mine: [future.result() for future in futures])
+        return result[0]
+
+    def require_same(self, value: str, complaint: str) -> None:
+        """Raise DataError with `complaint` on every rank unless `value` is the same on all. Collective."""
+        if len(set(self._gather(value))) > 1:
+            raise DataError(complaint)
+
+    def first_decides(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
+        result: list[Any] = [None]
+        if self.is_first:
+            result = [self._try(work)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, device=self.device)
+        value, error = result[0]
+        if error is not None:
+            raise _same_error(0, *error)
+        return value
+
+    @staticmethod
+    def _try(work: Callable[[], T]) -> tuple[T | None, tuple[int, str] | None]:
+        try:
+            return work(), None
+        except UserError as error:
+            return None, (int(error.exit_code), str(error))
+
+    def gather_hosts(self) -> list[str]:
+        """Host name of every rank. Collective."""
+        return [str(host) for host in self._gather(socket.gethostname())]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _begun(work: Callable[[], T]) -> "Future[T]":
+    """`work()` in a thread of its own, which does not keep a process that is told to end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+class _Elsewhere(UserError):
+    """A user error that another rank ran into."""
+
+
+def _same_error(rank: int, exit_code: int, message: str) -> UserError:
+    error = _Elsewhere(f"{message} (seen by rank {rank})")
+    error.exit_code = ExitCode(exit_code)
+    return error
+
+
+def _is_of_a_lost_peer(error: RuntimeError) -> bool:
+    """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
+
+
+def _gist(error: RuntimeError) -> str:
+    """The one clause of gloo's report that says something: `Connection closed by peer`."""
+    if any(words in str(error) for words in OF_A_SILENT_PEER):
+        return "silent for longer than cluster.step_timeout_seconds, outside steps cluster.timeout_seconds"
+    words = str(error).partition("\n")[0]
+    found = re.search(r"gloo/transport/\S+\] (.*?)(?: \[|\. |$)", words)
+    return found[1] if found else words[:200]
+
+
+@contextlib.contextmanager
+def join_group(
+    ranks: RankInfo,
+    compute: Compute,
+    cluster: ClusterConfig,
+    comm: CommConfig | None = None,
+    *,
+    stop: StopRequest | None = None,
+) -> Iterator[World]:
+    """Join the process group; leave it at the end of the block.
+
+    The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
+    A world of one has a group too: DDP then works the same, and exchanges nothing. `stop`: listening to signals.
+
+    Raises:
+        UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
+        Preempted: the same, after a signal that asked to stop: the peer was not as patient.
+    """
+    num_threads = set_threads(cluster, ranks.local_world_size)
+    if compute.accelerator == "gpu":
+        torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
+    else:
+        keep_freed_memory()
+    store = f"tcp://{ranks.master_addr}:{ranks.master_port}"
+    timeout = timedelta(seconds=cluster.timeout_seconds)
+    comm = comm or CommConfig()
+    pinned = _pin_nccl(compute.backend, comm)
+    try:
+        dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+    except dist.DistError as error:
+        raise _not_met(ranks, error) from error
+    recorder = CollectiveMeter(enabled=comm.meter)
+    recorder.pinned = pinned
+    recorder.attach()
+    counter = _counter(recorder, ranks.master_port)
+    clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
+    timeline = Timeline(recorder, clock, enabled=comm.timeline)
+    try:
+        placement = _placement(ranks)
+        patience, stop = cluster.timeout_seconds, stop or StopRequest()
+        yield World(ranks, compute, recorder, timeline, placement, num_threads, counter, patience, stop)
+    except RuntimeError as error:
+        if not _is_of_a_lost_peer(error):
+            raise
+        if stop is not None and stop.asked:
+            raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
+        raise PeerLost(
+            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"
+            " what that rank said, here or in its own log."
+        ) from error
+    # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
+    recorder.on_phase_end = None
+    recorder.detach()
+    dist.destroy_process_group()
+
+
+def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
+    """Why the ranks could not meet: the port is another program's, or somebody never came."""
+    place = f"{ranks.master_addr}:{ranks.master_port}"
+    if "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"Port {ranks.master_port} of {ranks.master_addr}, where the ranks are to meet, is another program's:"
+            " set MASTER_PORT to a free one, or unset it, and one is chosen."
+        )
+    reason = str(error).partition("\n")[0][:200]
+    return PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
+
+
+def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:
+    """Tell NCCL, before its first communicator, which algorithm and protocol to use; returns them."""
+    if backend != "nccl" or comm.nccl_algorithm is None or comm.nccl_protocol is None:
+        return None
+    os.environ.update(nccl.environment(comm.nccl_algorithm, comm.nccl_protocol))
+    return comm.nccl_algorithm, comm.nccl_protocol
+
+
+def _counter(meter: CollectiveMeter, store_port: int) -> SocketCounter | None:
+    """Begins to count this rank's connections, while all is silent, and is told when a phase ends."""
+    if not meter.enabled or meter.world_size == 1:
+        return None
+    counter = SocketCounter(store_port)
+    if not counter.available:
+        return None
+    meter.on_phase_end = counter.end_phase
+    return counter
+
+
+def _placement(ranks: RankInfo) -> Placement:
+    """Servers as the launcher knows them; on a single machine every rank is taken as a server of its own."""
+    if ranks.num_nodes == 1 and lab_conditions() is None:
+        return Placement.assumed(ranks.world_size)
+    nodes: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(nodes, str(ranks.node_rank))
+    return Placement.of_hosts(nodes)

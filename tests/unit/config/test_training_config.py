@@ -1,0 +1,152 @@
+"""Typed configuration: what is refused, and with which remedy."""
+
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.training import (
+    BatchConfig,
+    CommConfig,
+    DataConfig,
+    InputConfig,
+    RecipeConfig,
+    TrainConfig,
+    TrainerConfig,
+    build,
+)
+from pipeline.core.cli import compose
+from pipeline.core.errors import ConfigError, redacted
+
+
+@given(
+    world_size=st.integers(1, 64),
+    per_rank=st.integers(1, 512),
+    max_per_rank=st.integers(1, 512),
+)
+def test_split_covers_the_global_batch_within_the_limit(world_size: int, per_rank: int, max_per_rank: int) -> None:
+    batch = BatchConfig(global_size=world_size * per_rank, max_per_rank=max_per_rank)
+    micro, num_micro = batch.split(world_size)
+    assert micro * num_micro * world_size == batch.global_size
+    assert micro <= max_per_rank
+
+
+@given(world_size=st.integers(2, 64), global_size=st.integers(1, 4096))
+def test_indivisible_global_batch_is_refused_with_sizes_that_work(world_size: int, global_size: int) -> None:
+    batch = BatchConfig(global_size=global_size)
+    if global_size % world_size == 0:
+        batch.split(world_size)
+        return
+    with pytest.raises(ConfigError, match=f"not divisible by {world_size} ranks") as caught:
+        batch.split(world_size)
+    assert str(global_size // world_size * world_size + world_size) in str(caught.value)
+
+
+@given(size=st.integers(1, 512))
+def test_resizing_an_input_keeps_a_valid_input(size: int) -> None:
+    resized = InputConfig().resized(size)
+    assert resized.size == size
+    assert resized.resize_side >= size
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown key momentun\. Did you mean 'momentum'"):
+        build(RecipeConfig, {"momentun": 0.9})
+
+
+def test_missing_key_names_the_argument_to_add() -> None:
+    from pipeline.config.training import ModelConfig
+
+    with pytest.raises(ConfigError, match="name is not set"):
+        build(ModelConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": "fast"}, "lr='fast' must be of type float"),
+        ({"lr": True}, "lr=True must be of type float"),
+        ({"lr": None}, "lr is null"),
+        ({"lr": -1.0}, "recipe.lr=-1.0 must be positive"),
+        ({"decay": "linaer"}, "Did you mean 'linear'"),
+        ({"nesterov": True, "momentum": 0.0}, "recipe.nesterov"),
+    ],
+)
+def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(RecipeConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hook": "fp17"}, "Did you mean 'fp16'"),
+        ({"powersgd_rank": 0}, r"comm\.powersgd_rank=0 must be at least 1"),
+        ({"powersgd_start_step": 1}, r"comm\.powersgd_start_step=1 must be at least 2"),
+        ({"hook": "powersgd", "find_unused_parameters": True}, r"set comm\.find_unused_parameters=false"),
+    ],
+)
+def test_impossible_compressions_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(CommConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cache_bytes": 0}, r"data\.cache_bytes=0 must be positive"),
+        ({"fetch_timeout_seconds": 0}, r"data\.fetch_timeout_seconds must be positive"),
+        ({"shuffle_groups": 0}, r"data\.shuffle_groups=0 must be >= 1"),
+        ({"tail": "wrap"}, r"data\.tail='wrap'.*drop.*pad"),
+    ],
+)
+def test_impossible_ways_to_read_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(DataConfig, values)
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused() -> None:
+    options = ["name=a", "data.root=x", "trainer.max_steps=1", "batch.global_size=12", "data.shuffle_groups=5"]
+    with pytest.raises(ConfigError, match=r"data\.shuffle_groups=5 must divide batch\.global_size=12"):
+        compose("train", TrainConfig, options)
+
+
+@pytest.mark.parametrize("root", ["https://host:8080/a/b", "s3://bucket/pre/fix", "shards/odd@name?#", "/a/b"])
+def test_addresses_without_secrets_are_taken(root: str) -> None:
+    assert DataConfig(root=root).root == root
+
+
+@pytest.mark.parametrize(
+    "root", ["http://me:geheim@host/x", "http://geheim@host/x", "http://me:geh/eim@host", "http://host/x?key=geheim"]
+)
+def test_an_address_with_a_secret_is_refused_without_it(root: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.root=http://.*\*\*\*.* must hold no user") as caught:
+        DataConfig(root=root)
+    assert "geh" not in str(caught.value) and "eim" not in str(caught.value)
+
+
+@given(
+    user=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True),
+    password=st.text("abcxyz019:/@?#%&=+!$", min_size=1, max_size=12).map(lambda text: f"S3cr3t{text}"),
+    before=st.sampled_from(["", "cannot reach ", "Traceback\n  File 'x'\n"]),
+    after=st.sampled_from(["", " (refused)", "\nnext line", "' and more"]),
+)
+def test_what_is_printed_holds_no_password(user: str, password: str, before: str, after: str) -> None:
+    text = f"{before}https://{user}:{password}@host/path{after}"
+    assert "S3cr3t" not in redacted(text)
+    assert redacted(text).startswith(f"{before}https://***@") and redacted(text).endswith(after)
+    assert redacted(f"{before}{after}") == f"{before}{after}"
+
+
+def test_nothing_says_how_long_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps or trainer\.max_epochs"):
+        TrainerConfig()
+
+
+def test_plain_containers_survive_a_round_trip() -> None:
+    recipe = build(RecipeConfig, {"lr": 1, "decay": "cosine"})
+    assert recipe.lr == 1.0
+    assert build(RecipeConfig, asdict(recipe)) == recipe
+    given_input = build(InputConfig, {"mean": [104, 117, 123], "channel_order": "bgr"})
+    assert given_input.mean == (104.0, 117.0, 123.0)

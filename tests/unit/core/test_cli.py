@@ -1,0 +1,132 @@
+"""The command line as a user meets it: composition, nearest keys, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.training import TrainConfig, TrainerConfig
+from pipeline.core.cli import CONF_DIRECTORY, compose, config_groups, field_docs, help_text
+from pipeline.core.errors import ConfigError
+from pipeline.evaluate import EvaluateConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("trainer.max_step=1", "trainer.max_steps"),
+        ("max_steps=1", "trainer.max_steps"),
+        ("recipe.momentun=0.9", "recipe.momentum"),
+        ("modle=alexnet", "model"),
+        ("model=squeeznet1_0", "squeezenet1_0"),
+        ("model=resnet8", "resnet18"),
+    ],
+)
+def test_a_wrong_key_or_choice_names_the_nearest(override: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean '{nearest}'"):
+        compose("train", TrainConfig, [*BASE, override])
+
+
+def test_metaparameters_are_open() -> None:
+    config = compose("train", TrainConfig, [*BASE, "model.metaparameters.sr=0.5"])
+    assert config.model.metaparameters["sr"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["sweep/lr=0.1", "a=b=c", "'sweep/lr=0.1'"])
+def test_a_value_may_hold_an_equals_sign(name: str) -> None:
+    assert compose("train", TrainConfig, [*BASE[1:], f"name={name}"]).name == name.strip("'")
+
+
+@pytest.mark.parametrize("root", ["läufe/été", "my runs", "two  spaces", "日本"])
+def test_a_path_may_hold_accents_and_spaces(root: str) -> None:
+    config = compose("train", TrainConfig, [*BASE, f"run_root={root}"])
+    assert config.run_root == root
+
+
+def test_names_of_shards_may_hold_ranges_in_braces() -> None:
+    names = "imagenet-train-{0000..1023}.tar"
+    assert compose("train", TrainConfig, [*BASE, f"data.train_split={names}"]).data.train_split == names
+
+
+def test_the_path_of_a_checkpoint_is_taken_as_it_is() -> None:
+    path = "runs/x/checkpoints/step=000000012.ckpt"
+    config = compose("evaluate", EvaluateConfig, ["data.root=somewhere", f"checkpoint={path}"])
+    assert config.checkpoint == path
+
+
+def test_an_unset_name_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="name is not set: add name="):
+        compose("train", TrainConfig, BASE[1:])
+
+
+def test_grammar_errors_are_configuration_errors() -> None:
+    with pytest.raises(ConfigError):
+        compose("train", TrainConfig, [*BASE, "seed=[1,"])
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        compose("train", TrainConfig, [*BASE, "seed"])
+
+
+@pytest.mark.parametrize("model", config_groups()["model"])
+def test_every_model_file_composes(model: str) -> None:
+    config = compose("train", TrainConfig, [*BASE, f"model={model}"])
+    assert config.model.name == model
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(g, c) for g, choices in config_groups().items() if g not in ("model", "experiment") for c in choices],
+)
+def test_every_choice_of_every_group_composes(group: str, choice: str) -> None:
+    compose("train", TrainConfig, [*BASE, f"{group}={choice}"])
+
+
+@pytest.mark.parametrize("experiment", config_groups().get("experiment", ()))
+def test_every_experiment_composes_and_says_what_it_costs(experiment: str) -> None:
+    compose("train", TrainConfig, ["name=x", "data.root=somewhere", f"experiment={experiment}"])
+    head = (CONF_DIRECTORY / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0].lower()
+    assert "python -m pipeline.train" in head
+    assert "top-1" in head and "gigabytes" in head, "an experiment opens with its accuracy and its gigabytes moved"
+
+
+def test_help_lists_every_key_with_its_meaning() -> None:
+    text = help_text("train", TrainConfig)
+    for key in ("batch.global_size=", "trainer.max_steps=", "cluster.devices=", "comm.hook=", "data.root="):
+        assert key in text
+    for sentence in field_docs(TrainerConfig).values():
+        assert sentence.split()[0] in text
+
+
+def test_exit_codes_and_one_sentence() -> None:
+    wrong_key = run(*BASE, "trainer.max_step=1")
+    assert wrong_key.returncode == 2
+    assert wrong_key.stderr.strip().splitlines() == [
+        "error: Unknown key trainer.max_step. Did you mean 'trainer.max_steps'?"
+    ]
+    no_shards = run("name=x", "data.root=/nowhere", "trainer.max_steps=1", "cluster.devices=2")
+    assert no_shards.returncode == 3
+    assert "data.root=/nowhere is not a directory" in no_shards.stderr
+    assert no_shards.stderr.count("\n") == 1
+
+
+def test_cfg_job_prints_the_configuration_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.train", *BASE, "--cfg", "job"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "max_steps: 1" in done.stdout
+    assert list(tmp_path.iterdir()) == []

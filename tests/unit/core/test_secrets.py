@@ -1,0 +1,126 @@
+"""Attacks through a configuration: nothing is called, nothing is read from the environment, no secret is repeated."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import compose
+from pipeline.core.errors import ConfigError, refuse_key
+
+# Joined from pieces: no file of the repository holds what looks like a key.
+KEY = "0123456789abcdef" * 2 + "01234567"
+BASE = ("name=a", "data.root=x", "trainer.max_steps=1")
+
+
+def command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pipeline.train", *arguments]
+    variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[3]), **(environment or {})}
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (KEY, "W&B"),
+        ("local-" + KEY, "W&B"),
+        ("wandb_v1_" + "a1B2" * 5, "W&B"),
+        ("AKIA" + "IOSFODNN7EXAMPLE", "AWS"),
+        ("ghp_" + "a1B2" * 9, "GitHub"),
+        ("hf_" + "a1B2" * 8, "Hugging Face"),
+        ("sk-" + "a1B2" * 8, "API key"),
+        ("-----BEGIN RSA " + "PRIVATE KEY-----", "private key"),
+        ("password=hunter2", "password"),
+        ("a,api_key: hunter2", "password"),
+        ("it is " + "swordfish-77" + " here", "the value of MY_TOKEN"),
+    ],
+)
+def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        refuse_key("tracking.entity", value, {"MY_TOKEN": "swordfish-77", "HOME": "it is"})
+    assert what in str(raised.value) and value not in str(raised.value) and "swordfish" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["runs/first", "sweep/lr=0.1", "s3://bucket/imagenet", "train-{0000..1023}.tar", "tokenizer", "a" * 64, "key", ""],
+)
+def test_what_is_no_secret_is_taken(value: str) -> None:
+    refuse_key("name", value, {"SHORT_KEY": "key", "EMPTY_TOKEN": "", "HOME": value})
+
+
+@pytest.mark.parametrize("argument", [f"name={KEY}", f"+tracking.api_key={KEY}", f"wandb.token={KEY}", KEY])
+def test_a_key_in_an_argument_is_refused_before_anything_repeats_it(argument: str) -> None:
+    ended = command(*BASE[1:], argument)
+    assert ended.returncode == 2
+    assert "must hold no secret" in ended.stderr and KEY not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=${oc.env:WANDB_API_KEY}",
+        "+x=${oc.env:WANDB_API_KEY}",
+        "tracking.entity='${oc.env:WANDB_API_KEY}'",
+        "model.metaparameters.a=${oc.env:HOME}",
+    ],
+)
+def test_nothing_is_read_from_the_environment(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with pytest.raises(ConfigError, match="reads the environment") as raised:
+        compose("train", TrainConfig, [*BASE, override])
+    assert KEY not in str(raised.value)
+
+
+ATTACKS = {
+    "hydra's callback": ("--cfg=job", "+hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x.command={marker}"),
+    "hydra's launcher": ("--multirun", "hydra.launcher._target_=os.mkdir", "+hydra.launcher.path={marker}"),
+    "a key of ours": ("model.metaparameters._target_=os.mkdir", "model.metaparameters.path={marker}"),
+    "a group of ours": ("+model._target_=os.mkdir", "+model.path={marker}"),
+}
+
+
+@pytest.mark.parametrize("arguments", ATTACKS.values(), ids=ATTACKS.keys())
+def test_nothing_that_a_string_names_is_called(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    ended = command(*BASE, *(argument.format(marker=marker) for argument in arguments))
+    assert ended.returncode == 2 and "names something to call" in ended.stderr, ended.stderr
+    assert not marker.exists()
+
+
+FILES = {
+    "an object of Python's": ("!!python/object/apply:os.mkdir ['{marker}']", "is no plain YAML"),
+    "an object below a key": ("name: !!python/object/apply:os.mkdir ['{marker}']", "is no plain YAML"),
+    "a call": ("recipe: {{_target_: os.mkdir, path: '{marker}'}}", "names something to call"),
+    "a call of hydra's": ("hydra: {{callbacks: {{x: {{_target_: os.mkdir}}}}}}", "names something to call"),
+    "the environment": ("name: ${{oc.env:WANDB_API_KEY}}", "reads the environment"),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "flag"),
+    [
+        *((*file, "--config-dir={}") for file in FILES.values()),
+        *((*FILES["a call"], flag) for flag in ("--config-dir {}", "-cd {}")),
+    ],
+)
+def test_yaml_from_elsewhere_is_data(text: str, words: str, flag: str, tmp_path: Path) -> None:
+    marker, folder = tmp_path / "marker", tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "evil.yaml").write_text("# @package _global_\n" + text.format(marker=marker))
+    arguments = flag.format(tmp_path / "conf").split()
+    ended = command(*arguments, "--cfg=job", *BASE, "+experiment=evil", environment={"WANDB_API_KEY": KEY})
+    assert ended.returncode == 2 and words in ended.stderr, ended.stderr
+    assert not marker.exists() and KEY not in ended.stdout + ended.stderr
+
+
+def test_nothing_a_command_leaves_is_writable_by_everybody(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from pipeline.core.cli import run_command;"
+        "from pipeline.config.training import TrainConfig; os.umask(0);"
+        f"run_command('train', TrainConfig, lambda _: Path({str(tmp_path)!r}, 'left').write_text('') or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, *BASE], check=True, timeout=120)
+    assert (tmp_path / "left").stat().st_mode & 0o777 == 0o664

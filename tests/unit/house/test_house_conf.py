@@ -1,0 +1,102 @@
+"""Every file of conf/ composes, becomes a dataclass, and names things that exist."""
+
+import ast
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.core.cli import compose, compose_container, config_groups
+from pipeline.models import zoo
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CONF = REPOSITORY / "conf"
+# Keys without a default, per command.
+NEEDED = {
+    "train": ["name=x", "data.root=x", "trainer.max_steps=1"],
+    "evaluate": ["checkpoint=x", "data.root=x"],
+    "prepare": ["source=builtin", "out=x"],
+    "compare": ["data.root=x"],
+    "plan": ["run=x"],
+}
+
+
+def schemas() -> dict[str, type[Any]]:
+    """Command -> dataclass, read from each command's `run_command("name", Schema, ...)`."""
+    found = {}
+    for path in sorted((REPOSITORY / "pipeline").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "run_command" and len(node.args) == 3:
+                command = ast.literal_eval(node.args[0])
+                found[command] = getattr(importlib.import_module(f"pipeline.{path.stem}"), ast.unparse(node.args[1]))
+    return found
+
+
+SCHEMAS = schemas()
+GROUPS = config_groups()
+CHOICES = [(group, choice) for group, choices in GROUPS.items() for choice in choices]
+
+
+def needed(command: str) -> list[str]:
+    """Overrides that give every mandatory key a value."""
+    return NEEDED.get(command, [])
+
+
+@cache
+def command_with(group: str) -> str:
+    """A command whose configuration has this group: `train` where it does."""
+    commands = sorted(SCHEMAS, key=lambda command: command != "train")
+    return next(command for command in commands if group in compose_container(command, needed(command)))
+
+
+def test_every_command_has_a_configuration_and_back() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(SCHEMAS)
+    assert {path.relative_to(CONF).parts[0] for path in CONF.glob("*/*.yaml")} == set(GROUPS)
+    assert not [path for path in CONF.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_command_composes(command: str) -> None:
+    assert isinstance(compose(command, SCHEMAS[command], needed(command)), SCHEMAS[command])
+
+
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "experiment"])
+def test_choice_composes(group: str, choice: str) -> None:
+    command = command_with(group)
+    compose(command, SCHEMAS[command], [f"{group}={choice}", *needed(command)])
+
+
+@pytest.mark.parametrize("choice", GROUPS.get("experiment", ()))
+def test_experiment_composes(choice: str) -> None:
+    """As a person runs it: `experiment=NAME` and at most where the data is."""
+    text = (CONF / f"experiment/{choice}.yaml").read_text()
+    match = re.search(r"python -m pipeline\.(\w+) ", text)
+    assert match, f"{choice}.yaml does not open with its command"
+    overrides = [f"experiment={choice}"]
+    if "data.root=" in text.partition("\n\n")[0]:
+        overrides.append("data.root=x")
+    compose(match[1], SCHEMAS[match[1]], overrides)
+
+
+@pytest.mark.parametrize("choice", GROUPS.get("experiment", ()))
+def test_experiment_opens_with_its_record(choice: str) -> None:
+    """Command, machine, time, accuracy, bytes: what it costs and gives, before what it sets."""
+    lines = (CONF / f"experiment/{choice}.yaml").read_text().splitlines()
+    head = "\n".join(line for line in lines[:20] if line.startswith("#"))
+    assert lines[0].startswith("#")
+    for pattern in (r"python -m pipeline\.", "machine", "time", "top-1", "gigabytes|GB"):
+        assert re.search(pattern, head, re.IGNORECASE), f"{choice}.yaml does not state its {pattern}"
+
+
+@pytest.mark.parametrize("choice", GROUPS.get("model", ()))
+def test_model_exists_and_takes_its_metaparameters(choice: str) -> None:
+    settings = yaml.safe_load((CONF / f"model/{choice}.yaml").read_text())
+    assert settings["name"] in zoo.names()
+    with torch.device("meta"):  # shapes without numbers: VGG is built in no time
+        model = zoo.build(settings["name"], num_classes=10, **settings.get("metaparameters", {}))
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0

@@ -1,0 +1,338 @@
+"""The learner: its schedule, its pixels, its exact sums, its guard, and one step however it is cut up."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.config.training import InputConfig, RecipeConfig
+from pipeline.core.errors import NonFiniteError
+from pipeline.training.learner import Batch, ExactMetrics, Learner, Normalizer, StepResult, learning_rate
+
+NUM_CLASSES = 7
+SIDE = 8
+PLAIN = InputConfig(size=SIDE, resize_side=SIDE)
+
+# --- learning rate ---
+
+recipes = st.builds(
+    RecipeConfig,
+    lr=st.floats(1e-6, 10.0),
+    warmup_steps=st.integers(0, 50),
+    decay=st.sampled_from(["linear", "cosine", "none"]),
+)
+
+
+@given(recipes, st.integers(1, 300))
+def test_the_rate_climbs_to_its_peak_and_never_again(recipe: RecipeConfig, num_steps: int) -> None:
+    rates = [learning_rate(recipe, step, num_steps) for step in range(num_steps)]
+    climb, rest = rates[: recipe.warmup_steps], rates[recipe.warmup_steps :]
+    assert climb == sorted(climb) and rest == sorted(rest, reverse=True)
+    assert all(0 < rate <= recipe.lr * (1 + 1e-12) for rate in rates)
+    if rest:
+        assert rest[0] == recipe.lr
+
+
+@given(recipes, st.integers(1, 300), st.integers(0, 300))
+def test_past_its_end_a_decayed_rate_is_zero(recipe: RecipeConfig, num_steps: int, past: int) -> None:
+    rate = learning_rate(recipe, max(num_steps, recipe.warmup_steps + 1) + past, num_steps)
+    assert rate == pytest.approx(recipe.lr if recipe.decay == "none" else 0.0, abs=1e-12 * recipe.lr)
+
+
+def test_the_rate_is_half_way_down_at_half_time() -> None:
+    for decay in ("linear", "cosine"):
+        recipe = RecipeConfig(lr=0.4, warmup_steps=10, decay=decay)
+        assert learning_rate(recipe, 0, 110) == pytest.approx(0.04)
+        assert learning_rate(recipe, 60, 110) == pytest.approx(0.2)
+    # Caffe's poly policy of power 1: base_lr * (1 - iter / max_iter).
+    assert learning_rate(RecipeConfig(lr=0.04, decay="linear"), 42_500, 170_000) == pytest.approx(0.03)
+
+
+# --- pixels ---
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_pixels_are_normalised_in_the_models_channel_order(order: str) -> None:
+    config = InputConfig(channel_order=order, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
+    pixels_BCHW = torch.tensor([0, 100, 250], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2).contiguous()
+    before = pixels_BCHW.clone()
+    values = Normalizer(config)(pixels_BCHW, torch.channels_last)
+    red, green, blue = (0.0, 100.0, 250.0) if order == "rgb" else (250.0, 100.0, 0.0)
+    expected = torch.tensor([(red - 10) / 1, (green - 20) / 2, (blue - 30) / 4])
+    assert values.dtype == torch.float32 and values.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(values[0, :, 1, 1], expected)
+    assert torch.equal(pixels_BCHW, before)
+
+
+def test_the_normaliser_gives_ddp_nothing_to_synchronise() -> None:
+    assert not list(Normalizer(InputConfig()).buffers()) and not list(Normalizer(InputConfig()).parameters())
+
+
+def test_a_batch_is_read_from_any_container() -> None:
+    images_BCHW, labels_B, ids_B = (
+        torch.zeros(2, 3, 1, 1, dtype=torch.uint8),
+        torch.tensor([1, 2]),
+        torch.tensor([5, 6]),
+    )
+    named = {"images_BCHW": images_BCHW, "labels_B": labels_B, "sample_ids_B": ids_B}
+    for loaded in (named, (images_BCHW, labels_B, ids_B), [images_BCHW, labels_B, ids_B, ("more",)]):
+        batch = Batch.of(loaded)
+        assert torch.equal(batch.labels_B, labels_B) and torch.equal(batch.sample_ids_B, ids_B)
+
+
+# --- exact sums ---
+
+
+def labelled(labels_B: torch.Tensor, ids_B: torch.Tensor) -> Batch:
+    return Batch(torch.zeros(len(labels_B), 3, 1, 1, dtype=torch.uint8), labels_B, ids_B)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(2, 12), st.integers(0, 2**31))
+def test_every_picture_counts_once_and_padding_never(
+    num_samples: int, batch_size: int, num_padding: int, num_classes: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_NK = torch.randn(num_samples, num_classes, generator=generator)
+    labels_N = torch.randint(num_classes, (num_samples,), generator=generator)
+    metrics = ExactMetrics(num_classes)
+    metrics.update(torch.full((1, num_classes), 9.0), labelled(torch.zeros(1, dtype=torch.long), torch.tensor([0])))
+    metrics.reset()  # forgets it
+    padding_PK = torch.full((num_padding, num_classes), math.nan)  # would spoil any sum
+    for start in range(0, num_samples, batch_size):
+        labels_B = labels_N[start : start + batch_size]
+        ids_B = torch.arange(start, start + len(labels_B))
+        metrics.update(
+            torch.cat([padding_PK, logits_NK[start : start + batch_size]]),
+            labelled(
+                torch.cat([torch.zeros(num_padding, dtype=torch.long), labels_B]),
+                torch.cat([torch.full((num_padding,), -1), ids_B]),
+            ),
+        )
+    results = metrics.compute()
+    ranked = logits_NK.argsort(1, descending=True)[:, :5] == labels_N[:, None]
+    assert results["num_samples"] == num_samples
+    assert results["num_correct_top1"] == int(ranked[:, 0].sum())
+    assert results["num_correct_top5"] == int(ranked.any(1).sum())
+    assert results["top1"] == results["num_correct_top1"] / num_samples
+    assert results["loss"] == pytest.approx(float(F.cross_entropy(logits_NK.double(), labels_N)), rel=1e-5)
+
+
+def test_a_batch_of_padding_alone_changes_nothing() -> None:
+    metrics = ExactMetrics(3)
+    metrics.update(torch.tensor([[9.0, 0, 0]]), labelled(torch.tensor([0]), torch.tensor([4])))
+    before = metrics.compute()
+    metrics.update(torch.full((2, 3), math.inf), labelled(torch.tensor([0, 0]), torch.tensor([-1, -1])))
+    assert metrics.compute() == before
+
+
+# --- steps ---
+
+
+class SmallNet(nn.Module):
+    """Enough of a network: weights, biases, and dropout that draws random numbers."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.LazyLinear(NUM_CLASSES)
+        )
+        self.layers(torch.zeros(1, 3, SIDE, SIDE))
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.layers(images_BCHW)
+
+
+def make_learner(recipe: RecipeConfig, *, dropout: float = 0.0, **options: Any) -> Learner:
+    torch.manual_seed(3)
+    options = {"num_steps": 10, "seed": 1, "num_classes": NUM_CLASSES, "input_config": PLAIN} | options
+    return Learner(SmallNet(dropout), recipe=recipe, **options)
+
+
+def pictures(num_pictures: int, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        torch.randint(256, (num_pictures, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
+        torch.randint(NUM_CLASSES, (num_pictures,), generator=generator),
+        torch.arange(100, 100 + num_pictures),
+    )
+
+
+def as_loaded(batch: Batch, rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+    return batch.images_BCHW[rows], batch.labels_B[rows], batch.sample_ids_B[rows]
+
+
+class Steps:
+    """What Lightning does with a learner in one step, without the trainer around it."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.optimizer = learner.configure_optimizers()
+        self.results: list[StepResult] = []
+        learner.on_step = self.results.append
+        learner.optimizers = lambda *_, **__: self.optimizer  # type: ignore[method-assign]  the trainer's answer
+
+    def take(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> StepResult:
+        for number, loaded in enumerate(micro_batches):
+            self.learner.on_train_batch_start(loaded, number)
+            loss = self.learner.training_step(loaded, number)
+            (loss / len(micro_batches)).backward()
+            if number == len(micro_batches) - 1:
+                self.learner.on_before_optimizer_step(self.optimizer)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.learner.on_train_batch_end(loss, loaded, number)
+        return self.results[-1]
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in learner.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_micro", [1, 2, 4])
+def test_a_step_in_parts_is_the_step_in_one(num_micro: int) -> None:
+    recipe, batch = RecipeConfig(lr=0.01, label_smoothing=0.1, warmup_steps=2), pictures(8)
+    whole = Steps(make_learner(recipe))
+    expected = whole.take([as_loaded(batch)])
+    learner = make_learner(recipe, num_micro=num_micro)
+    size = 8 // num_micro
+    found = Steps(learner).take([as_loaded(batch, slice(i * size, (i + 1) * size)) for i in range(num_micro)])
+    assert found.step == expected.step == 1 and found.top1 == expected.top1 and found.lr == expected.lr == 0.005
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    torch.testing.assert_close(weights(learner), weights(whole.learner))
+    assert learner.between_steps
+
+
+def test_what_is_random_in_a_step_depends_on_seed_step_and_rank_alone() -> None:
+    recipe = RecipeConfig(lr=0.01)
+
+    def after_one_step(**options: Any) -> dict[str, torch.Tensor]:
+        learner = make_learner(recipe, dropout=0.5, **options)
+        torch.manual_seed(torch.randint(1000, ()).item())  # whatever was drawn before
+        Steps(learner).take([as_loaded(pictures(8))])
+        return weights(learner)
+
+    base = after_one_step(start_step=4)
+    torch.testing.assert_close(after_one_step(start_step=4), base, rtol=0, atol=0)
+    for changed in ({"start_step": 5}, {"start_step": 4, "seed": 2}, {"start_step": 4, "rank": 1}):
+        assert not torch.equal(after_one_step(**changed)["layers.0.weight"], base["layers.0.weight"])
+
+
+def test_the_optimiser_is_caffes_sgd_at_the_rate_of_the_step() -> None:
+    recipe = RecipeConfig(lr=0.1, momentum=0.9, weight_decay=0.01, warmup_steps=4)
+    steps = Steps(make_learner(recipe, start_step=2, num_steps=20))
+    before, batch = copy.deepcopy(steps.learner), pictures(4)
+    result = steps.take([as_loaded(batch)])
+    assert result.lr == pytest.approx(0.1 * 3 / 4) and result.step == 3
+    F.cross_entropy(
+        before.model(before.normalizer(batch.images_BCHW, torch.contiguous_format)), batch.labels_B
+    ).backward()
+    for name, parameter in before.model.named_parameters():
+        assert parameter.grad is not None
+        expected = parameter - result.lr * (parameter.grad + 0.01 * parameter)  # biases too
+        torch.testing.assert_close(weights(steps.learner)[name], expected.detach())
+
+
+def test_a_clipped_step_is_no_longer_than_the_recipe_says() -> None:
+    recipe = RecipeConfig(lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip_norm=0.25)
+    steps = Steps(make_learner(recipe))
+    before = weights(steps.learner)
+    result = steps.take([as_loaded(pictures(4))])
+    moved = torch.cat([(weights(steps.learner)[name] - value).flatten() for name, value in before.items()])
+    assert result.grad_norm > 0.25  # as it was before clipping
+    assert float(moved.norm()) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(value: float) -> None:
+    steps = Steps(make_learner(RecipeConfig(lr=0.1), start_step=6, num_steps=20, rank=3))
+    with torch.no_grad():
+        steps.learner.model.layers[0].weight[0, 0, 0, 0] = value  # type: ignore[union-attr,index]
+    before = weights(steps.learner)
+    with pytest.raises(
+        NonFiniteError, match=r"Step 7.*loss of rank 0.*recipe\.lr.*rank 3.*100, 101, 102, 103\."
+    ) as raised:
+        steps.take([as_loaded(pictures(4))])
+    assert raised.value.exit_code == 5
+    torch.testing.assert_close(weights(steps.learner), before, rtol=0, atol=0, equal_nan=True)
+    assert steps.learner.committed_steps == 6 and not steps.results
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_refused_too() -> None:
+    steps = Steps(make_learner(RecipeConfig(lr=0.1)))
+    steps.learner.model.layers[0].weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match="the reduced gradient is not finite"):
+        steps.take([as_loaded(pictures(4))])
+
+
+def test_a_warm_up_pass_leaves_no_trace_in_the_sums() -> None:
+    steps = Steps(make_learner(RecipeConfig(lr=0.01)))
+    steps.learner.warming_up = True
+    steps.learner.training_step(as_loaded(pictures(4, seed=9)), 0)
+    steps.learner.warming_up = False
+    fresh = Steps(make_learner(RecipeConfig(lr=0.01)))
+    assert steps.take([as_loaded(pictures(4))]) == fresh.take([as_loaded(pictures(4))])
+
+
+# --- averaged weights, and state ---
+
+
+def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
+    decay = 0.75
+    steps = Steps(make_learner(RecipeConfig(lr=0.05, ema_decay=decay)))
+    learner, expected = steps.learner, None
+    for seed in range(3):
+        steps.take([as_loaded(pictures(4, seed))])
+        now = weights(learner)
+        # torch's AveragedModel starts from the first weights it is shown.
+        expected = now if expected is None else {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
+    assert expected is not None
+    torch.testing.assert_close(dict(learner.averaged_model.state_dict()), expected)
+    batch = pictures(16, 5)
+    learner.on_validation_epoch_start()
+    learner.validation_step(as_loaded(batch), 0)
+    learner.on_validation_epoch_end()
+    with torch.no_grad():
+        logits_BK = learner.averaged_model(learner.normalizer(batch.images_BCHW, torch.contiguous_format))
+    assert learner.last_validation is not None
+    assert learner.last_validation["loss"] == pytest.approx(float(F.cross_entropy(logits_BK, batch.labels_B)), rel=1e-5)
+    assert not any("average" in name for name in learner.state_dict())
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float) -> None:
+    recipe = RecipeConfig(lr=0.05, ema_decay=ema_decay, warmup_steps=3)
+    unbroken = Steps(make_learner(recipe, dropout=0.5))
+    for seed in range(2):
+        unbroken.take([as_loaded(pictures(4, seed))])
+    saved = copy.deepcopy(
+        (unbroken.learner.state_dict(), unbroken.optimizer.state_dict(), unbroken.learner.extra_state())
+    )
+    torch.manual_seed(99)
+    learner = make_learner(recipe, dropout=0.5, start_step=2)
+    learner.restore(*saved)
+    resumed = Steps(learner)
+    for seed in range(2, 5):
+        batch = as_loaded(pictures(4, seed))
+        assert unbroken.take([batch]) == resumed.take([batch])
+    torch.testing.assert_close(weights(learner), weights(unbroken.learner), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(learner.averaged_model.state_dict()), dict(unbroken.learner.averaged_model.state_dict()), rtol=0, atol=0
+    )
+
+
+def test_an_edited_recipe_holds_after_a_resume() -> None:
+    first = Steps(make_learner(RecipeConfig(lr=0.05, momentum=0.9, weight_decay=0.1)))
+    first.take([as_loaded(pictures(4))])
+    learner = make_learner(RecipeConfig(lr=0.05, momentum=0.5, weight_decay=0.0, ema_decay=0.5), start_step=1)
+    learner.restore(first.learner.state_dict(), first.optimizer.state_dict(), {})
+    (group,) = learner.configure_optimizers().param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.0)
+    # Averaging switched on in the middle of a run starts from the weights there are.
+    torch.testing.assert_close(dict(learner.averaged_model.state_dict()), weights(learner), rtol=0, atol=0)
