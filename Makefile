@@ -56,10 +56,13 @@ soak: venv ## one training under 50 faults, ten minutes: it ends as the unbroken
 	$(PY) -m pytest tests/faults/test_soak.py -m slow -s
 
 .PHONY: lint
-lint: venv ## format, rules, types
+lint: venv ## format, rules, types, the stair, scripts, words
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/shellcheck .ci/run slurm/environment.sh slurm/compare.sh slurm/preflight.sh slurm/prepare.sh slurm/train.sh
+	$(VENV)/bin/codespell
 
 .PHONY: format
 format: venv ## put the code in its form

@@ -210,7 +210,8 @@ def report(options: argparse.Namespace, world: "World", cases: list[Case]) -> in
 
 def main(arguments: Sequence[str]) -> int:
     """The ranks are started as the train command starts them."""
-    from pipeline.run.launch.supervisor import find_ranks, supervise
+    from pipeline.run.launch.ranks import find_ranks
+    from pipeline.run.launch.supervisor import supervise
 
     options = parse(arguments)
     ranks = find_ranks(options.ranks)

@@ -130,11 +130,10 @@ def be_rank(options: argparse.Namespace) -> int:
     """Measure, and leave the triples for the one who started the ranks."""
     import torch.distributed as dist
 
-    from pipeline.config.training import ClusterConfig
-    from pipeline.training.plan import keep_freed_memory, set_threads
+    from pipeline.core.compute import keep_freed_memory, set_threads
 
     keep_freed_memory()
-    set_threads(ClusterConfig(num_threads=1), int(os.environ["LOCAL_WORLD_SIZE"]))
+    set_threads(1, int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group("gloo")
     triples = measure(options)
     _triples_path(options.worker, dist.get_rank()).write_text(json.dumps(triples))

@@ -159,11 +159,10 @@ def main(arguments: Sequence[str]) -> int:
         return supervise([sys.executable, "-m", "benchmarks.meter_overhead", *arguments], options.ranks)
     import torch.distributed as dist
 
-    from pipeline.config.training import ClusterConfig
-    from pipeline.training.plan import keep_freed_memory, set_threads
+    from pipeline.core.compute import keep_freed_memory, set_threads
 
     keep_freed_memory()
-    set_threads(ClusterConfig(), options.ranks)
+    set_threads(None, options.ranks)
     dist.init_process_group("gloo")
     figures = measure(options)
     code = 0

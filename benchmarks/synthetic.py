@@ -33,11 +33,10 @@ def make_training(model: str, batch: int, size: int, wrap: Callable[[Any], "Dist
     import torch.distributed as dist
     from torch.nn import functional as F
 
-    from pipeline.config.training import ClusterConfig, TrainerConfig
+    from pipeline.core.compute import choose_compute
     from pipeline.models import zoo
-    from pipeline.training.plan import choose_compute
 
-    compute = choose_compute(TrainerConfig(max_steps=1), ClusterConfig())
+    compute = choose_compute(accelerator="auto", precision="auto")
     generator = torch.Generator().manual_seed(dist.get_rank())
     images_BCHW = torch.randn((batch, 3, size, size), generator=generator).to(memory_format=compute.memory_format)
     labels_B = torch.randint(0, 1000, (batch,), generator=generator)

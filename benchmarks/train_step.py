@@ -241,7 +241,8 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def main(arguments: Sequence[str]) -> int:
     """One rank is this process; several are started as the train command starts them."""
-    from pipeline.run.launch.supervisor import find_ranks, supervise
+    from pipeline.run.launch.ranks import find_ranks
+    from pipeline.run.launch.supervisor import supervise
 
     options = parse(arguments)
     ranks = find_ranks(options.ranks)

@@ -11,9 +11,10 @@ model's run beneath it, those on one rank in alone/.
 import sys
 from pathlib import Path
 
-from pipeline.config.compare import CompareConfig, quote_models
+from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import run_command
 from pipeline.core.errors import ExitCode, LedgerError
+from pipeline.core.overrides import quote_models
 
 
 def compare(config: CompareConfig) -> int:

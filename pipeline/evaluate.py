@@ -7,57 +7,18 @@ Every picture counts once, whatever the number of ranks. Left in `<run_root>/<na
 """
 
 import sys
-from dataclasses import dataclass
 
-from pipeline.config.training import ClusterConfig, DataConfig, InputConfig, ModelConfig, TrainerConfig, one_of, require
+from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.cli import run_command
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateDataConfig(DataConfig):
-    """Where the shards are, and which of their splits is scored."""
-
-    split: str | None = None
-    """Which split to score; null: val_split."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Exact top-1, top-5 and loss of one set of weights on one split."""
-
-    name: str = "evaluation"
-    """The directory of evaluation.json under run_root."""
-    run_root: str = "runs"
-    checkpoint: str
-    """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict, or the Caffe .npz."""
-    precision: str = "fp32"
-    """`fp32`, `bf16`, or `auto` as in training."""
-    batch_per_rank: int = 64
-    data: EvaluateDataConfig
-    model: ModelConfig
-    cluster: ClusterConfig
-
-    def __post_init__(self) -> None:
-        one_of("precision", self.precision, ("auto", "fp32", "bf16"))
-        require(self.batch_per_rank > 0, f"batch_per_rank={self.batch_per_rank} must be positive.")
-        require(self.data.root is not None, "data.root is not set: give the directory that holds the shards.")
-
-    @property
-    def input(self) -> InputConfig:
-        """The model's input at the crop side used here."""
-        return self.model.input.resized(self.data.size)
-
-    @property
-    def trainer(self) -> TrainerConfig:
-        """What decides precision and layout."""
-        return TrainerConfig(max_steps=1, precision=self.precision)
+from pipeline.core.compute import choose_compute
 
 
 def evaluate(config: EvaluateConfig) -> int:
     """Score the weights; returns the exit code."""
+    from pipeline.data.index import check_root
     from pipeline.models import zoo
-    from pipeline.run.launch.supervisor import find_ranks, supervise
-    from pipeline.training.preflight import check_root
+    from pipeline.run.launch.ranks import find_ranks
+    from pipeline.run.launch.supervisor import supervise
 
     split = config.data.split or config.data.val_split
     ranks = find_ranks(config.cluster.devices)
@@ -69,11 +30,10 @@ def evaluate(config: EvaluateConfig) -> int:
         return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
     from pipeline.data.index import open_split
-    from pipeline.training import plan as startup
     from pipeline.training import scoring
     from pipeline.training.world import join_group
 
-    compute = startup.choose_compute(config.trainer, config.cluster)
+    compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
     with join_group(ranks, compute, config.cluster) as world:
         index = world.locally_first(lambda is_first: open_split(config.data, split, is_first=is_first))
         weights = world.agree(lambda: scoring.load_weights(config, index.num_classes))

@@ -15,7 +15,8 @@ from pipeline.core.errors import UserError
 
 def ready(config: TrainConfig) -> int:
     """Check, print a table, return the exit code of the first thing that is wrong, or 0."""
-    from pipeline.run.launch.supervisor import find_ranks, supervise
+    from pipeline.run.launch.ranks import find_ranks
+    from pipeline.run.launch.supervisor import supervise
 
     ranks = find_ranks(config.cluster.devices)
     if ranks is None:

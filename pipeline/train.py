@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def train(config: TrainConfig) -> int:
     """One run, or one further attempt at it. Returns the exit code."""
     from pipeline.run.launch.preempt import StopRequest
-    from pipeline.run.launch.supervisor import find_ranks, supervise
+    from pipeline.run.launch.ranks import find_ranks
+    from pipeline.run.launch.supervisor import supervise
 
     stop = StopRequest(config.cluster.preempt_grace_seconds)
     with stop.listening():

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the job scripts beside it, on the first node of an allocation. Sets:
 #   python          the interpreter of the checkout's environment
 #   ranks_per_node  one per GPU; on a CPU partition what --ntasks-per-node says, else one
@@ -14,7 +15,7 @@ fail() {
     exit 2
 }
 
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || fail "SLURM_SUBMIT_DIR=$SLURM_SUBMIT_DIR cannot be entered."
 
 if [ -n "${SQUEEZEWIRE_PYTHON:-}" ]; then
     python=$SQUEEZEWIRE_PYTHON

@@ -102,6 +102,7 @@ patiently() {
     done
     return 1
 }
+# shellcheck disable=SC2329  # `patiently` calls it
 ask_state() {
     state=$(scontrol --oneliner show job "$job") && [[ "$state" == *" JobState="* ]]
 }

@@ -1,1 +1,1 @@
-"""Several models under the same conditions, one report. It starts commands and reads runs; it never imports training."""
+"""Several models under the same conditions, one report: it starts commands and reads runs, and imports no training."""

@@ -7,18 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.comparison.launcher import Launcher, choose_launcher, literal
+from pipeline.comparison.launcher import Launcher, choose_launcher
 from pipeline.comparison.result import choose_baseline, label_of
 from pipeline.config.compare import CompareConfig
-from pipeline.config.training import TrainConfig, require
+from pipeline.config.lab import LabConfig
+from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import DataError
-from pipeline.lab import LabConfig
+from pipeline.core.overrides import literal
+from pipeline.core.typed import require
+from pipeline.data.index import check_root
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
 from pipeline.report.runs import flat
 from pipeline.run.directory import validate_name
-from pipeline.training.preflight import check_root
 
 # Of the plain steps that PowerSGD starts with, the fewest that torch's hook takes.
 _FEWEST_PLAIN_STEPS = 2

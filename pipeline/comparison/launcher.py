@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.compare import CompareConfig
-from pipeline.config.training import require
+from pipeline.core.overrides import literal
+from pipeline.core.typed import require
 from pipeline.run.launch.ranks import LAB_VARIABLE
 
 # Ranks that belong to whoever started `compare` must not be taken for those of the runs it starts.
@@ -130,18 +130,3 @@ def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None
 def _lab(config: CompareConfig) -> list[str]:
     values = {**asdict(config.lab), "num_threads": config.cluster.num_threads}
     return [f"{key}={literal(value)}" for key, value in values.items()]
-
-
-def literal(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case str():
-            return "'" + value.replace("'", "\\'") + "'" if not value.replace("_", "").isalnum() else value
-        case list() | tuple():
-            return f"[{','.join(map(literal, value))}]"
-        case _:
-            return str(value)

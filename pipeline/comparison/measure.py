@@ -12,17 +12,19 @@ from pathlib import Path
 
 from pipeline.comparison.candidates import Candidate, log_path, where_of
 from pipeline.comparison.conditions import footing_difference, refuse_to_mix
-from pipeline.comparison.launcher import choose_launcher, literal
+from pipeline.comparison.launcher import choose_launcher
 from pipeline.comparison.result import choose_baseline, label_of
 from pipeline.comparison.rows import Outcome, metered_gradient_bytes
 from pipeline.config.compare import CompareConfig
-from pipeline.config.training import BatchConfig, require
+from pipeline.config.training import BatchConfig
+from pipeline.core.compute import choose_accelerator
 from pipeline.core.errors import ConfigError, ExitCode, LedgerError, UserError
+from pipeline.core.overrides import literal
+from pipeline.core.typed import require
 from pipeline.models import zoo
 from pipeline.models.facts import model_facts
 from pipeline.report.runs import RunRecord, flat, read_run
 from pipeline.run.memory import available_memory, refusal
-from pipeline.training.plan import choose_accelerator
 
 LONGEST_REASON = 300  # characters of a run's last words
 _NOT_WANTED = "alone=false: no run on a single rank was made, against which to measure scaling."
@@ -60,7 +62,7 @@ class _Runner:
     def __init__(self, config: CompareConfig, shards: str) -> None:
         self._config, self._shards = config, shards
         self._launcher = choose_launcher(config)
-        self._accelerator = choose_accelerator(config.cluster)
+        self._accelerator = choose_accelerator(config.cluster.accelerator)
         self._alone: dict[str, RunRecord | str] = {}
 
     def measure(self, candidate: Candidate) -> Outcome:

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.comparison import break_even
 from pipeline.comparison.conditions import refuse_to_mix, shared_conditions
 from pipeline.comparison.rows import Outcome, make_row, null_reasons
-from pipeline.config.training import nearest, require
 from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.typed import nearest, require
 
 SCHEMA = 1
 

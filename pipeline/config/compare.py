@@ -1,18 +1,10 @@
 """What a comparison may be told."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.training import (
-    BatchConfig,
-    ClusterConfig,
-    CommConfig,
-    CompareTrackingConfig,
-    DataConfig,
-    one_of,
-    require,
-)
+from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig, DataConfig
+from pipeline.core.typed import one_of, require
 
 HOOKS = ("none", "fp16", "bf16", "powersgd")
 
@@ -94,28 +86,3 @@ class CompareConfig:
     def directory(self) -> Path:
         """Where the comparison lies."""
         return Path(self.run_root) / self.name
-
-
-def quote_models(arguments: Sequence[str]) -> list[str]:
-    """`models=[squeezenet1_0:sr=0.5,alexnet]` as Hydra's grammar wants it: specs with a colon in quotes.
-
-    A comma inside brackets or before `key=value` continues the spec; anything else is left as it is.
-    """
-    return [_quote_list(argument) if argument.startswith("models=[") else argument for argument in arguments]
-
-
-def _quote_list(argument: str) -> str:
-    key, _, listed = argument.partition("=")
-    if not listed.endswith("]") or ":" not in listed or "'" in listed or '"' in listed:
-        return argument
-    from pipeline.comparison.launcher import literal
-    from pipeline.models import zoo  # imports torch, which takes longer than an answer to --help may
-
-    specs: list[str] = []
-    for item in zoo.split_outside_brackets(listed[1:-1]):
-        continues = specs and "=" in item and ":" not in item.partition("=")[0]
-        if continues:
-            specs[-1] += f",{item.strip()}"
-        else:
-            specs.append(item.strip())
-    return f"{key}=[{','.join(literal(spec) for spec in specs)}]"

@@ -1,6 +1,6 @@
 """The typed configuration. OmegaConf ends here: past this module there are only frozen dataclasses.
 
-A field's name is its YAML key. `building.build` makes them from plain containers and refuses unknown keys and wrong
+A field's name is its YAML key. `core.typed.build` makes them from plain containers and refuses unknown keys and wrong
 types; every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
 """
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.errors import ConfigError, refuse_secret
-from pipeline.core.typed import build, nearest, one_of, require
-
-__all__ = ["build", "nearest", "one_of", "require"]  # asked for here by all who declare a configuration
+from pipeline.core.typed import one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)

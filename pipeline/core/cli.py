@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.config.training import build, nearest, require
 from pipeline.core import secrets
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError, redacted, refuse_secret
 from pipeline.core.exits import leave_cause
+from pipeline.core.overrides import quoted, split_override
+from pipeline.core.typed import build, nearest, require
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
@@ -64,7 +65,7 @@ def run_command(
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
     for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
-        refuse_secret(*_split_override(argument))
+        refuse_secret(*split_override(argument))
         secrets.refuse_argument(argument)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text(command, schema), flush=True)
@@ -131,12 +132,12 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         f"No configuration at {CONF_DIRECTORY}: install with `pip install -e .` from the checkout.",
     )
     groups = config_groups()
-    overrides = [_quoted(override) for override in overrides]
-    choices = [override for override in overrides if _split_override(override)[0] in groups]
+    overrides = [quoted(override) for override in overrides]
+    choices = [override for override in overrides if split_override(override)[0] in groups]
     try:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
             for override in choices:
-                _check_choice(*_split_override(override), groups)
+                _check_choice(*split_override(override), groups)
             base = OmegaConf.to_container(hydra_compose(command, choices))
             opened = [_open_or_check(override, base, groups) for override in overrides]
             composed = hydra_compose(command, opened)
@@ -160,26 +161,6 @@ def config_groups() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _split_override(override: str) -> tuple[str, str]:
-    """(key, value) of `+key=value`, `~key` and the like."""
-    key, _, value = override.partition("=")
-    return key.lstrip("+~").partition("@")[0], value
-
-
-def _quoted(override: str) -> str:
-    """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
-
-    Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
-    `data.train_split=imagenet-train-{0000..1023}.tar`; a path may hold accents and several spaces in a row.
-    """
-    key, _, value = override.partition("=")
-    is_special = "=" in value or ("{" in value and ".." in value) or not value.isascii() or "  " in value
-    if not is_special or not value or value[0] in "'\"[{$" or "(" in value:
-        return override
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
 def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
     known = groups[group]
     if choice not in (*known, "null"):
@@ -188,7 +169,7 @@ def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -
 
 def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]]) -> str:
     """The override, made an addition below an open key; `ConfigError` if its key does not exist."""
-    key, _ = _split_override(override)
+    key, _ = split_override(override)
     if "=" not in override and not override.startswith("~"):
         raise ConfigError(f"{override!r} is not of the form key=value.")
     if key in groups or override.startswith(("+", "~")) or key.partition(".")[0] == "hydra":
@@ -302,7 +283,7 @@ def _run_hydra_application(
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 
-    overrides = [_quoted(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+    overrides = [quoted(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
     flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
     sys.argv = [
         f"pipeline.{command}",

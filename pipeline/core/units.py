@@ -1,6 +1,9 @@
 """Numbers as people read them. A value that was not measured is None and prints as a dash, never as 0."""
 
 import math
+import re
+
+from pipeline.core.errors import ConfigError
 
 MISSING = "–"
 _PREFIXES = ("", "k", "M", "G", "T", "P")
@@ -80,3 +83,25 @@ def median(values: list[float]) -> float | None:
     ordered = sorted(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return low if low == high else math.fsum((low, high)) / 2
+
+
+# tc reads `mbps` as megabytes per second, which most people do not mean: units of bits only.
+UNITS = {
+    prefix + "bit": factor
+    for prefixes, base in ((("", "k", "m", "g", "t"), 1000), (("", "ki", "mi", "gi", "ti"), 1024))
+    for prefix, factor in zip(prefixes, (base**power for power in range(5)), strict=True)
+}
+
+
+def bits_per_second(rate: str) -> int:
+    """`1gbit`, `100mbit`, `2.5gbit`: tc's units of bits, and a bare number of bits per second.
+
+    Raises:
+        ConfigError: not such a rate.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]*)", rate.strip().lower())
+    unit = match[2] if match else ""
+    if match is None or (unit and unit not in UNITS) or float(match[1]) * UNITS.get(unit, 1) < 1:
+        hint = ": tc takes that for bytes per second" if unit.endswith("bps") else ""
+        raise ConfigError(f"bandwidth={rate} is not a rate such as 1gbit, 100mbit or 2.5gbit{hint}.")
+    return round(float(match[1]) * UNITS.get(unit, 1))

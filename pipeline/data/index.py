@@ -23,10 +23,10 @@ from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file, write_atomic
 from pipeline.data.remote.cache import CacheSettings
-from pipeline.data.remote.store import is_url
+from pipeline.data.remote.opening import is_url
 from pipeline.data.remote.transfer import say
 from pipeline.data.shards.foreign import find_split
-from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest
 from pipeline.data.shards.scan import scanned_table, threads
 from pipeline.data.shards.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, load_beside, shards_of
 
@@ -275,8 +275,6 @@ def _open_local(root: Path, split: str, verify: str, is_first: bool) -> Opened:
 
 def _has_manifest(root: Path) -> bool:
     """Whether `prepare` made this directory; if it is unfinished, loading the manifest that is missing says so."""
-    from pipeline.data.prepare.writer import STATE_DIRECTORY
-
     return (root / MANIFEST_NAME).exists() or (root / STATE_DIRECTORY).exists()
 
 
@@ -368,3 +366,29 @@ def _save_table(path: Path, table: SampleTable, shards: tuple[ShardFile, ...], k
     }
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+def check_root(data: DataConfig, split: str) -> None:
+    """Raise `DataError` unless there are shards of `split` at `data.root`.
+
+    In a directory: a manifest that has it, or shards of that name. At a URL: every shard, as far as the server tells.
+    """
+    root = data.root
+    assert root is not None
+    if is_url(root):
+        from pipeline.data.remote.shards import check_remote
+
+        check_remote(root, split, CacheSettings.of(data))
+        return
+    path = Path(root)
+    if not path.is_dir():
+        raise DataError(
+            f"data.root={root} is not a directory: make shards there with `python -m pipeline.prepare source=builtin"
+            f" out={root}` (or from your pictures), or give the directory that holds them."
+        )
+    if (path / MANIFEST_NAME).exists():
+        Manifest.load(path).split(split)
+    elif not any(path.glob("*.tar")):
+        raise DataError(f"data.root={root} holds no shards (*.tar): give the directory that `prepare` wrote.")
+    else:
+        find_split(path, split)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.comm import forecast as pure
 from pipeline.comm.wire import gloo
 from pipeline.comm.wire.gloo import NotDerivable
-from pipeline.config.training import require
 from pipeline.core.errors import ConfigError
+from pipeline.core.typed import require
+from pipeline.core.units import bits_per_second
 from pipeline.forecasting.source import ITEMSIZES, Source
-from pipeline.run.lab.cluster import bits_per_second
 
 if TYPE_CHECKING:
-    from pipeline.plan import PlanConfig
+    from pipeline.config.plan import PlanConfig
 
 SCHEMA = 1
 LOWEST, HIGHEST = 1e6, 1e14  # bit/s, between which a bandwidth is looked for

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.comm import forecast as pure
-from pipeline.config.training import BatchConfig, require
+from pipeline.config.training import BatchConfig
+from pipeline.core.typed import require
+from pipeline.core.units import bits_per_second
 from pipeline.report.runs import RunRecord, flat
-from pipeline.run.lab.cluster import bits_per_second
 
 ITEMSIZES = {"none": 4, "fp16": 2, "bf16": 2}
 """Bytes of a gradient's element on the wire, by comm.hook."""

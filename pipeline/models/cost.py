@@ -18,8 +18,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.config.training import require
 from pipeline.core.errors import ConfigError
+from pipeline.core.typed import require
 
 _KINDS = {"convolution": nn.Conv2d, "fully connected": nn.Linear}
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import one_of, require
+from pipeline.core.typed import one_of, require
 
 FIRE_LAYERS = range(2, 10)
 NUM_DOWNSAMPLABLE_LAYERS = 9

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.training import nearest, require
 from pipeline.core.errors import ConfigError
+from pipeline.core.overrides import split_outside_brackets
+from pipeline.core.typed import nearest, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -274,14 +275,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def split_outside_brackets(text: str) -> list[str]:
-    """Split at the commas that are not inside [...]."""
-    items, depth, start = [], 0, 0
-    for position, character in enumerate(text):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            items.append(text[start:position])
-            start = position + 1
-    return [*items, text[start:]]

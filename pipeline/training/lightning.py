@@ -29,7 +29,6 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.environment import RankEnvironment
 from pipeline.run.record.tracking import Tracker
-from pipeline.training import plan as startup
 from pipeline.training import resume
 from pipeline.training.attempt import Recorder
 from pipeline.training.learner import NAME_PREFIX, Learner, StepResult
@@ -103,7 +102,7 @@ class Persistence(Callback):
             "num_parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
             "num_classes": pl_module.num_classes,
             "metaparameters": self.config.model.metaparameters,
-            "must_match": startup.must_match(self.config, self.shards_hash),
+            "must_match": resume.must_match(self.config, self.shards_hash),
             "free_fields": resume.free_fields(self.config),
             "best_score": self.recorder.best_score,
             "owed_row": self.recorder.owed_row,

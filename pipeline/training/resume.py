@@ -12,7 +12,6 @@ from typing import Any
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.run.provenance import versions
-from pipeline.training.plan import BEFORE_IT_WAS_A_FIELD, must_match
 
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
 
@@ -82,3 +81,23 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", _plain(value)
+
+
+BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop"}
+"""What checkpoints of versions without these fields were made with."""
+
+
+def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
+    """The fields a checkpoint carries and a resumed run must not change.
+
+    `shards_hash`: of the training split's index.
+    """
+    return {
+        "model.name": config.model.name,
+        "seed": config.seed,
+        "batch.global_size": config.batch.global_size,
+        "data.shuffle_block": config.data.shuffle_block,
+        "data.shuffle_groups": config.data.shuffle_groups,
+        "data.tail": config.data.tail,
+        "data.shards_sha256": shards_hash,
+    }

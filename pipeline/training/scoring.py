@@ -21,7 +21,7 @@ from pipeline.training.learner import NAME_PREFIX, Batch, ExactMetrics, Normaliz
 from pipeline.training.world import World
 
 if TYPE_CHECKING:
-    from pipeline.evaluate import EvaluateConfig
+    from pipeline.config.evaluate import EvaluateConfig
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
+from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.index import ShardIndex, open_split
@@ -45,7 +46,11 @@ def join(config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None) 
 
     stop: listening to signals; None: signals are not looked after.
     """
-    compute = startup.choose_compute(config.trainer, config.cluster)
+    compute = choose_compute(
+        accelerator=config.cluster.accelerator,
+        precision=config.trainer.precision,
+        memory_format=config.trainer.memory_format,
+    )
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
     with join_group(ranks, compute, config.cluster, config.comm, stop=stop) as joined:

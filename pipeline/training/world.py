@@ -21,10 +21,10 @@ from pipeline.comm.ledger.traffic import Placement
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
+from pipeline.core.compute import Compute, keep_freed_memory, set_threads
 from pipeline.core.errors import ConfigError, DataError, ExitCode, PeerLost, Preempted, UserError
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
-from pipeline.training.plan import Compute, keep_freed_memory, set_threads
 
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
@@ -224,7 +224,7 @@ def join_group(
         UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
         Preempted: the same, after a signal that asked to stop: the peer was not as patient.
     """
-    num_threads = set_threads(cluster, ranks.local_world_size)
+    num_threads = set_threads(cluster.num_threads, ranks.local_world_size)
     if compute.accelerator == "gpu":
         torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
     else:

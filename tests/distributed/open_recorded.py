@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import run_command
-from pipeline.run.launch.supervisor import find_ranks, supervise
+from pipeline.run.launch.ranks import find_ranks
+from pipeline.run.launch.supervisor import supervise
 
 
 def open_recorded(config: TrainConfig) -> int:

@@ -12,9 +12,8 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file
 from pipeline.data.index import MAX_FOREIGN_CLASSES
 from pipeline.data.pictures import BadImageError, check_picture
-from pipeline.data.prepare.writer import STATE_DIRECTORY
 from pipeline.data.shards.foreign import find_all, find_split
-from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Split
+from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest, Split
 from pipeline.data.shards.table import INDEX_KEY, index_name
 from pipeline.data.shards.tar import ShardSamples, index_shard
 

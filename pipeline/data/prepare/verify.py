@@ -17,7 +17,7 @@ from pipeline.data.prepare.pool import run_tasks
 from pipeline.data.prepare.verifier import Expected, Found, ShardVerifier, expected_shards
 
 if TYPE_CHECKING:
-    from pipeline.prepare import PrepareConfig
+    from pipeline.config.prepare import PrepareConfig
 
 
 def verify_shards(config: "PrepareConfig") -> None:

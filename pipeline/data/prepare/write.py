@@ -27,7 +27,7 @@ from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.data.shards.manifest import Manifest
 
 if TYPE_CHECKING:
-    from pipeline.prepare import PrepareConfig
+    from pipeline.config.prepare import PrepareConfig
 
 NUM_BAD_SHOWN = 20
 

@@ -23,11 +23,10 @@ from pipeline.data.prepare.plan import PlannedShard
 from pipeline.data.prepare.pool import run_tasks
 from pipeline.data.prepare.sources import Reader, expect_image
 from pipeline.data.shards.allowance import allowed_bad
-from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, Split
+from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest, Shard, Split
 from pipeline.data.shards.scan import scanned_table
 from pipeline.data.shards.table import INDEX_KEY, index_name, shards_of
 
-STATE_DIRECTORY = ".prepare"
 TIMM_INFO_NAME = "_info.json"
 NUM_BAD_SHOWN = 5
 NUM_EXPECTED = 16

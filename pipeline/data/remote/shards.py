@@ -20,7 +20,8 @@ import numpy as np
 
 from pipeline.core.errors import DataError
 from pipeline.data.remote.cache import Cache, CacheSettings, Entry, Produce
-from pipeline.data.remote.store import Store, open_store
+from pipeline.data.remote.opening import open_store
+from pipeline.data.remote.store import Store
 from pipeline.data.remote.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
 from pipeline.data.shards.foreign import INFO_NAMES, Info, shards_by_prefix
 from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest

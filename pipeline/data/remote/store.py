@@ -11,11 +11,7 @@ headers, and it reads no ~/.aws (obstore #571).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
-
-from pipeline.core.errors import DataError, redacted
 
 SCHEMES = ("http", "https", "s3")
 USER_AGENT = "squeezewire"
@@ -104,34 +100,6 @@ class Timeouts:
     connect: float
     read: float
     """Longest silence."""
-
-
-def is_url(root: str | Path) -> bool:
-    """Whether `root` is a URL rather than a directory."""
-    return "://" in str(root)
-
-
-def open_store(url: str, timeouts: Timeouts) -> Store:
-    """The store behind a URL; nothing is sent yet.
-
-    Raises:
-        DataError: the URL is of no scheme that is known, or names no host or bucket.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES or not parts.netloc:
-        raise DataError(f"data.root={redacted(url)} must be a directory, http(s)://host/path or s3://bucket/prefix.")
-    if parts.path.endswith(".tar"):
-        raise DataError(
-            f"data.root={redacted(url)} is a tar: give what stands before its name as data.root, and the name, with"
-            " braces if there are several, as the split."
-        )
-    if parts.scheme == "s3":
-        from pipeline.data.remote.s3 import S3Store
-
-        return S3Store(url, timeouts)
-    from pipeline.data.remote.http import HttpStore
-
-    return HttpStore(url, timeouts)
 
 
 def error_of_status(status: int, headers: Any, shown: str = "") -> FetchError:

@@ -10,6 +10,8 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import write_json_atomic
 
 MANIFEST_NAME = "manifest.json"
+STATE_DIRECTORY = ".prepare"
+"""Beside the manifest while `prepare` is at work: what it has finished."""
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 256_000_000
 """A shard takes some 200 bytes of it and a bad picture some 100: no set comes near. It is read into memory as a whole,

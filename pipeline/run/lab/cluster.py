@@ -8,7 +8,6 @@ resolution is fixed beforehand, so that an interface counts what the ranks send 
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,16 +24,8 @@ from pipeline.run.launch.supervisor import RankCommand, threads_of_a_rank
 
 INTERFACE = "eth0"
 SUBNET = "10.77.0"  # seen by nobody outside: it may be in use on the machine as well
-MAX_SERVERS = 200  # addresses of the subnet
 MASTER_PORT = 29500  # any will do where nothing else listens
-PLACEMENTS = ("contiguous", "interleaved")
 FRAME_HEADER_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
-# tc reads `mbps` as megabytes per second, which most people do not mean: units of bits only.
-UNITS = {
-    prefix + "bit": factor
-    for prefixes, base in ((("", "k", "m", "g", "t"), 1000), (("", "ki", "mi", "gi", "ti"), 1024))
-    for prefix, factor in zip(prefixes, (base**power for power in range(5)), strict=True)
-}
 # The token bucket. A bucket emptied more often than the kernel's timer wakes it does not reach its rate (64 kB at
 # 1 Gbit/s: 8 % short on a virtual machine); a larger one lets more through at once. A super-packet must fit.
 BURST_SECONDS = 0.002
@@ -55,20 +46,6 @@ PACKAGES = {
 }
 HOSTS = Path("/etc/hosts")
 SYSTEM_DIRECTORIES = ("/usr/sbin", "/sbin")  # not on the PATH of ordinary users of Debian
-
-
-def bits_per_second(rate: str) -> int:
-    """`1gbit`, `100mbit`, `2.5gbit`: tc's units of bits, and a bare number of bits per second.
-
-    Raises:
-        ConfigError: not such a rate.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]*)", rate.strip().lower())
-    unit = match[2] if match else ""
-    if match is None or (unit and unit not in UNITS) or float(match[1]) * UNITS.get(unit, 1) < 1:
-        hint = ": tc takes that for bytes per second" if unit.endswith("bps") else ""
-        raise ConfigError(f"bandwidth={rate} is not a rate such as 1gbit, 100mbit or 2.5gbit{hint}.")
-    return round(float(match[1]) * UNITS.get(unit, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from pipeline.compare import compare
 from pipeline.comparison.candidates import check_candidates
 from pipeline.comparison.result import choose_baseline, compare_outcomes
 from pipeline.comparison.rows import KEYS, Outcome, published
-from pipeline.config.compare import CompareConfig, quote_models
+from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, DataError, LedgerError
+from pipeline.core.overrides import quote_models
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
 from pipeline.report.runs import read_run

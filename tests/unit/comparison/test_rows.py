@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pipeline.compare import compare
 from pipeline.comparison.result import compare_outcomes
 from pipeline.comparison.rows import Outcome, egress
-from pipeline.config.compare import CompareConfig, quote_models
+from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.core.overrides import quote_models
 from pipeline.models.facts import model_facts
 
 MakeRun = Callable[..., Path]

@@ -14,10 +14,10 @@ from pipeline.config.training import (
     RecipeConfig,
     TrainConfig,
     TrainerConfig,
-    build,
 )
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, redacted
+from pipeline.core.typed import build
 
 
 @given(

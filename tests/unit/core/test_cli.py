@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig, TrainerConfig
 from pipeline.core.cli import CONF_DIRECTORY, compose, config_groups, field_docs, help_text
 from pipeline.core.errors import ConfigError
-from pipeline.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]

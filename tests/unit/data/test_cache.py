@@ -32,7 +32,7 @@ READER = """
 import hashlib, os, sys
 from pathlib import Path
 from pipeline.data.remote.cache import Cache, CacheSettings, Entry
-from pipeline.data.remote.store import open_store
+from pipeline.data.remote.opening import open_store
 from pipeline.data.remote.transfer import Expected, Patience, fetch
 from pipeline.core.errors import DataError
 

@@ -11,8 +11,9 @@ import pytest
 from pictures_on_disk import stored_samples
 from PIL import Image
 
+from pipeline.config.prepare import PrepareConfig
 from pipeline.data.shards.manifest import Manifest
-from pipeline.prepare import PrepareConfig, prepare
+from pipeline.prepare import prepare
 
 DEADLINE_SECONDS = 120
 READER = Path(__file__).with_name("read_as_a_peer.py")

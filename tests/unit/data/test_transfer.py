@@ -23,7 +23,8 @@ from cryptography.x509.oid import NameOID
 from shard_server import Rule, ShardServer, serving
 
 from pipeline.core.errors import DataError
-from pipeline.data.remote.store import open_store, retry_after
+from pipeline.data.remote.opening import open_store
+from pipeline.data.remote.store import retry_after
 from pipeline.data.remote.transfer import Expected, Patience, fetch, head
 
 NAME = "train-000000.tar"

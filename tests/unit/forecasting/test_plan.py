@@ -12,6 +12,7 @@ from handmade_runs import handmade_run, timed_run
 
 from pipeline.comm.forecast import Network, StepForecast
 from pipeline.core.errors import ConfigError
+from pipeline.core.units import bits_per_second
 from pipeline.forecasting.grid import (
     VALIDATED_BANDWIDTHS,
     VALIDATED_ERRORS,
@@ -22,7 +23,6 @@ from pipeline.forecasting.grid import (
 )
 from pipeline.forecasting.source import Source, read_source
 from pipeline.report.runs import read_run
-from pipeline.run.lab.cluster import bits_per_second
 
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

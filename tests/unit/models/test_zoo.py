@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.training import ModelConfig
-from pipeline.config.training import build as build_config
 from pipeline.core.errors import ConfigError
+from pipeline.core.typed import build as build_config
 from pipeline.models import zoo
 from pipeline.models.squeezenet import SqueezeNet
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, ConfigError, TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
+from pipeline.core.compute import choose_compute, set_threads
 from pipeline.core.errors import DataError
-from pipeline.training.plan import Plan, choose_compute, make_plan, must_match, require_compression, set_threads
+from pipeline.training.plan import Plan, make_plan, require_compression
+from pipeline.training.resume import must_match
 
 CPU = ClusterConfig(accelerator="cpu")
 
@@ -109,7 +111,7 @@ def test_without_validation_nothing_is_validated() -> None:
 def test_a_compression_that_would_never_begin_is_refused(hook: str) -> None:
     trainer = TrainerConfig(max_steps=20)
     plan = make_plan(trainer, BatchConfig(global_size=2), 9, 1, validate=False)
-    compute = choose_compute(trainer, CPU)
+    compute = choose_compute(accelerator="cpu", precision=trainer.precision, memory_format=trainer.memory_format)
     require_compression(CommConfig(hook=hook, powersgd_start_step=19), plan, compute)
     if hook == "none":
         require_compression(CommConfig(hook=hook, powersgd_start_step=20), plan, compute)
@@ -121,7 +123,7 @@ def test_a_compression_that_would_never_begin_is_refused(hook: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("memory_format", ["auto", "channels_last", "contiguous"])
 def test_what_is_asked_for_is_used(precision: str, memory_format: str) -> None:
-    compute = choose_compute(TrainerConfig(max_steps=1, precision=precision, memory_format=memory_format), CPU)
+    compute = choose_compute(accelerator="cpu", precision=precision, memory_format=memory_format)
     assert (compute.accelerator, compute.precision, compute.backend) == ("cpu", precision, "gloo")
     assert compute.lightning_precision == {"fp32": "32-true", "bf16": "bf16-mixed"}[precision]
     channels_last = memory_format == "channels_last" or (memory_format == "auto" and precision == "bf16")
@@ -143,15 +145,15 @@ def test_bf16_is_chosen_where_the_cpu_gains(
     # No one machine has all three kinds of CPU.
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    compute = choose_compute(TrainerConfig(max_steps=1), CPU)
+    compute = choose_compute(accelerator="cpu", precision="auto")
     assert (compute.precision, compute.reason, compute.channels_last) == (precision, reason, precision == "bf16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        choose_compute(TrainerConfig(max_steps=1), ClusterConfig(accelerator="gpu"))
-    assert choose_compute(TrainerConfig(max_steps=1), ClusterConfig(accelerator="auto")).accelerator == "cpu"
+        choose_compute(accelerator="gpu", precision="auto")
+    assert choose_compute(accelerator="auto", precision="auto").accelerator == "cpu"
 
 
 @pytest.fixture
@@ -165,12 +167,12 @@ def same_threads_afterwards():
 def test_threads_are_as_configured_else_the_cores_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert set_threads(ClusterConfig(num_threads=3), 2) == torch.get_num_threads() == 3
+    assert set_threads(3, 2) == torch.get_num_threads() == 3
     cores = len(os.sched_getaffinity(0))
     for local_ranks in (1, 2, 1000):
         expected = max(1, cores // local_ranks)
         monkeypatch.setenv("OMP_NUM_THREADS", "")  # the call before has set it
-        assert set_threads(ClusterConfig(), local_ranks) == torch.get_num_threads() == expected
+        assert set_threads(None, local_ranks) == torch.get_num_threads() == expected
 
 
 # --- what must match ---

@@ -15,16 +15,16 @@ from webdataset.writer import TarWriter
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger.traffic import Placement
 from pipeline.comm.timeline import Timeline
-from pipeline.config.training import ClusterConfig, TrainConfig, TrainerConfig
+from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
+from pipeline.core.compute import choose_compute
 from pipeline.core.errors import CheckpointError, ConfigError, DataError, UserError
 from pipeline.core.files import sha256_of_file
 from pipeline.data.shards.manifest import Manifest, Shard, Split
 from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path, sidecar_path
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training import steps
-from pipeline.training.plan import choose_compute, must_match
-from pipeline.training.resume import free_fields
+from pipeline.training.resume import free_fields, must_match
 from pipeline.training.world import World
 
 HASH = "of the shards"
@@ -35,7 +35,7 @@ def world() -> World:
     """Of one: it decides alone, so no process group is needed."""
     ranks = find_ranks(1, {})
     assert ranks is not None
-    compute = choose_compute(TrainerConfig(max_steps=1, precision="fp32"), ClusterConfig(accelerator="cpu"))
+    compute = choose_compute(accelerator="cpu", precision="fp32")
     meter = CollectiveMeter()
     return World(ranks, compute, meter, Timeline(meter), Placement.assumed(1), num_threads=1)
 

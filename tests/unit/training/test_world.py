@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.training import ClusterConfig, TrainerConfig
+from pipeline.core.compute import choose_compute
 from pipeline.core.errors import DataError, ExitCode, UserError
 from pipeline.run.launch.ports import reserved_port
-from pipeline.run.launch.supervisor import RankInfo, find_ranks, supervise
-from pipeline.training.plan import choose_compute
+from pipeline.run.launch.ranks import find_ranks
+from pipeline.run.launch.supervisor import RankInfo, supervise
 from pipeline.training.world import World, join_group
 
 CPU = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
@@ -28,13 +29,13 @@ import json, os, sys
 from pathlib import Path
 from pipeline.config.training import ClusterConfig, TrainerConfig
 from pipeline.core.errors import CheckpointError, DataError, UserError
-from pipeline.run.launch.supervisor import find_ranks
-from pipeline.training.plan import choose_compute
+from pipeline.run.launch.ranks import find_ranks
+from pipeline.core.compute import choose_compute
 from pipeline.training.world import join_group
 
 out = Path(sys.argv[1])
 cluster = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
-compute = choose_compute(TrainerConfig(max_steps=1, precision="fp32"), cluster)
+compute = choose_compute(accelerator=cluster.accelerator, precision="fp32")
 ranks = find_ranks(1)
 
 def tell(**facts):
@@ -216,7 +217,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         ranks = find_ranks(1)
         assert isinstance(ranks, RankInfo)
         before = torch.get_num_threads()
-        with join_group(ranks, choose_compute(FP32, CPU), CPU) as world:
+        with join_group(ranks, choose_compute(accelerator="cpu", precision="fp32"), CPU) as world:
             yield world
         torch.set_num_threads(before)
 

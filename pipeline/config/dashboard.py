@@ -1,0 +1,37 @@
+"""What `dashboard` may be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.typed import require
+
+FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
+
+
+LONGEST_PROJECT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DashboardConfig:
+    """Build the W&B workspace and report page of a project, as files; with publish=true on the server too."""
+
+    name: str = "dashboard"
+    """The directory of the files under run_root."""
+    run_root: str = "runs"
+    project: str = "squeezewire"
+    """The W&B project whose runs are shown: tracking.project of the trainings."""
+    entity: str | None = None
+    """The W&B user or team the project belongs to. Null: the default of whoever publishes."""
+    publish: bool = False
+    """Save both to the server. Needs a login: `wandb login`, or WANDB_API_KEY."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < len(self.project) <= LONGEST_PROJECT and not set(self.project) & set(FORBIDDEN_IN_PROJECT),
+            f"project={self.project!r} must have 1 to {LONGEST_PROJECT} characters and none of {FORBIDDEN_IN_PROJECT}",
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the files lie."""
+        return Path(self.run_root) / self.name
