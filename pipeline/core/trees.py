@@ -1,0 +1,25 @@
+"""Nested mappings, flattened to dotted keys and made plain."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key: `{"a": {"b": 1}}` gives `{"a.b": 1}`.
+
+    An empty mapping is a leaf.
+    """
+    leaves: dict[str, Any] = {}
+    for key, inner in tree.items():
+        if isinstance(inner, Mapping) and inner:
+            leaves.update(flat(inner, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = inner
+    return leaves
+
+
+def plain(tree: Any) -> Any:
+    """Return the tree with lists in place of tuples, as YAML and JSON give it back."""
+    if isinstance(tree, Mapping):
+        return {key: plain(inner) for key, inner in tree.items()}
+    return [plain(inner) for inner in tree] if isinstance(tree, list | tuple) else tree
