@@ -50,7 +50,7 @@ def tables_in_wandb(directory: Path) -> list[list[dict]]:
     return found
 
 
-def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
+def test_bytes_are_those_the_collectives_carried(shards: Path, tmp_path: Path) -> None:
     result, said = compare(shards, tmp_path, "squeezenet1_0,squeezenet1_1,squeezenet1_0:sr=0.25")
     by_model = {row["model"]: row for row in result["models"]}
     assert by_model["squeezenet1_0"]["gradient_bytes"] == 4_993_696
@@ -74,7 +74,7 @@ def test_bytes_are_those_the_collectives_carried(shards, tmp_path):
     assert [row["model"] for row in again["models"]] == ["squeezenet1_1"]
 
 
-def test_a_failing_model_is_a_row_and_the_others_are_reported(shards, tmp_path):
+def test_a_failing_model_is_a_row_and_the_others_are_reported(shards: Path, tmp_path: Path) -> None:
     # 32 pixels are too few for AlexNet's strides, which is known without a run.
     result, said = compare(shards, tmp_path, "alexnet,squeezenet1_1")
     failed, measured = result["models"]
@@ -84,7 +84,7 @@ def test_a_failing_model_is_a_row_and_the_others_are_reported(shards, tmp_path):
     assert not (tmp_path / "c/alexnet.log").exists()
 
 
-def test_compressions_and_a_rank_alone(shards, tmp_path):
+def test_compressions_and_a_rank_alone(shards: Path, tmp_path: Path) -> None:
     hooks = ("hooks=[none,powersgd]", "alone=true", "steps=4", "num_classes=2")
     result, said = compare(shards, tmp_path, "squeezenet_small", *hooks)
     plain, compressed = result["models"]
@@ -103,7 +103,7 @@ def test_compressions_and_a_rank_alone(shards, tmp_path):
     assert "squeezenet_small + powersgd" in said
 
 
-def test_what_cannot_fit_is_not_started(shards, tmp_path):
+def test_what_cannot_fit_is_not_started(shards: Path, tmp_path: Path) -> None:
     too_much = ("data.size=224", "batch.global_size=1048576", "batch.max_per_rank=1048576", "tracking=disabled")
     result, said = compare(shards, tmp_path, "vgg16", *too_much, expect=2)
     (failed,) = result["models"]

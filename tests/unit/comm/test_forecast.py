@@ -67,7 +67,9 @@ def test_a_slow_link_makes_the_second_bucket_wait_for_the_first() -> None:
 
 
 @given(steps(), PLACEMENTS, st.sampled_from(ALGORITHMS), BANDWIDTHS, st.floats(1, 100))
-def test_a_faster_link_never_makes_a_step_longer(step, placement, algorithm, bandwidth, factor) -> None:
+def test_a_faster_link_never_makes_a_step_longer(
+    step: Step, placement: tuple[int, ...], algorithm: str, bandwidth: float, factor: float
+) -> None:
     slow = forecast(step, algorithm, placement, Network(bandwidth), Host(1e-9, 1e-5))
     fast = forecast(step, algorithm, placement, Network(bandwidth * factor), Host(1e-9, 1e-5))
     if isinstance(slow, NotDerivable) or isinstance(fast, NotDerivable):
@@ -78,7 +80,9 @@ def test_a_faster_link_never_makes_a_step_longer(step, placement, algorithm, ban
 
 
 @given(steps(), PLACEMENTS, BANDWIDTHS)
-def test_exposed_time_lies_between_the_last_bucket_and_all_of_them(step, placement, bandwidth) -> None:
+def test_exposed_time_lies_between_the_last_bucket_and_all_of_them(
+    step: Step, placement: tuple[int, ...], bandwidth: float
+) -> None:
     network = Network(bandwidth)
     found = told(step, "ring", placement, network)
     last = all_reduce("ring", step.buckets[-1].payload_bytes, 4, placement)
@@ -89,20 +93,20 @@ def test_exposed_time_lies_between_the_last_bucket_and_all_of_them(step, placeme
 
 
 @given(steps(), PLACEMENTS)
-def test_without_a_limit_or_a_cost_nothing_is_exposed(step, placement) -> None:
+def test_without_a_limit_or_a_cost_nothing_is_exposed(step: Step, placement: tuple[int, ...]) -> None:
     found = told(step, "ring", placement, Network(None))
     assert found.exposed_seconds == 0
     assert found.step_seconds == step.compute_seconds
 
 
 @given(steps())
-def test_one_rank_alone_only_computes(step) -> None:
+def test_one_rank_alone_only_computes(step: Step) -> None:
     found = told(step, "ring", (0,), Network(1e6, 1.0), Host(1.0, 1.0))
     assert (found.step_seconds, found.egress_bytes) == (step.compute_seconds, 0)
 
 
 @given(steps(), PLACEMENTS, st.floats(1e-6, 1e-2))
-def test_latency_is_paid_once_per_round_of_the_ring(step, placement, latency) -> None:
+def test_latency_is_paid_once_per_round_of_the_ring(step: Step, placement: tuple[int, ...], latency: float) -> None:
     found = all_reduce("ring", step.buckets[0].payload_bytes, 4, placement)
     assert isinstance(found, AllReduce)
     added = found.seconds(Network(None, latency), Host()) - found.seconds(Network(None), Host())
@@ -110,7 +114,9 @@ def test_latency_is_paid_once_per_round_of_the_ring(step, placement, latency) ->
 
 
 @given(PLACEMENTS, st.floats(1e-6, 1e-2))
-def test_small_exchanges_cost_the_rounds_that_the_measured_run_did_not_have(placement, per_round) -> None:
+def test_small_exchanges_cost_the_rounds_that_the_measured_run_did_not_have(
+    placement: tuple[int, ...], per_round: float
+) -> None:
     step = replace(STEP, blocking_all_reduces=1, blocking_broadcasts=2, waiting_seconds=0.003)
     found = told(step, "ring", placement, Network(None), Host(0.0, per_round))
     without = told(STEP, "ring", placement, Network(None), Host(0.0, per_round))
@@ -199,7 +205,9 @@ def test_compression_halves_what_travels() -> None:
 
 
 @given(st.floats(0, 1e-8), st.floats(0, 1e-3), st.sampled_from([(0, 1), (0, 1, 2)]), st.floats(1e9, 1e10))
-def test_the_fit_finds_what_computing_ranks_added(per_byte, per_round, placement, bandwidth) -> None:
+def test_the_fit_finds_what_computing_ranks_added(
+    per_byte: float, per_round: float, placement: tuple[int, ...], bandwidth: float
+) -> None:
     network = Network(bandwidth)
     end, measured = 0.0, []
     for bucket in SQUEEZENET_BUCKETS:  # the first is done while ranks compute, the second when they do not
@@ -218,7 +226,9 @@ def test_the_fit_finds_what_computing_ranks_added(per_byte, per_round, placement
 
 
 @given(steps(), st.sampled_from([(0, 1), (0, 1, 2)]), BANDWIDTHS, st.floats(0, 1e-6), st.floats(0, 2))
-def test_the_measured_run_is_forecast_as_it_was_measured(step, placement, bandwidth, per_byte, exposed) -> None:
+def test_the_measured_run_is_forecast_as_it_was_measured(
+    step: Step, placement: tuple[int, ...], bandwidth: float, per_byte: float, exposed: float
+) -> None:
     network = Network(bandwidth)
     least = told(step, "ring", placement, network, Host(0.0, 1e-4)).exposed_seconds
     fitted, host = calibrated(step, Host(per_byte, 1e-4), placement, network, exposed)

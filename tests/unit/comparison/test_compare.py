@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from handmade_runs import MakeRun
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +52,7 @@ def result_of(config: CompareConfig) -> dict:
     return json.loads((config.directory / "comparison.json").read_text())
 
 
-def change(run: Path, **changes) -> None:
+def change(run: Path, **changes: Any) -> None:
     ledger = json.loads((run / "ledger.json").read_text())
     (run / "ledger.json").write_text(json.dumps(ledger | changes))
 
@@ -62,7 +64,7 @@ def facts(model: str) -> ModelFacts:
 # --- runs already made ---
 
 
-def test_comparison_of_runs_already_made(make_run, tmp_path, capsys):
+def test_comparison_of_runs_already_made(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(name, model=name) for name in ("squeezenet1_0", "squeezenet1_1", "alexnet")]
     config = from_runs(tmp_path, *runs)
     assert compare(config) == 0
@@ -85,7 +87,7 @@ def test_comparison_of_runs_already_made(make_run, tmp_path, capsys):
         assert (config.directory / name).stat().st_size
 
 
-def test_every_null_of_a_measured_row_has_its_reason(make_run, tmp_path):
+def test_every_null_of_a_measured_row_has_its_reason(make_run: MakeRun, tmp_path: Path) -> None:
     config = from_runs(tmp_path, make_run("a"), make_run("b", model="squeezenet1_0", sr=0.5))
     compare(config)
     result = result_of(config)
@@ -94,7 +96,7 @@ def test_every_null_of_a_measured_row_has_its_reason(make_run, tmp_path):
             assert (value is None) == (f"models.{index}.{key}" in result["null_reasons"]), (key, value)
 
 
-def test_a_variant_is_a_model_of_its_own(make_run, tmp_path):
+def test_a_variant_is_a_model_of_its_own(make_run: MakeRun, tmp_path: Path) -> None:
     config = from_runs(tmp_path, make_run("a"), make_run("b", model="squeezenet1_0", sr=0.5))
     compare(config)
     rows = result_of(config)["models"]
@@ -102,7 +104,7 @@ def test_a_variant_is_a_model_of_its_own(make_run, tmp_path):
     assert rows[1]["times_baseline"] > 1
 
 
-def test_a_compressed_run_owes_the_same_gradients(make_run, tmp_path):
+def test_a_compressed_run_owes_the_same_gradients(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("half")
     ledger = json.loads((run / "ledger.json").read_text())
     for row in ledger["collectives"]:
@@ -113,7 +115,7 @@ def test_a_compressed_run_owes_the_same_gradients(make_run, tmp_path):
     assert result_of(config)["models"][0]["gradient_bytes"] == 4_993_696
 
 
-def test_runs_on_different_links_are_not_mixed(make_run, tmp_path):
+def test_runs_on_different_links_are_not_mixed(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("a"), make_run("b", model="squeezenet1_1")]
     for run, rate in zip(runs, (10**9, None), strict=True):
         lab = {"servers": 2, "bandwidth_bits_per_second": rate, "offloads": False}
@@ -133,7 +135,7 @@ def compressed_by_powersgd(run: Path, *, handed_over: int, carried: int) -> None
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_powersgd_owes_what_was_handed_over_to_it(make_run, tmp_path):
+def test_powersgd_owes_what_was_handed_over_to_it(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("low-rank")
     compressed_by_powersgd(run, handed_over=4_993_696, carried=60_000)
     config = from_runs(tmp_path, run)
@@ -142,14 +144,16 @@ def test_powersgd_owes_what_was_handed_over_to_it(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(("handed_over", "carried"), [(4_993_692, 60_000), (4_993_696, 4_993_700)])
-def test_powersgd_that_hands_over_or_carries_something_else_fails(make_run, tmp_path, handed_over, carried):
+def test_powersgd_that_hands_over_or_carries_something_else_fails(
+    make_run: MakeRun, tmp_path: Path, handed_over: int, carried: int
+) -> None:
     run = make_run("low-rank")
     compressed_by_powersgd(run, handed_over=handed_over, carried=carried)
     with pytest.raises(LedgerError, match="but the parameters of squeezenet1_0 are 4,993,696 bytes"):
         compare(from_runs(tmp_path, run))
 
 
-def test_powersgd_without_a_record_of_what_was_handed_over_fails(make_run, tmp_path):
+def test_powersgd_without_a_record_of_what_was_handed_over_fails(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("low-rank")
     change(run, hook="powersgd")
     with pytest.raises(LedgerError, match="an unknown number of bytes"):
@@ -164,7 +168,9 @@ def test_powersgd_without_a_record_of_what_was_handed_over_fails(make_run, tmp_p
         ({"hook": "bf16"}, "hook is none"),
     ],
 )
-def test_different_conditions_are_not_mixed_and_the_difference_is_named(make_run, tmp_path, changes, named):
+def test_different_conditions_are_not_mixed_and_the_difference_is_named(
+    make_run: MakeRun, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
     first, second = make_run("a"), make_run("b", model="squeezenet1_1")
     change(second, **changes)
     config = from_runs(tmp_path, first, second)
@@ -173,7 +179,7 @@ def test_different_conditions_are_not_mixed_and_the_difference_is_named(make_run
     assert not config.directory.exists()
 
 
-def test_a_ledger_that_does_not_carry_the_model_fails(make_run, tmp_path):
+def test_a_ledger_that_does_not_carry_the_model_fails(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a")
     ledger = json.loads((run / "ledger.json").read_text())
     ledger["collectives"][2]["payload_bytes"] -= 4
@@ -182,24 +188,24 @@ def test_a_ledger_that_does_not_carry_the_model_fails(make_run, tmp_path):
         compare(from_runs(tmp_path, run))
 
 
-def test_a_ledger_without_gradient_collectives_fails(make_run, tmp_path):
+def test_a_ledger_without_gradient_collectives_fails(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a")
     change(run, collectives=[])
     with pytest.raises(LedgerError, match="recorded no gradient collective"):
         compare(from_runs(tmp_path, run))
 
 
-def test_a_model_given_twice_is_refused(make_run, tmp_path):
+def test_a_model_given_twice_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds squeezenet1_0 more than once"):
         compare(from_runs(tmp_path, make_run("a"), make_run("b")))
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no ledger\.json"):
         compare(from_runs(tmp_path, tmp_path))
 
 
-def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run, tmp_path):
+def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run: MakeRun, tmp_path: Path) -> None:
     run = read_run(make_run("squeezenet1_0"))
     outcomes = [
         Outcome("vgg16", facts("vgg16"), reason="It was killed.", exit_code=1),
@@ -213,7 +219,7 @@ def test_a_failed_model_is_a_row_and_the_others_are_reported(make_run, tmp_path)
     assert result["runs"] == {"squeezenet1_0": "../squeezenet1_0"}
 
 
-def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run, tmp_path):
+def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run: MakeRun, tmp_path: Path) -> None:
     run = read_run(make_run("squeezenet1_0"))
     outcomes = [
         Outcome("vgg16", facts("vgg16"), reason="It was killed.", exit_code=1),
@@ -244,19 +250,19 @@ def test_without_its_baseline_a_multiple_is_null_with_the_reason(make_run, tmp_p
         (["precision=fp8"], "precision='fp8' is not one of"),
     ],
 )
-def test_impossible_comparisons_are_refused(tmp_path, overrides, said):
+def test_impossible_comparisons_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_candidates(configured("name=c", f"run_root='{tmp_path}'", *overrides))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_of_somebody_else_is_left_alone(make_run, tmp_path):
+def test_a_directory_of_somebody_else_is_left_alone(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("c/squeezenet1_0")
     with pytest.raises(ConfigError, match="was not made by a comparison"):
         check_candidates(configured("name=c", f"run_root='{tmp_path}'", "models=[squeezenet1_0]"))
 
 
-def test_every_candidate_gets_the_same_conditions(tmp_path):
+def test_every_candidate_gets_the_same_conditions(tmp_path: Path) -> None:
     config = configured("name=c", f"run_root='{tmp_path}'", "models=[squeezenet1_0,squeezenet1_0:sr=0.5,vgg16]")
     candidates = check_candidates(config)
     mine = ("model", "name", "model.metaparameters.sr")
@@ -266,7 +272,7 @@ def test_every_candidate_gets_the_same_conditions(tmp_path):
     assert [candidate.slug for candidate in candidates] == ["squeezenet1_0", "squeezenet1_0@sr=0.5", "vgg16"]
 
 
-def test_the_command_ends_2_and_names_the_nearest_model(tmp_path):
+def test_the_command_ends_2_and_names_the_nearest_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.compare", "models=[squezenet1_0]", f"run_root={tmp_path}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
@@ -274,7 +280,7 @@ def test_the_command_ends_2_and_names_the_nearest_model(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_shards_end_3_before_any_run(tmp_path):
+def test_missing_shards_end_3_before_any_run(tmp_path: Path) -> None:
     where = [f"run_root={tmp_path}/runs", f"data.root={tmp_path}/nowhere"]
     command = [sys.executable, "-m", "pipeline.compare", "models=[squeezenet1_0]", *where]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -286,12 +292,12 @@ def test_missing_shards_end_3_before_any_run(tmp_path):
 # --- names ---
 
 
-def test_baseline_defaults_to_squeezenet_then_to_the_first():
+def test_baseline_defaults_to_squeezenet_then_to_the_first() -> None:
     assert choose_baseline(None, ["alexnet", "squeezenet1_0"]) == "squeezenet1_0"
     assert choose_baseline(None, ["alexnet", "vgg16"]) == "alexnet"
 
 
-def test_published_accuracy_is_not_lent_to_variants():
+def test_published_accuracy_is_not_lent_to_variants() -> None:
     accuracy = published("squeezenet1_0", zoo.published_accuracy)
     assert accuracy is not None and accuracy.top1 == 0.58092
     assert published("squeezenet1_0:sr=0.5", zoo.published_accuracy) is None
@@ -310,13 +316,13 @@ SPECS = st.builds(
 
 
 @given(st.lists(SPECS, min_size=1, max_size=4, unique=True))
-def test_specs_need_no_quotes_on_the_command_line(specs):
+def test_specs_need_no_quotes_on_the_command_line(specs: list[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (argument,) = quote_models([f"models=[{','.join(specs)}]"])
     assert OverridesParser.create().parse_override(argument).value() == specs
 
 
-def test_what_is_already_quoted_stays():
+def test_what_is_already_quoted_stays() -> None:
     argument = "models=['squeezenet1_0:sr=0.5',alexnet]"
     assert quote_models(["name=x", argument]) == ["name=x", argument]

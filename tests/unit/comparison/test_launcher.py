@@ -1,5 +1,7 @@
 """How a comparison starts its trainings, and what each of them is told."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.comparison.candidates import check_candidates
@@ -30,7 +32,9 @@ def configured(*overrides: str) -> CompareConfig:
         (["lab.servers=2", "lab.ranks_per_server=2"], TWO_NODES, ("lab", 4, 1)),
     ],
 )
-def test_the_launcher_follows_the_allocation(overrides, environment, expected):
+def test_the_launcher_follows_the_allocation(
+    overrides: list[str], environment: dict[str, str], expected: tuple[str, int, int]
+) -> None:
     launcher = choose_launcher(configured(*overrides), environment)
     assert (launcher.kind, launcher.num_ranks, launcher.num_machines) == expected
 
@@ -44,18 +48,18 @@ def test_the_launcher_follows_the_allocation(overrides, environment, expected):
         (["cluster.devices=1"], {}, "at least 2"),
     ],
 )
-def test_what_cannot_be_started_is_refused(overrides, environment, said):
+def test_what_cannot_be_started_is_refused(overrides: list[str], environment: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose_launcher(configured(*overrides), environment)
 
 
-def test_a_training_runs_over_the_allocation_and_alone_on_one_rank_of_it():
+def test_a_training_runs_over_the_allocation_and_alone_on_one_rank_of_it() -> None:
     launcher = choose_launcher(configured(), TWO_NODES | {"SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "3"})
     assert launcher.command([], [], alone=False)[:4] == ["srun", "--nodes=2", "--ntasks=4", "--cpus-per-task=3"]
     assert launcher.command([], [], alone=True)[:4] == ["srun", "--nodes=1", "--ntasks=1", "--cpus-per-task=3"]
 
 
-def test_slurms_variables_reach_srun_and_nobody_else(monkeypatch):
+def test_slurms_variables_reach_srun_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in (TWO_NODES | {"RANK": "3", "SLURM_WAIT": "9"}).items():
         monkeypatch.setenv(key, value)
     over, local = choose_launcher(configured()).environment(), choose_launcher(configured("launcher=local"))
@@ -67,7 +71,7 @@ def test_slurms_variables_reach_srun_and_nobody_else(monkeypatch):
 # --- what the trainings are told ---
 
 
-def test_each_model_is_run_once_per_compression(tmp_path):
+def test_each_model_is_run_once_per_compression(tmp_path: Path) -> None:
     config = configured("models=[squeezenet1_0,alexnet]", "hooks=[none,powersgd]", f"run_root='{tmp_path}'")
     candidates = check_candidates(config)
     assert [candidate.label for candidate in candidates] == [
@@ -84,7 +88,7 @@ def test_each_model_is_run_once_per_compression(tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(1000, 2), (4, 4)])
-def test_powersgd_begins_within_the_steps(tmp_path, asked, expected):
+def test_powersgd_begins_within_the_steps(tmp_path: Path, asked: int, expected: int) -> None:
     keys = ("hooks=[powersgd]", f"comm.powersgd_start_step={asked}", "steps=5", f"run_root='{tmp_path}'")
     (candidate,) = check_candidates(configured("models=[squeezenet1_0]", *keys))
     assert f"comm.powersgd_start_step={expected}" in candidate.overrides
@@ -99,7 +103,7 @@ def test_powersgd_begins_within_the_steps(tmp_path, asked, expected):
         (["alone_runs=[runs/one]"], "belongs to runs="),
     ],
 )
-def test_impossible_compressions_are_refused(tmp_path, overrides, said):
+def test_impossible_compressions_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_candidates(configured("models=[squeezenet1_0]", f"run_root='{tmp_path}'", *overrides))
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,11 @@
 """The columns of a comparison: hand-made runs in, values and reasons out."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import timed_run
+from handmade_runs import MakeRun, timed_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.overrides import quote_models
 from pipeline.models.facts import model_facts
 
-MakeRun = Callable[..., Path]
 SQUEEZENET_BYTES, ALEXNET_BYTES = 4_993_696, 244_403_360
 
 
@@ -50,7 +48,7 @@ def alone(make_run: MakeRun, name: str, seconds: float, **settings: Any) -> Path
     return run
 
 
-def test_egress_grows_from_the_step_to_the_training(make_run, tmp_path):
+def test_egress_grows_from_the_step_to_the_training(make_run: MakeRun, tmp_path: Path) -> None:
     (row,) = compared(tmp_path, [make_run("a", model="alexnet")])["models"]
     per_step = ALEXNET_BYTES + 1152 + 104  # of the busiest server, as the ledger says
     assert row["payload_bytes_per_step"] == ALEXNET_BYTES
@@ -62,7 +60,7 @@ def test_egress_grows_from_the_step_to_the_training(make_run, tmp_path):
 
 
 @given(st.integers(0, 10**10), st.integers(1, 1_281_167), st.floats(0.5, 600))
-def test_steps_are_whole(per_step, global_batch, epochs):
+def test_steps_are_whole(per_step: int, global_batch: int, epochs: float) -> None:
     sent = egress(per_step, global_batch, epochs)
     steps_per_epoch = 1_281_167 // global_batch
     assert sent["server_egress_bytes_per_epoch"] == steps_per_epoch * per_step
@@ -71,18 +69,18 @@ def test_steps_are_whole(per_step, global_batch, epochs):
     assert training >= (epochs * steps_per_epoch - 1) * per_step * (1 - 1e-12)
 
 
-def test_a_batch_larger_than_imagenet_has_no_epoch():
+def test_a_batch_larger_than_imagenet_has_no_epoch() -> None:
     assert egress(100, 2_000_000, 90)["server_egress_bytes_per_epoch"] is None
     assert egress(None, 16, 90) == dict.fromkeys(egress(1, 16, 90))
 
 
-def test_a_variant_has_no_recipe_and_says_so(make_run, tmp_path):
+def test_a_variant_has_no_recipe_and_says_so(make_run: MakeRun, tmp_path: Path) -> None:
     result = compared(tmp_path, [make_run("b", model="squeezenet1_0", sr=0.5)])
     assert result["models"][0]["server_egress_bytes_per_training"] is None
     assert "squeezenet1_0:sr=0.5" in result["null_reasons"]["models.0.server_egress_bytes_per_training"]
 
 
-def test_layers_carry_their_kind(make_run, tmp_path):
+def test_layers_carry_their_kind(make_run: MakeRun, tmp_path: Path) -> None:
     (row,) = compared(tmp_path, [make_run("a", model="alexnet")])["models"]
     connected = sum(layer["bytes"] for layer in row["layers"] if layer["kind"] == "fully connected")
     assert sum(layer["bytes"] for layer in row["layers"]) == ALEXNET_BYTES
@@ -92,7 +90,7 @@ def test_layers_carry_their_kind(make_run, tmp_path):
 # --- compressions ---
 
 
-def test_compressions_are_rows_of_the_same_model(make_run, tmp_path):
+def test_compressions_are_rows_of_the_same_model(make_run: MakeRun, tmp_path: Path) -> None:
     plain, half, alexnet = make_run("plain"), make_run("half"), make_run("alexnet", model="alexnet")
     compress(half, "bf16", SQUEEZENET_BYTES // 2)
     result = compared(tmp_path, [half, plain, alexnet], hooks="[none,bf16]")
@@ -105,21 +103,21 @@ def test_compressions_are_rows_of_the_same_model(make_run, tmp_path):
     assert result["runs"]["squeezenet1_0 + bf16"] == "../half"
 
 
-def test_nothing_but_the_compression_may_differ(make_run, tmp_path):
+def test_nothing_but_the_compression_may_differ(make_run: MakeRun, tmp_path: Path) -> None:
     plain, half = make_run("plain"), make_run("half", num_classes=1000, global_batch=32)
     compress(half, "bf16", SQUEEZENET_BYTES // 2)
     with pytest.raises(ConfigError, match="pictures per step is 16"):
         compared(tmp_path, [plain, half], hooks="[none,bf16]")
 
 
-def test_a_compression_that_was_not_asked_for_is_refused(make_run, tmp_path):
+def test_a_compression_that_was_not_asked_for_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     half = make_run("half")
     compress(half, "fp16", SQUEEZENET_BYTES // 2)
     with pytest.raises(ConfigError, match="compressed by fp16"):
         compared(tmp_path, [make_run("plain"), half], hooks="[none,bf16]")
 
 
-def test_powersgds_plain_steps_are_not_what_it_carries(make_run, tmp_path):
+def test_powersgds_plain_steps_are_not_what_it_carries(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("low-rank")
     num_steps, num_plain, carried = 8, 2, 55_820
     total = num_plain * SQUEEZENET_BYTES + (num_steps - num_plain) * carried
@@ -139,7 +137,7 @@ def test_powersgds_plain_steps_are_not_what_it_carries(make_run, tmp_path):
 # --- one rank alone ---
 
 
-def test_scaling_is_set_against_one_rank_alone(make_run, tmp_path):
+def test_scaling_is_set_against_one_rank_alone(make_run: MakeRun, tmp_path: Path) -> None:
     together, single = make_run("a", seconds=0.25), alone(make_run, "one", seconds=0.2)
     result = compared(tmp_path, [together], alone_runs=f"['{single}']")
     assert result["models"][0]["scaling_efficiency"] == pytest.approx((16 / 0.25 / 2) / (8 / 0.2))
@@ -147,21 +145,21 @@ def test_scaling_is_set_against_one_rank_alone(make_run, tmp_path):
     assert "pictures per step: 8" in result["conditions"]["one rank alone"]
 
 
-def test_without_one_the_reason_is_given(make_run, tmp_path):
+def test_without_one_the_reason_is_given(make_run: MakeRun, tmp_path: Path) -> None:
     result = compared(tmp_path, [make_run("a")])
     assert result["models"][0]["scaling_efficiency"] is None
     assert "alone_runs" in result["null_reasons"]["models.0.scaling_efficiency"]
 
 
 @pytest.mark.parametrize("batch", [4, 16])
-def test_a_rank_alone_has_what_each_rank_has(make_run, tmp_path, batch):
+def test_a_rank_alone_has_what_each_rank_has(make_run: MakeRun, tmp_path: Path, batch: int) -> None:
     single = alone(make_run, "one", seconds=0.2)
     change(single, global_batch=batch)
     with pytest.raises(ConfigError, match=f"pictures per step and rank is {batch}, not 8"):
         compared(tmp_path, [make_run("a")], alone_runs=f"['{single}']")
 
 
-def test_two_ranks_are_not_one(make_run, tmp_path):
+def test_two_ranks_are_not_one(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run of a single rank"):
         compared(tmp_path, [make_run("a")], alone_runs=f"['{make_run('b')}']")
 
@@ -170,13 +168,13 @@ def test_two_ranks_are_not_one(make_run, tmp_path):
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_whether_the_ledger_closes_is_told(make_run, tmp_path, closed):
+def test_whether_the_ledger_closes_is_told(make_run: MakeRun, tmp_path: Path, closed: bool) -> None:
     run = make_run("a")
     change(run, closed=closed)
     assert compared(tmp_path, [run])["models"][0]["ledger_closed"] is closed
 
 
-def test_a_run_that_ended_for_its_ledger_is_not_closed(tmp_path):
+def test_a_run_that_ended_for_its_ledger_is_not_closed(tmp_path: Path) -> None:
     facts = model_facts("squeezenet1_0", num_classes=1000, image_size=64, batch_size=8)
     failed = Outcome("squeezenet1_0", facts, reason="It does not close.", exit_code=ExitCode.LEDGER)
     killed = Outcome("squeezenet1_1", facts, reason="It was killed.", exit_code=ExitCode.INTERNAL)
@@ -197,7 +195,7 @@ def timed(tmp_path: Path, model: str, passes_seconds: float, step_seconds: float
     return run.write(tmp_path / model)
 
 
-def test_the_break_even_link_lies_where_both_train_equally_fast(tmp_path):
+def test_the_break_even_link_lies_where_both_train_equally_fast(tmp_path: Path) -> None:
     runs = [timed(tmp_path, "squeezenet1_0", 0.16, 0.25, 0.045), timed(tmp_path, "resnet18", 0.03, 0.25, 0.2)]
     result = compared(tmp_path, runs)
     small, large = result["models"]
@@ -209,7 +207,7 @@ def test_the_break_even_link_lies_where_both_train_equally_fast(tmp_path):
     assert "Mbit/s" in (tmp_path / "c/report.html").read_text() or "Gbit/s" in (tmp_path / "c/report.html").read_text()
 
 
-def test_runs_that_timed_no_buckets_have_no_break_even_and_say_why(make_run, tmp_path):
+def test_runs_that_timed_no_buckets_have_no_break_even_and_say_why(make_run: MakeRun, tmp_path: Path) -> None:
     result = compared(tmp_path, [make_run("a"), make_run("b", model="alexnet")])
     key = "break_even_bandwidth_bits_per_second"
     assert [row[key] for row in result["models"]] == [None, None]

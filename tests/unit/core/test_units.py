@@ -20,12 +20,12 @@ from pipeline.core.units import MISSING, format_bandwidth, format_bytes, format_
         (None, MISSING),
     ],
 )
-def test_bytes_are_decimal(num_bytes, text):
+def test_bytes_are_decimal(num_bytes: int | None, text: str) -> None:
     assert format_bytes(num_bytes) == text
 
 
 @given(st.integers(0, 10**17))
-def test_no_size_prints_more_than_three_digits_before_the_point(num_bytes):
+def test_no_size_prints_more_than_three_digits_before_the_point(num_bytes: int) -> None:
     number, unit = format_bytes(num_bytes).split()
     assert float(number) < 1000
     scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit]
@@ -44,7 +44,7 @@ def test_no_size_prints_more_than_three_digits_before_the_point(num_bytes):
         (None, MISSING),
     ],
 )
-def test_seconds(seconds, text):
+def test_seconds(seconds: float | None, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
@@ -52,22 +52,22 @@ def test_seconds(seconds, text):
     ("bits_per_second", "text"),
     [(9600, "9.6 kbit/s"), (10**8, "100 Mbit/s"), (25 * 10**8, "2.5 Gbit/s"), (800, "800 bit/s"), (None, MISSING)],
 )
-def test_bandwidth(bits_per_second, text):
+def test_bandwidth(bits_per_second: int | None, text: str) -> None:
     assert format_bandwidth(bits_per_second) == text
 
 
-def test_what_was_not_measured_is_a_dash_and_zero_is_not():
+def test_what_was_not_measured_is_a_dash_and_zero_is_not() -> None:
     assert format_times(None) == MISSING
     assert format_times(0.0) == "0.00×"
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
-def test_median_has_as_many_below_as_above(values):
+def test_median_has_as_many_below_as_above(values: list[float]) -> None:
     middle = median(values)
     assert middle is not None
     assert sum(v < middle for v in values) <= len(values) / 2
     assert sum(v > middle for v in values) <= len(values) / 2
 
 
-def test_median_of_nothing():
+def test_median_of_nothing() -> None:
     assert median([]) is None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,7 +60,9 @@ for item in wanted:
 class Reader:
     """A process that opens objects through the cache, one after another, once told to begin."""
 
-    def __init__(self, server: ShardServer, directory: Path, *names: str, bound: int = 10**9, seconds: float = 20):
+    def __init__(
+        self, server: ShardServer, directory: Path, *names: str, bound: int = 10**9, seconds: float = 20
+    ) -> None:
         wanted = [f"{name}:{SIZE}:{ENTRIES[name].key}" for name in names]
         arguments = [server.url, str(directory), str(bound), str(seconds), *wanted]
         self.process = subprocess.Popen(
@@ -140,7 +142,7 @@ def is_growing(directory: Path) -> bool:
     return any(any(part.read_bytes()[:1000]) for part in parts(directory))
 
 
-def wait_for(condition) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
@@ -150,7 +152,7 @@ def wait_for(condition) -> None:
 # --- once per server ---
 
 
-def test_processes_that_want_the_same_fetch_it_once(server, tmp_path):
+def test_processes_that_want_the_same_fetch_it_once(server: ShardServer, tmp_path: Path) -> None:
     server.set_rules(Rule("slow", bytes_per_second=400_000))  # a quarter of a second: all of them come meanwhile
     readers = [Reader(server, tmp_path / "cache", *NAMES[:2]) for _ in range(3)]
     for reader in readers:
@@ -162,7 +164,7 @@ def test_processes_that_want_the_same_fetch_it_once(server, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir() if path.name != "lock"} == {0o400}
 
 
-def test_a_second_job_takes_what_the_first_has_left(server, tmp_path):
+def test_a_second_job_takes_what_the_first_has_left(server: ShardServer, tmp_path: Path) -> None:
     for _ in range(2):
         reader = Reader(server, tmp_path / "cache", *NAMES[:3])
         reader.begin()
@@ -170,7 +172,7 @@ def test_a_second_job_takes_what_the_first_has_left(server, tmp_path):
     assert server.sent_bytes() == 3 * SIZE
 
 
-def test_a_failure_is_shared_by_those_who_wait_for_it(server, tmp_path):
+def test_a_failure_is_shared_by_those_who_wait_for_it(server: ShardServer, tmp_path: Path) -> None:
     """Each of them would otherwise spend the whole patience, one after another."""
     server.set_rules(Rule("status", status=503))
     readers = [Reader(server, tmp_path / "cache", NAMES[0], seconds=2) for _ in range(3)]
@@ -182,7 +184,7 @@ def test_a_failure_is_shared_by_those_who_wait_for_it(server, tmp_path):
     assert not list((tmp_path / "cache").glob("[!l]*"))
 
 
-def test_the_failure_of_another_job_is_not_shared(tmp_path):
+def test_the_failure_of_another_job_is_not_shared(tmp_path: Path) -> None:
     first, second = make(tmp_path, origin="here"), make(tmp_path, origin="elsewhere")
     is_under_way, may_fail = threading.Event(), threading.Event()
 
@@ -203,7 +205,9 @@ def test_the_failure_of_another_job_is_not_shared(tmp_path):
     thread.join()
 
 
-def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetched_again(tmp_path, monkeypatch):
+def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.data.remote.locks.POLL_SECONDS", 0.3)
     first, second = make(tmp_path), make(tmp_path)
     entry, is_under_way, may_end = ENTRIES[NAMES[0]], threading.Event(), threading.Event()
@@ -229,7 +233,9 @@ def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetche
 # --- who is killed ---
 
 
-def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(server, tmp_path):
+def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(
+    server: ShardServer, tmp_path: Path
+) -> None:
     directory = tmp_path / "cache"
     server.set_rules(Rule("slow", bytes_per_second=50_000, times=1))
     victim, heir = (Reader(server, directory, NAMES[0]) for _ in range(2))
@@ -243,7 +249,7 @@ def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(ser
     assert [r.fault for r in server.requests()] == ["slow", None]
 
 
-def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server, tmp_path):
+def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server: ShardServer, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     server.set_rules(Rule("slow", bytes_per_second=50_000))
     victim, living = (Reader(server, directory, name) for name in NAMES[:2])
@@ -257,7 +263,7 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_any_moment(server, tmp_path):
+def test_killed_again_and_again_at_any_moment(server: ShardServer, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     moments = np.random.default_rng(0).uniform(0, 0.6, 20)
     for moment in moments:
@@ -280,14 +286,14 @@ def test_killed_again_and_again_at_any_moment(server, tmp_path):
 # --- room ---
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path):
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     cache = make(tmp_path, bound=3 * SIZE)
     put(cache, *NAMES[:3])
     put(cache, NAMES[0], NAMES[3])
     assert held(cache) == [NAMES[0], NAMES[2], NAMES[3]] and cache.used_bytes() == 3 * SIZE
 
 
-def test_what_is_released_goes_before_what_waits_for_its_use(tmp_path):
+def test_what_is_released_goes_before_what_waits_for_its_use(tmp_path: Path) -> None:
     cache = make(tmp_path, bound=3 * SIZE)
     put(cache, *NAMES[:3])
     cache.release(ENTRIES[NAMES[2]])
@@ -299,7 +305,7 @@ def test_what_is_released_goes_before_what_waits_for_its_use(tmp_path):
     assert held(cache) == [NAMES[0], NAMES[3], NAMES[4]]
 
 
-def test_what_is_being_read_stays_whoever_reads_it(tmp_path):
+def test_what_is_being_read_stays_whoever_reads_it(tmp_path: Path) -> None:
     cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
     put(cache, NAMES[0], NAMES[1])
     with other.open(ENTRIES[NAMES[0]], writes(NAMES[0])) as descriptor:
@@ -309,7 +315,7 @@ def test_what_is_being_read_stays_whoever_reads_it(tmp_path):
         assert os.pread(descriptor, SIZE, 0) == CONTENTS[NAMES[0]]
 
 
-def test_where_everything_is_in_use_it_is_waited_for_and_then_said(tmp_path):
+def test_where_everything_is_in_use_it_is_waited_for_and_then_said(tmp_path: Path) -> None:
     cache, other = make(tmp_path, bound=SIZE, seconds=0.5), make(tmp_path, bound=SIZE)
     put(other, NAMES[0])
     with (
@@ -322,12 +328,12 @@ def test_where_everything_is_in_use_it_is_waited_for_and_then_said(tmp_path):
     assert held(cache) == [NAMES[1]]
 
 
-def test_an_object_larger_than_the_cache(tmp_path):
+def test_an_object_larger_than_the_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"data\.cache_bytes={SIZE - 1} holds not even {NAMES[0]}"):
         put(make(tmp_path, bound=SIZE - 1), NAMES[0])
 
 
-def test_the_bound_holds_for_many_processes_with_little_room(server, tmp_path):
+def test_the_bound_holds_for_many_processes_with_little_room(server: ShardServer, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     readers = [Reader(server, directory, *np.roll(NAMES, 3 * n).tolist(), bound=3 * SIZE) for n in range(3)]
     for reader in readers:
@@ -341,7 +347,7 @@ def test_the_bound_holds_for_many_processes_with_little_room(server, tmp_path):
     assert SIZE <= most <= 3 * SIZE
 
 
-def test_what_is_fetched_ahead_waits_for_nobody(tmp_path):
+def test_what_is_fetched_ahead_waits_for_nobody(tmp_path: Path) -> None:
     cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
     assert cache.fetch_ahead(ENTRIES[NAMES[0]], writes(NAMES[0])) and held(cache) == [NAMES[0]]
     part = tmp_path / f"{ENTRIES[NAMES[1]].key}{PART}"
@@ -354,7 +360,7 @@ def test_what_is_fetched_ahead_waits_for_nobody(tmp_path):
     assert not held(cache)[2:]
 
 
-def test_an_old_object_is_fetched_anew_where_age_matters(tmp_path):
+def test_an_old_object_is_fetched_anew_where_age_matters(tmp_path: Path) -> None:
     cache = make(tmp_path)
     entry = Entry("0" * 64, "the listing")
 
@@ -368,7 +374,7 @@ def test_an_old_object_is_fetched_anew_where_age_matters(tmp_path):
         assert read(b"at %d" % changed_at) == b"at %d" % changed_at
 
 
-def test_an_object_of_the_wrong_size_is_fetched_anew(tmp_path):
+def test_an_object_of_the_wrong_size_is_fetched_anew(tmp_path: Path) -> None:
     cache = make(tmp_path)
     put(cache, NAMES[0])
     path = tmp_path / ENTRIES[NAMES[0]].key
@@ -380,7 +386,7 @@ def test_an_object_of_the_wrong_size_is_fetched_anew(tmp_path):
 # --- what is not the cache's own ---
 
 
-def test_whatever_else_lies_in_the_directory_is_left_alone(tmp_path):
+def test_whatever_else_lies_in_the_directory_is_left_alone(tmp_path: Path) -> None:
     """A directory that people keep other things in: not swept, not evicted, not counted, not opened."""
     foreign = {"thesis.tex": b"years", "download.part": b"half", f"{'a' * 63}.part": b"short", f"{'b' * 64}.txt": b"?"}
     for name, content in foreign.items():
@@ -409,7 +415,7 @@ def test_whatever_else_lies_in_the_directory_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo"])
-def test_what_has_the_name_of_an_object_and_is_none_is_replaced_and_never_followed(tmp_path, kind):
+def test_what_has_the_name_of_an_object_and_is_none_is_replaced_and_never_followed(tmp_path: Path, kind: str) -> None:
     cache, path = make(tmp_path / "cache"), tmp_path / "cache" / ENTRIES[NAMES[0]].key
     target = tmp_path / "precious"
     target.write_bytes(CONTENTS[NAMES[0]])
@@ -421,7 +427,7 @@ def test_what_has_the_name_of_an_object_and_is_none_is_replaced_and_never_follow
     assert path.is_file() and not path.is_symlink() and target.stat().st_mtime == 1
 
 
-def test_a_fifo_in_the_place_of_a_part_is_a_sentence(tmp_path):
+def test_a_fifo_in_the_place_of_a_part_is_a_sentence(tmp_path: Path) -> None:
     cache, part = make(tmp_path), tmp_path / f"{ENTRIES[NAMES[0]].key}{PART}"
     os.mkfifo(part)
     with pytest.raises(DataError, match=rf"{part.name} .*remove it"):
@@ -429,7 +435,9 @@ def test_a_fifo_in_the_place_of_a_part_is_a_sentence(tmp_path):
     assert part.is_fifo()
 
 
-def test_the_cache_has_a_directory_of_its_own_below_the_one_that_is_given(tmp_path, monkeypatch):
+def test_the_cache_has_a_directory_of_its_own_below_the_one_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "download.part").write_text("half")
     settings = CacheSettings.of(DataConfig(cache_dir=str(tmp_path)))
     cache = Cache(settings, "here")
@@ -469,7 +477,7 @@ print(sorted(path.name[:3] + path.suffix for path in cache.directory.iterdir()))
 """
 
 
-def test_a_disk_that_is_full_before_the_bound_is_made_the_most_of_and_then_said(tmp_path):
+def test_a_disk_that_is_full_before_the_bound_is_made_the_most_of_and_then_said(tmp_path: Path) -> None:
     """A disk of a mebibyte, mounted for one process alone."""
     script = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")]
@@ -483,7 +491,7 @@ def test_a_disk_that_is_full_before_the_bound_is_made_the_most_of_and_then_said(
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "/proc"])
-def test_a_directory_that_cannot_be_used(tmp_path, place):
+def test_a_directory_that_cannot_be_used(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     directory = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "/proc": Path("/proc/x")}[place]
     with pytest.raises(
@@ -492,7 +500,7 @@ def test_a_directory_that_cannot_be_used(tmp_path, place):
         make(directory)
 
 
-def test_a_directory_of_somebody_else(tmp_path):
+def test_a_directory_of_somebody_else(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     if os.geteuid() == 0:
         directory.mkdir()
@@ -504,7 +512,7 @@ def test_a_directory_of_somebody_else(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
-def test_a_directory_that_others_may_write_to(tmp_path, mode):
+def test_a_directory_that_others_may_write_to(tmp_path: Path, mode: int) -> None:
     """Who may write there may put other pictures in the place of ours."""
     directory = tmp_path / "cache"
     directory.mkdir()
@@ -516,7 +524,7 @@ def test_a_directory_that_others_may_write_to(tmp_path, mode):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
-def test_what_somebody_else_left_is_neither_read_nor_counted_nor_evicted(tmp_path):
+def test_what_somebody_else_left_is_neither_read_nor_counted_nor_evicted(tmp_path: Path) -> None:
     cache, path = make(tmp_path, bound=SIZE), tmp_path / ENTRIES[NAMES[0]].key
     path.write_bytes(bytes(SIZE))
     os.chown(path, 12345, 12345)
@@ -527,7 +535,7 @@ def test_what_somebody_else_left_is_neither_read_nor_counted_nor_evicted(tmp_pat
     assert path.read_bytes() == CONTENTS[NAMES[0]] and path.stat().st_uid == os.geteuid()
 
 
-def test_what_is_looked_at_is_not_evicted_meanwhile(tmp_path):
+def test_what_is_looked_at_is_not_evicted_meanwhile(tmp_path: Path) -> None:
     cache, other = make(tmp_path, bound=2 * SIZE), make(tmp_path, bound=2 * SIZE)
     put(cache, NAMES[0], NAMES[1])
     with cache.look(ENTRIES[NAMES[2]]) as descriptor:
@@ -540,7 +548,7 @@ def test_what_is_looked_at_is_not_evicted_meanwhile(tmp_path):
         assert os.pread(descriptor, SIZE, 0) == CONTENTS[NAMES[0]]
 
 
-def test_a_link_is_not_followed(tmp_path):
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
     cache = make(tmp_path / "cache")
     target = tmp_path / "precious"
     target.write_text("precious")
@@ -550,7 +558,9 @@ def test_a_link_is_not_followed(tmp_path):
     assert target.read_text() == "precious"
 
 
-def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(server, tmp_path, monkeypatch):
+def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.data.remote.cache.GRACE_SECONDS", 0.5)
     directory = tmp_path / "cache"
     server.set_rules(Rule("slow", bytes_per_second=50_000))

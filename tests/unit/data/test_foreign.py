@@ -50,13 +50,13 @@ def refused(root: Path, split: str = "train") -> str:
 # _info.json
 
 
-def test_the_splits_of_info_are_found_by_their_names(root):
+def test_the_splits_of_info_are_found_by_their_names(root: Path) -> None:
     assert ShardIndex.open(root, "train").num_samples == 9
     validation = ShardIndex.open(root, "validation")
     assert validation.num_samples == 3 and validation.shard_name(0) == "imagenet-validation-00.tar"
 
 
-def test_the_same_shards_are_the_same_index_with_and_without_info(root):
+def test_the_same_shards_are_the_same_index_with_and_without_info(root: Path) -> None:
     told = ShardIndex.open(root, "train").index_hash
     by_braces = ShardIndex.open(root, "imagenet-train-{0000..0001}.tar").index_hash
     (root / "_info.json").unlink()
@@ -65,7 +65,7 @@ def test_the_same_shards_are_the_same_index_with_and_without_info(root):
 
 @pytest.mark.parametrize("split", ["train", "imagenet-train-{0000..0001}.tar"])
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_other_counts_than_info_says_are_named(root, split, is_cached):
+def test_other_counts_than_info_says_are_named(root: Path, split: str, is_cached: bool) -> None:
     if is_cached:
         ShardIndex.open(root, split)
     write_info(root, num_samples=10, shard_lengths=[4, 6])
@@ -88,7 +88,9 @@ def test_other_counts_than_info_says_are_named(root, split, is_cached):
         ({"alt_label": "class_12k"}, "'class_12k'"),
     ],
 )
-def test_an_info_that_cannot_be_so_is_refused(root, tmp_path, monkeypatch, changed, complaint):
+def test_an_info_that_cannot_be_so_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], complaint: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_info(root, **changed)
     assert complaint in refused(root)
@@ -96,19 +98,19 @@ def test_an_info_that_cannot_be_so_is_refused(root, tmp_path, monkeypatch, chang
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", '{"splits": 3}', "\x00", "[" * 100_000])
-def test_an_info_that_is_none_is_refused_rather_than_ignored(root, content):
+def test_an_info_that_is_none_is_refused_rather_than_ignored(root: Path, content: str) -> None:
     (root / "_info.json").write_text(content)
     assert "_info.json" in refused(root, "imagenet-train")
 
 
-def test_the_other_name_of_info(root):
+def test_the_other_name_of_info(root: Path) -> None:
     (root / "_info.json").rename(root / "info.json")
     assert ShardIndex.open(root, "train").num_samples == 9
     (root / "info.json").write_text('{"made_by": "something else"}')  # a common name: not everyone's means this
     assert ShardIndex.open(root, "imagenet-train").num_samples == 9
 
 
-def test_the_cached_index_of_another_set_is_not_used(tmp_path):
+def test_the_cached_index_of_another_set_is_not_used(tmp_path: Path) -> None:
     """Names and sizes are the same; what a copied cache knows beside them are the times of the files it was made of."""
     ours, other = tmp_path / "ours", tmp_path / "other"
     for directory, first in ((ours, 0), (other, 50)):
@@ -123,7 +125,7 @@ def test_the_cached_index_of_another_set_is_not_used(tmp_path):
     assert index.index_hash == expected and index.sample_key(0) == "000000000"
 
 
-def test_a_shard_that_info_does_not_list_is_named(tmp_path):
+def test_a_shard_that_info_does_not_list_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0000.tar", samples_of(0, 2))
     write_tar(tmp_path / "train-0001.tar", samples_of(2, 2))
     split = {"name": "train", "num_samples": 2, "filenames": ["train-0000.tar"], "shard_lengths": [2]}
@@ -131,12 +133,12 @@ def test_a_shard_that_info_does_not_list_is_named(tmp_path):
     assert "train-0001.tar lies there too" in refused(tmp_path)
 
 
-def test_a_split_that_is_not_there_names_those_that_are(root):
+def test_a_split_that_is_not_there_names_those_that_are(root: Path) -> None:
     message = refused(root, "val")
     assert "train, validation" in message and "imagenet-train-0000.tar .. imagenet-validation-00.tar" in message
 
 
-def test_every_tar_belongs_to_a_split(root):
+def test_every_tar_belongs_to_a_split(root: Path) -> None:
     write_tar(root / "extra-0.tar", samples_of(0, 1))
     write_tar(root / "odd.tar", samples_of(0, 1))
     assert {name: len(split.names) for name, split in find_all(root).items()} == {
@@ -151,7 +153,7 @@ def test_every_tar_belongs_to_a_split(root):
 
 
 @given(first=st.integers(0, 200), count=st.integers(1, 50), digits=st.integers(3, 6))
-def test_braces_stand_for_every_name_between(first, count, digits):
+def test_braces_stand_for_every_name_between(first: int, count: int, digits: int) -> None:
     names = expand(f"set-train-{{{first:0{digits}d}..{first + count - 1:0{digits}d}}}.tar")
     assert names == tuple(f"set-train-{number:0{digits}d}.tar" for number in range(first, first + count))
 
@@ -171,14 +173,14 @@ def test_braces_stand_for_every_name_between(first, count, digits):
         ("{.,..}/a.tar", "does not stay inside"),
     ],
 )
-def test_patterns_that_lead_elsewhere_or_nowhere_are_refused(tmp_path, pattern, complaint):
+def test_patterns_that_lead_elsewhere_or_nowhere_are_refused(tmp_path: Path, pattern: str, complaint: str) -> None:
     assert complaint in refused(tmp_path, pattern)
 
 
 @pytest.mark.parametrize(
     "split", ["pipe:touch {marker}; cat x.tar", "pipe:touch {marker} #.tar", "http://x/{{0..1}}.tar"]
 )
-def test_a_url_is_no_split_and_nothing_is_run(root, tmp_path, split):
+def test_a_url_is_no_split_and_nothing_is_run(root: Path, tmp_path: Path, split: str) -> None:
     marker = tmp_path / "marker"
     assert "begins like a URL" in refused(root, split.format(marker=marker))
     assert not marker.exists()

@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def smooth(height: int = HEIGHT, width: int = WIDTH, mode: str = "RGB") -> Image
     return Image.fromarray(small_HWC).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -156,7 +158,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_shows_a_picture_is_used_as_rgb(tmp_path, name):
+def test_what_shows_a_picture_is_used_as_rgb(tmp_path: Path, name: str) -> None:
     content, expected, tolerance = ACCEPTED[name]
     index = shard_with(tmp_path / "shards", content)
     assert index.read(2) == content
@@ -171,7 +173,7 @@ def test_what_shows_a_picture_is_used_as_rgb(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_shows_none_is_quarantined_by_shard_and_key(tmp_path, name):
+def test_what_shows_none_is_quarantined_by_shard_and_key(tmp_path: Path, name: str) -> None:
     content, reason = REFUSED[name]
     index = shard_with(tmp_path / "shards", content)
     assert index.read(2) == content
@@ -188,14 +190,14 @@ def test_what_shows_none_is_quarantined_by_shard_and_key(tmp_path, name):
 @given(
     seed=st.integers(0, 2**32), num_damaged=st.integers(1, 6), which=st.sampled_from(["PLAIN", "CMYK", "PNG", "SCANS"])
 )
-def test_a_check_of_shards_judges_damage_as_training_does(seed, num_damaged, which):
+def test_a_check_of_shards_judges_damage_as_training_does(seed: int, num_damaged: int, which: str) -> None:
     contents = {"PLAIN": PLAIN, "CMYK": CMYK, "PNG": ACCEPTED["PNG named jpg"][0], "SCANS": ACCEPTED["progressive"][0]}
     generator, damaged = np.random.default_rng(seed), bytearray(contents[which])
     for place in generator.integers(0, len(damaged), num_damaged):
         damaged[place] = generator.integers(256)
     content = bytes(damaged)
 
-    def verdict(judge) -> bool:
+    def verdict(judge: Callable[[bytes], object]) -> bool:
         try:
             judge(content)
         except (BadImageError, SampleError):
@@ -235,7 +237,7 @@ print((peak() - before) * 1024)
 """
 
 
-def test_no_picture_takes_more_memory_than_its_pixels(tmp_path):
+def test_no_picture_takes_more_memory_than_its_pixels(tmp_path: Path) -> None:
     """Measured in a process of its own, after a picture of ordinary size: two bombs, and strips that would be gigabytes
     if they were resized whole."""
     contents = [

@@ -5,6 +5,8 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from pipeline.data.pixels import SampleError, decode, train_view
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
 
-def photograph(height: int, width: int, seed: int = 0, **options) -> bytes:
+def photograph(height: int, width: int, seed: int = 0, **options: Any) -> bytes:
     """Blobs with some noise on them."""
     random = np.random.default_rng(seed)
     small_HWC = random.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
@@ -46,7 +48,9 @@ def photograph(height: int, width: int, seed: int = 0, **options) -> bytes:
     ),
     reduction=st.sampled_from((1, 2, 4, 8)),
 )
-def test_rows_are_those_of_the_whole_picture(height, width, share, options, reduction):
+def test_rows_are_those_of_the_whole_picture(
+    height: int, width: int, share: float, options: dict[str, Any], reduction: int
+) -> None:
     content = photograph(height, width, height, quality=90, **options)
     num_rows = max(1, int(share * height))
     found = upper_rows(content, (height, width), num_rows, reduction)
@@ -86,11 +90,11 @@ def test_rows_are_those_of_the_whole_picture(height, width, share, options, redu
         "nothing",
     ],
 )
-def test_all_else_is_left_to_the_whole_decoder(content):
+def test_all_else_is_left_to_the_whole_decoder(content: bytes) -> None:
     assert upper_rows(content, (300, 200), 150) is None
 
 
-def test_a_view_is_the_same_whether_the_rest_was_decoded_or_not():
+def test_a_view_is_the_same_whether_the_rest_was_decoded_or_not() -> None:
     for sample_id in range(12):
         content = photograph(300 + 20 * (sample_id % 5), 400, sample_id, subsampling=SUBSAMPLINGS[sample_id % 3])
         views = [
@@ -107,7 +111,7 @@ def test_a_view_is_the_same_whether_the_rest_was_decoded_or_not():
 
 
 @pytest.mark.parametrize("is_checked", [False, True])
-def test_a_picture_cut_short_is_refused_for_what_is_missing_below_the_crop_too(is_checked):
+def test_a_picture_cut_short_is_refused_for_what_is_missing_below_the_crop_too(is_checked: bool) -> None:
     content = photograph(300, 200)[:-1000]
     with pytest.raises(SampleError):
         decode(content)
@@ -122,7 +126,7 @@ def test_a_picture_cut_short_is_refused_for_what_is_missing_below_the_crop_too(i
             )
 
 
-def test_pixels_do_not_depend_on_what_the_processor_can_do(tmp_path):
+def test_pixels_do_not_depend_on_what_the_processor_can_do(tmp_path: Path) -> None:
     """libjpeg-turbo and torch choose among several implementations; the plainest gives what the fastest gives."""
     path = tmp_path / "photograph.jpg"
     path.write_bytes(photograph(300, 400))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -34,7 +35,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return ShardIndex.open(root, "train")
 
 
-def shard_data(index: ShardIndex, index_val: ShardIndex | None = None, **changed) -> ShardData:
+def shard_data(index: ShardIndex, index_val: ShardIndex | None = None, **changed: Any) -> ShardData:
     arguments = {"rank": 0, "world_size": 1, "accumulate": 1, "start_step": 0, "num_steps": 6, **changed}
     data = DataConfig(
         num_workers=arguments.pop("num_workers", 0),
@@ -44,14 +45,14 @@ def shard_data(index: ShardIndex, index_val: ShardIndex | None = None, **changed
     return ShardData(index, index_val, data, INPUT, seed=3, global_batch=GLOBAL_BATCH, **arguments)
 
 
-def batches_of(index: ShardIndex, **changed) -> list[LoadedBatch]:
+def batches_of(index: ShardIndex, **changed: Any) -> list[LoadedBatch]:
     loader = shard_data(index, **changed).train_dataloader()
     batches = list(loader)
     assert len(batches) == len(loader)
     return batches
 
 
-def steps_of(index: ShardIndex, world_size: int, accumulate: int = 1, **changed) -> list[LoadedBatch]:
+def steps_of(index: ShardIndex, world_size: int, accumulate: int = 1, **changed: Any) -> list[LoadedBatch]:
     """The global batches, put together again from what every rank loads."""
     ranks = [
         batches_of(index, rank=rank, world_size=world_size, accumulate=accumulate, **changed)
@@ -85,7 +86,9 @@ def uninterrupted(index: ShardIndex) -> list[LoadedBatch]:
 # Which samples
 
 
-def test_an_epoch_shows_each_sample_at_most_once_and_whole_batches_only(index, uninterrupted):
+def test_an_epoch_shows_each_sample_at_most_once_and_whole_batches_only(
+    index: ShardIndex, uninterrupted: list[LoadedBatch]
+) -> None:
     order = BatchOrder(num_samples=NUM_SAMPLES, global_batch=GLOBAL_BATCH, seed=3, index_hash=index.index_hash)
     for step, batch in enumerate(uninterrupted):
         assert batch.sample_ids_B.tolist() == order.batch_samples(step).tolist()
@@ -97,26 +100,30 @@ def test_an_epoch_shows_each_sample_at_most_once_and_whole_batches_only(index, u
 @pytest.mark.parametrize(
     ("world_size", "accumulate", "num_workers"), [(1, 1, 1), (1, 1, 2), (1, 3, 0), (2, 1, 1), (3, 2, 0), (4, 1, 0)]
 )
-def test_ranks_and_workers_change_neither_samples_nor_pixels(index, uninterrupted, world_size, accumulate, num_workers):
+def test_ranks_and_workers_change_neither_samples_nor_pixels(
+    index: ShardIndex, uninterrupted: list[LoadedBatch], world_size: int, accumulate: int, num_workers: int
+) -> None:
     assert_same(steps_of(index, world_size, accumulate, num_workers=num_workers), uninterrupted)
 
 
 @pytest.mark.parametrize("start_step", range(7))
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_a_run_resumed_anywhere_on_any_number_of_ranks_goes_on_alike(index, uninterrupted, start_step, world_size):
+def test_a_run_resumed_anywhere_on_any_number_of_ranks_goes_on_alike(
+    index: ShardIndex, uninterrupted: list[LoadedBatch], start_step: int, world_size: int
+) -> None:
     """Step 4 begins the second epoch; step 6 is the end of the run."""
     assert_same(steps_of(index, world_size, start_step=start_step), uninterrupted[start_step:])
 
 
-def test_a_resumed_run_with_workers_goes_on_alike(index, uninterrupted):
+def test_a_resumed_run_with_workers_goes_on_alike(index: ShardIndex, uninterrupted: list[LoadedBatch]) -> None:
     assert_same(steps_of(index, 2, start_step=3, num_workers=1), uninterrupted[3:])
 
 
-def test_a_finished_run_has_nothing_left_to_load(index):
+def test_a_finished_run_has_nothing_left_to_load(index: ShardIndex) -> None:
     assert batches_of(index, start_step=6) == batches_of(index, start_step=9) == []
 
 
-def test_the_block_shuffle_reaches_the_loader(index, uninterrupted):
+def test_the_block_shuffle_reaches_the_loader(index: ShardIndex, uninterrupted: list[LoadedBatch]) -> None:
     blocks = steps_of(index, 2, shuffle_block=1)
     shards = [index.shard_name(i) for batch in blocks[:STEPS_PER_EPOCH] for i in batch.sample_ids_B.tolist()]
     assert sum(one != other for one, other in zip(shards[1:], shards, strict=False)) <= 2
@@ -127,7 +134,7 @@ def test_the_block_shuffle_reaches_the_loader(index, uninterrupted):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_are_uint8_and_channels_last_without_a_copy(index, num_workers):
+def test_images_are_uint8_and_channels_last_without_a_copy(index: ShardIndex, num_workers: int) -> None:
     batch = batches_of(index, num_workers=num_workers)[0]
     assert batch.images_BCHW.shape == (GLOBAL_BATCH, 3, 16, 16) and batch.images_BCHW.dtype == torch.uint8
     assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -135,7 +142,7 @@ def test_images_are_uint8_and_channels_last_without_a_copy(index, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loading_leaves_every_global_generator_alone(index, num_workers):
+def test_loading_leaves_every_global_generator_alone(index: ShardIndex, num_workers: int) -> None:
     """The model's random numbers must not depend on the loader (dropout after a resume)."""
     before, before_numpy = torch.get_rng_state(), np.random.get_state(legacy=False)
     batches_of(index, num_workers=num_workers)
@@ -159,7 +166,7 @@ def evaluated(index: ShardIndex, world_size: int, batch_size: int, num_workers: 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, NUM_SAMPLES + 2])
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
-def test_validation_counts_each_picture_exactly_once(index, world_size, batch_size):
+def test_validation_counts_each_picture_exactly_once(index: ShardIndex, world_size: int, batch_size: int) -> None:
     ranks = evaluated(index, world_size, batch_size)
     shapes = [[tuple(batch.images_BCHW.shape) for batch in batches] for batches in ranks]
     assert all(shape == shapes[0] for shape in shapes)
@@ -171,11 +178,11 @@ def test_validation_counts_each_picture_exactly_once(index, world_size, batch_si
     assert (everything.sample_ids_B[~real] == -1).all() and (everything.labels_B[~real] == 0).all()
 
 
-def test_validation_does_not_depend_on_workers(index):
+def test_validation_does_not_depend_on_workers(index: ShardIndex) -> None:
     assert_same(evaluated(index, 1, 10, num_workers=1)[0], evaluated(index, 1, 10)[0])
 
 
-def test_without_a_validation_split_there_is_no_loader(index):
+def test_without_a_validation_split_there_is_no_loader(index: ShardIndex) -> None:
     assert shard_data(index).val_dataloader() == []
     loaders = shard_data(index, index, evaluation_batch=10).val_dataloader()
     assert not isinstance(loaders, list) and len(loaders) == 6
@@ -220,7 +227,7 @@ def one_epoch(index: ShardIndex, rank: int = 0, world_size: int = 1, num_workers
     return iter(data.train_dataloader())
 
 
-def test_a_bad_picture_is_replaced_by_a_good_one_and_named(damaged):
+def test_a_bad_picture_is_replaced_by_a_good_one_and_named(damaged: ShardIndex) -> None:
     (batch,) = one_epoch(damaged)
     assert sorted(batch.sample_ids_B.tolist()) == list(range(10))  # the order stays what it is
     assert {bad.sample_id for bad in batch.bad} == {2, 3, 7}
@@ -235,20 +242,20 @@ def test_a_bad_picture_is_replaced_by_a_good_one_and_named(damaged):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_ranks_and_workers_replace_alike_and_keep_their_batches_full(damaged, num_workers):
+def test_ranks_and_workers_replace_alike_and_keep_their_batches_full(damaged: ShardIndex, num_workers: int) -> None:
     (whole,) = one_epoch(damaged)
     halves = [next(one_epoch(damaged, rank, 2, num_workers)) for rank in range(2)]
     assert [len(half.labels_B) for half in halves] == [5, 5]
     assert_same([joined(halves)], [whole])
 
 
-def test_validation_leaves_a_bad_picture_out_and_names_it(damaged):
+def test_validation_leaves_a_bad_picture_out_and_names_it(damaged: ShardIndex) -> None:
     batch = joined(evaluated(damaged, 2, 3)[0] + evaluated(damaged, 2, 3)[1])
     assert sorted(batch.sample_ids_B[batch.sample_ids_B >= 0].tolist()) == [0, 1, 4, 5, 6, 8, 9]
     assert sorted(bad.sample_id for bad in batch.bad) == [2, 3, 7]
 
 
-def test_where_nothing_decodes_the_batch_is_black_and_everything_is_named(tmp_path):
+def test_where_nothing_decodes_the_batch_is_black_and_everything_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-000000.tar", [{**sample, "jpg": b"\xff\xd8"} for sample in samples_of(0, 10)])
     write_manifest(tmp_path, {"train": {"train-000000.tar": 10}})
     index = ShardIndex.open(tmp_path, "train")
@@ -258,7 +265,7 @@ def test_where_nothing_decodes_the_batch_is_black_and_everything_is_named(tmp_pa
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_shard_that_cannot_be_read_is_no_bad_picture(tmp_path, num_workers):
+def test_a_shard_that_cannot_be_read_is_no_bad_picture(tmp_path: Path, num_workers: int) -> None:
     """What fails in passing would be replaced in this attempt alone, and the next one would train on other pictures."""
     index = ShardIndex.open(write_shards(tmp_path / "shards", train=(5, 5)), "train")
     (tmp_path / "shards" / "train-000001.tar").unlink()  # in the middle of a run
@@ -271,7 +278,7 @@ def test_a_shard_that_cannot_be_read_is_no_bad_picture(tmp_path, num_workers):
 # Workers
 
 
-def test_the_number_of_workers_follows_the_machine_unless_told():
+def test_the_number_of_workers_follows_the_machine_unless_told() -> None:
     cores = len(os.sched_getaffinity(0))
     assert choose_num_workers(3, local_world_size=1, on_gpu=False) == 3
     assert choose_num_workers(0, local_world_size=1, on_gpu=True) == 0
@@ -349,7 +356,7 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loading):
+def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loading: Loading) -> None:
     """Slurm sends its warning to every process of a step; the loaders must go on until their rank has saved."""
     assert len(loading.started) >= 4  # two workers, the fork server, multiprocessing's resource tracker
     for child in loading.started:
@@ -361,7 +368,7 @@ def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loa
     assert_all_end(loading.started)
 
 
-def test_a_process_that_fails_with_workers_running_does_end(loading):
+def test_a_process_that_fails_with_workers_running_does_end(loading: Loading) -> None:
     loading.say("fail")
     assert loading.process.wait(timeout=60) == 1
     assert_all_end(loading.started)

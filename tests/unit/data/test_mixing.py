@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.mixing import mixing_of
+from pipeline.data.mixing import Mixing, mixing_of
 from pipeline.data.order import epoch_order
 
 HASH = hashlib.sha256(b"an index").hexdigest()
@@ -17,7 +17,7 @@ HASH = hashlib.sha256(b"an index").hexdigest()
 @given(
     seed=st.integers(0, 1000), num_samples=st.integers(2, 60), num_shards=st.integers(1, 9), batch=st.integers(1, 70)
 )
-def test_it_is_what_counting_finds(seed, num_samples, num_shards, batch):
+def test_it_is_what_counting_finds(seed: int, num_samples: int, num_shards: int, batch: int) -> None:
     rng = np.random.default_rng(seed)
     shards = np.sort(rng.integers(0, num_shards, num_samples))
     order = rng.permutation(num_samples)
@@ -36,16 +36,16 @@ def test_it_is_what_counting_finds(seed, num_samples, num_shards, batch):
     assert found.shards_held == held
 
 
-def test_reading_shard_after_shard_mixes_nothing():
+def test_reading_shard_after_shard_mixes_nothing() -> None:
     found = mixing_of(np.arange(1000), np.arange(1000) // 100, 50)
     assert found.distance_ratio == pytest.approx(3 / 1001) and found.shards_held == 1
     assert found.same_batch_share == 49 * 20 / (99 * 10)
 
 
-def test_larger_blocks_mix_better_and_hold_more_and_no_block_is_perfect():
+def test_larger_blocks_mix_better_and_hold_more_and_no_block_is_perfect() -> None:
     num_samples, shards, batch = 40_000, np.arange(40_000) // 400, 100
 
-    def mixed(block: int):
+    def mixed(block: int) -> Mixing:
         order = epoch_order(num_samples, seed=1, epoch=0, index_hash=HASH, block=block, shard_of_sample=shards)
         return mixing_of(order, shards, batch)
 

@@ -1,6 +1,7 @@
 """Each epoch is a permutation, each global batch a slice of it, and ranks only cut slices into stripes."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def shards_of(num_samples: int, num_shards: int) -> np.ndarray:
 @given(
     num_samples=st.integers(0, 500), seed=seeds, epoch=epochs, block=st.integers(0, 5), num_shards=st.integers(1, 20)
 )
-def test_an_epoch_is_a_permutation_and_a_pure_function(num_samples, seed, epoch, block, num_shards):
+def test_an_epoch_is_a_permutation_and_a_pure_function(
+    num_samples: int, seed: int, epoch: int, block: int, num_shards: int
+) -> None:
     shards = shards_of(num_samples, num_shards)
 
     def order() -> np.ndarray:
@@ -47,10 +50,10 @@ def test_an_epoch_is_a_permutation_and_a_pure_function(num_samples, seed, epoch,
 
 
 @pytest.mark.parametrize("block", [0, 2])
-def test_seed_epoch_and_index_each_change_the_order(block):
+def test_seed_epoch_and_index_each_change_the_order(block: int) -> None:
     shards = shards_of(200, 10)
 
-    def order(**changed) -> tuple[int, ...]:
+    def order(**changed: Any) -> tuple[int, ...]:
         arguments = {"seed": 1, "epoch": 2, "index_hash": HASH, **changed}
         return tuple(epoch_order(200, block=block, shard_of_sample=shards, **arguments))
 
@@ -58,7 +61,7 @@ def test_seed_epoch_and_index_each_change_the_order(block):
     assert len(set(variants)) == len(variants)
 
 
-def test_the_order_stays_what_it_was_in_earlier_versions():
+def test_the_order_stays_what_it_was_in_earlier_versions() -> None:
     """A run begun with one version of the program or of NumPy may be resumed with another."""
     order = epoch_order(8, seed=3, epoch=5, index_hash=HASH)
     assert order.tolist() == [7, 6, 1, 3, 4, 0, 2, 5]
@@ -67,7 +70,9 @@ def test_the_order_stays_what_it_was_in_earlier_versions():
 
 
 @given(num_shards=st.integers(1, 30), per_shard=st.integers(1, 9), block=st.integers(1, 8), seed=seeds)
-def test_a_block_shuffle_reads_from_few_shards_at_a_time(num_shards, per_shard, block, seed):
+def test_a_block_shuffle_reads_from_few_shards_at_a_time(
+    num_shards: int, per_shard: int, block: int, seed: int
+) -> None:
     num_samples = num_shards * per_shard
     shards = np.repeat(np.arange(num_shards), per_shard)
     order = epoch_order(num_samples, seed=seed, epoch=0, index_hash=HASH, block=block, shard_of_sample=shards)
@@ -78,7 +83,7 @@ def test_a_block_shuffle_reads_from_few_shards_at_a_time(num_shards, per_shard, 
     assert sum(map(len, groups)) == num_shards  # a shard is left behind before the next group begins
 
 
-def test_full_and_block_shuffle_put_every_sample_anywhere():
+def test_full_and_block_shuffle_put_every_sample_anywhere() -> None:
     """Over many epochs each sample's mean place is the middle: 40 standard errors would be no accident."""
     num_samples, num_epochs = 64, 400
     shards = shards_of(num_samples, 8)
@@ -92,7 +97,9 @@ def test_full_and_block_shuffle_put_every_sample_anywhere():
 
 
 @given(data=st.data(), seed=seeds, per_rank=st.integers(1, 4), tail=st.integers(0, 20))
-def test_steps_cover_each_epoch_once_and_drop_the_tail(data, seed, per_rank, tail):
+def test_steps_cover_each_epoch_once_and_drop_the_tail(
+    data: st.DataObject, seed: int, per_rank: int, tail: int
+) -> None:
     global_batch = 6 * per_rank
     num_steps = data.draw(st.integers(1, 5))
     num_samples = num_steps * global_batch + tail % global_batch
@@ -108,7 +115,9 @@ def test_steps_cover_each_epoch_once_and_drop_the_tail(data, seed, per_rank, tai
 
 
 @given(seed=seeds, per_rank=st.integers(1, 4), whole=st.integers(1, 5), tail=st.integers(0, 23))
-def test_a_padded_epoch_shows_every_sample_and_its_last_batch_again_some_of_the_one_before(seed, per_rank, whole, tail):
+def test_a_padded_epoch_shows_every_sample_and_its_last_batch_again_some_of_the_one_before(
+    seed: int, per_rank: int, whole: int, tail: int
+) -> None:
     global_batch = 6 * per_rank
     num_samples = whole * global_batch + tail % global_batch
     order = BatchOrder(num_samples=num_samples, global_batch=global_batch, seed=seed, index_hash=HASH, tail="pad")
@@ -129,7 +138,7 @@ def test_a_padded_epoch_shows_every_sample_and_its_last_batch_again_some_of_the_
         assert set(batches[-1].tolist()) == set(whole_order[-global_batch:].tolist())
 
 
-def test_the_samples_that_pad_stay_what_they_were_in_earlier_versions():
+def test_the_samples_that_pad_stay_what_they_were_in_earlier_versions() -> None:
     order = BatchOrder(num_samples=8, global_batch=6, seed=3, index_hash=HASH, tail="pad")
     assert epoch_order(8, seed=3, epoch=5, index_hash=HASH).tolist() == [7, 6, 1, 3, 4, 0, 2, 5]
     assert order.batch_samples(11).tolist() == [2, 5, 1, 3, 4, 0]
@@ -145,7 +154,9 @@ def test_the_samples_that_pad_stay_what_they_were_in_earlier_versions():
     num_steps=st.integers(1, 6),
     block=st.integers(0, 3),
 )
-def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, tail, groups, per_group, num_steps, block):
+def test_groups_share_out_the_same_samples_of_an_epoch(
+    data: st.DataObject, seed: int, epoch: int, tail: str, groups: int, per_group: int, num_steps: int, block: int
+) -> None:
     """Each group's part of the batches, in a row, is one run of the epoch."""
     global_batch = groups * per_group
     num_samples = num_steps * global_batch + data.draw(st.integers(0, global_batch - 1))
@@ -180,8 +191,8 @@ def test_groups_share_out_the_same_samples_of_an_epoch(data, seed, epoch, tail, 
 )
 @example(data=None, seed=3, epoch=0, groups=4, per_group=6, num_whole=1, block=0)
 def test_padding_shows_every_sample_and_none_twice_in_a_step_in_any_groups(
-    data, seed, epoch, groups, per_group, num_whole, block
-):
+    data: st.DataObject, seed: int, epoch: int, groups: int, per_group: int, num_whole: int, block: int
+) -> None:
     """Nor does any group of a batch need what another group walks through."""
     global_batch = groups * per_group
     num_samples = num_whole * global_batch + (4 if data is None else data.draw(st.integers(0, global_batch - 1)))
@@ -209,7 +220,7 @@ def test_padding_shows_every_sample_and_none_twice_in_a_step_in_any_groups(
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])
-def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size, accumulate):
+def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size: int, accumulate: int) -> None:
     """16 shards, 4 groups: a rank of W reads 16 / W shards in an epoch, and the batches are those of any other W."""
     num_samples, global_batch = 16 * 24, 24
     shards = shards_of(num_samples, 16)
@@ -238,7 +249,7 @@ def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size, accum
 
 
 @given(step=st.integers(0, 200), start=st.integers(0, 200))
-def test_a_step_is_the_same_from_wherever_the_run_came(step, start):
+def test_a_step_is_the_same_from_wherever_the_run_came(step: int, start: int) -> None:
     def order() -> BatchOrder:
         return BatchOrder(num_samples=37, global_batch=12, seed=1, index_hash=HASH)
 
@@ -248,7 +259,9 @@ def test_a_step_is_the_same_from_wherever_the_run_came(step, start):
 
 
 @given(world_size=st.integers(1, 9), accumulate=st.integers(1, 4), per_stripe=st.integers(1, 5))
-def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(world_size, accumulate, per_stripe):
+def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(
+    world_size: int, accumulate: int, per_stripe: int
+) -> None:
     batch = np.random.default_rng(0).permutation(world_size * accumulate * per_stripe)
     stripes = [
         stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate)
@@ -260,7 +273,7 @@ def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(world_size, accumu
 
 
 @given(num_samples=st.integers(0, 100), world_size=st.integers(1, 12))
-def test_evaluation_stripes_are_equally_long_runs_that_hold_each_sample_once(num_samples, world_size):
+def test_evaluation_stripes_are_equally_long_runs_that_hold_each_sample_once(num_samples: int, world_size: int) -> None:
     stripes = [evaluation_stripe(num_samples, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(one) for one in stripes}) == 1
     everything = np.concatenate(stripes)

@@ -5,6 +5,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def encoded(
-    height: int = 120, width: int = 160, *, mode: str = "RGB", format: str = "JPEG", seed: int = 0, **options
+    height: int = 120, width: int = 160, *, mode: str = "RGB", format: str = "JPEG", seed: int = 0, **options: Any
 ) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(smooth_pixels(height, width, seed)).convert(mode).save(buffer, format, **options)
@@ -62,7 +64,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> int:
     "options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 40}, {"optimize": True}]
 )
 @pytest.mark.parametrize("size", [(120, 160), (121, 83), (8, 8), (1, 1), (1, 50)])
-def test_jpegs_decode_as_in_pillow(size, options):
+def test_jpegs_decode_as_in_pillow(size: tuple[int, int], options: dict[str, Any]) -> None:
     content = encoded(*size, **options)
     pixels = decode(content)
     assert pixels.dtype == np.uint8 and pixels.shape == (*size, 3) and picture_size(content) == size
@@ -82,25 +84,25 @@ def test_jpegs_decode_as_in_pillow(size, options):
         ("1", "PNG"),
     ],
 )
-def test_every_kind_of_picture_becomes_rgb(mode, format):
+def test_every_kind_of_picture_becomes_rgb(mode: str, format: str) -> None:
     content = encoded(mode=mode, format=format)
     pixels = decode(content)
     assert pixels.shape == (120, 160, 3) and picture_size(content) == (120, 160)
     assert apart(pixels, pillow_pixels(content)) <= 1
 
 
-def test_a_palette_with_transparency_is_read_without_a_warning():
+def test_a_palette_with_transparency_is_read_without_a_warning() -> None:
     assert decode(encoded(mode="P", format="PNG", transparency=b"\x00\x80")).shape == (120, 160, 3)
 
 
-def test_exif_orientation_is_not_applied():
+def test_exif_orientation_is_not_applied() -> None:
     """As in torchvision, timm and webdataset, whose published numbers people compare with."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     assert np.array_equal(decode(encoded(exif=exif)), decode(encoded()))
 
 
-def test_stray_bytes_do_no_harm():
+def test_stray_bytes_do_no_harm() -> None:
     content = encoded()
     assert np.array_equal(decode(content + b"trailing"), decode(content))
     before_end = content[:-2] + b"\x00\x01\x02" + content[-2:]
@@ -141,7 +143,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_decoded_is_refused_with_a_reason(name):
+def test_what_cannot_be_decoded_is_refused_with_a_reason(name: str) -> None:
     views = (
         decode,
         lambda content: eval_view(content, InputConfig()),
@@ -153,7 +155,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_reason(name):
         assert str(caught.value)
 
 
-def test_a_bomb_is_refused_before_its_memory_is_taken(tmp_path):
+def test_a_bomb_is_refused_before_its_memory_is_taken(tmp_path: Path) -> None:
     """In a process of its own, whose peak nothing else has raised."""
     program = (
         "import resource, sys\n"
@@ -175,7 +177,7 @@ def test_a_bomb_is_refused_before_its_memory_is_taken(tmp_path):
 
 
 @given(seed=st.integers(0, 2**32), num_damaged=st.integers(1, 8))
-def test_damage_anywhere_decodes_or_is_a_sample_error(seed, num_damaged):
+def test_damage_anywhere_decodes_or_is_a_sample_error(seed: int, num_damaged: int) -> None:
     generator = np.random.default_rng(seed)
     for content in (encoded(40, 40), encoded(40, 40, format="PNG")):
         damaged = bytearray(content)
@@ -195,7 +197,7 @@ def test_damage_anywhere_decodes_or_is_a_sample_error(seed, num_damaged):
 @pytest.mark.parametrize("source", [(375, 500), (500, 375), (256, 256), (90, 120), (1000, 301)])
 @pytest.mark.parametrize("mode", ["short", "warp"])
 @pytest.mark.parametrize("size", [224, 227])
-def test_evaluation_views_are_resize_then_centre_crop(source, mode, size):
+def test_evaluation_views_are_resize_then_centre_crop(source: tuple[int, int], mode: str, size: int) -> None:
     """Only the crop is computed here, and yet it equals the crop of the whole resized picture."""
     content = encoded(*source)
     config = InputConfig(size=size, resize_side=256, resize_mode=mode)
@@ -208,7 +210,7 @@ def test_evaluation_views_are_resize_then_centre_crop(source, mode, size):
     assert apart(view, expected) <= 1
 
 
-def test_without_resizing_the_centre_is_cut_out_untouched():
+def test_without_resizing_the_centre_is_cut_out_untouched() -> None:
     content = encoded(40, 50)
     config = InputConfig(size=32, resize_mode="none")
     assert np.array_equal(eval_view(content, config), decode(content)[4:36, 9:41])
@@ -217,7 +219,7 @@ def test_without_resizing_the_centre_is_cut_out_untouched():
 @pytest.mark.parametrize("mode", ["short", "warp", "none"])
 @pytest.mark.parametrize("source", [(1, 1), (1, 300), (300, 1), (5, 7), (31, 33)])
 @pytest.mark.parametrize("crop", ["random_resized", "random", "pad_random", "center"])
-def test_the_smallest_pictures_still_give_full_views(mode, source, crop):
+def test_the_smallest_pictures_still_give_full_views(mode: str, source: tuple[int, int], crop: str) -> None:
     content, config = encoded(*source), InputConfig(size=32, resize_side=40, resize_mode=mode)
     assert eval_view(content, config).shape == (32, 32, 3)
     for sample_id in range(10):
@@ -229,7 +231,7 @@ def test_the_smallest_pictures_still_give_full_views(mode, source, crop):
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "random", "pad_random", "center"])
-def test_a_view_depends_on_seed_epoch_and_sample_alone(crop):
+def test_a_view_depends_on_seed_epoch_and_sample_alone(crop: str) -> None:
     content, config, augment = encoded(), InputConfig(size=64, resize_side=80), AugmentConfig(crop=crop)
 
     def view(seed: int = 1, epoch: int = 2, sample_id: int = 3) -> bytes:
@@ -245,11 +247,11 @@ def test_a_view_depends_on_seed_epoch_and_sample_alone(crop):
 
 
 @given(seed=st.integers(0, 2**63), places=st.lists(st.tuples(st.integers(0, 2**63), st.integers(0, 2**63))))
-def test_a_batch_draws_what_each_of_its_pictures_would_alone(seed, places):
+def test_a_batch_draws_what_each_of_its_pictures_would_alone(seed: int, places: list[tuple[int, int]]) -> None:
     assert train_draws(seed, places) == [draw_of(seed, *place) for place in places]
 
 
-def test_views_stay_what_they_were_in_earlier_versions():
+def test_views_stay_what_they_were_in_earlier_versions() -> None:
     """Of a resumed run, too. The crop of a picture whose pixels are their own coordinates tells where it was cut."""
     rows, columns = np.indices((200, 250), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -263,7 +265,7 @@ def test_views_stay_what_they_were_in_earlier_versions():
     assert corners == [[156, 218], [145, 142], [45, 171]]
 
 
-def test_the_largest_seed_epoch_and_sample_are_fine():
+def test_the_largest_seed_epoch_and_sample_are_fine() -> None:
     big = 2**63 - 1
     assert train_view(encoded(), InputConfig(), AugmentConfig(), draw_of(big, big, big)).shape == (
         224,
@@ -272,7 +274,7 @@ def test_the_largest_seed_epoch_and_sample_are_fine():
     )
 
 
-def test_half_of_the_views_are_mirrored():
+def test_half_of_the_views_are_mirrored() -> None:
     content = encoded(32, 32)
     config, augment = InputConfig(size=32, resize_mode="none"), AugmentConfig(crop="center")
     plain = decode(content)
@@ -295,7 +297,9 @@ def test_half_of_the_views_are_mirrored():
     seed=st.integers(0, 2**32),
     ratio=st.sampled_from([(0.75, 4 / 3), (1.0, 1.0), (0.1, 0.2), (3.0, 9.0)]),
 )
-def test_random_resized_crops_lie_inside_and_have_the_asked_shape(height, width, low, seed, ratio):
+def test_random_resized_crops_lie_inside_and_have_the_asked_shape(
+    height: int, width: int, low: float, seed: int, ratio: tuple[float, float]
+) -> None:
     augment = AugmentConfig(scale=(low, 1.0), ratio=ratio)
     box = random_resized_box((height, width), augment, np.random.default_rng(seed).random(40).tolist())
     assert box.top >= 0 and box.left >= 0 and box.height >= 1 and box.width >= 1
@@ -304,7 +308,7 @@ def test_random_resized_crops_lie_inside_and_have_the_asked_shape(height, width,
         assert ratio[0] * 0.95 <= box.width / box.height <= ratio[1] * 1.05
 
 
-def test_random_resized_crops_are_drawn_as_torchvisions():
+def test_random_resized_crops_are_drawn_as_torchvisions() -> None:
     """Same distribution: means and quantiles over 4,000 draws, against torchvision's own generator."""
     from torchvision.transforms import RandomResizedCrop
 
@@ -322,7 +326,7 @@ def test_random_resized_crops_are_drawn_as_torchvisions():
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 8
 
 
-def test_decoding_at_reduced_size_shows_the_same_picture():
+def test_decoding_at_reduced_size_shows_the_same_picture() -> None:
     """A crop at least twice as large as asked for is shrunk by libjpeg first: nearly the same pixels."""
     content = jpeg_of(
         np.asarray(Image.fromarray(smooth_pixels(160, 208)).resize((1300, 1000), Image.Resampling.BICUBIC))
@@ -349,7 +353,7 @@ def as_png(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_padded_crops_are_shifts_of_the_picture_over_black():
+def test_padded_crops_are_shifts_of_the_picture_over_black() -> None:
     content = encoded(32, 32)
     config, augment = InputConfig(size=32, resize_mode="none"), AugmentConfig(crop="pad_random", pad=4, flip=False)
     padded = np.pad(decode(content), ((4, 4), (4, 4), (0, 0)))
@@ -358,7 +362,7 @@ def test_padded_crops_are_shifts_of_the_picture_over_black():
     assert {shifts[view] for view in views} == set(shifts.values())  # every shift occurs, and nothing else
 
 
-def test_random_crops_come_from_the_resized_picture():
+def test_random_crops_come_from_the_resized_picture() -> None:
     content = encoded(150, 200)
     config = InputConfig(size=32, resize_side=60, resize_mode="short")
     resized = np.asarray(Image.fromarray(decode(content)).resize((80, 60), Image.Resampling.BILINEAR))
@@ -370,6 +374,6 @@ def test_random_crops_come_from_the_resized_picture():
         assert distance.min() <= 1
 
 
-def test_pixels_need_no_torch():
+def test_pixels_need_no_torch() -> None:
     program = "import sys, pipeline.data.pixels; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], timeout=120, check=True)

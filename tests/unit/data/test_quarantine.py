@@ -28,7 +28,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_each_is_noted_once_with_all_that_names_it(index, tmp_path):
+def test_each_is_noted_once_with_all_that_names_it(index: ShardIndex, tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(index, 0.05, path)
     assert quarantine.add([]) == [] and not path.exists()
@@ -43,7 +43,7 @@ def test_each_is_noted_once_with_all_that_names_it(index, tmp_path):
 
 
 @pytest.mark.parametrize("has_file", [False, True])
-def test_one_more_than_the_budget_stops_the_run(index, tmp_path, has_file):
+def test_one_more_than_the_budget_stops_the_run(index: ShardIndex, tmp_path: Path, has_file: bool) -> None:
     path = tmp_path / "quarantine.jsonl" if has_file else None
     quarantine = Quarantine(index, 0.02, path)
     quarantine.add(bad(index, 1, 2, 1))
@@ -55,7 +55,7 @@ def test_one_more_than_the_budget_stops_the_run(index, tmp_path, has_file):
 
 
 @pytest.mark.parametrize(("fraction", "allowed"), [(0.29, 29), (0.57, 57), (0.07, 7), (0.019, 1), (1e-05, 0)])
-def test_the_budget_is_of_the_number_as_it_is_written(index, fraction, allowed):
+def test_the_budget_is_of_the_number_as_it_is_written(index: ShardIndex, fraction: float, allowed: int) -> None:
     """0.29 * 100 is 28.999999999999996."""
     quarantine = Quarantine(index, fraction)
     quarantine.add(bad(index, *range(allowed)))
@@ -63,12 +63,12 @@ def test_the_budget_is_of_the_number_as_it_is_written(index, fraction, allowed):
         quarantine.add(bad(index, 99))
 
 
-def test_without_a_budget_the_first_stops_the_run(index):
+def test_without_a_budget_the_first_stops_the_run(index: ShardIndex) -> None:
     with pytest.raises(DataError, match="1 of 100"):
         Quarantine(index, 0.0).add(bad(index, 5))
 
 
-def test_the_budget_is_of_all_ranks_together(index, tmp_path):
+def test_the_budget_is_of_all_ranks_together(index: ShardIndex, tmp_path: Path) -> None:
     first, second = (Quarantine(index, 0.03, tmp_path / "q") for _ in range(2))
     first.add(bad(index, 1, 2))
     assert second.add(bad(index, 2, 3)) == bad(index, 3)
@@ -77,7 +77,7 @@ def test_the_budget_is_of_all_ranks_together(index, tmp_path):
         first.add(bad(index, 4))
 
 
-def test_a_later_attempt_knows_what_earlier_ones_met(index, tmp_path):
+def test_a_later_attempt_knows_what_earlier_ones_met(index: ShardIndex, tmp_path: Path) -> None:
     Quarantine(index, 0.02, tmp_path / "q").add(bad(index, 1, 2))
     later = Quarantine(index, 0.02, tmp_path / "q")
     assert later.add(bad(index, 2)) == []
@@ -85,7 +85,7 @@ def test_a_later_attempt_knows_what_earlier_ones_met(index, tmp_path):
         later.add(bad(index, 3))
 
 
-def test_what_was_noted_of_other_shards_does_not_count(index, tmp_path):
+def test_what_was_noted_of_other_shards_does_not_count(index: ShardIndex, tmp_path: Path) -> None:
     path = tmp_path / "q"
     other = write_shards(tmp_path / "other", train=(30, 40))
     Quarantine(ShardIndex.open(other, "train"), 0.5, path).add(bad(ShardIndex.open(other, "train"), 3, 40))
@@ -105,7 +105,7 @@ def test_what_was_noted_of_other_shards_does_not_count(index, tmp_path):
         b'{"sample_id": "x", "shard": 1, "key": 2, "cause": 3}',
     ],
 )
-def test_a_line_cut_short_by_a_crash_spoils_no_other(index, tmp_path, torn):
+def test_a_line_cut_short_by_a_crash_spoils_no_other(index: ShardIndex, tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "q"
     Quarantine(index, 0.5, path).add(bad(index, 1))
     whole = path.read_bytes()
@@ -116,7 +116,7 @@ def test_a_line_cut_short_by_a_crash_spoils_no_other(index, tmp_path, torn):
     assert path.read_bytes().startswith(whole + torn + b"\n")
 
 
-def test_a_list_that_cannot_be_written_is_a_sentence(index, tmp_path):
+def test_a_list_that_cannot_be_written_is_a_sentence(index: ShardIndex, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     with pytest.raises(DataError, match="cannot be written"):
         Quarantine(index, 0.5, tmp_path / "q").add(bad(index, 1))
@@ -138,7 +138,7 @@ for number in map(int, met):
 """
 
 
-def test_ranks_that_write_at_the_same_moment_lose_and_double_nothing(index, tmp_path):
+def test_ranks_that_write_at_the_same_moment_lose_and_double_nothing(index: ShardIndex, tmp_path: Path) -> None:
     met = [list(range(60)), list(range(59, 20, -1)), list(range(10, 80, 2))]
     ranks = [
         subprocess.Popen(

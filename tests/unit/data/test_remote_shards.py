@@ -73,7 +73,9 @@ def files_of(index: ShardIndex) -> RemoteFiles:
 # --- the same as on a local disk ---
 
 
-def test_the_index_is_the_local_one_and_nothing_else_is_fetched_for_it(server, root, tmp_path):
+def test_the_index_is_the_local_one_and_nothing_else_is_fetched_for_it(
+    server: ShardServer, root: Path, tmp_path: Path
+) -> None:
     index, local = opened(server, tmp_path), ShardIndex.open(root, "train")
     assert index.index_hash == local.index_hash
     assert (index.classes, index.num_classes, index.num_samples) == (CLASSES, 4, 12)
@@ -87,7 +89,7 @@ def test_the_index_is_the_local_one_and_nothing_else_is_fetched_for_it(server, r
     assert tars_of(server) == ["train-000001.tar"]
 
 
-def test_a_copy_in_another_process_fetches_nothing_again(server, root, tmp_path):
+def test_a_copy_in_another_process_fetches_nothing_again(server: ShardServer, root: Path, tmp_path: Path) -> None:
     index = opened(server, tmp_path)
     content = index.read(0)
     program = (
@@ -100,7 +102,7 @@ def test_a_copy_in_another_process_fetches_nothing_again(server, root, tmp_path)
     assert tars_of(server) == ["train-000000.tar", "train-000002.tar"]
 
 
-def test_processes_that_start_together_ask_once_for_what_they_all_need(server, tmp_path):
+def test_processes_that_start_together_ask_once_for_what_they_all_need(server: ShardServer, tmp_path: Path) -> None:
     opened(server, tmp_path)
     before = len(server.requests()) + len(server.requests(method="HEAD"))
     for _ in range(3):
@@ -109,7 +111,9 @@ def test_processes_that_start_together_ask_once_for_what_they_all_need(server, t
 
 
 @pytest.mark.parametrize("split", ["train", "train-{000000..000002}.tar"])
-def test_shards_without_an_index_are_fetched_once_and_indexed_here(split, root, tmp_path, capsys):
+def test_shards_without_an_index_are_fetched_once_and_indexed_here(
+    split: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in root.glob("*.npz"):
         path.unlink()
     if split == "train":
@@ -127,7 +131,7 @@ def test_shards_without_an_index_are_fetched_once_and_indexed_here(split, root, 
     assert capsys.readouterr().err.count("has no index of split") == 1
 
 
-def test_foreign_shards_below_the_root(root, tmp_path):
+def test_foreign_shards_below_the_root(root: Path, tmp_path: Path) -> None:
     (root / "deep" / "er").mkdir(parents=True)
     for number in range(2):
         write_tar(root / "deep" / "er" / f"x {number}.tar", samples_of(number, 1))
@@ -148,7 +152,7 @@ def with_info(root: Path, counts: dict[str, int], name: str = "_info.json") -> P
 
 @pytest.mark.parametrize("split", ["train", "{b,a}.tar"])
 @pytest.mark.parametrize("name", ["_info.json", "info.json"])
-def test_timms_info_tells_the_shards_and_their_order_as_on_a_disk(split, name, tmp_path):
+def test_timms_info_tells_the_shards_and_their_order_as_on_a_disk(split: str, name: str, tmp_path: Path) -> None:
     root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 2}, name)
     with serving(root, tmp_path / "requests.jsonl") as server:
         index, local = opened(server, tmp_path, split), ShardIndex.open(root, split)
@@ -159,7 +163,7 @@ def test_timms_info_tells_the_shards_and_their_order_as_on_a_disk(split, name, t
 
 
 @pytest.mark.parametrize("split", ["train", "{b,a}.tar"])
-def test_timms_info_must_be_right_about_the_shards(split, tmp_path):
+def test_timms_info_must_be_right_about_the_shards(split: str, tmp_path: Path) -> None:
     root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 4})
     with serving(root, tmp_path / "requests.jsonl") as server:
         sentence = refused(server, tmp_path, split)
@@ -180,7 +184,7 @@ def test_timms_info_must_be_right_about_the_shards(split, tmp_path):
         ('{"splits": {"train": {"filenames": ["c.tar"], "shard_lengths": [1], "num_samples": 1}}}', "1 of 1 shards"),
     ],
 )
-def test_an_info_at_a_url_that_cannot_be_so_is_refused(content, complaint, tmp_path):
+def test_an_info_at_a_url_that_cannot_be_so_is_refused(content: str, complaint: str, tmp_path: Path) -> None:
     root = with_info(tmp_path / "timm", {"b.tar": 3, "a.tar": 2})
     (root / "_info.json").write_text(content)
     with serving(root, tmp_path / "requests.jsonl") as server:
@@ -188,7 +192,7 @@ def test_an_info_at_a_url_that_cannot_be_so_is_refused(content, complaint, tmp_p
         assert not server.requests(r"\.tar$")
 
 
-def test_a_server_that_refuses_what_is_not_there_is_no_obstacle(root, tmp_path):
+def test_a_server_that_refuses_what_is_not_there_is_no_obstacle(root: Path, tmp_path: Path) -> None:
     """As a public bucket does that may not be listed."""
     (root / "manifest.json").unlink()
     with serving(root, tmp_path / "requests.jsonl") as server:
@@ -197,7 +201,9 @@ def test_a_server_that_refuses_what_is_not_there_is_no_obstacle(root, tmp_path):
         assert [request.status for request in server.requests(r"info\.json$", method="HEAD")] == [403, 403]
 
 
-def test_a_cache_that_was_damaged_is_noticed_when_asked_to_look(server, root, tmp_path, capsys):
+def test_a_cache_that_was_damaged_is_noticed_when_asked_to_look(
+    server: ShardServer, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = opened(server, tmp_path)
     index.read(0)
     path = tmp_path / "cache" / str(index.shards[0].sha256)
@@ -212,7 +218,9 @@ def test_a_cache_that_was_damaged_is_noticed_when_asked_to_look(server, root, tm
 # --- what is wrong is said ---
 
 
-def test_missing_shards_are_all_named_before_anything_is_fetched(server, root, tmp_path):
+def test_missing_shards_are_all_named_before_anything_is_fetched(
+    server: ShardServer, root: Path, tmp_path: Path
+) -> None:
     for number in (0, 2):
         (root / f"train-{number:06d}.tar").unlink()
     sentence = refused(server, tmp_path)
@@ -222,14 +230,14 @@ def test_missing_shards_are_all_named_before_anything_is_fetched(server, root, t
         check_remote(server.url, "train", settings(tmp_path))
 
 
-def test_a_shard_of_another_size(server, root, tmp_path):
+def test_a_shard_of_another_size(server: ShardServer, root: Path, tmp_path: Path) -> None:
     with (root / "train-000001.tar").open("ab") as file:
         file.write(b"more")
     size = (root / "train-000001.tar").stat().st_size
     assert f"has {size} bytes, and the manifest says {size - 4}" in refused(server, tmp_path)
 
 
-def test_a_shard_of_another_content(server, root, tmp_path):
+def test_a_shard_of_another_content(server: ShardServer, root: Path, tmp_path: Path) -> None:
     index = opened(server, tmp_path)
     path = root / "train-000001.tar"
     path.write_bytes(path.read_bytes()[::-1])  # in the middle of a run
@@ -238,7 +246,7 @@ def test_a_shard_of_another_content(server, root, tmp_path):
     assert index.read(0)
 
 
-def test_a_foreign_shard_that_changes_in_the_middle_of_a_run(root, tmp_path):
+def test_a_foreign_shard_that_changes_in_the_middle_of_a_run(root: Path, tmp_path: Path) -> None:
     (root / "manifest.json").unlink()
     with serving(root, tmp_path / "requests.jsonl") as server:
         index = opened(server, tmp_path, "train-{000000..000002}.tar")
@@ -249,14 +257,14 @@ def test_a_foreign_shard_that_changes_in_the_middle_of_a_run(root, tmp_path):
             index.read(4)
 
 
-def test_a_shard_that_vanishes_in_the_middle_of_a_run(server, root, tmp_path):
+def test_a_shard_that_vanishes_in_the_middle_of_a_run(server: ShardServer, root: Path, tmp_path: Path) -> None:
     index = opened(server, tmp_path)
     (root / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000002\.tar is missing at"):
         index.read(11)
 
 
-def test_an_index_that_is_not_of_the_shards(root, tmp_path):
+def test_an_index_that_is_not_of_the_shards(root: Path, tmp_path: Path) -> None:
     """The hash of the index is right, and so is each shard's: they only do not belong together."""
     other = write_shards(tmp_path / "other", train=(4, 5, 3), val=(3,))
     write_tar(other / "train-000000.tar", [{**sample, "cls": "3"} for sample in samples_of(0, 4)])
@@ -275,7 +283,7 @@ def test_an_index_that_is_not_of_the_shards(root, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["garbage", "objects", "outside", "counts", "types", "huge"])
-def test_an_index_is_not_trusted(what, root, tmp_path):
+def test_an_index_is_not_trusted(what: str, root: Path, tmp_path: Path) -> None:
     path = root / index_name("train")
     with np.load(path) as archive:
         arrays = dict(archive)
@@ -303,7 +311,7 @@ def test_an_index_is_not_trusted(what, root, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["shard", "index"])
-def test_a_hash_in_a_manifest_is_no_path(where, root, tmp_path):
+def test_a_hash_in_a_manifest_is_no_path(where: str, root: Path, tmp_path: Path) -> None:
     value = json.loads((root / "manifest.json").read_text())
     split = value["splits"]["train"]
     (split["shards"][1] if where == "shard" else split[INDEX_KEY])["sha256"] = "../../outside"
@@ -314,26 +322,26 @@ def test_a_hash_in_a_manifest_is_no_path(where, root, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["../x-{0..1}.tar", "/etc/{a,b}.tar", "http://else/{a,b}.tar"])
-def test_names_of_foreign_shards_stay_below_the_root(split, server, tmp_path):
+def test_names_of_foreign_shards_stay_below_the_root(split: str, server: ShardServer, tmp_path: Path) -> None:
     assert "does not stay inside data.root" in refused(server, tmp_path, split)
 
 
-def test_a_web_server_without_a_manifest_needs_names(tmp_path):
+def test_a_web_server_without_a_manifest_needs_names(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with serving(tmp_path / "empty", tmp_path / "requests.jsonl") as server:
         assert "does not list its files: give the shards' names with braces" in refused(server, tmp_path)
 
 
-def test_a_split_that_is_not_there(server, tmp_path):
+def test_a_split_that_is_not_there(server: ShardServer, tmp_path: Path) -> None:
     assert "There is no split 'test' in these shards (there is: train, val)" in refused(server, tmp_path, "test")
 
 
-def test_a_tar_as_the_root(server, tmp_path):
+def test_a_tar_as_the_root(server: ShardServer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a tar: give what stands before its name as data"):
         ShardIndex.open(f"{server.url}/train-000000.tar", "train", cache=settings(tmp_path))
 
 
-def test_a_foreign_shard_that_is_damaged_is_named_by_its_name(root, tmp_path):
+def test_a_foreign_shard_that_is_damaged_is_named_by_its_name(root: Path, tmp_path: Path) -> None:
     (root / "manifest.json").unlink()
     path = root / "train-000001.tar"
     path.write_bytes(path.read_bytes()[:5000])
@@ -372,7 +380,7 @@ def many(tmp_path: Path) -> Iterator[ShardServer]:
         yield server
 
 
-def test_what_the_order_needs_is_fetched_before_it_is_asked_for(many, tmp_path):
+def test_what_the_order_needs_is_fetched_before_it_is_asked_for(many: ShardServer, tmp_path: Path) -> None:
     index = opened(many, tmp_path)
     with Prefetcher(files_of(index), index.table.shard, small_order(index), range(1)):
         wait_for(lambda: all(files_of(index).has(shard) for shard in range(12)))
@@ -381,7 +389,7 @@ def test_what_the_order_needs_is_fetched_before_it_is_asked_for(many, tmp_path):
 
 
 @pytest.mark.parametrize("start_step", [0, 6, 8])
-def test_it_looks_ahead_only_as_far_as_the_cache_has_room(start_step, many, tmp_path):
+def test_it_looks_ahead_only_as_far_as_the_cache_has_room(start_step: int, many: ShardServer, tmp_path: Path) -> None:
     """From wherever the run goes on: at the turn of an epoch or in the middle of one."""
     size = opened(many, tmp_path, cache="other").shards[0].bytes
     index = opened(many, tmp_path, bound=int(6.5 * size))
@@ -406,7 +414,7 @@ def test_it_looks_ahead_only_as_far_as_the_cache_has_room(start_step, many, tmp_
     assert tars_of(many) == sorted(in_order)  # nothing twice
 
 
-def test_leaving_stops_a_transfer_and_leaves_nothing_half(many, tmp_path):
+def test_leaving_stops_a_transfer_and_leaves_nothing_half(many: ShardServer, tmp_path: Path) -> None:
     many.set_rules(Rule("slow", bytes_per_second=20_000))
     index = opened(many, tmp_path)
     with Prefetcher(files_of(index), index.table.shard, small_order(index), range(1)):
@@ -415,7 +423,9 @@ def test_leaving_stops_a_transfer_and_leaves_nothing_half(many, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_loader_over_http_gives_what_a_local_one_gives(server, root, tmp_path, num_workers):
+def test_a_loader_over_http_gives_what_a_local_one_gives(
+    server: ShardServer, root: Path, tmp_path: Path, num_workers: int
+) -> None:
     server.set_rules(Rule("status", times=1), Rule("short", times=1))
     batches = []
     for index in (ShardIndex.open(root, "train"), opened(server, tmp_path)):
@@ -432,7 +442,9 @@ def test_a_loader_over_http_gives_what_a_local_one_gives(server, root, tmp_path,
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_sentence_comes_out_of_a_worker_as_it_went_in(server, root, tmp_path, num_workers):
+def test_a_sentence_comes_out_of_a_worker_as_it_went_in(
+    server: ShardServer, root: Path, tmp_path: Path, num_workers: int
+) -> None:
     index = opened(server, tmp_path, "val")
     (root / "val-000000.tar").unlink()
     loader = evaluation_loader(index, InputConfig(size=16, resize_side=20), batch_size=2, num_workers=num_workers)
@@ -440,7 +452,7 @@ def test_a_sentence_comes_out_of_a_worker_as_it_went_in(server, root, tmp_path, 
         list(loader)
 
 
-def test_a_server_fetches_its_part_of_a_validation_and_no_more(many, tmp_path):
+def test_a_server_fetches_its_part_of_a_validation_and_no_more(many: ShardServer, tmp_path: Path) -> None:
     for rank in range(4):  # each with a cache of its own, as a server has
         index = opened(many, tmp_path, cache=f"server{rank}")
         before = tars_of(many)
@@ -455,7 +467,7 @@ def test_a_server_fetches_its_part_of_a_validation_and_no_more(many, tmp_path):
 # --- does it fit ---
 
 
-def test_a_cache_that_is_too_small_is_said_with_what_would_do(many, tmp_path):
+def test_a_cache_that_is_too_small_is_said_with_what_would_do(many: ShardServer, tmp_path: Path) -> None:
     size = opened(many, tmp_path, cache="other").shards[0].bytes
     for bound, block, batch, words in (
         (100 * size, 0, 2, None),
@@ -497,7 +509,9 @@ def s3(moto: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield server, client_of(moto)
 
 
-def test_a_bucket_gives_what_a_disk_gives(s3, root, tmp_path, monkeypatch):
+def test_a_bucket_gives_what_a_disk_gives(
+    s3: tuple[ShardServer, Any], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, client = s3
     server.set_rules(
         Rule("status", status=503, times=1),
@@ -536,7 +550,9 @@ def test_a_bucket_gives_what_a_disk_gives(s3, root, tmp_path, monkeypatch):
         ShardIndex.open(url, "train", cache=settings(tmp_path, cache="told"))
 
 
-def test_what_a_bucket_refuses_is_said_without_its_secrets(s3, tmp_path, monkeypatch):
+def test_what_a_bucket_refuses_is_said_without_its_secrets(
+    s3: tuple[ShardServer, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def sentence(url: str, split: str = "train", seconds: float = 1.0) -> str:
         with pytest.raises(DataError) as caught:
             ShardIndex.open(url, split, cache=settings(tmp_path, seconds=seconds))

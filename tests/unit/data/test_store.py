@@ -64,7 +64,7 @@ def num_open_files() -> int:
 # What is indexed
 
 
-def test_every_sample_is_found_with_its_bytes(root):
+def test_every_sample_is_found_with_its_bytes(root: Path) -> None:
     index = ShardIndex.open(root, "train")
     assert (index.num_samples, len(index), index.num_classes, index.classes) == (9, 9, 4, CLASSES)
     for sample_id, sample in enumerate(samples_of(0, 9)):
@@ -75,7 +75,7 @@ def test_every_sample_is_found_with_its_bytes(root):
     assert ShardIndex.open(root, "val").num_samples == 3
 
 
-def test_the_hash_is_of_the_content_wherever_it_lies(root, tmp_path):
+def test_the_hash_is_of_the_content_wherever_it_lies(root: Path, tmp_path: Path) -> None:
     index = ShardIndex.open(root, "train")
     moved = write_shards(tmp_path / "elsewhere", train=(4, 5))
     os.utime(moved / "train-000000.tar", (1, 1))
@@ -84,7 +84,7 @@ def test_the_hash_is_of_the_content_wherever_it_lies(root, tmp_path):
     assert ShardIndex.open(root, "val").index_hash != index.index_hash
 
 
-def test_an_index_works_in_another_process_and_again_after_closing(root):
+def test_an_index_works_in_another_process_and_again_after_closing(root: Path) -> None:
     index = ShardIndex.open(root, "train")
     index.read(0)
     copy = pickle.loads(pickle.dumps(index))
@@ -93,7 +93,7 @@ def test_an_index_works_in_another_process_and_again_after_closing(root):
     assert index.read(0) == copy.read(0)
 
 
-def test_open_files_are_bounded_and_closed_with_the_index(tmp_path, monkeypatch):
+def test_open_files_are_bounded_and_closed_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 2)
     index = ShardIndex.open(write_shards(tmp_path / "shards", train=(1,) * 6), "train")
     before = num_open_files()
@@ -104,7 +104,7 @@ def test_open_files_are_bounded_and_closed_with_the_index(tmp_path, monkeypatch)
     assert num_open_files() == before
 
 
-def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_that_names_it(root):
+def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_that_names_it(root: Path) -> None:
     index = ShardIndex.open(root, "train")
     with (root / "train-000000.tar").open("r+b") as file:
         file.truncate(700)
@@ -115,7 +115,7 @@ def test_a_shard_that_shrinks_or_goes_during_a_run_is_an_error_that_names_it(roo
         index.read(8)
 
 
-def test_a_read_that_fails_in_passing_is_tried_again(root):
+def test_a_read_that_fails_in_passing_is_tried_again(root: Path) -> None:
     """As a stale handle does, which the server that restarted no longer knows: what is opened anew can be read."""
     index = ShardIndex.open(root, "train")
     index.read(0)
@@ -131,7 +131,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(root):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_every_writer_are_understood(tmp_path, format):
+def test_tars_of_every_writer_are_understood(tmp_path: Path, format: int) -> None:
     """Folders, long names, capitals, other members: as foreign shards have them."""
     long, jpeg = f"{'d' * 80}/{'k' * 90}", picture(1)
     if format == tarfile.PAX_FORMAT:
@@ -159,7 +159,9 @@ def test_tars_of_every_writer_are_understood(tmp_path, format):
 @given(
     names=st.lists(st.text("ab/ü ", min_size=1, max_size=120).filter(lambda n: n.strip("/ ")), max_size=6, unique=True)
 )
-def test_offsets_and_names_are_those_of_tarfile(tmp_path_factory, format, names):
+def test_offsets_and_names_are_those_of_tarfile(
+    tmp_path_factory: pytest.TempPathFactory, format: int, names: list[str]
+) -> None:
     keys = [f"s{number}/{name.strip('/ ')}" for number, name in enumerate(names) if "//" not in name]
     members = [
         member for n, key in enumerate(keys) for member in ((f"{key}.jpg", key.encode() * n), (f"{key}.cls", b"0"))
@@ -175,7 +177,7 @@ def test_offsets_and_names_are_those_of_tarfile(tmp_path_factory, format, names)
         assert (offset, length) == (member.offset_data, member.size)
 
 
-def test_foreign_shards_by_prefix_or_by_braces(root):
+def test_foreign_shards_by_prefix_or_by_braces(root: Path) -> None:
     (root / "manifest.json").unlink()
     by_prefix = ShardIndex.open(root, "train")
     by_braces = ShardIndex.open(root, "train-{000000..000001}.tar")
@@ -188,7 +190,7 @@ def test_foreign_shards_by_prefix_or_by_braces(root):
 # The cache
 
 
-def test_the_second_opening_reads_no_tar(root):
+def test_the_second_opening_reads_no_tar(root: Path) -> None:
     first = ShardIndex.open(root, "train")
     times = [(root / shard.name).stat().st_mtime_ns for shard in first.shards]
     for shard, time in zip(first.shards, times, strict=True):
@@ -199,7 +201,7 @@ def test_the_second_opening_reads_no_tar(root):
 
 
 @pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: c.replace(b"known", b"knuwn")])
-def test_a_damaged_cache_is_made_anew(root, damage: Callable[[bytes], bytes]):
+def test_a_damaged_cache_is_made_anew(root: Path, damage: Callable[[bytes], bytes]) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     (cache,) = (root / CACHE_DIRECTORY).iterdir()
     cache.write_bytes(damage(cache.read_bytes()))
@@ -208,7 +210,7 @@ def test_a_damaged_cache_is_made_anew(root, damage: Callable[[bytes], bytes]):
         assert str(archive["index_hash"]) == expected
 
 
-def test_a_cache_of_other_shards_is_not_believed(root):
+def test_a_cache_of_other_shards_is_not_believed(root: Path) -> None:
     ShardIndex.open(root, "train")
     write_tar(root / "train-000001.tar", samples_of(100, 6))
     write_manifest(root, {"train": {"train-000000.tar": 4, "train-000001.tar": 6}})
@@ -221,7 +223,9 @@ def make_unwritable(root: Path) -> None:
     (root / CACHE_DIRECTORY).write_bytes(b"a file where the directory should be")
 
 
-def test_a_root_that_cannot_be_written_is_indexed_all_the_same_and_told(root, capsys):
+def test_a_root_that_cannot_be_written_is_indexed_all_the_same_and_told(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_unwritable(root)
     assert ShardIndex.open(root, "train").num_samples == 9
     (line,) = capsys.readouterr().err.splitlines()
@@ -234,7 +238,9 @@ def test_a_root_that_cannot_be_written_is_indexed_all_the_same_and_told(root, ca
 # The index beside the shards
 
 
-def test_with_the_index_of_prepare_no_tar_is_read_and_nothing_written(root, capsys):
+def test_with_the_index_of_prepare_no_tar_is_read_and_nothing_written(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     shutil.rmtree(root / CACHE_DIRECTORY)
     make_unwritable(add_index(root, "train"))
@@ -244,13 +250,15 @@ def test_with_the_index_of_prepare_no_tar_is_read_and_nothing_written(root, caps
     assert not capsys.readouterr().err
 
 
-def test_with_the_index_of_prepare_sizes_are_compared_all_the_same(root):
+def test_with_the_index_of_prepare_sizes_are_compared_all_the_same(root: Path) -> None:
     os.truncate(add_index(root, "train") / "train-000001.tar", 600)
     assert "train-000001.tar" in refused(root)
 
 
 @pytest.mark.parametrize("damage", ["gone", "flipped", "of other shards", "described wrongly"])
-def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(root, tmp_path, damage):
+def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
+    root: Path, tmp_path: Path, damage: str
+) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     shutil.rmtree(root / CACHE_DIRECTORY)
     path = add_index(root, "train") / index_name("train")
@@ -277,7 +285,7 @@ def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(root,
 # What is refused
 
 
-def test_all_missing_shards_are_named(root):
+def test_all_missing_shards_are_named(root: Path) -> None:
     for number in range(2):
         (root / f"train-{number:06d}.tar").unlink()
     message = refused(root)
@@ -294,7 +302,7 @@ def test_all_missing_shards_are_named(root):
         pytest.param(lambda size: size - 10240, "bytes", id="at the end of a member or without end mark"),
     ],
 )
-def test_a_shard_cut_short_contradicts_its_manifest(root, cut, found):
+def test_a_shard_cut_short_contradicts_its_manifest(root: Path, cut: Callable[[int], int], found: str) -> None:
     path = root / "train-000001.tar"
     size = path.stat().st_size
     os.truncate(path, cut(size))
@@ -328,7 +336,7 @@ def cut_points(content: bytes) -> dict[str, int]:
         "without end mark",
     ],
 )
-def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path, where):
+def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path: Path, where: str) -> None:
     content = write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes()
     root = one_foreign_shard(tmp_path / "shards", content[: cut_points(content)[where]])
     message = refused(root)
@@ -336,7 +344,7 @@ def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path, where
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])
-def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root, is_foreign):
+def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root: Path, is_foreign: bool) -> None:
     os.truncate(root / "train-000001.tar", 3000)
     if is_foreign:
         (root / "manifest.json").unlink()
@@ -346,22 +354,22 @@ def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root, is_foreign):
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 0)])
-def test_a_split_without_samples_is_refused(tmp_path, sizes):
+def test_a_split_without_samples_is_refused(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     assert "holds no sample" in refused(write_shards(tmp_path / "shards", train=sizes))
 
 
-def test_an_empty_shard_among_others_is_no_harm(tmp_path):
+def test_an_empty_shard_among_others_is_no_harm(tmp_path: Path) -> None:
     index = ShardIndex.open(write_shards(tmp_path / "shards", train=(2, 0, 3)), "train")
     assert [index.shard_name(i) for i in range(5)] == ["train-000000.tar"] * 2 + ["train-000002.tar"] * 3
 
 
-def test_a_wrong_number_of_samples_is_noticed(root):
+def test_a_wrong_number_of_samples_is_noticed(root: Path) -> None:
     write_manifest(root, {"train": {"train-000000.tar": 4, "train-000001.tar": 6}})
     message = refused(root)
     assert "train-000001.tar" in message and "holds 5 samples" in message and "says 6" in message
 
 
-def test_a_flipped_byte_is_found_by_its_hash(root):
+def test_a_flipped_byte_is_found_by_its_hash(root: Path) -> None:
     path = root / "train-000001.tar"
     content = bytearray(path.read_bytes())
     content[BLOCK + 200] ^= 1  # inside the first picture
@@ -372,11 +380,11 @@ def test_a_flipped_byte_is_found_by_its_hash(root):
     assert "train-000001.tar" in message and expected in message
 
 
-def test_sound_shards_pass_the_hash(root):
+def test_sound_shards_pass_the_hash(root: Path) -> None:
     assert ShardIndex.open(root, "train", verify="sha256").num_samples == 9
 
 
-def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path):
+def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path: Path) -> None:
     content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
     content[cut_points(bytes(content))["between picture and label"] + 2] ^= 1
     message = refused(one_foreign_shard(tmp_path / "shards", bytes(content)))
@@ -384,7 +392,7 @@ def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("label", ["", "cat", "1.5", "9" * 40, "99999999999999999999", "-1", "4", "4294967296", "0x1"])
-def test_a_bad_label_is_named_with_key_and_shard(root, label):
+def test_a_bad_label_is_named_with_key_and_shard(root: Path, label: str) -> None:
     name = "train-000001.tar"
     write_tar(root / name, [*samples_of(4, 2), {"__key__": "the-bad-one", "jpg": picture(0), "cls": label}])
     write_manifest(root, {"train": {"train-000000.tar": 4, name: 3}})
@@ -393,7 +401,9 @@ def test_a_bad_label_is_named_with_key_and_shard(root, label):
 
 
 @pytest.mark.parametrize(("label", "is_refused"), [(MAX_FOREIGN_CLASSES - 1, False), (MAX_FOREIGN_CLASSES, True)])
-def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(tmp_path, label, is_refused):
+def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(
+    tmp_path: Path, label: int, is_refused: bool
+) -> None:
     """Nothing says how many classes there are, and the classifier would be made as large as the label asks."""
     tmp_path.joinpath("shards").mkdir()
     odd = {"__key__": "the-odd-one", "jpg": picture(0), "cls": str(label)}
@@ -419,13 +429,15 @@ def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(tmp_path,
         pytest.param([("a.txt", b"x")], "no sample", id="no sample at all"),
     ],
 )
-def test_shards_that_no_honest_writer_makes_are_refused(tmp_path, members, complaint):
+def test_shards_that_no_honest_writer_makes_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes]], complaint: str
+) -> None:
     root = one_foreign_shard(tmp_path, tar_with(*members, format=tarfile.PAX_FORMAT))
     assert complaint in refused(root)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path, kind):
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         info = tarfile.TarInfo("a.jpg")
@@ -434,20 +446,20 @@ def test_links_and_devices_are_refused(tmp_path, kind):
     assert "only regular files" in refused(one_foreign_shard(tmp_path, buffer.getvalue()))
 
 
-def test_a_size_of_exabytes_is_refused_at_once(tmp_path):
+def test_a_size_of_exabytes_is_refused_at_once(tmp_path: Path) -> None:
     info = tarfile.TarInfo("a.jpg")
     info.size = 2**63
     message = refused(one_foreign_shard(tmp_path, info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK)))
     assert "cut short" in message and str(2**63 + BLOCK) in message
 
 
-def test_two_tars_joined_into_one_are_not_half_read(tmp_path):
+def test_two_tars_joined_into_one_are_not_half_read(tmp_path: Path) -> None:
     whole = tar_with(("a.jpg", b"x"), ("a.cls", b"1"))
     assert "after the end mark" in refused(one_foreign_shard(tmp_path, whole + whole))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path, seed):
+def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path: Path, seed: int) -> None:
     """Whatever bytes are flipped, the answer is an index of existing bytes or a DataError, never another exception."""
     content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
     generator = np.random.default_rng(seed)
@@ -464,7 +476,7 @@ def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path, seed):
             assert all(len(index.read(sample_id)) for sample_id in range(index.num_samples))
 
 
-def test_what_is_not_there_is_said(root, tmp_path):
+def test_what_is_not_there_is_said(root: Path, tmp_path: Path) -> None:
     assert "is not a directory" in refused(tmp_path / "nowhere")
     assert "train, val" in refused(root, "test")
     (tmp_path / "empty").mkdir()
@@ -473,13 +485,13 @@ def test_what_is_not_there_is_said(root, tmp_path):
     assert "train-000000.tar .. val-000000.tar" in refused(root, "test")
 
 
-def test_shards_that_prepare_has_not_finished_are_not_taken_for_foreign_ones(root):
+def test_shards_that_prepare_has_not_finished_are_not_taken_for_foreign_ones(root: Path) -> None:
     (root / "manifest.json").unlink()
     (root / ".prepare").mkdir()
     assert "unfinished" in refused(root)
 
 
-def test_another_process_gets_the_same_index(root):
+def test_another_process_gets_the_same_index(root: Path) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     program = "import sys; from pipeline.data.index import ShardIndex; print(ShardIndex.open(*sys.argv[1:]).index_hash)"
     command = [sys.executable, "-c", program, str(root), "train"]

@@ -78,26 +78,26 @@ def labels_of(directory: Path, *members: tuple[str, bytes]) -> dict[str, int]:
 @pytest.mark.parametrize(
     "digits", [b"0o7", b"1_1", b"-1", b"+7", b"7.0", b"\xffnonsense"[:8], b"99999999999"], ids=repr
 )
-def test_a_size_that_is_no_octal_number_is_refused(tmp_path, digits):
+def test_a_size_that_is_no_octal_number_is_refused(tmp_path: Path, digits: bytes) -> None:
     content = member("a.jpg", b"picture", size_field=digits.ljust(12, b"\0")) + member("a.cls", b"1") + END
     message = refused(tmp_path, content)
     assert "size cannot be read" in message or "cut short" in message
 
 
 @pytest.mark.parametrize("size", ["1_0", " 7", "-7", "0x7", "", "7" * 5000])
-def test_a_pax_size_that_is_no_decimal_number_is_refused(tmp_path, size):
+def test_a_pax_size_that_is_no_decimal_number_is_refused(tmp_path: Path, size: str) -> None:
     content = member("pax", pax_record("size", size), tarfile.XHDTYPE) + SAMPLE + END
     message = refused(tmp_path, content)
     assert "size cannot be read" in message or "cut short" in message
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 8 * 10**18, 2**62])
-def test_a_member_of_exabytes_is_refused_from_its_header(tmp_path, claimed):
+def test_a_member_of_exabytes_is_refused_from_its_header(tmp_path: Path, claimed: int) -> None:
     content = member("a.jpg", b"picture", size_field=b"\x80" + claimed.to_bytes(11, "big")) + END
     assert "cut short" in refused(tmp_path, content) and str(claimed) not in str(len(content))
 
 
-def test_a_directory_has_no_content_whatever_its_header_says(tmp_path):
+def test_a_directory_has_no_content_whatever_its_header_says(tmp_path: Path) -> None:
     """As in tarfile: two readers that disagree about where the next header is would see two sets of samples."""
     content = header("n01", 5 * BLOCK, tarfile.DIRTYPE) + SAMPLE + END
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
@@ -128,17 +128,19 @@ def long_name(name: bytes) -> bytes:
         pytest.param(member("a.jpg", b"", b"M"), "a member of type b'M'", id="continued volume"),
     ],
 )
-def test_members_that_other_readers_would_see_otherwise_are_refused(tmp_path, before, complaint):
+def test_members_that_other_readers_would_see_otherwise_are_refused(
+    tmp_path: Path, before: bytes, complaint: str
+) -> None:
     assert complaint in refused(tmp_path, before + SAMPLE + END)
 
 
-def test_a_harmless_global_record_is_passed_over(tmp_path):
+def test_a_harmless_global_record_is_passed_over(tmp_path: Path) -> None:
     content = member("pax", pax_record("comment", "of git archive"), tarfile.XGLTYPE) + SAMPLE + END
     assert len(ShardIndex.open(shard_of(tmp_path, content).parent, "train")) == 1
 
 
 @pytest.mark.parametrize("zeros", [MAX_ZERO_BYTES, MAX_ZERO_BYTES + BLOCK])
-def test_a_download_that_died_on_its_way_is_not_taken_for_a_short_shard(tmp_path, zeros):
+def test_a_download_that_died_on_its_way_is_not_taken_for_a_short_shard(tmp_path: Path, zeros: int) -> None:
     content = SAMPLE + bytes(zeros)
     if zeros <= MAX_ZERO_BYTES:  # as far as blocking factors go
         assert len(ShardIndex.open(shard_of(tmp_path, content).parent, "train")) == 1
@@ -155,7 +157,7 @@ def test_a_download_that_died_on_its_way_is_not_taken_for_a_short_shard(tmp_path
         pytest.param(picture(0, height=60, width=60), "damaged tar header at byte 0", id="picture"),
     ],
 )
-def test_what_is_no_tar_is_called_what_it_is(tmp_path, content, what):
+def test_what_is_no_tar_is_called_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
     content = content.ljust(BLOCK, b"\1")
     with pytest.raises(tarfile.ReadError), tarfile.open(fileobj=io.BytesIO(content), mode="r:"):
         pass
@@ -166,7 +168,9 @@ def test_what_is_no_tar_is_called_what_it_is(tmp_path, content, what):
 
 
 @pytest.mark.parametrize("extension", ["pth", "pickle", "pkl", "pyd", "pt", "npy", "sh"])
-def test_code_beside_the_pictures_is_neither_read_nor_run(tmp_path, monkeypatch, extension):
+def test_code_beside_the_pictures_is_neither_read_nor_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     content = SAMPLE + member(f"a.{extension}", PICKLE) + member(f"b.{extension}", PICKLE) + END
     path = shard_of(tmp_path / "shards", content)
@@ -176,13 +180,13 @@ def test_code_beside_the_pictures_is_neither_read_nor_run(tmp_path, monkeypatch,
     assert not (tmp_path / "harmed").exists()
 
 
-def test_extensions_that_are_not_read_are_counted_in_bounded_memory(tmp_path):
+def test_extensions_that_are_not_read_are_counted_in_bounded_memory(tmp_path: Path) -> None:
     content = SAMPLE + b"".join(member(f"a.x{number}", b"") for number in range(100)) + END
     ignored = index_shard(shard_of(tmp_path, content)).ignored
     assert sum(ignored.values()) == 100 and len(ignored) == 33 and ignored["..."] == 68
 
 
-def test_pictures_of_another_format_are_said_to_be_that(tmp_path):
+def test_pictures_of_another_format_are_said_to_be_that(tmp_path: Path) -> None:
     message = refused(tmp_path, member("a.webp", b"x") + member("a.cls", b"1") + END)
     assert "'a'" in message and "no picture" in message and ".webp are not read" in message
 
@@ -220,7 +224,7 @@ def write_members(path: Path, names: Sequence[str]) -> Path:
 
 
 @pytest.mark.parametrize("num_members", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_a_million_members_take_bounded_memory(tmp_path, num_members):
+def test_a_million_members_take_bounded_memory(tmp_path: Path, num_members: int) -> None:
     names = [f"d{number % 7}/{number:07d}.txt" for number in range(num_members)]
     path = write_members(tmp_path / "txt.tar", names)
     num_samples, num_ignored, grown_bytes = measured(path)
@@ -229,7 +233,7 @@ def test_a_million_members_take_bounded_memory(tmp_path, num_members):
 
 
 @pytest.mark.slow
-def test_a_million_samples_take_bounded_memory_and_more_are_refused(tmp_path):
+def test_a_million_samples_take_bounded_memory_and_more_are_refused(tmp_path: Path) -> None:
     """Pictures whose labels are missing cost what whole samples do."""
     names = [f"n01440764/n01440764_{number:07d}.jpg" for number in range(2**20 + 1)]
     _, _, grown_bytes = measured(write_members(tmp_path / "most.tar", names[:-1]))
@@ -245,7 +249,7 @@ def json_label(**fields: object) -> bytes:
     return json.dumps(fields).encode()
 
 
-def test_labels_in_json_as_public_shards_have_them(tmp_path):
+def test_labels_in_json_as_public_shards_have_them(tmp_path: Path) -> None:
     found = labels_of(
         tmp_path,
         ("n1/a.jpg", b"x"),
@@ -286,12 +290,12 @@ def test_labels_in_json_as_public_shards_have_them(tmp_path):
     ],
     ids=lambda content: repr(content[:20]),
 )
-def test_a_bad_label_in_json_is_named_with_key_and_shard(tmp_path, content):
+def test_a_bad_label_in_json_is_named_with_key_and_shard(tmp_path: Path, content: bytes) -> None:
     message = refused(tmp_path, SAMPLE + member("bad.json", content) + member("bad.jpg", b"x") + END)
     assert "'bad'" in message and "label" in message and len(message) < 400
 
 
-def test_scanning_can_go_on_past_bad_samples(tmp_path):
+def test_scanning_can_go_on_past_bad_samples(tmp_path: Path) -> None:
     """As a check of the whole shard wants it."""
     bad = member("b.jpg", b"x") + member("c.cls", b"1") + member("d.jpg", b"x") + member("d.cls", b"dog")
     path = shard_of(tmp_path, SAMPLE + bad + member("a.jpg", b"again") + member(f"{'k' * 99}", b"") + END)
@@ -303,7 +307,7 @@ def test_scanning_can_go_on_past_bad_samples(tmp_path):
         assert key in complaint
 
 
-def test_duplicates_are_found_however_far_apart(tmp_path):
+def test_duplicates_are_found_however_far_apart(tmp_path: Path) -> None:
     samples = samples_of(0, 30)
     content = write_tar(tmp_path / "whole.tar", [*samples, samples[0]]).read_bytes()
     assert "'000000000' twice" in refused(tmp_path / "shards", content)

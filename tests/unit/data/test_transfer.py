@@ -12,6 +12,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,13 +67,13 @@ def got(server: ShardServer, name: str = NAME, *, expected: Expected = WHOLE, pa
     return file.getvalue()
 
 
-def refused(server: ShardServer, **arguments) -> str:
+def refused(server: ShardServer, **arguments: Any) -> str:
     with pytest.raises(DataError) as caught:
         got(server, **arguments)
     return str(caught.value)
 
 
-def test_a_sound_server_is_asked_once(serve, capsys):
+def test_a_sound_server_is_asked_once(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve()
     assert got(server) == CONTENT
     assert [(r.status, r.sent_bytes) for r in server.requests()] == [(200, len(CONTENT))]
@@ -81,14 +82,16 @@ def test_a_sound_server_is_asked_once(serve, capsys):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_twice_not_now_then_well_is_well_and_is_counted(serve, status, capsys):
+def test_twice_not_now_then_well_is_well_and_is_counted(
+    serve: Serve, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     server = serve(Rule("status", status=status, times=2))
     assert got(server) == CONTENT
     assert [r.status for r in server.requests()] == [status, status, 200]
     assert f"{NAME} of {server.url} came after 2 failed attempts: HTTP {status} (twice)" in capsys.readouterr().err
 
 
-def test_never_well_ends_within_the_patience(serve):
+def test_never_well_ends_within_the_patience(serve: Serve) -> None:
     server = serve(Rule("status", status=503))
     began = time.monotonic()
     sentence = refused(server, patience=SHORTER)
@@ -100,14 +103,14 @@ def test_never_well_ends_within_the_patience(serve):
     assert pauses[1] > pauses[0] * 0.9 and pauses[-1] < SHORTER.seconds  # longer each time, up to the jitter
 
 
-def test_the_server_says_how_long_to_wait(serve):
+def test_the_server_says_how_long_to_wait(serve: Serve) -> None:
     server = serve(Rule("status", status=429, retry_after="1", times=1))
     assert got(server) == CONTENT
     first, second = (r.began for r in server.requests())
     assert second - first >= 1.0
 
 
-def test_a_server_that_wants_longer_than_the_patience_ends_it_at_once(serve):
+def test_a_server_that_wants_longer_than_the_patience_ends_it_at_once(serve: Serve) -> None:
     server = serve(Rule("status", status=503, retry_after="3600"))
     began = time.monotonic()
     assert "the server asks to wait 3600 s more" in refused(server)
@@ -119,18 +122,18 @@ def test_a_server_that_wants_longer_than_the_patience_ends_it_at_once(serve):
     [("7", 7, 7), (" 7 ", 7, 7), (formatdate(time.time() + 1000, usegmt=True), 0, 1001), (formatdate(0), 0, 0)],
     ids=["seconds", "spaced seconds", "a date to come", "a date gone by"],  # no clock: all workers must collect alike
 )
-def test_retry_after_is_a_number_or_a_date(value, low, high):
+def test_retry_after_is_a_number_or_a_date(value: str, low: int, high: int) -> None:
     seconds = retry_after(value)
     assert seconds is not None and low <= seconds <= high
 
 
 @pytest.mark.parametrize("value", [None, "", "soon", "-"])
-def test_retry_after_that_says_nothing_is_none(value):
+def test_retry_after_that_says_nothing_is_none(value: str | None) -> None:
     assert retry_after(value) is None
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "short"])
-def test_a_transfer_that_breaks_off_goes_on_where_it_was(serve, fault):
+def test_a_transfer_that_breaks_off_goes_on_where_it_was(serve: Serve, fault: str) -> None:
     server = serve(Rule(fault, times=2, after_bytes=100_000))
     assert got(server) == CONTENT
     requests = server.requests()
@@ -141,7 +144,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(serve, fault):
         assert starts == [0, 100_000, 200_000] and server.sent_bytes() == len(CONTENT)
 
 
-def test_a_server_without_ranges_begins_anew(serve):
+def test_a_server_without_ranges_begins_anew(serve: Serve) -> None:
     server = serve(Rule("short", times=1, after_bytes=100_000), Rule("no_ranges"))
     assert got(server) == CONTENT
     assert [(r.status, r.sent_bytes) for r in server.requests()] == [(200, 100_000), (200, len(CONTENT))]
@@ -150,7 +153,7 @@ def test_a_server_without_ranges_begins_anew(serve):
 @pytest.mark.parametrize(
     "fault", [pytest.param("stall", marks=pytest.mark.slow), "short", pytest.param("reset", marks=pytest.mark.slow)]
 )
-def test_a_transfer_that_never_gets_further_ends(serve, fault):
+def test_a_transfer_that_never_gets_further_ends(serve: Serve, fault: str) -> None:
     server = serve(Rule(fault, after_bytes=0))
     began = time.monotonic()
     sentence = refused(server, patience=SHORTER)
@@ -159,40 +162,40 @@ def test_a_transfer_that_never_gets_further_ends(serve, fault):
     assert words[fault] in sentence and len(server.requests(r"\.tar$")) >= 2
 
 
-def test_a_server_of_a_kilobyte_per_second_is_too_slow(serve):
+def test_a_server_of_a_kilobyte_per_second_is_too_slow(serve: Serve) -> None:
     server = serve(Rule("slow", bytes_per_second=1000))
     began = time.monotonic()
     assert re.search(r"slower than 10 kB/s \(\w+( times)?\)", refused(server, patience=SHORTER))
     assert time.monotonic() - began < SHORTER.seconds + SCHEDULING_SECONDS
 
 
-def test_a_server_that_is_slow_for_a_while_is_left_and_asked_again(serve):
+def test_a_server_that_is_slow_for_a_while_is_left_and_asked_again(serve: Serve) -> None:
     server = serve(Rule("slow", bytes_per_second=1000, times=1))
     assert got(server) == CONTENT
     assert server.requests()[-1].asked_range is not None  # what had come is kept
 
 
-def test_wrong_bytes_are_noticed_and_fetched_again(serve, capsys):
+def test_wrong_bytes_are_noticed_and_fetched_again(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve(Rule("wrong", times=1))
     assert got(server) == CONTENT
     assert [r.asked_range for r in server.requests()] == [None, None]  # nothing of them is kept
     assert "wrong content, SHA-256" in capsys.readouterr().err
 
 
-def test_wrong_bytes_each_time_are_refused(serve):
+def test_wrong_bytes_each_time_are_refused(serve: Serve) -> None:
     server = serve(Rule("wrong"))
     sentence = refused(server)
     assert "came 3 times with the wrong content" in sentence and SHA256[:16] in sentence
     assert len(server.requests()) == 3
 
 
-def test_another_length_is_refused_before_it_is_fetched(serve):
+def test_another_length_is_refused_before_it_is_fetched(serve: Serve) -> None:
     server = serve()
     sentence = refused(server, expected=Expected(len(CONTENT) - 1, SHA256))
     assert f"{len(CONTENT)} bytes instead of {len(CONTENT) - 1} bytes" in sentence
 
 
-def test_content_that_changes_while_it_is_fetched(tmp_path):
+def test_content_that_changes_while_it_is_fetched(tmp_path: Path) -> None:
     """With a hash the whole is fetched anew; without one the object must stay what it was."""
     (tmp_path / NAME).write_bytes(CONTENT[::-1])
     with serving(tmp_path, tmp_path.parent / "changing.jsonl", Rule("stall", times=1, after_bytes=1000)) as server:
@@ -211,7 +214,7 @@ def test_content_that_changes_while_it_is_fetched(tmp_path):
         assert "no longer the one it was when the run began" in sentence
 
 
-def test_redirects_are_followed_and_loops_are_not(serve):
+def test_redirects_are_followed_and_loops_are_not(serve: Serve) -> None:
     server = serve(Rule("redirect", path="^/moved", location=f"/{NAME}"))
     assert got(server, "moved.tar") == CONTENT
     server = serve(Rule("redirect"))
@@ -219,7 +222,7 @@ def test_redirects_are_followed_and_loops_are_not(serve):
     assert len(server.requests()) == 6
 
 
-def test_a_redirect_to_a_file_of_this_machine_is_refused(serve):
+def test_a_redirect_to_a_file_of_this_machine_is_refused(serve: Serve) -> None:
     server = serve(Rule("redirect", location="file:///etc/passwd"))
     assert "a redirect to something that is not HTTP" in refused(server)
 
@@ -240,7 +243,9 @@ def certificate(directory: Path) -> Path:
     return path
 
 
-def test_a_redirect_from_https_to_http_is_refused_before_a_password_is_sent_in_clear(serve, tmp_path, monkeypatch):
+def test_a_redirect_from_https_to_http_is_refused_before_a_password_is_sent_in_clear(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = serve()
     told: list[str | None] = []
 
@@ -276,7 +281,7 @@ def test_a_redirect_from_https_to_http_is_refused_before_a_password_is_sent_in_c
     assert not server.requests()
 
 
-def test_what_is_larger_than_it_may_be_is_broken_off(serve):
+def test_what_is_larger_than_it_may_be_is_broken_off(serve: Serve) -> None:
     expected = Expected(most_bytes=len(CONTENT) - 1)
     server = serve()
     assert f"{NAME} at {server.url} is larger than {len(CONTENT) - 1} bytes" in refused(server, expected=expected)
@@ -285,13 +290,13 @@ def test_what_is_larger_than_it_may_be_is_broken_off(serve):
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "is refused: HTTP 403"), (404, f"{NAME} is missing at")])
-def test_what_will_not_get_better_is_not_tried_again(serve, status, words):
+def test_what_will_not_get_better_is_not_tried_again(serve: Serve, status: int, words: str) -> None:
     server = serve(Rule("status", status=status))
     assert words in refused(server)
     assert len(server.requests()) == 1
 
 
-def test_nobody_listens(serve):
+def test_nobody_listens(serve: Serve) -> None:
     with serving(Path("/nonexistent"), Path("/dev/null")) as server:
         pass
     began = time.monotonic()
@@ -299,20 +304,20 @@ def test_nobody_listens(serve):
     assert time.monotonic() - began < 1.0 + SCHEDULING_SECONDS
 
 
-def test_a_name_that_no_host_has(serve):
+def test_a_name_that_no_host_has(serve: Serve) -> None:
     store = open_store("http://nobody.invalid/shards", SHORT.timeouts)
     with pytest.raises(DataError, match="the host's name cannot be resolved"):
         fetch(store, NAME, io.BytesIO(), patience=Patience(1.0))
 
 
-def test_where_head_is_not_allowed_the_size_is_found_all_the_same(serve):
+def test_where_head_is_not_allowed_the_size_is_found_all_the_same(serve: Serve) -> None:
     server = serve(Rule("status", status=405, method="HEAD"))
     stat = head(open_store(server.url, SHORT.timeouts), NAME, SHORT)
     assert stat is not None and stat.num_bytes == len(CONTENT)
     assert head(open_store(server.url, SHORT.timeouts), "nothing.tar", SHORT) is None
 
 
-def test_a_login_is_of_its_host_alone(serve, tmp_path, monkeypatch):
+def test_a_login_is_of_its_host_alone(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     login = tmp_path / "netrc"
     login.write_text("machine 127.0.0.1 login me password secret-of-mine\n")
     monkeypatch.setenv("NETRC", str(login))
@@ -326,7 +331,7 @@ def test_a_login_is_of_its_host_alone(serve, tmp_path, monkeypatch):
     assert "netrc cannot be read" in sentence and "secret-of-mine" not in sentence
 
 
-def test_a_proxy_of_the_environment_is_used(serve, monkeypatch):
+def test_a_proxy_of_the_environment_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
     monkeypatch.setenv("http_proxy", server.url)
     store = open_store("http://shards.invalid", SHORT.timeouts)
@@ -337,6 +342,6 @@ def test_a_proxy_of_the_environment_is_used(serve, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "http://", "s3:///x", "gs://bucket/x", "pipe:cat x://y"])
-def test_a_url_that_means_nothing(url):
+def test_a_url_that_means_nothing(url: str) -> None:
     with pytest.raises(DataError, match="must be a directory, http"):
         open_store(url, SHORT.timeouts)

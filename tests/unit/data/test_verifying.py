@@ -44,7 +44,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_sound_shards_are_counted_and_left_as_they_are(root, num_workers):
+def test_sound_shards_are_counted_and_left_as_they_are(root: Path, num_workers: int) -> None:
     before = contents_of(root)
     lines, errors = verify(root, f"num_workers={num_workers}")
     assert errors == "" and not wrong(lines)
@@ -54,7 +54,7 @@ def test_sound_shards_are_counted_and_left_as_they_are(root, num_workers):
     assert contents_of(root) == before
 
 
-def test_everything_that_is_wrong_is_named_at_once(root):
+def test_everything_that_is_wrong_is_named_at_once(root: Path) -> None:
     """A missing shard, one cut short, one changed, and one whose samples are bad in every way."""
     samples = samples_of(20, 6)
     samples[1]["jpg"] = picture(0)[:200]
@@ -99,7 +99,7 @@ def test_everything_that_is_wrong_is_named_at_once(root):
     )
 
 
-def test_the_index_beside_the_shards_is_checked_too(tmp_path):
+def test_the_index_beside_the_shards_is_checked_too(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [
         sys.executable,
@@ -120,13 +120,13 @@ def test_the_index_beside_the_shards_is_checked_too(tmp_path):
     assert [line.split(",")[0] for line in wrong(lines)] == [f"val.index.npz: has SHA-256 {sha256_of_file(index)}"]
 
 
-def test_one_split_alone(root):
+def test_one_split_alone(root: Path) -> None:
     (root / "train-000000.tar").unlink()
     lines, _ = verify(root, "split=val", "num_workers=1")
     assert lines[0].startswith("val: 3 sound pictures")
 
 
-def test_foreign_shards_are_checked_as_far_as_anything_is_known(root):
+def test_foreign_shards_are_checked_as_far_as_anything_is_known(root: Path) -> None:
     (root / "manifest.json").unlink()
     lines, _ = verify(root, "num_workers=1")
     assert "sizes and hashes are not known" in lines[0]
@@ -143,7 +143,7 @@ def test_foreign_shards_are_checked_as_far_as_anything_is_known(root):
 
 
 @pytest.mark.parametrize("known_by", ["manifest.json", "_info.json", "nothing"])
-def test_all_shards_cut_short_are_named_with_their_counts(root, known_by):
+def test_all_shards_cut_short_are_named_with_their_counts(root: Path, known_by: str) -> None:
     """In the middle of a label, between a picture and its label, and in the first header."""
     write_tar(root / "train-000002.tar", samples_of(9, 2))
     counts = {"train-000000.tar": 4, "train-000001.tar": 5, "train-000002.tar": 2}
@@ -180,7 +180,7 @@ def test_all_shards_cut_short_are_named_with_their_counts(root, known_by):
         (["verify=true", "out=pipe:touch marker"], ExitCode.DATA, "is not a directory"),
     ],
 )
-def test_what_cannot_be_verified_is_a_sentence(root, overrides, code, words):
+def test_what_cannot_be_verified_is_a_sentence(root: Path, overrides: list[str], code: ExitCode, words: str) -> None:
     arguments = [override.format(root=root) for override in overrides]
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.prepare", *arguments],
@@ -194,7 +194,7 @@ def test_what_cannot_be_verified_is_a_sentence(root, overrides, code, words):
     assert not (REPOSITORY / "marker").exists()
 
 
-def test_shards_that_prepare_has_not_finished_are_not_called_sound(root):
+def test_shards_that_prepare_has_not_finished_are_not_called_sound(root: Path) -> None:
     (root / "manifest.json").unlink()
     (root / ".prepare").mkdir()
     _, errors = verify(root, code=ExitCode.DATA)

@@ -1,7 +1,9 @@
 """Foreign weights load completely or not at all, and the message names what does not fit."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ SMALL = {"base_e": 16, "incr_e": 16}
 DECOMPRESSED = "weights/squeezenet_v1_0_deepcompressed.npz"
 
 
-def small_model(**metaparameters) -> SqueezeNet:
+def small_model(**metaparameters: Any) -> SqueezeNet:
     model = zoo.build("squeezenet1_0_caffe", 6, **SMALL, **metaparameters)
     assert isinstance(model, SqueezeNet)
     return model
@@ -44,7 +46,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def refused(path: Path, model: torch.nn.Module, load=load_npz) -> str:
+def refused(path: Path, model: torch.nn.Module, load: Callable[[Path, torch.nn.Module], None] = load_npz) -> str:
     """The message; the model must not have changed."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
@@ -53,7 +55,7 @@ def refused(path: Path, model: torch.nn.Module, load=load_npz) -> str:
     return str(caught.value)
 
 
-def test_every_array_lands_in_its_layer(tmp_path, arrays):
+def test_every_array_lands_in_its_layer(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     model = small_model()
     load_npz(write(tmp_path / "weights.npz", arrays), model)
     loaded = dict(model.named_convolutions())
@@ -64,72 +66,72 @@ def test_every_array_lands_in_its_layer(tmp_path, arrays):
         assert np.array_equal(conv.bias.detach().numpy(), arrays[f"{name}.bias"])
 
 
-def test_layers_have_caffes_names(arrays):
+def test_layers_have_caffes_names(arrays: dict[str, np.ndarray]) -> None:
     fires = [f"fire{i}/{part}" for i in range(2, 10) for part in ("squeeze1x1", "expand1x1", "expand3x3")]
     assert list(arrays) == [f"{name}.{kind}" for name in ("conv1", *fires, "conv10") for kind in ("weight", "bias")]
 
 
-def test_missing_and_unknown_arrays_are_named(tmp_path, arrays):
+def test_missing_and_unknown_arrays_are_named(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     arrays["fire9/expand5x5.weight"] = arrays.pop("fire9/expand3x3.weight")
     message = refused(write(tmp_path / "weights.npz", arrays), small_model())
     assert "lacks fire9/expand3x3.weight and also holds fire9/expand5x5.weight" in message
 
 
-def test_a_long_list_of_names_is_shortened(tmp_path, arrays):
+def test_a_long_list_of_names_is_shortened(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     few = {name: array for name, array in arrays.items() if name.startswith("conv1.")}
     assert "fire2/expand1x1.bias and 46 more" in refused(write(tmp_path / "weights.npz", few), small_model())
 
 
-def test_weights_of_another_width_are_refused(tmp_path, arrays):
+def test_weights_of_another_width_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     message = refused(write(tmp_path / "weights.npz", arrays), small_model(sr=0.5))
     assert "fire2/squeeze1x1.weight has shape (2, 96, 1, 1), the model (8, 96, 1, 1)" in message
 
 
-def test_weights_without_the_bypass_of_the_model_are_refused(tmp_path, arrays):
+def test_weights_without_the_bypass_of_the_model_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     message = refused(write(tmp_path / "weights.npz", arrays), small_model(bypass="complex"))
     assert "lacks fire2/bypass.weight" in message
 
 
-def test_values_that_are_not_finite_are_refused(tmp_path, arrays):
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     arrays["conv10.bias"][2] = np.nan
     message = refused(write(tmp_path / "weights.npz", arrays), small_model())
     assert "conv10.bias holds values that are not finite" in message
 
 
-def test_arrays_of_objects_are_never_unpickled(tmp_path, arrays):
+def test_arrays_of_objects_are_never_unpickled(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     arrays["conv1.bias"] = np.array([print], dtype=object)
     assert "not a readable .npz" in refused(write(tmp_path / "weights.npz", arrays), small_model())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 broken"])
-def test_damaged_files_are_refused(tmp_path, content):
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.npz"
     path.write_bytes(content)
     assert "not a readable" in refused(path, small_model())
     assert "cannot be read" in refused(path, small_model(), load_torchvision_state)
 
 
-def test_a_single_array_is_refused(tmp_path, arrays):
+def test_a_single_array_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     path = tmp_path / "weights.npz"
     with path.open("wb") as file:
         np.save(file, arrays["conv1.weight"])
     assert "not a readable .npz" in refused(path, small_model())
 
 
-def test_a_truncated_file_is_refused(tmp_path, arrays):
+def test_a_truncated_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     path = write(tmp_path / "weights.npz", arrays)
     path.write_bytes(path.read_bytes()[:-1000])
     assert "not a readable" in refused(path, small_model())
 
 
-def test_a_missing_file_and_another_model_are_refused(tmp_path):
+def test_a_missing_file_and_another_model_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "no.npz", small_model())
     assert "does not exist" in refused(tmp_path / "no.pth", small_model(), load_torchvision_state)
     assert "do not fit AlexNet" in refused(tmp_path / "no.npz", torchvision.models.AlexNet())
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
-def test_a_torchvision_state_dict_loads(tmp_path, name):
+def test_a_torchvision_state_dict_loads(tmp_path: Path, name: str) -> None:
     theirs = torchvision.models.get_model(name, weights=None)
     path = tmp_path / "state.pth"
     torch.save(theirs.state_dict(), path)
@@ -138,7 +140,7 @@ def test_a_torchvision_state_dict_loads(tmp_path, name):
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
-def test_batch_norms_buffers_load_too(tmp_path):
+def test_batch_norms_buffers_load_too(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet18(num_classes=3)
     state = theirs.state_dict()
     state["bn1.running_var"].fill_(7.0)
@@ -151,7 +153,7 @@ def test_batch_norms_buffers_load_too(tmp_path):
     assert ours.state_dict()["bn1.running_var"].eq(7.0).all()
 
 
-def test_a_state_dict_of_another_model_is_refused(tmp_path):
+def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
     torch.save(zoo.build("squeezenet1_1", 10).state_dict(), path)
     assert "lacks features.5.squeeze.weight" in refused(path, zoo.build("squeezenet1_0", 10), load_torchvision_state)
@@ -161,13 +163,13 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("saved", [torch.zeros(3), {"state_dict": {}, "epoch": 3}, [1, 2]])
-def test_what_is_no_state_dict_is_refused(tmp_path, saved):
+def test_what_is_no_state_dict_is_refused(tmp_path: Path, saved: object) -> None:
     path = tmp_path / "state.pth"
     torch.save(saved, path)
     assert "is not a state dict" in refused(path, small_model(), load_torchvision_state)
 
 
-def test_code_in_a_state_dict_is_never_run(tmp_path):
+def test_code_in_a_state_dict_is_never_run(tmp_path: Path) -> None:
     path = tmp_path / "state.pth"
     torch.save(Trap(tmp_path / "sprung"), path)
     assert "cannot be read as a state dict" in refused(path, small_model(), load_torchvision_state)
@@ -180,11 +182,11 @@ class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.path,)
 
 
-def test_the_published_deep_compressed_weights_load():
+def test_the_published_deep_compressed_weights_load() -> None:
     shared = Path(os.environ.get("SQUEEZEWIRE_SHARED", Path(__file__).parents[4] / "shared"))
     if not (shared / DECOMPRESSED).is_file():
         pytest.skip(f"needs {DECOMPRESSED} under SQUEEZEWIRE_SHARED or in ../shared")

@@ -1,6 +1,7 @@
 """Our SqueezeNet against the paper's Table 1 and against torchvision's implementation."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,13 @@ TABLE_1 = {
 VERSIONS = ("squeezenet1_0", "squeezenet1_1")
 
 
-def build(name: str = "squeezenet1_0", num_classes: int = 1000, **metaparameters) -> SqueezeNet:
+def build(name: str = "squeezenet1_0", num_classes: int = 1000, **metaparameters: Any) -> SqueezeNet:
     model = zoo.build(name, num_classes, **metaparameters)
     assert isinstance(model, SqueezeNet)
     return model
 
 
-def meta(name: str = "squeezenet1_0", num_classes: int = 1000, **metaparameters) -> SqueezeNet:
+def meta(name: str = "squeezenet1_0", num_classes: int = 1000, **metaparameters: Any) -> SqueezeNet:
     with torch.device("meta"):
         return build(name, num_classes, **metaparameters)
 
@@ -44,7 +45,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def peer(name: str, **arguments) -> nn.Module:
+def peer(name: str, **arguments: Any) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **arguments)
 
 
@@ -52,7 +53,7 @@ def pictures(side: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(5))
 
 
-def test_parameters_per_layer_equal_the_papers_table_1():
+def test_parameters_per_layer_equal_the_papers_table_1() -> None:
     assert {name: count(layer) for name, layer in meta().named_layers()} == TABLE_1
     assert count(meta()) == 1_248_424
 
@@ -65,17 +66,17 @@ def test_parameters_per_layer_equal_the_papers_table_1():
         ("squeezenet1_0_complex_bypass", 1_589_672),
     ],
 )
-def test_parameters_of_the_variants(name, num_parameters):
+def test_parameters_of_the_variants(name: str, num_parameters: int) -> None:
     assert count(meta(name)) == num_parameters
 
 
-def test_there_is_no_batch_norm():
+def test_there_is_no_batch_norm() -> None:
     assert not list(meta().buffers())
 
 
 @pytest.mark.parametrize("side", [224, 227, 97])
 @pytest.mark.parametrize("name", VERSIONS)
-def test_outputs_equal_torchvisions_and_state_dicts_load_strictly_both_ways(name, side):
+def test_outputs_equal_torchvisions_and_state_dicts_load_strictly_both_ways(name: str, side: int) -> None:
     ours, theirs = build(name).eval(), peer(name).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_outputs_equal_torchvisions_and_state_dicts_load_strictly_both_ways(name
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_gradients_equal_torchvisions(name):
+def test_gradients_equal_torchvisions(name: str) -> None:
     ours, theirs = build(name, 10, dropout=0.0), peer(name, num_classes=10, dropout=0.0)
     theirs.load_state_dict(ours.state_dict())
     for model in (ours, theirs):
@@ -98,7 +99,7 @@ def test_gradients_equal_torchvisions(name):
 
 
 @pytest.mark.parametrize("name", VERSIONS)
-def test_the_same_seed_gives_torchvisions_initial_weights(name):
+def test_the_same_seed_gives_torchvisions_initial_weights(name: str) -> None:
     torch.manual_seed(11)
     ours = build(name, 10).state_dict()
     torch.manual_seed(11)
@@ -108,7 +109,7 @@ def test_the_same_seed_gives_torchvisions_initial_weights(name):
 
 
 @pytest.mark.parametrize(("init", "gain"), [("caffe", 3.0), ("torchvision", 6.0)])
-def test_initial_weights_fill_their_bounds(init, gain):
+def test_initial_weights_fill_their_bounds(init: str, gain: float) -> None:
     for name, conv in build(init=init).named_convolutions():
         assert conv.bias is not None
         assert not conv.bias.any()
@@ -121,7 +122,7 @@ def test_initial_weights_fill_their_bounds(init, gain):
         assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
-def test_caffes_conv10_averages_over_a_padded_map():
+def test_caffes_conv10_averages_over_a_padded_map() -> None:
     def map_side(name: str) -> int:
         model = meta(name)
         map_BKHW = model.classifier[:3](model.features(torch.empty(1, 3, 227, 227, device="meta")))
@@ -130,7 +131,7 @@ def test_caffes_conv10_averages_over_a_padded_map():
     assert (map_side("squeezenet1_0"), map_side("squeezenet1_0_caffe")) == (13, 15)
 
 
-def test_without_the_final_relu_logits_can_be_negative_and_keys_stay():
+def test_without_the_final_relu_logits_can_be_negative_and_keys_stay() -> None:
     with_relu, without = build(num_classes=10).eval(), build(num_classes=10, final_relu=False).eval()
     without.load_state_dict(with_relu.state_dict(), strict=True)
     with torch.no_grad():
@@ -138,7 +139,7 @@ def test_without_the_final_relu_logits_can_be_negative_and_keys_stay():
         assert without(pictures(64)).min() < 0
 
 
-def test_all_negative_conv10_is_an_absorbing_state_only_behind_the_relu():
+def test_all_negative_conv10_is_an_absorbing_state_only_behind_the_relu() -> None:
     def gradient(final_relu: bool) -> float:
         model = build(num_classes=10, final_relu=final_relu, dropout=0.0)
         model.state_dict()["classifier.1.bias"].fill_(-100.0)
@@ -152,7 +153,7 @@ def test_all_negative_conv10_is_an_absorbing_state_only_behind_the_relu():
     assert gradient(final_relu=False) > 0.0
 
 
-def test_simple_bypass_goes_around_fire_3_5_7_9_and_complex_around_all():
+def test_simple_bypass_goes_around_fire_3_5_7_9_and_complex_around_all() -> None:
     def kinds(name: str) -> dict[str, str]:
         layers = ((label, layer) for label, layer in meta(name).named_layers() if isinstance(layer, Fire))
         return {label: type(layer.bypass).__name__ for label, layer in layers}
@@ -164,7 +165,7 @@ def test_simple_bypass_goes_around_fire_3_5_7_9_and_complex_around_all():
     assert {complex_[name] for name in even} == {"Conv2d"}
 
 
-def test_a_bypassed_fire_module_adds_its_input():
+def test_a_bypassed_fire_module_adds_its_input() -> None:
     widths = fire_widths(0, base_e=8, incr_e=8, freq=2, pct3x3=0.5, sr=0.25)
     plain, bypassed = Fire(8, widths), Fire(8, widths, bypass="simple")
     bypassed.load_state_dict(plain.state_dict())
@@ -173,7 +174,7 @@ def test_a_bypassed_fire_module_adds_its_input():
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if name.startswith("squeezenet")])
-def test_every_parameter_of_every_variant_learns_under_bf16_and_channels_last(name):
+def test_every_parameter_of_every_variant_learns_under_bf16_and_channels_last(name: str) -> None:
     torch.manual_seed(0)
     model = build(name, 10, final_relu=False).to(memory_format=torch.channels_last)
     side = 32 if "small" in name else 64
@@ -195,7 +196,9 @@ def test_every_parameter_of_every_variant_learns_under_bf16_and_channels_last(na
     sr=st.floats(0.1, 1.0),
     i=st.integers(0, 7),
 )
-def test_fire_widths_follow_the_papers_formulas(base_e, incr_e, freq, pct3x3, sr, i):
+def test_fire_widths_follow_the_papers_formulas(
+    base_e: int, incr_e: int, freq: int, pct3x3: float, sr: float, i: int
+) -> None:
     widths = fire_widths(i, base_e=base_e, incr_e=incr_e, freq=freq, pct3x3=pct3x3, sr=sr)
     e = base_e + incr_e * math.floor(i / freq)
     assert widths.e == e
@@ -215,8 +218,8 @@ def test_fire_widths_follow_the_papers_formulas(base_e, incr_e, freq, pct3x3, sr
     bypass=st.sampled_from(["none", "complex"]),
 )
 def test_any_metaparameters_give_a_network_with_the_parameters_their_widths_say(
-    base_e, incr_e, freq, pct3x3, sr, pool_after, stem, bypass
-):
+    base_e: int, incr_e: int, freq: int, pct3x3: float, sr: float, pool_after: set[int], stem: str, bypass: str
+) -> None:
     model = meta(
         num_classes=7,
         base_e=base_e,
@@ -244,11 +247,11 @@ def test_any_metaparameters_give_a_network_with_the_parameters_their_widths_say(
 
 @given(pool_after=st.sets(st.integers(1, 9), max_size=4))
 @settings(max_examples=20, deadline=None)
-def test_where_to_downsample_changes_no_parameter(pool_after):
+def test_where_to_downsample_changes_no_parameter(pool_after: set[int]) -> None:
     assert count(meta(pool_after=sorted(pool_after))) == 1_248_424
 
 
-def test_the_small_stem_halves_32_to_16_8_and_4():
+def test_the_small_stem_halves_32_to_16_8_and_4() -> None:
     model = meta("squeezenet_small", 10)
     sides = []
     for layer in model.features:
@@ -282,6 +285,6 @@ def test_the_small_stem_halves_32_to_16_8_and_4():
         ({"num_classes": 0}, "num_classes=0"),
     ],
 )
-def test_impossible_metaparameters_are_refused_with_the_rule(metaparameters, says):
+def test_impossible_metaparameters_are_refused_with_the_rule(metaparameters: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         meta(**metaparameters)

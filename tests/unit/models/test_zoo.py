@@ -28,7 +28,7 @@ def meta(name: str, num_classes: int = 1000, **metaparameters: Any) -> torch.nn.
         return zoo.build(name, num_classes, **metaparameters)
 
 
-def test_names_specs_and_figures_need_no_torch():
+def test_names_specs_and_figures_need_no_torch() -> None:
     code = (
         "import sys; from pipeline.models import zoo; zoo.names(); zoo.published_accuracy('alexnet');"
         "zoo.parse_spec('squeezenet1_0:sr=0.5'); sys.exit('torch' in sys.modules)"
@@ -36,20 +36,20 @@ def test_names_specs_and_figures_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_the_metaparameters_listed_are_those_that_squeezenet_takes():
+def test_the_metaparameters_listed_are_those_that_squeezenet_takes() -> None:
     parameters = inspect.signature(SqueezeNet).parameters
     assert tuple(name for name in parameters if name != "num_classes") == zoo.SQUEEZENET_METAPARAMETERS
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_every_model_has_the_classes_asked_for(name):
+def test_every_model_has_the_classes_asked_for(name: str) -> None:
     model = meta(name, num_classes=13)
     side = 32 if name.startswith("squeezenet_small") else 224
     assert model.eval()(torch.empty(2, 3, side, side, device="meta")).shape == (2, 13)
 
 
 @pytest.mark.parametrize("name", FROM_TORCHVISION)
-def test_published_figures_and_sizes_are_those_of_torchvisions_weights(name):
+def test_published_figures_and_sizes_are_those_of_torchvisions_weights(name: str) -> None:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
     accuracy = weights["_metrics"]["ImageNet-1K"]
     published = zoo.published_accuracy(name)
@@ -59,7 +59,7 @@ def test_published_figures_and_sizes_are_those_of_torchvisions_weights(name):
     assert sum(parameter.numel() for parameter in meta(name).parameters()) == weights["num_params"]
 
 
-def test_published_figures_of_the_paper():
+def test_published_figures_of_the_paper() -> None:
     top1 = {name: accuracy.top1 for name in zoo.names() if (accuracy := zoo.published_accuracy(name))}
     assert top1["squeezenet1_0_caffe"] == 0.575
     assert top1["squeezenet1_0_simple_bypass"] == 0.604
@@ -81,13 +81,15 @@ def test_published_figures_of_the_paper():
         ("resnet18", {"zero_init_residual": 1}, "must be true or false"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_the_nearest_that_does(name, metaparameters, says):
+def test_what_does_not_exist_is_refused_with_the_nearest_that_does(
+    name: str, metaparameters: dict[str, Any], says: str
+) -> None:
     with pytest.raises(ConfigError, match=says):
         zoo.build(name, **metaparameters)
 
 
 @pytest.mark.parametrize("num_classes", [0, 2.0, "10"])
-def test_an_impossible_number_of_classes_is_refused(num_classes):
+def test_an_impossible_number_of_classes_is_refused(num_classes: Any) -> None:
     with pytest.raises(ConfigError, match="num_classes"):
         zoo.build("resnet18", num_classes)
 
@@ -103,19 +105,21 @@ def test_an_impossible_number_of_classes_is_refused(num_classes):
         ("resnet18", {"zero_init_residual": True}),
     ],
 )
-def test_torchvision_models_take_the_metaparameters_that_the_registry_says(name, metaparameters):
+def test_torchvision_models_take_the_metaparameters_that_the_registry_says(
+    name: str, metaparameters: dict[str, Any]
+) -> None:
     model = meta(name, **metaparameters)
     if "width_mult" in metaparameters:
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in meta(name).parameters())
 
 
-def test_a_metaparameter_given_wins_over_the_preset():
+def test_a_metaparameter_given_wins_over_the_preset() -> None:
     model = meta("squeezenet1_0_caffe", conv10_pad=0)
     assert isinstance(model, SqueezeNet)
     assert dict(model.named_convolutions())["conv10"].padding == (0, 0)
 
 
-def test_parse_spec_reads_numbers_lists_and_words():
+def test_parse_spec_reads_numbers_lists_and_words() -> None:
     spec = "squeezenet1_0:sr=0.5, pool_after=[1,2,3],bypass=simple,final_relu=false"
     expected = {"sr": 0.5, "pool_after": [1, 2, 3], "bypass": "simple", "final_relu": False}
     assert zoo.parse_spec(spec) == ("squeezenet1_0", expected)
@@ -134,7 +138,7 @@ def test_parse_spec_reads_numbers_lists_and_words():
         ("", "There is no model ''"),
     ],
 )
-def test_a_wrong_spec_is_refused_with_the_rule(spec, says):
+def test_a_wrong_spec_is_refused_with_the_rule(spec: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         zoo.parse_spec(spec)
 
@@ -151,18 +155,18 @@ def test_a_wrong_spec_is_refused_with_the_rule(spec, says):
         },
     )
 )
-def test_specs_survive_the_round_trip(metaparameters):
+def test_specs_survive_the_round_trip(metaparameters: dict[str, Any]) -> None:
     spec = zoo.format_spec("squeezenet1_0", metaparameters)
     assert " " not in spec
     assert zoo.parse_spec(spec) == ("squeezenet1_0", metaparameters)
 
 
-def test_there_is_one_configuration_file_per_model():
+def test_there_is_one_configuration_file_per_model() -> None:
     assert {path.stem for path in CONF_MODEL.glob("*.yaml")} == set(zoo.names())
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_each_configuration_file_is_valid_and_names_its_model(name):
+def test_each_configuration_file_is_valid_and_names_its_model(name: str) -> None:
     config = build_config(ModelConfig, yaml.safe_load((CONF_MODEL / f"{name}.yaml").read_text()))
     assert config.name == name
     assert config.num_classes is None
@@ -189,7 +193,7 @@ def published(name: str) -> bool:
     return name in FROM_TORCHVISION
 
 
-def test_epochs_are_told_where_a_source_was_found():
+def test_epochs_are_told_where_a_source_was_found() -> None:
     epochs = {name: recipe.epochs for name in zoo.names() if (recipe := zoo.published_recipe(name))}
     assert (epochs["squeezenet1_1"], epochs["alexnet"], epochs["vgg16_bn"], epochs["resnet50"]) == (100, 90, 90, 90)
     assert (epochs["mobilenet_v2"], epochs["mobilenet_v3_small"], epochs["shufflenet_v2_x2_0"]) == (300, 600, 600)

@@ -43,11 +43,11 @@ def texts(name: str, comparison: dict[str, Any] = COMPARISON) -> list[str]:
     return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter("text")]
 
 
-def test_bytes_are_those_carried():
+def test_bytes_are_those_carried() -> None:
     assert "500 B · 0.50×" in texts("comparison") and "1.00 kB · baseline" in texts("comparison")
 
 
-def test_a_step_is_told_with_what_it_waits_for():
+def test_a_step_is_told_with_what_it_waits_for() -> None:
     shown = texts("comparison-time")
     assert "200 ms · 80.0 pictures/s · 25.0 % exposed" in shown
     assert "400 ms · 40.0 pictures/s" in shown  # not timed, so not split
@@ -55,14 +55,14 @@ def test_a_step_is_told_with_what_it_waits_for():
     assert "vgg16" not in shown
 
 
-def test_layers_name_the_largest_and_the_fully_connected():
+def test_layers_name_the_largest_and_the_fully_connected() -> None:
     assert layers_label(ROW["layers"]) == "features 60.0 %"
     assert layers_label(ALEXNET["layers"]) == "fc 96.0 % · fully connected 96.0 %"
     shown = texts("comparison-layers")
     assert shown.count("squeezenet1_0") == 1 and "squeezenet1_0 + bf16" not in shown
 
 
-def test_fully_connected_layers_are_hatched():
+def test_fully_connected_layers_are_hatched() -> None:
     drawing = draw_all(COMPARISON)["comparison-layers"]
     assert drawing is not None
     svg = figures.to_svg(drawing.figure, "x")
@@ -71,18 +71,18 @@ def test_fully_connected_layers_are_hatched():
     assert "<pattern" not in figures.to_svg(plain, "x")
 
 
-def test_accuracy_stands_against_bytes_without_compression():
+def test_accuracy_stands_against_bytes_without_compression() -> None:
     shown = texts("comparison-accuracy")
     assert "squeezenet1_0 · 40.00 kB" in shown and "resnet18 · 300.00 kB" in shown
     assert not any("bf16" in text for text in shown)
 
 
-def test_the_best_have_nobody_as_accurate_for_fewer_bytes():
+def test_the_best_have_nobody_as_accurate_for_fewer_bytes() -> None:
     assert best_models([ROW, ALEXNET, RESNET]) == {"squeezenet1_0", "resnet18"}
     assert best_models([ROW, ROW | {"model": "equal"}]) == {"squeezenet1_0"}
 
 
-def test_what_nobody_measured_is_not_drawn():
+def test_what_nobody_measured_is_not_drawn() -> None:
     bare = FAILED | {"gradient_bytes": 1000, "times_baseline": 1.0}
     drawn = draw_all({"baseline": "vgg16", "models": [bare]})
     assert [name for name, drawing in drawn.items() if drawing] == ["comparison"]

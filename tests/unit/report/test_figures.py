@@ -1,8 +1,10 @@
 """Figures: what they say, and that they can live in a page."""
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
+from handmade_runs import MakeRun
 
 from pipeline.report import figures
 from pipeline.report.runs import read_run
@@ -18,7 +20,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter("text")]
 
 
-def test_models_carry_their_bytes_and_their_multiple():
+def test_models_carry_their_bytes_and_their_multiple() -> None:
     svg = figures.to_svg(figures.model_bytes_figure(ROWS, "squeezenet1_0"), "models")
     shown = texts(svg)
     assert "244.40 MB · 48.94×" in shown
@@ -26,18 +28,18 @@ def test_models_carry_their_bytes_and_their_multiple():
     assert "failed" not in shown
 
 
-def test_a_single_model_can_be_drawn():
+def test_a_single_model_can_be_drawn() -> None:
     figures.to_svg(figures.model_bytes_figure(ROWS[:1], "squeezenet1_0"), "models")
 
 
-def test_small_layers_are_summed_not_dropped():
+def test_small_layers_are_summed_not_dropped() -> None:
     layers = [{"name": f"layer{i}", "bytes": 1000 * (i + 1), "share": (i + 1) / 210} for i in range(20)]
     shown = texts(figures.to_svg(figures.layer_bytes_figure(layers, num_shown=5), "layers"))
     assert "15 smaller layers" in shown
     assert "120.00 kB · 57.1 %" in shown
 
 
-def test_an_inline_figure_loads_nothing_and_collides_with_nothing(make_run):
+def test_an_inline_figure_loads_nothing_and_collides_with_nothing(make_run: MakeRun) -> None:
     run = read_run(make_run("first", num_steps=60, validated=True))
     drawings = {"learning": figures.learning_figure(run), "traffic": figures.traffic_figure(run)}
     for name, figure in drawings.items():
@@ -52,7 +54,7 @@ def test_an_inline_figure_loads_nothing_and_collides_with_nothing(make_run):
             assert clip is None or clip.removeprefix("url(#").removesuffix(")") in ids
 
 
-def test_a_run_without_rows_or_traffic_has_no_curves(make_run):
+def test_a_run_without_rows_or_traffic_has_no_curves(make_run: MakeRun) -> None:
     directory = make_run("first")
     (directory / "metrics.jsonl").write_text("")
     run = read_run(directory)
@@ -60,13 +62,13 @@ def test_a_run_without_rows_or_traffic_has_no_curves(make_run):
     assert figures.traffic_figure(run) is None
 
 
-def test_files_for_papers_are_written(tmp_path):
+def test_files_for_papers_are_written(tmp_path: Path) -> None:
     figures.save(figures.model_bytes_figure(ROWS, "squeezenet1_0"), tmp_path / "comparison")
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(tmp_path / "comparison.svg")
 
 
 @pytest.mark.parametrize("name", ["<b>&", '"quoted"'])
-def test_names_are_escaped_in_figures(name):
+def test_names_are_escaped_in_figures(name: str) -> None:
     rows = [{**ROWS[0], "model": name}]
     assert name in texts(figures.to_svg(figures.model_bytes_figure(rows, "other"), "models"))

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from handmade_runs import MakeRun
 
 from pipeline.core.errors import DataError
 from pipeline.report.page import write_comparison_report, write_run_report
@@ -25,7 +26,7 @@ class Checker(HTMLParser):
         self.rows: list[list[tuple[str | None, str]]] = []
         self.cell: str | None = None
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += [(tag, key, value) for key, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
@@ -35,15 +36,15 @@ class Checker(HTMLParser):
             self.rows[-1].append((dict(attrs).get("data-value"), ""))
             self.cell = tag
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += [(tag, key, value) for key, value in attrs]
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
         if tag == self.cell:
             self.cell = None
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if self.cell:
             value, text = self.rows[-1][-1]
             self.rows[-1][-1] = (value, text + data)
@@ -85,7 +86,7 @@ def comparison_of(models: dict[str, Path]) -> dict:
     }
 
 
-def test_a_run_report_holds_curves_ledger_and_reasons(make_run):
+def test_a_run_report_holds_curves_ledger_and_reasons(make_run: MakeRun) -> None:
     directory = make_run("first", num_steps=60, validated=True)
     path = write_run_report(directory)
     assert path == directory / "report.html"
@@ -97,7 +98,7 @@ def test_a_run_report_holds_curves_ledger_and_reasons(make_run):
     check(path)
 
 
-def test_nothing_is_loaded_from_anywhere(make_run):
+def test_nothing_is_loaded_from_anywhere(make_run: MakeRun) -> None:
     path = write_run_report(make_run("first", num_steps=30))
     checker = check(path)
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", path.read_text())
@@ -107,7 +108,7 @@ def test_nothing_is_loaded_from_anywhere(make_run):
         assert key != "href" or (value or "").startswith("#")
 
 
-def test_ids_are_unique(make_run):
+def test_ids_are_unique(make_run: MakeRun) -> None:
     models = {name: make_run(name, model=name) for name in ("squeezenet1_0", "squeezenet1_1")}
     target = make_run("c", num_steps=30)
     path = write_comparison_report(target, comparison_of(models), {m: read_run(d) for m, d in models.items()})
@@ -115,7 +116,7 @@ def test_ids_are_unique(make_run):
     assert len(ids) == len(set(ids))
 
 
-def test_the_table_says_what_the_json_says(make_run, tmp_path):
+def test_the_table_says_what_the_json_says(make_run: MakeRun, tmp_path: Path) -> None:
     models = {name: make_run(name, model=name) for name in ("squeezenet1_0", "resnet18")}
     comparison = comparison_of(models)
     (tmp_path / "c").mkdir()
@@ -131,7 +132,7 @@ def test_the_table_says_what_the_json_says(make_run, tmp_path):
     assert [text for _, text in cells["resnet18"]][:2] == ["46.76 MB", "9.36×"]
 
 
-def test_a_failed_model_is_a_row_with_its_reason(make_run, tmp_path):
+def test_a_failed_model_is_a_row_with_its_reason(make_run: MakeRun, tmp_path: Path) -> None:
     models = {"squeezenet1_0": make_run("squeezenet1_0")}
     comparison = comparison_of(models)
     failed = dict.fromkeys(comparison["models"][0]) | {"model": "vgg16", "reason": "The run was killed <by> SIGKILL."}
@@ -141,7 +142,7 @@ def test_a_failed_model_is_a_row_with_its_reason(make_run, tmp_path):
     assert any("The run was killed <by> SIGKILL." in text for row in check(path).rows for _, text in row)
 
 
-def test_what_users_name_is_escaped(make_run):
+def test_what_users_name_is_escaped(make_run: MakeRun) -> None:
     directory = make_run("first")
     attack = "<script>alert('x')</script>"
     ledger = json.loads((directory / "ledger.json").read_text())
@@ -157,7 +158,7 @@ def test_what_users_name_is_escaped(make_run):
     assert html.escape(attack).replace("&#x27;", "&#39;") in page
 
 
-def test_a_comparison_beside_a_run_is_shown_with_its_curves(make_run):
+def test_a_comparison_beside_a_run_is_shown_with_its_curves(make_run: MakeRun) -> None:
     models = {name: make_run(name, model=name) for name in ("squeezenet1_0", "alexnet")}
     directory = make_run("demo", num_steps=50, validated=True)
     (directory / "comparison.json").write_text(json.dumps(comparison_of(models)))
@@ -167,7 +168,7 @@ def test_a_comparison_beside_a_run_is_shown_with_its_curves(make_run):
     assert "alexnet exchanges 244.40 MB, 48.94× as much" in page
 
 
-def test_a_comparison_outlives_its_runs(make_run, tmp_path):
+def test_a_comparison_outlives_its_runs(make_run: MakeRun, tmp_path: Path) -> None:
     models = {"squeezenet1_0": make_run("squeezenet1_0")}
     directory = make_run("demo")
     comparison = comparison_of(models) | {"runs": {"squeezenet1_0": "gone"}}
@@ -175,14 +176,14 @@ def test_a_comparison_outlives_its_runs(make_run, tmp_path):
     assert "Models side by side" in write_run_report(directory).read_text()
 
 
-def test_a_foreign_comparison_is_refused(make_run):
+def test_a_foreign_comparison_is_refused(make_run: MakeRun) -> None:
     directory = make_run("demo")
     (directory / "comparison.json").write_text("{}")
     with pytest.raises(DataError, match="not a comparison of this program"):
         write_run_report(directory)
 
 
-def test_a_run_on_one_rank_says_that_nothing_crossed(make_run):
+def test_a_run_on_one_rank_says_that_nothing_crossed(make_run: MakeRun) -> None:
     directory = make_run("alone")
     ledger = json.loads((directory / "ledger.json").read_text())
     ledger |= {"world_size": 1, "num_servers": 1, "server_of_rank": [0], "collectives": [], "buckets": []}

@@ -1,14 +1,16 @@
 """Run directories read back."""
 
 import json
+from pathlib import Path
 
 import pytest
+from handmade_runs import MakeRun
 
 from pipeline.core.errors import DataError
 from pipeline.report.runs import read_run
 
 
-def test_a_run_is_read_whole(make_run):
+def test_a_run_is_read_whole(make_run: MakeRun) -> None:
     run = read_run(make_run("first", num_steps=6))
     assert run.step_seconds == 0.25
     assert run.wire_gradient_bytes == run.ledger["gradient_bytes"] == 4_993_696
@@ -16,7 +18,7 @@ def test_a_run_is_read_whole(make_run):
     assert run.series("train/loss")[0] == [1, 2, 3, 4, 5, 6]
 
 
-def test_startup_traffic_and_lost_work_are_not_counted_as_steps(make_run):
+def test_startup_traffic_and_lost_work_are_not_counted_as_steps(make_run: MakeRun) -> None:
     directory = make_run("resumed", num_steps=6)
     ledger = json.loads((directory / "ledger.json").read_text())
     lost = {**ledger["collectives"][2], "attempt": 2, "num_calls": 4, "committed": False}
@@ -25,7 +27,7 @@ def test_startup_traffic_and_lost_work_are_not_counted_as_steps(make_run):
     assert read_run(directory).wire_gradient_bytes == 4_993_696
 
 
-def test_a_world_of_one_carried_nothing(make_run):
+def test_a_world_of_one_carried_nothing(make_run: MakeRun) -> None:
     directory = make_run("alone")
     ledger = json.loads((directory / "ledger.json").read_text())
     ledger["collectives"] = []
@@ -33,7 +35,7 @@ def test_a_world_of_one_carried_nothing(make_run):
     assert read_run(directory).wire_gradient_bytes is None
 
 
-def test_step_time_comes_from_the_rows_where_the_ledger_has_none(make_run):
+def test_step_time_comes_from_the_rows_where_the_ledger_has_none(make_run: MakeRun) -> None:
     directory = make_run("untimed", num_steps=3, seconds=0.5)
     ledger = json.loads((directory / "ledger.json").read_text())
     ledger["time"]["step_seconds"] = {"p50": None, "p90": None}
@@ -41,14 +43,14 @@ def test_step_time_comes_from_the_rows_where_the_ledger_has_none(make_run):
     assert read_run(directory).step_seconds == 0.5
 
 
-def test_a_row_cut_short_by_a_kill_is_left_out(make_run):
+def test_a_row_cut_short_by_a_kill_is_left_out(make_run: MakeRun) -> None:
     directory = make_run("killed", num_steps=3)
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"trainer/step": 4, "train/lo')
     assert len(read_run(directory).rows) == 3
 
 
-def test_a_damaged_row_in_the_middle_is_refused(make_run):
+def test_a_damaged_row_in_the_middle_is_refused(make_run: MakeRun) -> None:
     directory = make_run("damaged", num_steps=3)
     rows = (directory / "metrics.jsonl").read_text()
     (directory / "metrics.jsonl").write_text("{oops\n" + rows)
@@ -59,13 +61,13 @@ def test_a_damaged_row_in_the_middle_is_refused(make_run):
 @pytest.mark.parametrize(
     ("content", "said"), [("[1]", "JSON object"), ("{", "not readable"), ('{"schema": 9}', "schema 9")]
 )
-def test_a_damaged_ledger_is_named(make_run, content, said):
+def test_a_damaged_ledger_is_named(make_run: MakeRun, content: str, said: str) -> None:
     directory = make_run("damaged")
     (directory / "ledger.json").write_text(content)
     with pytest.raises(DataError, match=said):
         read_run(directory)
 
 
-def test_a_directory_without_a_ledger_is_no_run(tmp_path):
+def test_a_directory_without_a_ledger_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no ledger\.json"):
         read_run(tmp_path)

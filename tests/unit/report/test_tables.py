@@ -33,7 +33,7 @@ UNMEASURED = ROW | {"model": "alexnet", "label": "alexnet", "ledger_closed": Non
 COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, LARGE, FAILED, UNMEASURED]}
 
 
-def test_lost_work_stands_apart_from_the_steps_that_count():
+def test_lost_work_stands_apart_from_the_steps_that_count() -> None:
     row = {
         "op": "all_reduce",
         "origin": "gradients",
@@ -60,7 +60,7 @@ def printed(width: int) -> str:
     return console.file.getvalue()
 
 
-def test_eighty_columns_are_enough():
+def test_eighty_columns_are_enough() -> None:
     text = printed(80)
     for value in ("squeezenet1_0", "553.43 MB", "1.00×", "110.83×", "210 ms", "8.75 s", "58.09 %"):
         assert value in text
@@ -68,7 +68,7 @@ def test_eighty_columns_are_enough():
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_ledger_that_is_not_closed_marks_its_row():
+def test_a_ledger_that_is_not_closed_marks_its_row() -> None:
     text = printed(120)
     assert "shufflenet_v2_x0_5 + powersgd *" in text and "* the ledger does not close" in text
     assert "alexnet ?" in text and "? the bytes sent were not measured" in text
@@ -79,22 +79,22 @@ def test_a_ledger_that_is_not_closed_marks_its_row():
     assert closed == ["true", "false", "", ""]
 
 
-def test_markup_in_names_is_text():
+def test_markup_in_names_is_text() -> None:
     assert "[red]odd[/red]" in printed(200)
 
 
-def test_a_column_that_nobody_measured_is_left_out():
+def test_a_column_that_nobody_measured_is_left_out() -> None:
     titles = [column.title for table in comparison_tables(COMPARISON) for column in table.columns]
     assert "exposed" in titles and "communication" not in titles and "per epoch" not in titles
 
 
-def test_the_page_has_a_table_for_each_subject():
+def test_the_page_has_a_table_for_each_subject() -> None:
     tables = comparison_tables(COMPARISON)
     assert [table.title for table in tables] == ["Bytes", "Time", "Model"]
     assert all(len(table.columns) <= 9 for table in tables)
 
 
-def test_csv_is_exact_and_empty_where_nothing_was_measured():
+def test_csv_is_exact_and_empty_where_nothing_was_measured() -> None:
     first, _, failed, _ = csv.DictReader(io.StringIO(comparison_csv(COMPARISON)))
     assert int(first["gradient_bytes"]) == 4_993_696
     assert float(first["step_seconds"]) == 0.2104

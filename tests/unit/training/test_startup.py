@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 @pytest.fixture
-def same_threads_afterwards():
+def same_threads_afterwards() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
