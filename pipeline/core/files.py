@@ -1,14 +1,22 @@
-"""Files that are either whole or absent: atomic, durable writes in the directory they belong to."""
+"""Files that are either whole or absent: atomic, durable writes in the directory they belong to; and locks on them."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 # The temporary name carries the writer's pid: two of one host never share it, and a sweep can tell them apart.
 TEMPORARY_MARK = ".tmp."
+
+NO_LOCKS_HERE = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""What `try_lock` raises, as an OSError's errno, on a file system without locks."""
+LOCK_POLL_SECONDS = 0.02
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -79,3 +87,36 @@ def sweep_temporaries(directory: Path, *, is_guarded: bool = False) -> list[Path
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
+
+
+def try_lock(descriptor: int, *, shared: bool = False, seconds: float = 0.0, while_changing: bool = False) -> bool:
+    """Lock an open file against other processes; the kernel unlocks it when it is closed, however its process dies.
+
+    Args:
+        descriptor: The open file. A lock that it holds already is changed to the one asked for.
+        shared: Whether others may hold a shared lock beside this one.
+        seconds: How long to wait for the lock; infinity waits in the kernel.
+        while_changing: Whether `seconds` begin anew each time the file changes: its owner shows life by writing.
+
+    Returns:
+        Whether the lock was got; False if another process has held it all the time.
+
+    Raises:
+        OSError: The lock cannot be asked for; one of NO_LOCKS_HERE where the file system has none.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if seconds == math.inf:
+        fcntl.flock(descriptor, kind)
+        return True
+    changed, since = -1, time.monotonic()
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
+        if while_changing and (now := os.fstat(descriptor).st_mtime_ns) != changed:
+            changed, since = now, time.monotonic()
+        if time.monotonic() - since >= seconds:
+            return False
+        time.sleep(LOCK_POLL_SECONDS)

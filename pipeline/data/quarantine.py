@@ -6,20 +6,19 @@ already.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import NO_LOCKS_HERE, try_lock
 from pipeline.data.index import ShardIndex
 from pipeline.data.shards.allowance import allowed_bad
 
 NUM_BAD_SHOWN = 5
-_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class BadSample(NamedTuple):
@@ -93,7 +92,8 @@ class Quarantine:
         if self.path is None:
             return self._keep(bad)
         # Opened for each: bad samples are rare, and a file kept open would be inherited by what is forked.
-        with self.path.open("a+b") as file, _locked(file.fileno()):
+        with self.path.open("a+b") as file:
+            _lock(file.fileno())
             self._learn(file.fileno())
             new = self._keep(bad)
             is_torn = os.fstat(file.fileno()).st_size > self._num_bytes_read  # by a crash in the middle of a line
@@ -127,12 +127,10 @@ class Quarantine:
             self.samples.setdefault(number, sample)
 
 
-@contextlib.contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    """Alone with the file, where the file system has locks. Where not, a sample that two ranks meet may come twice."""
+def _lock(descriptor: int) -> None:
+    """Lock the file, where the file system has locks. Where not, a sample that two ranks meet may come twice."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try_lock(descriptor, seconds=math.inf)  # closing the descriptor unlocks it
     except OSError as error:
-        if error.errno not in _NO_LOCKS_HERE:
+        if error.errno not in NO_LOCKS_HERE:
             raise
-    yield  # closing the descriptor lets go

@@ -1,6 +1,5 @@
 """What `prepare` decides before it writes: is it done already, does it fit what is there, what goes where."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import DataError
-from pipeline.core.files import write_json_atomic
+from pipeline.core.files import try_lock, write_json_atomic
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
 from pipeline.data.prepare.plan import ORDER_RULE, plan_shards, shuffled
 from pipeline.data.prepare.sources import Source, SourceImage
@@ -38,10 +37,9 @@ def exclusive(out: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(out, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor):
+            raise DataError(f"Another prepare is writing into out={out}. Wait for it, or choose another out=.")
         yield
-    except BlockingIOError:
-        raise DataError(f"Another prepare is writing into out={out}. Wait for it, or choose another out=.") from None
     finally:
         os.close(descriptor)
 

@@ -12,8 +12,8 @@ read it is locked for reading, and what is locked is not evicted.
 """
 
 import errno
-import fcntl
 import json
+import math
 import os
 import stat
 import time
@@ -25,13 +25,13 @@ from typing import BinaryIO
 
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError
-from pipeline.core.files import fsync_directory
-from pipeline.data.remote.cache_files import PART, evict, is_there, open_own, open_part, own_files, sweep
-from pipeline.data.remote.locks import POLL_SECONDS, is_at, try_lock
+from pipeline.core.files import fsync_directory, try_lock
+from pipeline.data.remote.cache_files import PART, evict, is_at, is_there, open_own, open_part, own_files, sweep
 from pipeline.data.remote.transfer import Patience
 
 FAILED = b"squeezewire could not fetch this: "
 LOCK_NAME = "lock"
+POLL_SECONDS = 0.02
 READ_LOCK_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 RELEASED_SECONDS = 1e8  # three years: longer ago than anything was used
@@ -198,7 +198,7 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
         # An evictor holds the lock for an instant; what it unlinks stays readable through the descriptor.
-        try_lock(descriptor, fcntl.LOCK_SH, READ_LOCK_SECONDS)
+        try_lock(descriptor, shared=True, seconds=READ_LOCK_SECONDS)
         if max_age_seconds is None:
             with suppress(OSError):
                 os.utime(descriptor)
@@ -232,7 +232,7 @@ class Cache:
             part.replace(path)
             keep = True
             fsync_directory(self.directory)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # others may read it now
+            try_lock(descriptor, shared=True, seconds=math.inf)  # others may read it now
             return descriptor
         finally:
             if not keep:
@@ -261,7 +261,7 @@ class Cache:
     def _lock_part(self, descriptor: int, entry: Entry, *, wait: bool) -> None:
         """Lock the `.part`, as long as its owner shows life by writing to it."""
         longest = 2 * self.patience.seconds + GRACE_SECONDS if wait else 0.0
-        while not try_lock(descriptor, fcntl.LOCK_EX, longest, while_changing=True):
+        while not try_lock(descriptor, seconds=longest, while_changing=True):
             if not wait:
                 raise Busy
             raise DataError(
@@ -338,7 +338,7 @@ class Cache:
         """Alone with the directory, for an instant."""
         descriptor = os.open(self.directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            if not try_lock(descriptor, fcntl.LOCK_EX, GRACE_SECONDS):
+            if not try_lock(descriptor, seconds=GRACE_SECONDS):
                 raise DataError(
                     f"Another process holds {self.directory / LOCK_NAME} for {GRACE_SECONDS:g} s: end it, or give"
                     " another data.cache_dir."

@@ -4,7 +4,6 @@ A cache's own are regular files of this user with the names that it gives. Nothi
 FIFOs and directories are not its own, whatever their names.
 """
 
-import fcntl
 import os
 import re
 import stat
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.remote.locks import is_at, try_lock
+from pipeline.core.files import try_lock
 
 PART = ".part"
 _NAME = re.compile(rf"[0-9a-f]{{64}}(?:{re.escape(PART)})?")
@@ -70,6 +69,14 @@ def open_part(path: Path) -> int | None:
     return None
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
 def own_files(directory: Path) -> list[OwnFile]:
     """Every object in a directory, those under way included, the one unused for longest first."""
     found = []
@@ -90,7 +97,7 @@ def evict(path: Path) -> bool:
     if descriptor is None:
         return True
     try:
-        is_free = try_lock(descriptor, fcntl.LOCK_EX)
+        is_free = try_lock(descriptor)
         if is_free:
             path.unlink(missing_ok=True)
         return is_free
@@ -105,7 +112,7 @@ def sweep(part: Path) -> None:
         if descriptor is None:
             return
         try:
-            if try_lock(descriptor, fcntl.LOCK_EX) and is_at(descriptor, part):
+            if try_lock(descriptor) and is_at(descriptor, part):
                 os.ftruncate(descriptor, 0)
                 part.unlink()
         finally:

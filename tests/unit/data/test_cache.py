@@ -208,7 +208,7 @@ def test_the_failure_of_another_job_is_not_shared(tmp_path: Path) -> None:
 def test_an_object_that_is_evicted_before_who_waited_for_it_could_look_is_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.remote.locks.POLL_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.core.files.LOCK_POLL_SECONDS", 0.3)
     first, second = make(tmp_path), make(tmp_path)
     entry, is_under_way, may_end = ENTRIES[NAMES[0]], threading.Event(), threading.Event()
 
