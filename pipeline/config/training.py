@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.core.errors import ConfigError, refuse_secret
+from pipeline.core.errors import ConfigError
+from pipeline.core.secrets import refuse_secret
 from pipeline.core.typed import one_of, require
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.core import secrets
-from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError, redacted, refuse_secret
+from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave_cause
 from pipeline.core.overrides import quoted, split_override
 from pipeline.core.typed import build, nearest, require
@@ -65,7 +65,7 @@ def run_command(
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
     for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
-        refuse_secret(*split_override(argument))
+        secrets.refuse_secret(*split_override(argument))
         secrets.refuse_argument(argument)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text(command, schema), flush=True)
@@ -104,7 +104,7 @@ def _leave(code: int) -> NoReturn:
 
 def _print_error(text: str) -> None:
     """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
-    text = redacted(text)
+    text = secrets.redacted(text)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
         print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)

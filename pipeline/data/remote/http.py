@@ -13,7 +13,8 @@ from urllib.parse import quote, urljoin, urlsplit
 import urllib3
 import urllib3.exceptions as theirs
 
-from pipeline.core.errors import DataError, redacted
+from pipeline.core.errors import DataError
+from pipeline.core.secrets import redacted
 from pipeline.data.remote.store import USER_AGENT, Refused, Stat, Timeouts, Transient, content_range, error_of_status
 
 MAX_REDIRECTS = 5

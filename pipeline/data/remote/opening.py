@@ -3,7 +3,8 @@
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.core.errors import DataError, redacted
+from pipeline.core.errors import DataError
+from pipeline.core.secrets import redacted
 from pipeline.data.remote.store import SCHEMES, Store, Timeouts
 
 

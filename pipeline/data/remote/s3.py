@@ -10,7 +10,8 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
 
-from pipeline.core.errors import DataError, redacted
+from pipeline.core.errors import DataError
+from pipeline.core.secrets import redacted
 from pipeline.data.remote.store import (
     USER_AGENT,
     FetchError,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from random import SystemRandom
 from typing import BinaryIO, TypeVar
 
-from pipeline.core.errors import DataError, redacted
+from pipeline.core.errors import DataError
+from pipeline.core.secrets import redacted
 from pipeline.data.remote.store import Body, Changed, Missing, Refused, Stat, Store, Timeouts, Transient
 
 T = TypeVar("T")

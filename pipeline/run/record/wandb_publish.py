@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import ConfigError, redacted
+from pipeline.core.errors import ConfigError
 from pipeline.core.files import write_json_atomic
+from pipeline.core.secrets import redacted
 from pipeline.run.record.wandb_mirror import why_not_online
 
 if TYPE_CHECKING:

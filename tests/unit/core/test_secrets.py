@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
-from pipeline.core.errors import ConfigError, refuse_key
+from pipeline.core.errors import ConfigError
+from pipeline.core.secrets import redacted, refuse_key
 
 # Joined from pieces: no file of the repository holds what looks like a key.
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -49,6 +52,19 @@ def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str
 )
 def test_what_is_no_secret_is_taken(value: str) -> None:
     refuse_key("name", value, {"SHORT_KEY": "key", "EMPTY_TOKEN": "", "HOME": value})
+
+
+@given(
+    user=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True),
+    password=st.text("abcxyz019:/@?#%&=+!$", min_size=1, max_size=12).map(lambda text: f"S3cr3t{text}"),
+    before=st.sampled_from(["", "cannot reach ", "Traceback\n  File 'x'\n"]),
+    after=st.sampled_from(["", " (refused)", "\nnext line", "' and more"]),
+)
+def test_what_is_printed_holds_no_password(user: str, password: str, before: str, after: str) -> None:
+    text = f"{before}https://{user}:{password}@host/path{after}"
+    assert "S3cr3t" not in redacted(text)
+    assert redacted(text).startswith(f"{before}https://***@") and redacted(text).endswith(after)
+    assert redacted(f"{before}{after}") == f"{before}{after}"
 
 
 @pytest.mark.parametrize("argument", [f"name={KEY}", f"+tracking.api_key={KEY}", f"wandb.token={KEY}", KEY])
