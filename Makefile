@@ -81,7 +81,6 @@ bench: venv peers ## the published figures, measured here; an hour and a quiet m
 	$(PY) -m benchmarks.epoch_start
 	$(PY) -m benchmarks.resume_start
 	$(PY) -m benchmarks.exactness --peers
-	$(PY) -m benchmarks.buckets
 	$(PY) -m benchmarks.preemption
 	$(PY) -m benchmarks.checkpoint_save
 	$(PY) -m benchmarks.builtin_seeds
