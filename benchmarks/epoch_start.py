@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(measure(options.measure)))
         return 0
     common.print_conditions()
-    from pipeline.data.index import CACHE_DIRECTORY
+    from pipeline.data.local import CACHE_DIRECTORY
 
     root = common.SHARDS / f"epoch-start-{options.samples}-{options.shards}"
     make_shards(root, options.samples, options.shards)

@@ -15,7 +15,7 @@ from pipeline.core.compute import choose_compute
 
 def evaluate(config: EvaluateConfig) -> int:
     """Score the weights; returns the exit code."""
-    from pipeline.data.index import check_root
+    from pipeline.data.root import check_root
     from pipeline.models import zoo
     from pipeline.run.launch.ranks import find_ranks
     from pipeline.run.launch.supervisor import supervise
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
     compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
     with join_group(ranks, compute, config.cluster) as world:
-        index = world.locally_first(lambda is_first: open_split(config.data, split, is_first=is_first))
+        index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
         weights = world.agree(lambda: scoring.load_weights(config, index.num_classes))
         results = scoring.score(config, world, weights, index)
         world.first_decides(lambda: scoring.write(config, weights, results))

@@ -16,7 +16,7 @@ from pipeline.core.cli import compose
 from pipeline.core.errors import DataError
 from pipeline.core.overrides import literal
 from pipeline.core.typed import require
-from pipeline.data.index import check_root
+from pipeline.data.root import check_root
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
 from pipeline.report.runs import flat

@@ -1,7 +1,7 @@
 """What can be known to be wrong before any rank starts, and before torch is imported: said once, by one process."""
 
 from pipeline.config.training import TrainConfig
-from pipeline.data.index import check_root
+from pipeline.data.root import check_root
 from pipeline.models import zoo
 from pipeline.run.directory import validate_name
 

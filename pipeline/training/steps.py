@@ -107,10 +107,10 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
         ConfigError: model.num_classes is smaller than the manifest's number of classes.
     """
 
-    def open_both(is_first: bool) -> Shards:
-        training = open_split(config.data, config.data.train_split, is_first=is_first)
+    def open_both(leads: bool) -> Shards:
+        training = open_split(config.data, config.data.train_split, is_local_leader=leads)
         wants_validation = config.trainer.validate_every_steps != 0
-        validation = open_split(config.data, config.data.val_split, is_first=is_first) if wants_validation else None
+        validation = open_split(config.data, config.data.val_split, is_local_leader=leads) if wants_validation else None
         num_classes = config.model.num_classes or training.num_classes
         if training.classes is not None and num_classes < training.num_classes:
             raise ConfigError(

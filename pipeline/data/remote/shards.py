@@ -25,6 +25,7 @@ from pipeline.data.remote.store import Store
 from pipeline.data.remote.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
 from pipeline.data.shards.foreign import INFO_NAMES, Info, shards_by_prefix
 from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from pipeline.data.shards.opened import OpenedSplit
 from pipeline.data.shards.scan import scan_shard, threads
 from pipeline.data.shards.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, shards_of
 from pipeline.data.shards.tar import ShardSamples
@@ -37,7 +38,7 @@ MAX_NAMES_SHOWN = 20
 
 
 class RemoteFiles:
-    """The shards of a split, read through the cache (store.ShardFiles). Pickles; connects where it is used.
+    """The shards of a split, read through the cache (shards.opened.ShardFiles). Pickles; connects where it is used.
 
     Args:
         validators: of the server when the run began; one per shard, used for shards without a hash.
@@ -137,12 +138,12 @@ class Connection:
         self._start_empty()
 
 
-def open_remote(
-    url: str, split: str, verify: str, settings: CacheSettings
-) -> tuple[tuple[ShardFile, ...], SampleTable, RemoteFiles, tuple[str, ...] | None, bool]:
-    """(shards, table, files, classes, whether its pictures are checked) of a split behind a URL.
+def open_remote(url: str, split: str, verify: str, settings: CacheSettings) -> OpenedSplit:
+    """Verify the shards of a split behind a URL, and fetch or make their index.
 
     Args:
+        url: Where the shards lie.
+        split: As for `ShardIndex.open`.
         verify: `sha256` hashes again what is in the cache already; what arrives is hashed in any case.
 
     Raises:
@@ -164,8 +165,13 @@ def open_remote(
     if told:
         counts = np.bincount(table.shard, minlength=len(shards)).tolist()
         told.check_counts(zip((shard.name for shard in shards), counts, strict=True))
-    files.table = table
-    return shards, table, files, manifest.classes if manifest else None, listed is not None and listed.is_checked
+    return OpenedSplit(
+        shards,
+        table,
+        RemoteFiles(place.url, shards, validators, place.cache, table),
+        classes=manifest.classes if manifest else None,
+        is_checked=listed is not None and listed.is_checked,
+    )
 
 
 def check_remote(url: str, split: str, settings: CacheSettings) -> None:

@@ -21,8 +21,9 @@ from small_shards import CLASSES, samples_of, write_manifest, write_shards, writ
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.core.files import sha256_of_file
-from pipeline.data import index as store
-from pipeline.data.index import CACHE_DIRECTORY, MAX_FOREIGN_CLASSES, ShardIndex
+from pipeline.data import local
+from pipeline.data.index import MAX_FOREIGN_CLASSES, ShardIndex, open_split
+from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
 from pipeline.data.shards.tar import index_shard
@@ -94,7 +95,7 @@ def test_an_index_works_in_another_process_and_again_after_closing(root: Path) -
 
 
 def test_open_files_are_bounded_and_closed_with_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(local, "MAX_OPEN_SHARDS", 2)
     index = ShardIndex.open(write_shards(tmp_path / "shards", train=(1,) * 6), "train")
     before = num_open_files()
     for sample_id in [0, 1, 2, 3, 4, 5, 0, 5]:
@@ -231,7 +232,7 @@ def test_a_root_that_cannot_be_written_is_indexed_all_the_same_and_told(
     (line,) = capsys.readouterr().err.splitlines()
     assert f"'train' cannot be kept in {root / CACHE_DIRECTORY} (Not a directory" in line or "(File exists)" in line
     assert "start once as somebody who may write there" in line
-    assert ShardIndex.open(root, "train", is_first=False).num_samples == 9
+    assert ShardIndex.open(root, "train", is_local_leader=False).num_samples == 9
     assert not capsys.readouterr().err  # eight ranks would say it eight times
 
 
@@ -349,7 +350,7 @@ def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root: Path, is_for
     if is_foreign:
         (root / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar .*3000") as caught:
-        store.open_split(DataConfig(root=str(root), max_bad_fraction=0.99), "train")
+        open_split(DataConfig(root=str(root), max_bad_fraction=0.99), "train")
     assert caught.value.exit_code == ExitCode.DATA
 
 

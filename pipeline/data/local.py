@@ -1,0 +1,205 @@
+"""The shards of a directory: verified, indexed and read.
+
+Where the samples lie is told by the index that `prepare` wrote beside the shards, if it is the one that the manifest
+names, else by a scan of all tars' headers (shards/tar.py). The scan is cached in `<root>/.squeezewire/`, where that can
+be written, and is used again while the shards' names, sizes, hashes and times stay the same.
+"""
+
+import hashlib
+import json
+import os
+import weakref
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import DataError
+from pipeline.core.files import sha256_of_file, write_atomic
+from pipeline.data.remote.transfer import say
+from pipeline.data.shards.foreign import find_split
+from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest
+from pipeline.data.shards.opened import OpenedSplit
+from pipeline.data.shards.scan import scanned_table, threads
+from pipeline.data.shards.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, load_beside, shards_of
+
+CACHE_DIRECTORY = ".squeezewire"
+MAX_OPEN_SHARDS = 128
+"""Files one process keeps open; common limits begin at 1024."""
+
+
+class LocalFiles:
+    """The shards of a directory. A bounded number of them stays open."""
+
+    def __init__(self, root: Path, shards: tuple[ShardFile, ...]) -> None:
+        self.root, self.shards = root, shards
+        self._start_empty()
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """See ShardFiles."""
+        return os.pread(self._descriptor(shard), length, offset)
+
+    def close(self) -> None:
+        """See ShardFiles."""
+        _close_all(self._open_files)
+
+    def _descriptor(self, shard: int) -> int:
+        """An open file of the shard; the one not used for longest is closed when there are too many.
+
+        A forked child inherits the descriptors, which `pread` may share: it does not move their position.
+        """
+        if shard in self._open_files:
+            self._open_files.move_to_end(shard)
+            return self._open_files[shard]
+        if len(self._open_files) >= MAX_OPEN_SHARDS:
+            os.close(self._open_files.popitem(last=False)[1])
+        self._open_files[shard] = os.open(self.root / self.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open_files[shard]
+
+    def _start_empty(self) -> None:
+        self._open_files: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(self, _close_all, self._open_files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open_files"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_empty()
+
+
+def _close_all(open_files: OrderedDict[int, int]) -> None:
+    while open_files:
+        os.close(open_files.popitem()[1])
+
+
+def open_local(root: Path, split: str, verify: str, *, is_local_leader: bool) -> OpenedSplit:
+    """Verify the shards of `split` in the directory `root`, and index them or take the index that is there.
+
+    Args:
+        root: The directory.
+        split: As for `ShardIndex.open`.
+        verify: `size` or `sha256`.
+        is_local_leader: Whether to warn if the index cannot be kept; other processes of this machine need not.
+
+    Raises:
+        DataError: Shards are missing, damaged, or contradict the manifest.
+    """
+    if not root.is_dir():
+        raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
+    manifest = Manifest.load(root) if _has_manifest(root) else None
+    foreign = None if manifest else find_split(root, split)
+    shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
+    if verify == "sha256":
+        _check_hashes(root, shards)
+    described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
+    table = load_beside(root, split, shards, described)
+    if table is None and shards:
+        table = _cached_table(root, split, shards, is_local_leader)
+    if table is None or not len(table.label):
+        raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
+    if foreign:
+        counts = np.bincount(table.shard, minlength=len(shards)).tolist()
+        foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
+    files = LocalFiles(root, shards)
+    if manifest is None:
+        return OpenedSplit(shards, table, files, classes=None, is_checked=False)
+    return OpenedSplit(shards, table, files, manifest.classes, manifest.split(split).is_checked)
+
+
+def _has_manifest(root: Path) -> bool:
+    """Whether `prepare` made this directory; if it is unfinished, loading the manifest that is missing says so."""
+    return (root / MANIFEST_NAME).exists() or (root / STATE_DIRECTORY).exists()
+
+
+def _listed(manifest: Manifest, root: Path, split: str) -> tuple[ShardFile, ...]:
+    """The manifest's shards of `split`, each there with its size."""
+    shards = shards_of(manifest, split)
+    sizes = {shard.name: _size(root / shard.name) for shard in shards}
+    missing = [name for name, size in sizes.items() if size is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(shards)} shards of split {split!r} are missing in {root}: {', '.join(missing)}."
+            " Copy them again, or prepare the shards again."
+        )
+    for shard in shards:
+        if sizes[shard.name] != shard.bytes:
+            raise DataError(
+                f"Shard {shard.name} in {root} has {sizes[shard.name]} bytes, and the manifest says {shard.bytes}:"
+                " copy it again from its source, or prepare the shards again."
+            )
+    return shards
+
+
+def _found(root: Path, names: tuple[str, ...]) -> tuple[ShardFile, ...]:
+    """Foreign shards, each there."""
+    sizes = {name: _size(root / name) for name in names}
+    missing = [name for name, size in sizes.items() if size is None]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(names)} shards are missing in {root}: {', '.join(missing)}.")
+    return tuple(ShardFile(name, size or 0, None, None) for name, size in sizes.items())
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
+    """Read every shard whose hash is known; hashing lets go of the interpreter, so threads run side by side."""
+    known = [shard for shard in shards if shard.sha256 is not None]
+    with threads(len(os.sched_getaffinity(0))) as pool:
+        for shard, found in zip(known, pool.map(lambda s: sha256_of_file(root / s.name), known), strict=True):
+            if found != shard.sha256:
+                raise DataError(
+                    f"Shard {shard.name} in {root} has SHA-256 {found}, and the manifest says {shard.sha256}: its"
+                    " content was damaged or changed. Copy it again from its source, or prepare the shards again."
+                )
+
+
+def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...], is_local_leader: bool) -> SampleTable:
+    """The cached table if it is of these very files, else a new scan, cached where that is possible."""
+    path = root / CACHE_DIRECTORY / f"{hashlib.sha256(split.encode()).hexdigest()[:16]}.npz"
+    times = [(root / shard.name).stat().st_mtime_ns for shard in shards]
+    known = json.dumps([SCHEMA, times, [asdict(shard) for shard in shards]])
+    table = _load_table(path, shards, known)
+    if table is None:
+        table = scanned_table(root, shards)
+        try:
+            _save_table(path, table, shards, known)
+        except OSError as error:
+            if is_local_leader:
+                say(
+                    f"the index of split {split!r} cannot be kept in {path.parent} ({error.strerror or error}), so"
+                    f" every start reads the headers of all {len(shards)} shards: start once as somebody who may write"
+                    f" there, or copy beside them the {index_name(split)} that `prepare` wrote with the shards"
+                )
+    return table
+
+
+def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> SampleTable | None:
+    """None unless the file is whole, unchanged and about shards of which `known` is true."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if str(archive["known"]) != known:
+                return None
+            table = SampleTable(**{name: archive[name] for name in SampleTable.__dataclass_fields__})
+            return table if table.hash_with(shards) == str(archive["index_hash"]) else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _save_table(path: Path, table: SampleTable, shards: tuple[ShardFile, ...], known: str) -> None:
+    """Leave the table for the next process. Raises OSError where the root cannot be written."""
+    arrays: dict[str, Any] = {
+        **table.arrays(),
+        "known": np.array(known),
+        "index_hash": np.array(table.hash_with(shards)),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, lambda file: np.savez(file, **arrays))
