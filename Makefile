@@ -49,7 +49,7 @@ test: venv ## the tests but the slow ones, as CI runs them
 
 .PHONY: test-all
 test-all: venv ## every test, an hour and a half; what came out goes into the table of tests/README.md
-	$(PY) -m pytest --junit-xml=test-all.xml; code=$$?; PYTHONPATH=. $(PY) tests/fault_table.py test-all.xml; exit $$code
+	$(PY) -m pytest --junit-xml=test-all.xml; code=$$?; $(PY) -m tests.fault_table test-all.xml; exit $$code
 
 .PHONY: soak
 soak: venv ## one training under 50 faults, ten minutes: it ends as the unbroken one, and nothing grows

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import rows
-from small_runs import Pair
+
+from tests.commands import rows
+from tests.small_runs import Pair
 
 
 def load(run: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
-from small_runs import shards, two_ranks
+
+from tests.small_runs import shards, two_ranks
 
 __all__ = ["shards", "two_ranks"]  # fixtures that several folders share
 

@@ -1,6 +1,6 @@
 """Write what a run of the tests gave into the table of faults in README.md: how many passed, in how many seconds.
 
-    python tests/fault_table.py REPORT.xml...
+    python -m tests.fault_table REPORT.xml...
 
 The reports are pytest's (--junit-xml); of a test in several of them the last one counts.
 """

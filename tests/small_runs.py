@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import train_recorded
 from PIL import Image
 from webdataset.writer import TarWriter
 
 from pipeline.core.files import sha256_of_file
 from pipeline.data.shards.manifest import Manifest, Shard, Split
+from tests.commands import train_recorded
 
 CLASSES = ("ant", "bee", "cat", "dog")
 PAIR_OPTIONS = (

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from tests.cluster.conftest import SlurmCluster
 
 pytestmark = pytest.mark.cluster
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from tests.cluster.conftest import SlurmCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
-from comparing import committed, global_batches
-from conftest import running_cluster
 
 from pipeline.core.files import write_text_atomic
+from tests.cluster.conftest import running_cluster
+from tests.comparing import committed, global_batches
 
 if TYPE_CHECKING:
-    from conftest import SlurmCluster
+    from tests.cluster.conftest import SlurmCluster
 
 pytestmark = pytest.mark.cluster
 
@@ -83,7 +83,7 @@ class Checkout:
         """`sbatch OPTIONS slurm/train.sh name=... KEYS`; the id of the job."""
         env = {
             "SQUEEZEWIRE_PYTHON": str(self.root / "python"),
-            "PYTHONPATH": str(self.root),
+            "PYTHONPATH": f"{self.root}:{REPOSITORY}",  # the checkout's pipeline, this repository's tests
             "FED_TO": str(self.root / "fed"),
             "PACE_SECONDS": str(pace),
         }

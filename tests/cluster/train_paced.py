@@ -5,9 +5,7 @@ FED_TO/<name of the run>.hold: the step (0-based) at which the ranks wait for as
 PACE_SECONDS: how much longer each step takes.
 """
 
-import importlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.core.cli import run_command
 from pipeline.run.launch.preempt import block_early
 from pipeline.train import train
+from tests.distributed.train_recorded import record
 
 
 def paced(config: TrainConfig) -> int:
@@ -24,8 +23,7 @@ def paced(config: TrainConfig) -> int:
 
     directory = Path(os.environ["FED_TO"]) / config.name
     directory.mkdir(parents=True, exist_ok=True)
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
-    importlib.import_module("train_recorded").record(directory, int(os.environ["SLURM_PROCID"]), [])
+    record(directory, int(os.environ["SLURM_PROCID"]), [])
     inner = Learner.training_step
     hold = directory.with_name(f"{directory.name}.hold")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from meter_ddp_rank import SmallNet, make_batch, recorded
-from meter_ranks import leave
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.strategy import MeteredDDP
+from tests.distributed.meter_ddp_rank import SmallNet, make_batch, recorded
+from tests.distributed.meter_ranks import leave
 
 NUM_STEPS = 3
 SIZES = {  # bytes per element, as the flight recorder and the profiler call the types

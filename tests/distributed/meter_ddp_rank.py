@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
-from meter_ranks import run_scenarios
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
@@ -18,6 +17,7 @@ from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
 from pipeline.core.errors import LedgerError
+from tests.distributed.meter_ranks import run_scenarios
 
 CONDITIONS = Conditions(run="test", model="small", hook="none", global_batch=6)
 

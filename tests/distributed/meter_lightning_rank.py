@@ -12,13 +12,13 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from meter_ranks import leave
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.strategy import MeteredDDPStrategy, gradient_bytes_by_parameter, rebuild_buckets
+from tests.distributed.meter_ranks import leave
 
 NUM_STEPS = 6
 ACCUMULATE = 2

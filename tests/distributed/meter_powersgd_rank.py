@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from meter_ddp_rank import SmallNet, Training
-from meter_ranks import run_scenarios
 
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import rebuild_buckets
 from pipeline.core.errors import CheckpointError
+from tests.distributed.meter_ddp_rank import SmallNet, Training
+from tests.distributed.meter_ranks import run_scenarios
 
 START_STEP, NUM_STEPS, SAVE_AFTER = 2, 6, 4
 BUCKET_MEGABYTES = 0.1

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from meter_ranks import leave
 from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
@@ -19,6 +18,7 @@ from pipeline.comm.ledger.ledger import Conditions, Ledger
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
+from tests.distributed.meter_ranks import leave
 
 NUM_STEPS = 3
 DELAY_SECONDS = 0.4

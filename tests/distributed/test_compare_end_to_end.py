@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from wandb_file import records
+
+from tests.wandb_file import records
 
 
 @pytest.fixture(scope="module")

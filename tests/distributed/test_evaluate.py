@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from commands import run
-from small_runs import NUM_VALIDATION, Pair, write_shards
+
+from tests.commands import run
+from tests.small_runs import NUM_VALIDATION, Pair, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")

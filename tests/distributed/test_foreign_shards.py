@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import SMALL, run, train
-from small_runs import picture, write_shards
 from webdataset.writer import TarWriter
+
+from tests.commands import SMALL, run, train
+from tests.small_runs import picture, write_shards
 
 HERE = Path(__file__).parent
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import MARK, SMALL, Ended, clean_environment, marked, rows, run, train
+
+from tests.commands import MARK, SMALL, Ended, clean_environment, marked, rows, run, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 60.0

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import SMALL
-from test_lab import lab, possible
+
+from tests.commands import SMALL
+from tests.distributed.test_lab import lab, possible
 
 __all__ = ["possible"]  # the fixture that looks whether a lab can be made
 

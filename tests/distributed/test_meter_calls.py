@@ -4,10 +4,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from meter_ranks import run_ranks
 
 from pipeline.comm.collectives import Call
 from pipeline.comm.wire import gloo
+from tests.distributed.meter_ranks import run_ranks
 
 NUM_RANKS, NUM_STEPS = 2, 3
 

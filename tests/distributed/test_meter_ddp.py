@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from meter_ranks import run_ranks
+
+from tests.distributed.meter_ranks import run_ranks
 
 Results = list[dict[str, Any]]
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from meter_ranks import run_ranks
+
+from tests.distributed.meter_ranks import run_ranks
 
 NUM_STEPS, NUM_MICRO_BATCHES = 6, 2
 

@@ -5,7 +5,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from meter_ranks import run_ranks
+
+from tests.distributed.meter_ranks import run_ranks
 
 Results = list[dict[str, Any]]
 START_STEP, NUM_STEPS = 2, 6

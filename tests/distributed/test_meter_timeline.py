@@ -6,7 +6,8 @@ A delay is far longer than anything else a step does; what must not show it stay
 from typing import Any
 
 import pytest
-from meter_ranks import run_ranks
+
+from tests.distributed.meter_ranks import run_ranks
 
 Results = list[dict[str, Any]]
 COMPUTE = ("forward_seconds", "backward_seconds")

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from meter_ranks import run_ranks
+
+from tests.distributed.meter_ranks import run_ranks
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])

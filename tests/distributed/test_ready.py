@@ -4,7 +4,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from commands import SMALL, Ended, run
+
+from tests.commands import SMALL, Ended, run
 
 
 def ready(root: Path, shards: Path, devices: int, *more: str, expect: int = 0) -> Ended:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import SMALL, Ended, rows, run, train
+
+from tests.commands import SMALL, Ended, rows, run, train
 
 HERE = Path(__file__).parent
 

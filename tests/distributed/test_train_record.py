@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import TIMES, rows, train_recorded
-from small_runs import NUM_VALIDATION, PAIR_OPTIONS, Pair
-from wandb_file import records
 
 from pipeline.comm.wire import gloo
 from pipeline.report import dashboards
+from tests.commands import TIMES, rows, train_recorded
+from tests.small_runs import NUM_VALIDATION, PAIR_OPTIONS, Pair
+from tests.wandb_file import records
 
 GRADIENT_BYTES = 4_941_984  # 1,235,496 parameters of squeezenet1_1, 4 bytes each
 KEYS = """schema closed run model backend algorithm hook world_size num_servers server_of_rank placement num_steps

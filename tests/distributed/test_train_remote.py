@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
-from comparing import differences, fed, global_batches, load
-from s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
-from shard_index import add_index
-from shard_server import Rule, ShardServer, serving
-from small_runs import PAIR_OPTIONS, Pair, write_shards
-from test_train_refusals import SHORT
 
 from pipeline.data.remote.cache import Cache, CacheSettings
 from pipeline.data.remote.transfer import Patience
 from pipeline.data.shards.manifest import Manifest
 from pipeline.run.launch.ports import free_port
+from tests.commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
+from tests.comparing import differences, fed, global_batches, load
+from tests.distributed.test_train_refusals import SHORT
+from tests.s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
+from tests.shard_index import add_index
+from tests.shard_server import Rule, ShardServer, serving
+from tests.small_runs import PAIR_OPTIONS, Pair, write_shards
 
 PASSWORD = "correct-horse-battery"
 FAULTS = (

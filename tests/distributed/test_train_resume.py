@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import rows, train_recorded
-from comparing import assert_same, differences, global_batches, load
-from small_runs import Pair, make_pair
+
+from tests.commands import rows, train_recorded
+from tests.comparing import assert_same, differences, global_batches, load
+from tests.small_runs import Pair, make_pair
 
 
 def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:

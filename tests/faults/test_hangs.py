@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import fired, train_recorded
+
+from tests.commands import fired, train_recorded
 
 STEP_TIMEOUT_SECONDS = 6
 # The launcher gives the survivors 2 s, then the stopped rank 15 s from SIGTERM to SIGKILL; a busy machine more.

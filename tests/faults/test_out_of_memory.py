@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from commands import train_recorded
+
+from tests.commands import train_recorded
 
 OPTIONS = ("trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2", "cluster.step_timeout_seconds=60")
 

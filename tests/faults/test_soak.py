@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import train_recorded
-from comparing import assert_same
-from shard_index import add_index
-from shard_server import Rule, ShardServer, serving
-from small_runs import Pair
-from test_disks import small_disk
+
+from tests.commands import train_recorded
+from tests.comparing import assert_same
+from tests.faults.test_disks import small_disk
+from tests.shard_index import add_index
+from tests.shard_server import Rule, ShardServer, serving
+from tests.small_runs import Pair
 
 DEVICES = 2
 DISK_BYTES = 64_000_000  # several checkpoints

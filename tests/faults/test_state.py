@@ -7,9 +7,10 @@ sample ids, the pixels and the state of every global generator.
 from pathlib import Path
 
 import pytest
-from commands import train_recorded
-from comparing import assert_same
-from small_runs import Pair
+
+from tests.commands import train_recorded
+from tests.comparing import assert_same
+from tests.small_runs import Pair
 
 # A checkpoint after every step, so that the next attempt begins right where this one was killed. 5 steps are an epoch.
 OPTIONS = (

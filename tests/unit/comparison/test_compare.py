@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import MakeRun
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from pipeline.core.overrides import quote_models
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
 from pipeline.report.runs import read_run
+from tests.handmade_runs import MakeRun
 
 # design.md's, which may grow but not change.
 CONTRACT_KEYS = {

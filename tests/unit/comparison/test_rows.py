@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import MakeRun, timed_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.overrides import quote_models
 from pipeline.models.facts import model_facts
+from tests.handmade_runs import MakeRun, timed_run
 
 SQUEEZENET_BYTES, ALEXNET_BYTES = 4_993_696, 244_403_360
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pictures_on_disk import picture
 from webdataset.writer import TarWriter
 
 from pipeline.core.files import sha256_of_file
 from pipeline.data.shards.manifest import Manifest, Shard, Split
+from tests.unit.data.pictures_on_disk import picture
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

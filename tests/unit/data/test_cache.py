@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from shard_server import Rule, ShardServer, serving
 
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.data.remote.cache import PART, Cache, CacheSettings, Entry, Produce
 from pipeline.data.remote.transfer import Patience
+from tests.shard_server import Rule, ShardServer, serving
 
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]

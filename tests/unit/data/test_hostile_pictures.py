@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_shards import CLASSES, write_manifest, write_tar
 
 from pipeline.config.training import AugmentConfig, InputConfig
 from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamples
 from pipeline.data.index import ShardIndex
 from pipeline.data.pictures import BadImageError, check_picture
 from pipeline.data.pixels import SampleError, decode
+from tests.unit.data.small_shards import CLASSES, write_manifest, write_tar
 
 HEIGHT, WIDTH = 40, 56
 INPUT = InputConfig(size=24, resize_side=28)

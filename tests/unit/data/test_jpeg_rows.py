@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from draws import draw_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +18,7 @@ from pipeline.config.training import AugmentConfig, InputConfig
 from pipeline.data import pixels
 from pipeline.data.jpeg_rows import upper_rows
 from pipeline.data.pixels import SampleError, decode, train_view
+from tests.unit.data.draws import draw_of
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures_on_disk import stored_samples
 from PIL import Image
 
 from pipeline.config.prepare import PrepareConfig
 from pipeline.data.shards.manifest import Manifest
 from pipeline.prepare import prepare
+from tests.unit.data.pictures_on_disk import stored_samples
 
 DEADLINE_SECONDS = 120
 READER = Path(__file__).with_name("read_as_a_peer.py")

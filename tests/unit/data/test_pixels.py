@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from draws import draw_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,6 +28,7 @@ from pipeline.data.pixels import (
     train_draws,
     train_view,
 )
+from tests.unit.data.draws import draw_of
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pictures_on_disk import contents_of, picture, pictures, stored_samples, tar_of, write_files
 from PIL import Image
 
 from pipeline.core.errors import ExitCode
 from pipeline.data.shards.manifest import Manifest
+from tests.unit.data.pictures_on_disk import contents_of, picture, pictures, stored_samples, tar_of, write_files
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

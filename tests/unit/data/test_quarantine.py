@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_shards import write_shards
 
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
 from pipeline.data.quarantine import BadSample, Quarantine
+from tests.unit.data.small_shards import write_shards
 
 NUM_SAMPLES = 100
 

@@ -12,10 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from s3_server import BUCKET, client_of, credentials, serving_s3, upload
-from shard_index import add_index
-from shard_server import Rule, ShardServer, serving
-from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.config.training import DataConfig, InputConfig
 from pipeline.core.errors import DataError
@@ -31,6 +27,10 @@ from pipeline.data.remote.shards import RemoteFiles, check_remote
 from pipeline.data.remote.transfer import Patience
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
+from tests.s3_server import BUCKET, client_of, credentials, serving_s3, upload
+from tests.shard_index import add_index
+from tests.shard_server import Rule, ShardServer, serving
+from tests.unit.data.small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
 DEADLINE_SECONDS = 60.0
 

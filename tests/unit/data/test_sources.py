@@ -4,8 +4,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from mat_file import WRITTEN_BY_SCIPY, mat_file
-from pictures_on_disk import picture, pictures, tar_of, write_files
 
 from pipeline.core.errors import DataError
 from pipeline.data.prepare.builtin import BuiltinPictures
@@ -13,6 +11,8 @@ from pipeline.data.prepare.ilsvrc2012 import read_devkit
 from pipeline.data.prepare.matfile import read_struct_array
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
 from pipeline.data.prepare.sources import Kind, Source, tar_members
+from tests.unit.data.mat_file import WRITTEN_BY_SCIPY, mat_file
+from tests.unit.data.pictures_on_disk import picture, pictures, tar_of, write_files
 
 COUNTS = {"cat": 3, "dog": 2}
 BUILTIN = BuiltinPictures(seed=0, num_classes=10)

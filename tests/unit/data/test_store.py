@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures_on_disk import picture
-from shard_index import add_index
-from small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError, ExitCode
@@ -27,6 +24,9 @@ from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
 from pipeline.data.shards.tar import index_shard
+from tests.shard_index import add_index
+from tests.unit.data.pictures_on_disk import picture
+from tests.unit.data.small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
 
 BLOCK = 512
 

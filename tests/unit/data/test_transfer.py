@@ -21,12 +21,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from shard_server import Rule, ShardServer, serving
 
 from pipeline.core.errors import DataError
 from pipeline.data.remote.opening import open_store
 from pipeline.data.remote.store import retry_after
 from pipeline.data.remote.transfer import Expected, Patience, fetch, head
+from tests.shard_server import Rule, ShardServer, serving
 
 NAME = "train-000000.tar"
 CONTENT = np.random.default_rng(0).bytes(300_000)

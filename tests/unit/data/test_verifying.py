@@ -9,11 +9,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from pictures_on_disk import contents_of, picture
-from small_shards import samples_of, write_manifest, write_shards, write_tar
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.files import sha256_of_file
+from tests.unit.data.pictures_on_disk import contents_of, picture
+from tests.unit.data.small_shards import samples_of, write_manifest, write_shards, write_tar
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures_on_disk import contents_of, picture, pictures, stored_samples, write_files
-from shard_index import add_index
 
 from pipeline.core.errors import DataError
 from pipeline.data.index import ShardIndex
@@ -23,6 +21,8 @@ from pipeline.data.prepare.request import exclusive, plan_splits
 from pipeline.data.prepare.sources import Source, SourceImage, open_folders
 from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.data.shards.manifest import Manifest, Split
+from tests.shard_index import add_index
+from tests.unit.data.pictures_on_disk import contents_of, picture, pictures, stored_samples, write_files
 
 COUNTS = {"cat": 13, "dog": 8}
 SHARD_BYTES = 12_000

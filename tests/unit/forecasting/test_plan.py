@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import handmade_run, timed_run
 
 from pipeline.comm.forecast import Network, StepForecast
 from pipeline.core.errors import ConfigError
@@ -23,6 +22,7 @@ from pipeline.forecasting.grid import (
 )
 from pipeline.forecasting.source import Source, read_source
 from pipeline.report.runs import read_run
+from tests.handmade_runs import handmade_run, timed_run
 
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

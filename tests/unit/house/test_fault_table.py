@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fault_table import README, read_reports, with_results
+from tests.fault_table import README, read_reports, with_results
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite>
 <testcase classname="tests.faults.test_state" name="test_killed_anywhere[a[0]]" time="2.4" />

@@ -35,7 +35,7 @@ def outcomes(directory: Path, in_ci: bool) -> dict[str, int]:
     """Counts in pytest's closing line for tests under the project's own conftest."""
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     # The conftest's copy finds what the project's tests share, and with it the project itself.
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
+    environment["PYTHONPATH"] = str(REPOSITORY)
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | ({"CI": "true"} if in_ci else {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."]
     answer = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)

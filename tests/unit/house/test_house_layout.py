@@ -115,5 +115,3 @@ def test_tests_mirror_the_house() -> None:
         path.name for path in (REPOSITORY / "tests/unit").iterdir() if path.is_dir() and path.name[0] not in "._"
     }
     assert folders <= {"house", *(path.name for path in PIPELINE.iterdir() if path.is_dir())}
-    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
-    assert sorted(names) == sorted(set(names))

@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from handmade_runs import MakeRun
 
 from pipeline.report import figures
 from pipeline.report.runs import read_run
+from tests.handmade_runs import MakeRun
 
 ROWS = [
     {"model": "squeezenet1_0", "gradient_bytes": 4_993_696, "times_baseline": 1.0},

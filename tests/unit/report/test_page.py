@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from handmade_runs import MakeRun
 
 from pipeline.core.errors import DataError
 from pipeline.report.page import write_comparison_report, write_run_report
 from pipeline.report.runs import read_run
+from tests.handmade_runs import MakeRun
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from handmade_runs import MakeRun
 
 from pipeline.core.errors import DataError
 from pipeline.report.runs import read_run
+from tests.handmade_runs import MakeRun
 
 
 def test_a_run_is_read_whole(make_run: MakeRun) -> None:

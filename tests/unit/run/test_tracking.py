@@ -17,13 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-from wandb_file import records
 
 from pipeline.config.training import TrackingConfig
 from pipeline.run.directory import RunDirectory
 from pipeline.run.record import wandb_mirror
 from pipeline.run.record.metrics_log import read_rows
 from pipeline.run.record.tracking import Tracker, wandb_id
+from tests.wandb_file import records
 
 API_KEY = "0123456789abcdef" * 2 + "01234567"
 ROW = {"train/loss": 0.5, "perf/images_per_second": 100.0, "comm/gradient_bytes": 4_941_952, "comm/seconds": None}
