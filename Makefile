@@ -63,6 +63,11 @@ lint: venv ## format, rules, types, the stair, scripts, words
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/shellcheck .ci/run slurm/environment.sh slurm/compare.sh slurm/preflight.sh slurm/prepare.sh slurm/train.sh
 	$(VENV)/bin/codespell
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+
+.PHONY: docs
+docs: venv ## the generated pages of docs/: commands, results, schemas, the public surface
+	$(PY) docs/generate.py
 
 .PHONY: format
 format: venv ## put the code in its form
