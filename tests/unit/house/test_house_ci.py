@@ -12,7 +12,8 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LINT = re.compile(
-    r"^\.venv/bin/(python -m (ruff|pyright)|lint-imports|shellcheck|codespell|pydoclint|check-jsonschema)\b.*$", re.MULTILINE
+    r"^\.venv/bin/(python -m (ruff|pyright)|lint-imports|shellcheck|codespell|pydoclint|check-jsonschema)\b.*$",
+    re.MULTILINE,
 )
 
 SKIPPING = """
