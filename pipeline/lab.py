@@ -1,6 +1,6 @@
 """A cluster on one Linux machine: servers as network namespaces with shaped links, and any command on every rank.
 
-    python -m pipeline.lab servers=3 bandwidth=1gbit -- python -m pipeline.train name=first data.root=shards/builtin
+    python -m pipeline.lab servers=3 bandwidth=1gbit -- python -m pipeline.train experiment=demo batch.global_size=30
 
 What follows `--` is run once per rank with torchrun-style variables; `python` is this interpreter. Its exit code is
 this command's. Left in `<run_root>/<name>/`: lab.json, with what each server's interface counted.
