@@ -112,6 +112,7 @@ def measure(root: Path) -> dict[str, float]:
     import pickle
 
     from benchmarks.synthetic import first_rank
+    from pipeline.data.batches import TrainBatches
     from pipeline.data.index import ShardIndex
     from pipeline.training import steps  # noqa: F401  # all that a rank has imported by then
 
@@ -119,11 +120,13 @@ def measure(root: Path) -> dict[str, float]:
     before, started = memory("VmRSS"), time.perf_counter()
     index = ShardIndex.open(root, "train")
     opened = time.perf_counter()
-    data = first_rank(index, seed=SEED, global_batch=GLOBAL_BATCH, world_size=WORLD_SIZE)
-    first = next(iter(data.batches))
+    loader = first_rank(index, seed=SEED, global_batch=GLOBAL_BATCH, world_size=WORLD_SIZE)
+    batches = loader.batch_sampler
+    assert isinstance(batches, TrainBatches)
+    first = next(iter(batches))
     begun = time.perf_counter()
     assert len(first) == GLOBAL_BATCH // WORLD_SIZE
-    data.batches.order.batch_samples(data.batches.order.steps_per_epoch)
+    batches.order.batch_samples(batches.order.steps_per_epoch)
     next_epoch = time.perf_counter()
     return {
         "num_samples": index.num_samples,

@@ -138,7 +138,9 @@ def kill_points(steps_per_epoch: int) -> list[int]:
 def pure(split: Split, rules: Sequence[Rule] = RULES, world_sizes: Sequence[int] = WORLD_SIZES) -> Tally:
     """Killed after every step of two epochs, on all pairs of world sizes, with and without accumulation."""
     tally = Tally()
-    grids = [(world_size, accumulate) for world_size in world_sizes for accumulate in micro_batches(world_size)]
+    grids = [
+        (world_size, num_micro_batches) for world_size in world_sizes for num_micro_batches in micro_batches(world_size)
+    ]
     for rule in rules:
         order = split.order(rule)
         num_steps = 2 * order.steps_per_epoch
@@ -150,15 +152,22 @@ def pure(split: Split, rules: Sequence[Rule] = RULES, world_sizes: Sequence[int]
     return tally
 
 
-def _on_ranks(split: Split, rule: Rule, step: int, world_size: int, accumulate: int) -> Ids:
+def _on_ranks(split: Split, rule: Rule, step: int, world_size: int, num_micro_batches: int) -> Ids:
     """A step as the ranks show it: in the order in which a batch is cut."""
     batch = split.order(rule).batch_samples(step)  # a new process knows of no earlier epoch
     by_rank = rule.groups > 1
-    cut = itertools.product(range(world_size), range(accumulate))
-    places = cut if by_rank else ((rank, micro) for micro in range(accumulate) for rank in range(world_size))
+    cut = itertools.product(range(world_size), range(num_micro_batches))
+    places = cut if by_rank else ((rank, micro) for micro in range(num_micro_batches) for rank in range(world_size))
     return np.concatenate(
         [
-            stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate, by_rank=by_rank)
+            stripe(
+                batch,
+                rank=rank,
+                world_size=world_size,
+                micro=micro,
+                num_micro_batches=num_micro_batches,
+                by_rank=by_rank,
+            )
             for rank, micro in places
         ]
     )
@@ -216,30 +225,30 @@ def _of_rank(
     num_steps: int,
     tally: Tally,
 ) -> Iterator[Ids]:
-    from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
-    from pipeline.data.loader import ShardData
+    from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
+    from pipeline.data.batches import TrainBatches
+    from pipeline.data.loader import Reader, training_loader
 
-    data = ShardData(
+    data = DataConfig(
+        tail=rule.tail,
+        shuffle_block=rule.block,
+        shuffle_groups=rule.groups,
+        augment=AugmentConfig(crop="center", flip=False),
+    )
+    loader = training_loader(
         index,
-        None,
-        DataConfig(
-            num_workers=num_workers,
-            tail=rule.tail,
-            shuffle_block=rule.block,
-            shuffle_groups=rule.groups,
-            augment=AugmentConfig(crop="center", flip=False),
-        ),
+        data,
         InputConfig(size=8, resize_side=8),
+        Reader(rank=rank, world_size=world_size, num_workers=num_workers),
+        BatchSplit(GLOBAL_BATCH, GLOBAL_BATCH // world_size, 1),
         seed=SEED,
-        global_batch=GLOBAL_BATCH,
-        rank=rank,
-        world_size=world_size,
-        accumulate=1,
         start_step=steps.start,
         num_steps=num_steps,
     )
-    loading = iter(data.train_dataloader())
+    batches = loader.batch_sampler
+    assert isinstance(batches, TrainBatches)
+    loading = iter(loader)
     for _ in steps:
         yield next(loading).sample_ids_B.numpy()
-    if data.batches.place is not None:
-        tally.in_flight = max(tally.in_flight, data.batches.place + 1 - steps.stop)
+    if batches.place is not None:
+        tally.in_flight = max(tally.in_flight, batches.place + 1 - steps.stop)

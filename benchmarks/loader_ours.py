@@ -24,8 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     source, batch = arguments[0], int(arguments[1])
     index = ShardIndex.open(source, "train")
     steps = index.num_samples // batch
-    data = first_rank(index, seed=SEED, global_batch=batch)
-    batches = iter(data.train_dataloader())
+    batches = iter(first_rank(index, seed=SEED, global_batch=batch))
 
     def epoch() -> Iterator[Any]:
         return itertools.islice(batches, steps)

@@ -44,7 +44,7 @@ def measure(root: Path, place: float, num_workers: int) -> dict[str, Any]:
     started = time.perf_counter()
     index = ShardIndex.open(root, "train")
     start_step = int(place * (index.num_samples // GLOBAL_BATCH))
-    data = first_rank(
+    loader = first_rank(
         index,
         seed=SEED,
         global_batch=GLOBAL_BATCH,
@@ -52,7 +52,7 @@ def measure(root: Path, place: float, num_workers: int) -> dict[str, Any]:
         num_workers=num_workers,
         start_step=start_step,
     )
-    batches = iter(data.train_dataloader())
+    batches = iter(loader)
     first = next(batches)
     seconds = time.perf_counter() - started
     assert len(first.labels_B) == GLOBAL_BATCH // WORLD_SIZE

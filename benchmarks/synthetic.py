@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader
 
+    from pipeline.data.batches import LoadedBatch
     from pipeline.data.index import ShardIndex
-    from pipeline.data.loader import ShardData
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,18 @@ def whole_group() -> "dist.ProcessGroup":
 
 def first_rank(
     index: "ShardIndex", *, seed: int, global_batch: int, world_size: int = 1, num_workers: int = 0, start_step: int = 0
-) -> "ShardData":
+) -> "DataLoader[LoadedBatch]":
     """What rank 0 of a training reads, to no end; all else is the product's default."""
-    from pipeline.config.training import DataConfig, InputConfig
-    from pipeline.data.loader import ShardData
+    from pipeline.config.training import BatchConfig, DataConfig, InputConfig
+    from pipeline.data.loader import Reader, training_loader
 
-    return ShardData(
+    return training_loader(
         index,
-        None,
-        DataConfig(num_workers=num_workers),
+        DataConfig(),
         InputConfig(),
+        Reader(world_size=world_size, num_workers=num_workers),
+        BatchConfig(global_size=global_batch, max_per_rank=global_batch).split(world_size),
         seed=seed,
-        global_batch=global_batch,
-        rank=0,
-        world_size=world_size,
-        accumulate=1,
         start_step=start_step,
         num_steps=10**6,
     )

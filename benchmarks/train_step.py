@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from benchmarks import common
@@ -106,14 +106,6 @@ class Interleaved:
             self.barrier()
             yield from itertools.islice(stream, self.num_steps)
 
-    def train_dataloader(self) -> "Interleaved":
-        """As a data module."""
-        return self
-
-    def val_dataloader(self) -> list[Any]:
-        """There is none."""
-        return []
-
 
 def our_timings(num_steps: int) -> Timings:
     """Our steps as metrics.jsonl has them, the first of each round left out."""
@@ -181,17 +173,15 @@ def measure(options: argparse.Namespace, world: "World", config: "TrainConfig") 
     run = steps.open_run(config, world)
     shards = steps.open_shards(config, world)
     plan = steps.plan_steps(config, world, shards)
-    start = steps.Start()
-    real = steps.make_data(config, world, shards, plan, start)
-    batches = list(itertools.islice(real.train_dataloader(), NUM_BATCHES))
-    learner = steps.make_learner(config, world, shards, plan, start)
+    setup = steps.Setup(config, world, shards, plan, run, steps.Start())
+    batches = list(itertools.islice(steps.make_training_loader(setup), NUM_BATCHES))
     settings = peer_settings(config, world, batches, options.steps)
     with started(settings) as fp32, started(replace(settings, bf16=True)) as bf16:
         loader = Interleaved(
             batches, {FP32: fp32, BF16: bf16}, num_rounds=options.rounds, num_steps=options.steps, barrier=dist.barrier
         )
-        with mock.patch.object(steps, "make_data", lambda *_: loader):
-            steps.fit(config, world, run, shards, plan, start, learner)
+        with mock.patch.object(steps, "make_training_loader", lambda _: loader):
+            steps.fit(setup)
     if not world.is_first:
         return 0
     return report(options, world, {"ours": our_timings(options.steps), **loader.timings})

@@ -45,11 +45,11 @@ def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int
         plan = steps.plan_steps(config, world, shards)
         with contextlib.closing(steps.open_run(config, world)) as run:
             start = steps.find_start(config, world, run, shards.training.index_hash)
-            if start.step >= plan.num_steps:
+            setup = steps.Setup(config, world, shards, plan, run, start)
+            if setup.is_finished:
                 world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
             else:
-                learner = steps.make_learner(config, world, shards, plan, start)
-                steps.fit(config, world, run, shards, plan, start, learner)
+                steps.fit(setup)
     return 0
 
 

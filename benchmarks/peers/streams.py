@@ -170,41 +170,41 @@ class Squeezewire(Library):
     """Ours. The state is the number of steps done, which a checkpoint of `train` holds."""
 
     def loader(self) -> Iterable[Any]:
-        from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
+        from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
+        from pipeline.data.batches import TrainBatches
         from pipeline.data.index import ShardIndex
-        from pipeline.data.loader import ShardData
+        from pipeline.data.loader import Reader, training_loader
 
         index = ShardIndex.open(self.scenario.data, "train")
         augment = AugmentConfig(crop="center", flip=False)
-        config = DataConfig(num_workers=self.scenario.num_workers, augment=augment, **self.scenario.options)
+        config = DataConfig(augment=augment, **self.scenario.options)
         steps = -(-index.num_samples // self.scenario.global_batch)
         if config.tail == "drop":
             steps = index.num_samples // self.scenario.global_batch
-        self.data = ShardData(
+        global_batch, world_size = self.scenario.global_batch, self.scenario.world_size
+        loader = training_loader(
             index,
-            None,
             config,
             InputConfig(size=8, resize_side=8),
+            Reader(rank=self.rank, world_size=world_size, num_workers=self.scenario.num_workers),
+            BatchSplit(global_batch, global_batch // world_size, 1),
             seed=SEED,
-            global_batch=self.scenario.global_batch,
-            rank=self.rank,
-            world_size=self.scenario.world_size,
-            accumulate=1,
             start_step=0,
             num_steps=steps,
         )
-        self.done = 0
-        return self.data.train_dataloader()
+        assert isinstance(loader.batch_sampler, TrainBatches)
+        self.batches, self.done = loader.batch_sampler, 0
+        return loader
 
     def ids(self, batch: Any) -> list[int]:
         self.done += 1
         return batch.sample_ids_B.tolist()
 
     def state(self) -> Any:
-        return self.data.batches.start_step + self.done
+        return self.batches.start_step + self.done
 
     def resume(self, state: Any) -> None:
-        self.data.batches.start_step = state
+        self.batches.start_step = state
 
 
 LIBRARIES: dict[str, tuple[type[Library], str]] = {

@@ -67,7 +67,7 @@ def check_candidates(config: CompareConfig) -> list[Candidate]:
     """
     choose_baseline(config.baseline, config.models)
     launcher = choose_launcher(config)
-    config.batch.split(launcher.num_ranks)
+    config.batch.check(launcher.num_ranks)
     candidates = [candidate for spec in config.models for candidate in _of_model(config, launcher, spec)]
     slugs = [candidate.slug for candidate in candidates]
     require(len(set(slugs)) == len(slugs), f"Two of models={list(config.models)} would share a directory; rename one.")
@@ -96,8 +96,8 @@ def _of_model(config: CompareConfig, launcher: Launcher, spec: str) -> list[Cand
         label = label_of(model, hook, config.hooks)
         overrides = _overrides(config, launcher, f"{config.name}/{slug_of(label)}", name, metaparameters, hook)
         train = _check_overrides(config, launcher, overrides)
-        per_rank, _ = train.batch.split(launcher.num_ranks)
-        facts = facts or model_facts(model, config.num_classes, train.input.size, per_rank)
+        batch = train.batch.split(launcher.num_ranks)
+        facts = facts or model_facts(model, config.num_classes, train.input.size, batch.per_rank)
         candidates.append(Candidate(model, hook, label, facts, tuple(overrides), tuple(alone)))
     return candidates
 

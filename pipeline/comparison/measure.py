@@ -182,9 +182,8 @@ def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | Non
     batch = BatchConfig(
         global_size=run.ledger["global_batch"],
         max_per_rank=settings.get("batch.max_per_rank") or run.ledger["global_batch"],
-    )
-    per_rank, _ = batch.split(run.ledger["world_size"])
-    facts = model_facts(model, settings.get("model.num_classes") or 1000, size, per_rank)
+    ).split(run.ledger["world_size"])
+    facts = model_facts(model, settings.get("model.num_classes") or 1000, size, batch.per_rank)
     outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
     outcome = with_run(outcome, run.directory)
     if outcome.exit_code == ExitCode.LEDGER:

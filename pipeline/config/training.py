@@ -133,6 +133,17 @@ class DataConfig:
         require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1).")
 
 
+@dataclass(frozen=True)
+class BatchSplit:
+    """The pictures of one optimiser step, shared out: global_size = ranks x num_micro_batches x per_rank."""
+
+    global_size: int
+    per_rank: int
+    """Pictures of one micro-batch on one rank."""
+    num_micro_batches: int
+    """Micro-batches per optimiser step, over which each rank accumulates its gradients."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """The batch people think and tune in; per-rank batch and accumulation follow from it."""
@@ -146,8 +157,8 @@ class BatchConfig:
         require(self.global_size > 0, f"batch.global_size={self.global_size} must be positive.")
         require(self.max_per_rank > 0, f"batch.max_per_rank={self.max_per_rank} must be positive.")
 
-    def split(self, world_size: int) -> tuple[int, int]:
-        """(pictures per micro-batch and rank, micro-batches per step) for `world_size` ranks.
+    def check(self, world_size: int) -> None:
+        """Refuse a batch that `world_size` ranks cannot share.
 
         Raises:
             ConfigError: `global_size` is not divisible by the ranks.
@@ -159,9 +170,20 @@ class BatchConfig:
                 f"batch.global_size={self.global_size} is not divisible by {world_size} ranks:"
                 f" set it to {' or '.join(near)}, or change the number of ranks."
             )
-        per_rank = self.global_size // world_size
-        num_micro = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= self.max_per_rank)
-        return per_rank // num_micro, num_micro
+
+    def split(self, world_size: int) -> BatchSplit:
+        """Share the batch out: the fewest micro-batches of equal size of which none exceeds `max_per_rank`.
+
+        Raises:
+            ConfigError: `global_size` is not divisible by the ranks.
+        """
+        self.check(world_size)
+        of_rank = self.global_size // world_size
+        for num_micro_batches in range(1, of_rank + 1):
+            per_rank, rest = divmod(of_rank, num_micro_batches)
+            if not rest and per_rank <= self.max_per_rank:
+                return BatchSplit(self.global_size, per_rank, num_micro_batches)
+        raise AssertionError("micro-batches of one picture always fit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,3 +135,10 @@ def keep_freed_memory() -> bool:
     m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
+
+
+def has_peers() -> bool:
+    """Whether this process exchanges anything with other ranks: it is in a process group, and not alone there."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1

@@ -36,6 +36,11 @@ class LoadedBatch(NamedTuple):
     bad: tuple[BadSample, ...] = ()
     """Training: replaced. Evaluation: left out."""
 
+    def to(self, device: torch.device) -> "LoadedBatch":
+        """The batch on `device`; to a GPU, from pinned memory, without waiting for the copy."""
+        images_BCHW, labels_B, sample_ids_B = (part.to(device, non_blocking=True) for part in self[:3])
+        return LoadedBatch(images_BCHW, labels_B, sample_ids_B, self.bad)
+
 
 class TrainItem(NamedTuple):
     """What the sampler asks a worker for."""
@@ -50,29 +55,29 @@ class TrainBatches(Sampler[list[TrainItem]]):
     Args:
         order: the global batches.
         rank, world_size: the stripe.
-        accumulate: micro-batches per step; world_size * accumulate divides the global batch.
+        num_micro_batches: micro-batches per step; world_size * num_micro_batches divides the global batch.
         start_step: first step to yield.
         num_steps: steps of the whole run, earlier attempts included; the last one yielded is num_steps - 1.
     """
 
     def __init__(
-        self, order: BatchOrder, *, rank: int, world_size: int, accumulate: int, start_step: int, num_steps: int
+        self, order: BatchOrder, *, rank: int, world_size: int, num_micro_batches: int, start_step: int, num_steps: int
     ) -> None:
-        assert order.global_batch % (world_size * accumulate) == 0, "BatchConfig.split refuses this"
+        assert order.global_batch % (world_size * num_micro_batches) == 0, "BatchConfig.split refuses this"
         self.order = order
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.rank, self.world_size, self.num_micro_batches = rank, world_size, num_micro_batches
         self.start_step, self.num_steps = start_step, num_steps
         self.place: int | None = None
         """The step that was last asked for, while the batches are iterated over."""
 
     def __len__(self) -> int:
-        return max(0, self.num_steps - self.start_step) * self.accumulate
+        return max(0, self.num_steps - self.start_step) * self.num_micro_batches
 
     def __iter__(self) -> Iterator[list[TrainItem]]:
         for step in range(self.start_step, self.num_steps):
             self.place = step
             batch, epoch = self.order.batch_samples(step), self.order.epoch_of(step)
-            for micro in range(self.accumulate):
+            for micro in range(self.num_micro_batches):
                 ids = self._stripe(batch, self.rank, micro)
                 yield [TrainItem(sample_id, epoch) for sample_id in ids.tolist()]
         self.place = None
@@ -83,7 +88,7 @@ class TrainBatches(Sampler[list[TrainItem]]):
             rank=rank,
             world_size=self.world_size,
             micro=micro,
-            accumulate=self.accumulate,
+            num_micro_batches=self.num_micro_batches,
             by_rank=self.order.groups > 1,
         )
 
@@ -92,7 +97,10 @@ class TrainBatches(Sampler[list[TrainItem]]):
         order = replace(self.order, _latest={})  # its memory of an epoch must not be taken from the iteration
         for step in range(self.start_step if self.place is None else self.place, self.num_steps):
             batch = order.batch_samples(step)
-            yield step, np.concatenate([self._stripe(batch, rank, m) for rank in ranks for m in range(self.accumulate)])
+            yield (
+                step,
+                np.concatenate([self._stripe(batch, rank, m) for rank in ranks for m in range(self.num_micro_batches)]),
+            )
 
 
 class EvalBatches(Sampler[list[int]]):

@@ -154,24 +154,25 @@ class BatchOrder:
 
 
 def stripe(
-    batch: Ids, *, rank: int, world_size: int, micro: int = 0, accumulate: int = 1, by_rank: bool = False
+    batch: Ids, *, rank: int, world_size: int, micro: int = 0, num_micro_batches: int = 1, by_rank: bool = False
 ) -> Ids:
-    """What rank `rank` takes of a global batch in its micro-batch `micro` of `accumulate`.
+    """What rank `rank` takes of a global batch in its micro-batch `micro` of `num_micro_batches`.
 
-    The batch is cut into accumulate x world_size equal runs, micro-batch by micro-batch: at any moment the ranks read
-    neighbouring samples, and over ranks and micro-batches each sample is taken exactly once.
+    The batch is cut into num_micro_batches x world_size equal runs, micro-batch by micro-batch: at any moment the
+    ranks read neighbouring samples, and over ranks and micro-batches each sample is taken exactly once.
 
     Args:
-        batch: of shape (B,); B must be divisible by world_size * accumulate.
+        batch: of shape (B,); B must be divisible by world_size * num_micro_batches.
         by_rank: rank by rank instead: all micro-batches of a rank are one run of the batch, as groups want it.
 
     Returns:
-        of shape (B / world_size / accumulate,).
+        of shape (B / world_size / num_micro_batches,).
     """
-    assert 0 <= rank < world_size and 0 <= micro < accumulate and len(batch) % (world_size * accumulate) == 0
+    assert 0 <= rank < world_size and 0 <= micro < num_micro_batches
+    assert len(batch) % (world_size * num_micro_batches) == 0
     if by_rank:
-        return batch.reshape(world_size, accumulate, -1)[rank, micro]
-    return batch.reshape(accumulate, world_size, -1)[micro, rank]
+        return batch.reshape(world_size, num_micro_batches, -1)[rank, micro]
+    return batch.reshape(num_micro_batches, world_size, -1)[micro, rank]
 
 
 def evaluation_stripe(num_samples: int, *, rank: int, world_size: int) -> Ids:

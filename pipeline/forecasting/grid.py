@@ -51,7 +51,7 @@ class Cluster:
     algorithm: str
     hook: str
     batch_per_rank: int
-    accumulate: int
+    num_micro_batches: int
 
     @property
     def server_of_rank(self) -> tuple[int, ...]:
@@ -61,12 +61,14 @@ class Cluster:
     @property
     def global_batch(self) -> int:
         """Pictures per optimiser step."""
-        return self.num_servers * self.ranks_per_server * self.batch_per_rank * self.accumulate
+        return self.num_servers * self.ranks_per_server * self.batch_per_rank * self.num_micro_batches
 
 
 def step_on(source: Source, cluster: Cluster) -> pure.StepForecast | NotDerivable:
     """The run's step on that cluster."""
-    step = source.step.accumulating(cluster.accumulate).with_batch(cluster.batch_per_rank / source.batch_per_rank)
+    step = source.step.accumulating(cluster.num_micro_batches).with_batch(
+        cluster.batch_per_rank / source.batch_per_rank
+    )
     itemsize = ITEMSIZES[cluster.hook]
     step = step.compressed(itemsize / ITEMSIZES[source.hook], itemsize)
     return pure.forecast(
@@ -88,7 +90,7 @@ def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
         if call["origin"] == "gradients":
             payload, itemsize = round(payload * factor), ITEMSIZES[cluster.hook]
         elif call["origin"] == "lightning":  # one broadcast before every micro-batch
-            count = count * cluster.accumulate // source.step.num_micro_batches
+            count = count * cluster.num_micro_batches // source.step.num_micro_batches
         if call["origin"] == "gradients" and cluster.algorithm != "ring":
             links = pure.algorithms.links(cluster.algorithm, payload, itemsize, placement)
         else:
@@ -146,7 +148,7 @@ def _images_per_second(source: Source, bandwidth: float | None) -> float:
         algorithm="ring",
         hook=source.hook,
         batch_per_rank=source.batch_per_rank,
-        accumulate=source.step.num_micro_batches,
+        num_micro_batches=source.step.num_micro_batches,
     )
     found = step_on(source, cluster)
     assert isinstance(found, pure.StepForecast)  # a ring of any cluster
@@ -166,15 +168,15 @@ def clusters(config: "PlanConfig", source: Source) -> Iterator[Cluster]:
         config.ranks_per_server or (source.ranks_per_server,),
         config.servers,
     )
-    accumulate = config.accumulate or source.step.num_micro_batches
+    num_micro_batches = config.accumulate or source.step.num_micro_batches
     for rate, algorithm, hook, per_server, servers in grid:
         batch = config.batch_per_rank or source.batch_per_rank
         if config.global_batch is not None:
-            batch, rest = divmod(config.global_batch, servers * per_server * accumulate)
+            batch, rest = divmod(config.global_batch, servers * per_server * num_micro_batches)
             if rest or not batch:
                 continue  # no such batch exists; `plan` says how many were left out
         network = pure.Network(rate, config.latency_seconds)
-        yield Cluster(servers, per_server, network, algorithm, hook, batch, accumulate)
+        yield Cluster(servers, per_server, network, algorithm, hook, batch, num_micro_batches)
 
 
 def point(config: "PlanConfig", source: Source, cluster: Cluster) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def point(config: "PlanConfig", source: Source, cluster: Cluster) -> dict[str, A
         "algorithm": cluster.algorithm,
         "hook": cluster.hook,
         "batch_per_rank": cluster.batch_per_rank,
-        "accumulate": cluster.accumulate,
+        "accumulate": cluster.num_micro_batches,
         "global_batch": cluster.global_batch,
     }
     found, egress = step_on(source, cluster), egress_bytes(source, cluster)

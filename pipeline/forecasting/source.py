@@ -132,7 +132,8 @@ def _link_of(run: RunRecord, measured_bandwidth: str | None) -> float | None:
 def _micro_batch(run: RunRecord) -> tuple[int, int]:
     """(pictures of a micro-batch on a rank, micro-batches of a step)."""
     largest = flat(run.config).get("batch.max_per_rank") or run.ledger["global_batch"]
-    return BatchConfig(global_size=run.ledger["global_batch"], max_per_rank=largest).split(run.ledger["world_size"])
+    batch = BatchConfig(global_size=run.ledger["global_batch"], max_per_rank=largest).split(run.ledger["world_size"])
+    return batch.per_rank, batch.num_micro_batches
 
 
 def _compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:

@@ -18,7 +18,7 @@ from pipeline.comm.timeline import Timeline
 from pipeline.core.errors import Preempted
 from pipeline.models.plateau import PlateauDetector
 from pipeline.training.learner import Learner, StepResult
-from pipeline.training.plan import Plan
+from pipeline.training.plan import StepPlan
 
 LARGEST_SHARE_OF_WAITING = 0.1  # above it, faster loading would make training faster by as much
 NUM_TIMED_STEPS = 2000  # percentiles are of this many latest steps
@@ -112,7 +112,7 @@ class Recorder(pl.Callback):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: StepPlan,
         ledger: Ledger,
         timeline: Timeline,
         loader: TimedLoader,
@@ -182,13 +182,13 @@ class Recorder(pl.Callback):
     def _row(self, result: StepResult, seconds: float, waited: float) -> Row:
         traffic, times = self.ledger.commit_step(), self.timeline.take_step()
         return {
-            "samples": result.step * self.plan.global_batch,
+            "samples": result.step * self.plan.batch.global_size,
             "epoch": result.step / self.plan.steps_per_epoch,
             "train/loss": result.loss,
             "train/top1": result.top1,
             "lr": result.lr,
             "train/grad_norm": result.grad_norm,
-            "perf/images_per_second": self.plan.global_batch / seconds,
+            "perf/images_per_second": self.plan.batch.global_size / seconds,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": waited,
             "perf/data_wait_share": min(1.0, waited / seconds),
@@ -248,7 +248,7 @@ class Recorder(pl.Callback):
         percentiles, share = self.clock.percentiles(), self.clock.mean_wait_share()
         if percentiles is None or share is None:
             return ""
-        rate = self.plan.global_batch / percentiles[0]
+        rate = self.plan.batch.global_size / percentiles[0]
         told = f"{rate:,.0f} pictures/s, {share:.1%} of the time waiting for data: "
         if share <= LARGEST_SHARE_OF_WAITING:
             return told + "the loader keeps up."

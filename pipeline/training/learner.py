@@ -20,114 +20,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.config.training import InputConfig, RecipeConfig
+from pipeline.core.compute import has_peers
 from pipeline.core.errors import NonFiniteError
-from pipeline.training.schedule import learning_rate
+from pipeline.data.batches import LoadedBatch
+from pipeline.models.scoring import ExactMetrics, Normalizer
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 Origin = Callable[[str], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank. Ids of -1 mark padding, which only validation has."""
+def learning_rate(recipe: RecipeConfig, step: int, num_steps: int) -> float:
+    """Learning rate of optimiser step `step` (0-based) of `num_steps`: linear warm-up, then decay towards 0.
 
-    images_BCHW: Tensor
-    """uint8, RGB, 0..255, channels_last in memory."""
-    labels_B: Tensor
-    """int64 class indices."""
-    sample_ids_B: Tensor
-    """int64 positions in the shard index."""
-
-    @classmethod
-    def of(cls, loaded: Any) -> "Batch":
-        """From what the loader yields, be it a mapping or a sequence that starts with these three."""
-        if isinstance(loaded, dict):
-            return cls(loaded["images_BCHW"], loaded["labels_B"], loaded["sample_ids_B"])
-        return cls(*loaded[:3])
-
-    def to(self, device: torch.device) -> "Batch":
-        """On a device; to a GPU, from pinned memory, without waiting for the copy. (Lightning does so in training.)"""
-        parts = (self.images_BCHW, self.labels_B, self.sample_ids_B)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
-
-
-class Normalizer(nn.Module):
-    """uint8 RGB pixels to what a network expects, on the device."""
-
-    def __init__(self, config: InputConfig) -> None:
-        super().__init__()
-        self.reverse_channels = config.channel_order == "bgr"
-        # Plain attributes: DDP would broadcast registered buffers before every forward pass.
-        self.mean_CHW = torch.tensor(config.mean).view(3, 1, 1)
-        self.scale_CHW = 1 / torch.tensor(config.std).view(3, 1, 1)
-
-    def forward(self, images_BCHW: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """float32 in `memory_format`."""
-        if self.reverse_channels:
-            images_BCHW = images_BCHW.flip(1)
-        if self.mean_CHW.device != images_BCHW.device:
-            self.mean_CHW, self.scale_CHW = self.mean_CHW.to(images_BCHW.device), self.scale_CHW.to(images_BCHW.device)
-        pixels_BCHW = images_BCHW.to(torch.float32, memory_format=memory_format)
-        return pixels_BCHW.sub_(self.mean_CHW).mul_(self.scale_CHW)
-
-
-class ExactMetrics(nn.Module):
-    """Top-1, top-5 and mean cross-entropy over every picture once, on any number of ranks: sums, added up once."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        # sync_on_compute: each metric would gather its states by itself; here one all-reduce carries all the sums.
-        arguments: dict[str, Any] = {
-            "num_classes": num_classes,
-            "average": "micro",
-            "validate_args": False,
-            "sync_on_compute": False,
-        }
-        self.top1 = MulticlassAccuracy(top_k=1, **arguments)
-        self.top5 = MulticlassAccuracy(top_k=min(5, num_classes), **arguments)
-        # Double: single precision would lose pictures from the sum over a large split.
-        self.loss_sum = torch.zeros((), dtype=torch.float64)
-        self.num_samples = 0
-
-    def update(self, logits_BK: Tensor, batch: Batch) -> None:
-        """Add a micro-batch; rows whose sample id is -1 are padding and left out."""
-        real_B = batch.sample_ids_B >= 0
-        logits_BK, labels_B = logits_BK[real_B].float(), batch.labels_B[real_B]
-        if len(labels_B):
-            self.top1.update(logits_BK, labels_B)
-            self.top5.update(logits_BK, labels_B)
-            loss = F.cross_entropy(logits_BK, labels_B, reduction="sum").double()
-            self.loss_sum = self.loss_sum.to(loss.device) + loss
-            self.num_samples += len(labels_B)
-
-    def compute(self) -> dict[str, float | int]:
-        """{top1, top5, loss, num_samples, num_correct_top1, num_correct_top5} over all ranks. Collective."""
-        device = self.top1.device
-        correct = [cast(Tensor, metric.tp).sum().double() for metric in (self.top1, self.top5)]
-        total = torch.tensor(self.num_samples, dtype=torch.float64, device=device)
-        sums = torch.stack([*correct, self.loss_sum.to(device), total])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        top1, top5, loss, num_samples = sums.tolist()
-        return {
-            "num_samples": int(num_samples),
-            "num_correct_top1": int(top1),
-            "num_correct_top5": int(top5),
-            "top1": top1 / num_samples,
-            "top5": top5 / num_samples,
-            "loss": loss / num_samples,
-        }
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.top1.reset()
-        self.top5.reset()
-        self.loss_sum = torch.zeros_like(self.loss_sum)
-        self.num_samples = 0
+    linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
+    """
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.decay == "none":
+        return recipe.lr
+    progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
+    if recipe.decay == "linear":
+        return recipe.lr * max(0.0, 1 - progress)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass
@@ -158,7 +75,7 @@ class Learner(pl.LightningModule):
         num_steps: optimiser steps of the whole run.
         start_step: steps already committed by earlier attempts.
         rank: of this process.
-        num_micro: micro-batches per optimiser step.
+        num_micro_batches: micro-batches per optimiser step.
         memory_format: of the activations.
         origin: context that labels the collectives inside it.
     """
@@ -174,7 +91,7 @@ class Learner(pl.LightningModule):
         num_steps: int,
         start_step: int = 0,
         rank: int = 0,
-        num_micro: int = 1,
+        num_micro_batches: int = 1,
         memory_format: torch.memory_format = torch.contiguous_format,
         origin: Origin = lambda _: nullcontext(),
     ) -> None:
@@ -186,7 +103,7 @@ class Learner(pl.LightningModule):
         self.seed = seed
         self.num_steps = num_steps
         self.committed_steps = start_step
-        self.num_micro = num_micro
+        self.num_micro_batches = num_micro_batches
         self.activation_format = memory_format
         self.origin = origin
         self.num_classes = num_classes
@@ -259,10 +176,9 @@ class Learner(pl.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def training_step(self, loaded: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: LoadedBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch on this rank."""
         del batch_idx
-        batch = Batch.of(loaded)
         logits_BK = self.model(self.normalizer(batch.images_BCHW, self.activation_format))
         loss = F.cross_entropy(logits_BK.float(), batch.labels_B, label_smoothing=self.recipe.label_smoothing)
         if not self.warming_up:
@@ -291,7 +207,7 @@ class Learner(pl.LightningModule):
         """Step, ranks whose own loss is not finite, and this rank's sample ids. Collective."""
         mine = torch.isfinite(self._sums[0]).logical_not().to(torch.int32).reshape(1)
         flags = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if has_peers():
             flags = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(flags, mine)
         ranks = [rank for rank, flag in enumerate(flags) if int(flag)]
@@ -308,7 +224,7 @@ class Learner(pl.LightningModule):
         """After the last micro-batch: add the ranks' sums up and count the step as committed."""
         del outputs, batch, batch_idx
         self._micro += 1
-        if self._micro < self.num_micro:
+        if self._micro < self.num_micro_batches:
             return
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
         if self._average:
@@ -316,7 +232,7 @@ class Learner(pl.LightningModule):
         # The wish to stop travels with the sums, which are exchanged in any case.
         sums = torch.cat([self._sums, self._sums.new_full((1,), float(self.stop_asked()))])
         with self.origin("metrics"):
-            if dist.is_initialized() and dist.get_world_size() > 1:
+            if has_peers():
                 dist.all_reduce(sums)
         loss, correct, count, num_asked = sums.tolist()
         self.committed_steps += 1
@@ -345,18 +261,17 @@ class Learner(pl.LightningModule):
         Running statistics come from each rank's own pictures; DDP broadcasts those of the model itself, and nobody
         those of its average, of which the checkpoint holds rank 0's.
         """
-        if self._average and dist.is_initialized() and dist.get_world_size() > 1:
+        if self._average and has_peers():
             with self.origin("buffers"):
                 for buffer in self._average[0].module.buffers():
                     dist.broadcast(buffer, src=0)
 
-    def validation_step(self, loaded: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: LoadedBatch, batch_idx: int) -> None:
         """Add one micro-batch to the sums."""
-        batch = Batch.of(loaded)
         network = self.averaged_model
         network.eval()
         logits_BK = network(self.normalizer(batch.images_BCHW, self.activation_format))
-        self.validation.update(logits_BK, batch)
+        self.validation.update(logits_BK, batch.labels_B, batch.sample_ids_B)
         # Each rank has equally many micro-batches. A validation may be long, and who wants to stop cannot wait for it.
         if (batch_idx + 1) % STOP_EVERY_BATCHES == 0 and self._some_rank_was_asked():
             self.on_stop_in_validation()
@@ -364,7 +279,7 @@ class Learner(pl.LightningModule):
     def _some_rank_was_asked(self) -> bool:
         """To stop. Collective."""
         asked = torch.tensor(int(self.stop_asked()), device=self.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if has_peers():
             with self.origin("metrics"):
                 dist.all_reduce(asked)
         return bool(asked)

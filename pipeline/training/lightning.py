@@ -23,6 +23,7 @@ from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_bucke
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError, DataError
 from pipeline.core.files import write_json_atomic
+from pipeline.data.batches import LoadedBatch
 from pipeline.data.index import ShardIndex
 from pipeline.data.quarantine import Quarantine
 from pipeline.run import checkpoint as checkpoints
@@ -33,7 +34,7 @@ from pipeline.training import resume
 from pipeline.training.attempt import Recorder
 from pipeline.training.learner import NAME_PREFIX, Learner, StepResult
 from pipeline.training.patience import Patience
-from pipeline.training.plan import Plan
+from pipeline.training.plan import StepPlan
 from pipeline.training.world import World
 
 LEDGER_EVERY_SECONDS = 30.0
@@ -52,11 +53,11 @@ class BucketWarmUp(Callback):
         assert isinstance(pl_module, Learner) and isinstance(ddp, MeteredDDP)
         device = pl_module.device
         shape = (2, 3, self.image_size, self.image_size)
-        batch = {
-            "images_BCHW": torch.full(shape, 128, dtype=torch.uint8, device=device),
-            "labels_B": torch.zeros(2, dtype=torch.int64, device=device),
-            "sample_ids_B": torch.zeros(2, dtype=torch.int64, device=device),
-        }
+        batch = LoadedBatch(
+            images_BCHW=torch.full(shape, 128, dtype=torch.uint8, device=device),
+            labels_B=torch.zeros(2, dtype=torch.int64, device=device),
+            sample_ids_B=torch.zeros(2, dtype=torch.int64, device=device),
+        )
         pl_module.warming_up = True
         rebuild_buckets(ddp, lambda: cast(torch.Tensor, trainer.strategy.training_step(batch, 0)), self.world.meter)
         pl_module.warming_up = False
@@ -75,7 +76,7 @@ class Persistence(Callback):
         world: World,
         directory: RunDirectory,
         ledger: Ledger,
-        plan: Plan,
+        plan: StepPlan,
         powersgd: PowerSGD | None,
         shards_hash: str,
     ) -> None:
@@ -303,7 +304,7 @@ def quieten() -> None:
 def make_trainer(
     config: TrainConfig,
     world: World,
-    plan: Plan,
+    plan: StepPlan,
     start_step: int,
     callbacks: list[Callback],
     io: checkpoints.AtomicCheckpointIO,
@@ -330,7 +331,7 @@ def make_trainer(
         precision=cast(Any, world.compute.lightning_precision),
         max_steps=plan.num_steps - start_step,
         max_epochs=1,  # one stream of steps: epochs are ours to count
-        accumulate_grad_batches=config.batch.split(world.size)[1],
+        accumulate_grad_batches=plan.batch.num_micro_batches,
         callbacks=callbacks,
         plugins=[io],
         limit_val_batches=1.0 if plan.validate_every_steps else 0,
@@ -355,7 +356,7 @@ class _NoPickUp(_CheckpointConnector):
         return None
 
 
-def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: Plan) -> None:
+def validate_by_plan(trainer: pl.Trainer, learner: Learner, plan: StepPlan) -> None:
     """Let Lightning validate after the steps the plan says.
 
     Its own interval counts the micro-batches of this attempt, so a resumed run would validate at other steps.
@@ -373,7 +374,7 @@ def progress_bar() -> RichProgressBar | None:
 
 
 def connect(
-    trainer: pl.Trainer, learner: Learner, plan: Plan, recorder: Recorder, persistence: Persistence, saver: Saver
+    trainer: pl.Trainer, learner: Learner, plan: StepPlan, recorder: Recorder, persistence: Persistence, saver: Saver
 ) -> None:
     """Introduce to one another what could not be made in one go."""
     saver.trainer = trainer

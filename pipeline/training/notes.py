@@ -1,21 +1,20 @@
 """The conditions of a training in words, for the notes of its W&B run."""
 
-from pipeline.config.training import TrainConfig
+from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.units import format_bandwidth
 from pipeline.run.launch.ranks import lab_conditions
 from pipeline.training.world import World
 
 
-def training_notes(config: TrainConfig, world: World) -> str:
+def training_notes(config: TrainConfig, world: World, batch: BatchSplit) -> str:
     """Where it runs and what a step is, in two sentences. No path, host or command: they are nobody's business."""
-    micro, num_micro = config.batch.split(world.size)
     comm = config.comm
     hook = {"none": "uncompressed", "powersgd": f"compressed by powersgd of rank {comm.powersgd_rank}"}
     return (
         f"{config.model.name} on {_counted(world.size, 'rank')}, {_servers(world)}, over {world.compute.backend}."
-        f" A step is {config.batch.global_size} pictures ({_counted(num_micro, 'micro-batch', 'es')} of {micro} per"
-        f" rank), {world.compute.arithmetic}, gradients {hook.get(comm.hook, f'sent as {comm.hook}')}"
-        f" (comm.hook={comm.hook})."
+        f" A step is {batch.global_size} pictures ({_counted(batch.num_micro_batches, 'micro-batch', 'es')} of"
+        f" {batch.per_rank} per rank), {world.compute.arithmetic}, gradients"
+        f" {hook.get(comm.hook, f'sent as {comm.hook}')} (comm.hook={comm.hook})."
     )
 
 

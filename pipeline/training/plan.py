@@ -1,26 +1,24 @@
-"""What is decided once, before the first step: devices, precision, and how many steps mean what."""
+"""What is decided once, before the first step: how a step is shared out, and how many steps mean what."""
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from pipeline.config.training import BatchConfig, CommConfig, TrainerConfig
+from pipeline.config.training import BatchConfig, BatchSplit, CommConfig, TrainerConfig
 from pipeline.core.compute import Compute
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.data.order import steps_per_epoch
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Steps of a run. Steps count optimiser steps; an epoch is a number of whole global batches."""
 
     num_samples: int
-    global_batch: int
-    world_size: int
+    """Pictures of the training split."""
+    batch: BatchSplit
+    """What one step takes, and how the ranks share it."""
     num_steps: int
+    """Steps of the whole run, earlier attempts included."""
     steps_per_epoch: int
     validate_every_steps: int
     """0: never."""
@@ -30,12 +28,12 @@ class Plan:
     @property
     def dropped_per_epoch(self) -> int:
         """Samples left out of each epoch because they do not fill a global batch (others each time)."""
-        return max(0, self.num_samples - self.steps_per_epoch * self.global_batch)
+        return max(0, self.num_samples - self.steps_per_epoch * self.batch.global_size)
 
     @property
     def repeated_per_epoch(self) -> int:
         """Samples shown a second time in each epoch to fill its last global batch (others each time)."""
-        return max(0, self.steps_per_epoch * self.global_batch - self.num_samples)
+        return max(0, self.steps_per_epoch * self.batch.global_size - self.num_samples)
 
     @property
     def epoch_sentence(self) -> str:
@@ -68,16 +66,23 @@ def make_plan(
     *,
     validate: bool,
     tail: str = "drop",
-) -> Plan:
-    """Turn epochs into steps and fill the intervals left null.
+) -> StepPlan:
+    """Share the batch out, turn epochs into steps and fill the intervals left null.
 
     Args:
+        trainer: how long and how often.
+        batch: what one step takes.
+        num_samples: pictures of the training split.
+        world_size: number of ranks.
+        validate: whether there is a split to validate on.
         tail: data.tail.
 
     Raises:
+        ConfigError: the ranks cannot share the batch.
         DataError: fewer samples than one global batch. Padded, it would show a picture twice, the same pixels both
             times.
     """
+    split = batch.split(world_size)
     if num_samples < batch.global_size:
         largest = num_samples // world_size * world_size
         remedy = f"lower batch.global_size to at most {largest}" if largest else f"{world_size} ranks are too many"
@@ -93,10 +98,9 @@ def make_plan(
         limits.append(max(1, math.floor(trainer.max_epochs * epoch)))
     validate_every = epoch if trainer.validate_every_steps is None else trainer.validate_every_steps
     checkpoint_every = epoch if trainer.checkpoint_every_steps is None else trainer.checkpoint_every_steps
-    return Plan(
+    return StepPlan(
         num_samples=num_samples,
-        global_batch=batch.global_size,
-        world_size=world_size,
+        batch=split,
         num_steps=min(limits),
         steps_per_epoch=epoch,
         validate_every_steps=validate_every if validate else 0,
@@ -104,7 +108,7 @@ def make_plan(
     )
 
 
-def require_compression(comm: CommConfig, plan: Plan, compute: Compute) -> None:
+def require_compression(comm: CommConfig, plan: StepPlan, compute: Compute) -> None:
     """Refuse a compression that would never begin, or that torch's hook cannot do here.
 
     Raises:

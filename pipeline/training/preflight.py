@@ -15,7 +15,7 @@ def check_before_ranks(config: TrainConfig) -> None:
     """
     validate_name(config.name)
     zoo.check(config.model.name, config.model.metaparameters)
-    config.batch.split(config.cluster.devices)
+    config.batch.check(config.cluster.devices)
     check_root(config.data, config.data.train_split)
     if config.trainer.validate_every_steps != 0:
         check_root(config.data, config.data.val_split)

@@ -145,8 +145,8 @@ def check_together(config: TrainConfig, world: World, findings: Findings) -> Non
 
 
 def _batch(config: TrainConfig, world: World) -> str:
-    micro, num_micro = config.batch.split(world.size)
-    return f"{config.batch.global_size} = {world.size} ranks x {num_micro} micro-batches x {micro}"
+    batch = config.batch.split(world.size)
+    return f"{batch.global_size} = {world.size} ranks x {batch.num_micro_batches} micro-batches x {batch.per_rank}"
 
 
 def _shards(config: TrainConfig, world: World) -> str:

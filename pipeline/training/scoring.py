@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.files import write_json_atomic
 from pipeline.data.index import ShardIndex
-from pipeline.data.loader import choose_num_workers, evaluation_loader, ranks_served
+from pipeline.data.loader import evaluation_loader
 from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
 from pipeline.models import zoo
 from pipeline.models.caffe import load_npz
+from pipeline.models.scoring import ExactMetrics, Normalizer
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
-from pipeline.training.learner import NAME_PREFIX, Batch, ExactMetrics, Normalizer
+from pipeline.training.learner import NAME_PREFIX
 from pipeline.training.world import World
 
 if TYPE_CHECKING:
@@ -96,26 +97,16 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
     """
     model = weights.model.eval().to(world.device, memory_format=world.compute.memory_format)  # type: ignore[call-overload]
     normalizer, metrics = Normalizer(config.input), ExactMetrics(weights.num_outputs).to(world.device)
-    on_gpu = world.device.type == "cuda"
     loader = evaluation_loader(
-        index,
-        config.input,
-        batch_size=config.batch_per_rank,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=choose_num_workers(
-            config.data.num_workers, local_world_size=world.ranks.local_world_size, on_gpu=on_gpu
-        ),
-        pin_memory=on_gpu,
-        ranks_served=ranks_served(world.rank, world.ranks.local_rank, world.ranks.local_world_size, world.size),
+        index, config.input, world.reader(config.data.num_workers), batch_size=config.batch_per_rank
     )
     bad: list[BadSample] = []
     for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
         bad.extend(loaded.bad)
-        batch = Batch.of(loaded).to(world.device)
+        batch = loaded.to(world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):
             logits_BK = model(normalizer(batch.images_BCHW, world.compute.memory_format))
-        metrics.update(logits_BK, batch)
+        metrics.update(logits_BK, batch.labels_B, batch.sample_ids_B)
     with world.meter.origin("metrics"):
         results = metrics.compute()
     world.agree(lambda: _refuse(bad, f"{results['num_samples']} of {index.num_samples} pictures were scored"))

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.traffic import placement_warning
@@ -18,9 +18,10 @@ from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError
+from pipeline.data.batches import LoadedBatch
 from pipeline.data.fit import misfit_sentence, origin_sentence
-from pipeline.data.index import ShardIndex, open_split
-from pipeline.data.loader import ShardData
+from pipeline.data.index import open_split
+from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.models import zoo
 from pipeline.models.plateau import PlateauDetector
 from pipeline.report.page import write_run_report
@@ -36,7 +37,8 @@ from pipeline.training.attempt import Recorder, TimedLoader
 from pipeline.training.learner import Learner
 from pipeline.training.notes import training_notes
 from pipeline.training.patience import Patience
-from pipeline.training.plan import Plan
+from pipeline.training.plan import StepPlan
+from pipeline.training.setup import Setup, Shards, Start
 from pipeline.training.world import World, join_group
 
 
@@ -69,10 +71,11 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     return directory
 
 
-def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "Start", learner: Learner) -> int:
+def begin_attempt(setup: Setup) -> int:
     """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
+    config, world, run, start = setup.config, setup.world, setup.run, setup.start
     hosts = world.gather_hosts()
-    model = dataclasses.replace(config.model, num_classes=learner.num_classes)
+    model = dataclasses.replace(config.model, num_classes=setup.shards.num_classes)
     resolved = dataclasses.replace(config, model=model)
 
     def begin() -> int:
@@ -87,16 +90,6 @@ def begin_attempt(config: TrainConfig, world: World, run: RunDirectory, start: "
         return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
 
     return world.first_decides(begin)
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The indexes of both splits; `validation` is None where there is none or none is wanted."""
-
-    training: ShardIndex
-    validation: ShardIndex | None
-    num_classes: int
-    """Outputs of the classifier."""
 
 
 def open_shards(config: TrainConfig, world: World) -> Shards:
@@ -136,11 +129,10 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
     return shards
 
 
-def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
+def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
     """How many steps, and what is due when."""
 
-    def plan() -> Plan:
-        config.batch.split(world.size)
+    def plan() -> StepPlan:
         made = startup.make_plan(
             config.trainer,
             config.batch,
@@ -153,29 +145,6 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> Plan:
         return made
 
     return world.agree(plan)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where this attempt begins: a checkpoint, or nothing yet."""
-
-    step: int = 0
-    """Optimiser steps already committed."""
-    info: checkpoints.CheckpointInfo | None = None
-    content: dict[str, Any] | None = None
-    """The checkpoint as saved."""
-    changes: tuple[str, ...] = ()
-    """What differs from the attempt that saved it, and may."""
-
-    @property
-    def section(self) -> dict[str, Any]:
-        """What we put into it beside what Lightning puts there."""
-        return {} if self.content is None else self.content[checkpoints.SECTION]
-
-    @property
-    def num_recorded(self) -> int:
-        """Rows of the record that stand. A row whose validation was broken off is written by this attempt."""
-        return self.step - (self.section.get("owed_row") is not None)
 
 
 def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash: str) -> Start:
@@ -205,12 +174,13 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash
     return world.agree(load)
 
 
-def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> Learner:
+def make_learner(setup: Setup) -> Learner:
     """Build the model, the same weights on every rank, and take over the checkpoint's state if there is one.
 
     Raises:
         CheckpointError: the checkpoint holds another model.
     """
+    config, world, shards, plan, start = setup.config, setup.world, setup.shards, setup.plan, setup.start
     torch.manual_seed(config.seed)
 
     def make() -> Learner:
@@ -224,7 +194,7 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
             num_steps=plan.num_steps,
             start_step=start.step,
             rank=world.rank,
-            num_micro=config.batch.split(world.size)[1],
+            num_micro_batches=plan.batch.num_micro_batches,
             memory_format=world.compute.memory_format,
             origin=world.exchanging,
         )
@@ -243,7 +213,7 @@ def make_learner(config: TrainConfig, world: World, shards: Shards, plan: Plan, 
     return world.agree(make)
 
 
-def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD | None:
+def make_powersgd(setup: Setup) -> PowerSGD | None:
     """The compression with its state from the checkpoint; None for any other `comm.hook`.
 
     A run that was not compressed before starts it without a debt.
@@ -251,6 +221,7 @@ def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD |
     Raises:
         CheckpointError: the state is of another rank of approximation.
     """
+    config, world, start = setup.config, setup.world, setup.start
     saved = start.section.get("powersgd")
     if config.comm.hook != "powersgd":
         if saved is not None and saved["errors"]:
@@ -269,23 +240,23 @@ def make_powersgd(config: TrainConfig, world: World, start: Start) -> PowerSGD |
     return powersgd
 
 
-def fit(
-    config: TrainConfig, world: World, run: RunDirectory, shards: Shards, plan: Plan, start: Start, learner: Learner
-) -> None:
+def fit(setup: Setup) -> None:
     """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
 
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
-    powersgd = make_powersgd(config, world, start)
-    attempt = begin_attempt(config, world, run, start, learner)
-    data = make_data(config, world, shards, plan, start)
+    config, world, run, shards = setup.config, setup.world, setup.run, setup.shards
+    plan, start = setup.plan, setup.start
+    learner = make_learner(setup)
+    powersgd = make_powersgd(setup)
+    attempt = begin_attempt(setup)
     owed = gradient_bytes_by_parameter(learner.model)
     reconciler = lightning.make_reconciler(config, world)
     ledger = Ledger(world.meter, owed, world.placement, attempt=attempt, reconciler=reconciler, rank=world.rank)
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], lightning.previous_ledger(run))
-    _announce(config, world, shards, plan, start, sum(owed.values()))
+    _announce(setup, sum(owed.values()))
     with (
         run.writing(),
         Tracker(
@@ -294,11 +265,11 @@ def fit(
             rank=world.rank,
             model=config.model.name,
             config=_plain(dataclasses.asdict(config)),
-            notes=training_notes(config, world),
+            notes=training_notes(config, world, plan.batch),
             resume_step=start.num_recorded,
         ) as tracker,
     ):
-        loader = TimedLoader(data.train_dataloader())
+        loader = TimedLoader(make_training_loader(setup))
         persistence = lightning.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
         bars = [bar] if world.is_first and (bar := lightning.progress_bar()) else []
         patience = Patience(world, config.step_timeout_seconds)
@@ -321,37 +292,41 @@ def fit(
         trainer = lightning.make_trainer(config, world, plan, start.step, callbacks, saver.io, powersgd)
         lightning.connect(trainer, learner, plan, recorder, persistence, saver)
         with lightning.left_behind(recorder, persistence):
-            trainer.fit(learner, loader, data.val_dataloader() if plan.validate_every_steps else None)
+            trainer.fit(learner, loader, make_validation_loader(setup))
             unexplained = ledger.compare()
         ledger.refuse(unexplained)
         tracker.summarize(recorder.summary())
-    _close(config, world, run, recorder, plan, bad_samples)
+    _close(setup, recorder, bad_samples)
 
 
-def make_data(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start) -> ShardData:
-    """Loaders of both splits for this rank, beginning at the first step not yet committed."""
-    return ShardData(
-        shards.training,
-        shards.validation,
+def make_training_loader(setup: Setup) -> DataLoader[LoadedBatch]:
+    """This rank's micro-batches, beginning at the first step not yet committed."""
+    config = setup.config
+    return training_loader(
+        setup.shards.training,
         config.data,
         config.input,
+        setup.world.reader(config.data.num_workers),
+        setup.plan.batch,
         seed=config.seed,
-        global_batch=config.batch.global_size,
-        rank=world.rank,
-        world_size=world.size,
-        local_rank=world.ranks.local_rank,
-        local_world_size=world.ranks.local_world_size,
-        accumulate=config.batch.split(world.size)[1],
-        start_step=start.step,
-        num_steps=plan.num_steps,
-        evaluation_batch=config.trainer.evaluation_batch_per_rank,
-        pin_memory=world.compute.accelerator == "gpu",
+        start_step=setup.start.step,
+        num_steps=setup.plan.num_steps,
     )
 
 
-def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, start: Start, owed_bytes: int) -> None:
+def make_validation_loader(setup: Setup) -> DataLoader[LoadedBatch] | None:
+    """This rank's share of the validation split; None where there is none or none is wanted."""
+    config, index = setup.config, setup.shards.validation
+    if index is None:
+        return None
+    reader = setup.world.reader(config.data.num_workers)
+    return evaluation_loader(index, config.input, reader, batch_size=config.trainer.evaluation_batch_per_rank)
+
+
+def _announce(setup: Setup, owed_bytes: int) -> None:
     """What a step will be, before the first."""
-    micro, num_micro = config.batch.split(world.size)
+    config, world, shards, start = setup.config, setup.world, setup.shards, setup.start
+    plan, batch = setup.plan, setup.plan.batch
     ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
     sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
     origin = origin_sentence(shards.training)
@@ -359,7 +334,8 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
         f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
         f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
-        f"  a step      {plan.global_batch} pictures = {world.size} ranks x {num_micro} micro-batches x {micro}\n"
+        f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
+        f" x {batch.per_rank}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
         f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
@@ -370,7 +346,7 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
     misfit = misfit_sentence(
         shards.training,
         config.data,
-        global_batch=plan.global_batch,
+        global_batch=batch.global_size,
         local_world_size=world.ranks.local_world_size,
         world_size=world.size,
     )
@@ -378,20 +354,13 @@ def _announce(config: TrainConfig, world: World, shards: Shards, plan: Plan, sta
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _close(
-    config: TrainConfig,
-    world: World,
-    run: RunDirectory,
-    recorder: Recorder,
-    plan: Plan,
-    bad_samples: lightning.BadSamples,
-) -> None:
+def _close(setup: Setup, recorder: Recorder, bad_samples: lightning.BadSamples) -> None:
     """The summary on stdout, and the report."""
-    if not world.is_first:
+    if not setup.world.is_first:
         return
-    done = f"{config.name}: {plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
-    with run.writing():
-        print(f"{done}  report      {write_run_report(run.path)}", flush=True)
+    done = f"{setup.config.name}: {setup.plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
+    with setup.run.writing():
+        print(f"{done}  report      {write_run_report(setup.run.path)}", flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
 from pipeline.core.compute import Compute, keep_freed_memory, set_threads
 from pipeline.core.errors import ConfigError, DataError, ExitCode, PeerLost, Preempted, UserError
+from pipeline.data.loader import Reader
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
 
@@ -75,6 +76,17 @@ class World:
             torch.device("cuda", torch.cuda.current_device())
             if self.compute.accelerator == "gpu"
             else torch.device("cpu")
+        )
+
+    def reader(self, num_workers: int | None) -> Reader:
+        """This rank as one that reads shards, with `num_workers` processes; None: as its cores allow."""
+        return Reader.choose(
+            num_workers,
+            rank=self.rank,
+            world_size=self.size,
+            local_rank=self.ranks.local_rank,
+            local_world_size=self.ranks.local_world_size,
+            on_gpu=self.compute.accelerator == "gpu",
         )
 
     @contextlib.contextmanager

@@ -96,7 +96,7 @@ def resources() -> dict[str, int]:
 
 def record(directory: Path, rank: int, kill_at: list[str]) -> None:
     """Wrap the learner's training and validation steps."""
-    from pipeline.training.learner import Batch, Learner
+    from pipeline.training.learner import Learner
 
     inner, inner_validation = Learner.training_step, Learner.validation_step
     place = {"step": -1, "micro": -1}
@@ -109,12 +109,11 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             step = learner.committed_steps
             place["micro"] = place["micro"] + 1 if place["step"] == step else 0
             place["step"] = step
-            batch = Batch.of(loaded)
-            pixels = hashlib.sha256(batch.images_BCHW.numpy().tobytes()).hexdigest()
+            pixels = hashlib.sha256(loaded.images_BCHW.numpy().tobytes()).hexdigest()
             line = {
                 **place,
                 "num_ranks": learner.trainer.world_size,
-                "ids": batch.sample_ids_B.tolist(),
+                "ids": loaded.sample_ids_B.tolist(),
                 "pixels": pixels,
                 "generators": generators(),
             }
@@ -155,7 +154,6 @@ def send(number: signal.Signals, target: str) -> None:
 
 def signal_at(events: str, directory: Path, rank: int) -> None:
     """Wrap the places that `events` name."""
-    from pipeline.data.loader import ShardData
     from pipeline.run.checkpoint import AtomicCheckpointIO
     from pipeline.training import steps, world
     from pipeline.training.learner import Learner
@@ -181,7 +179,7 @@ def signal_at(events: str, directory: Path, rank: int) -> None:
 
     wrap(world.dist, "init_process_group", lambda *_: "join")
     wrap(steps, "open_shards", lambda *_: "start")
-    wrap(ShardData, "train_dataloader", lambda _: "loader")
+    wrap(steps, "make_training_loader", lambda _: "loader")
     wrap(
         Learner,
         "training_step",

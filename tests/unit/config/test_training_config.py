@@ -27,9 +27,9 @@ from pipeline.core.typed import build
 )
 def test_split_covers_the_global_batch_within_the_limit(world_size: int, per_rank: int, max_per_rank: int) -> None:
     batch = BatchConfig(global_size=world_size * per_rank, max_per_rank=max_per_rank)
-    micro, num_micro = batch.split(world_size)
-    assert micro * num_micro * world_size == batch.global_size
-    assert micro <= max_per_rank
+    split = batch.split(world_size)
+    assert split.per_rank * split.num_micro_batches * world_size == split.global_size == batch.global_size
+    assert split.per_rank <= max_per_rank
 
 
 @given(world_size=st.integers(2, 64), global_size=st.integers(1, 4096))

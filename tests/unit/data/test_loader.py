@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 
-from pipeline.config.training import AugmentConfig, DataConfig, InputConfig
+from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
 from pipeline.core.errors import DataError
 from pipeline.data.batches import LoadedBatch, replacements
 from pipeline.data.index import ShardIndex
-from pipeline.data.loader import ShardData, evaluation_loader
+from pipeline.data.loader import Reader, evaluation_loader, training_loader
 from pipeline.data.order import BatchOrder
 from pipeline.data.workers import choose_num_workers
 from tests.unit.data.pictures_on_disk import picture
@@ -35,32 +35,36 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return ShardIndex.open(root, "train")
 
 
-def shard_data(index: ShardIndex, index_val: ShardIndex | None = None, **changed: Any) -> ShardData:
-    arguments = {"rank": 0, "world_size": 1, "accumulate": 1, "start_step": 0, "num_steps": 6, **changed}
-    data = DataConfig(
-        num_workers=arguments.pop("num_workers", 0),
-        shuffle_block=arguments.pop("shuffle_block", 0),
-        augment=arguments.pop("augment", AugmentConfig()),
+def batches_of(
+    index: ShardIndex,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_micro_batches: int = 1,
+    num_workers: int = 0,
+    start_step: int = 0,
+    num_steps: int = 6,
+    **data: Any,
+) -> list[LoadedBatch]:
+    batch = BatchSplit(GLOBAL_BATCH, GLOBAL_BATCH // world_size // num_micro_batches, num_micro_batches)
+    reader = Reader(rank=rank, world_size=world_size, num_workers=num_workers)
+    loader = training_loader(
+        index, DataConfig(**data), INPUT, reader, batch, seed=3, start_step=start_step, num_steps=num_steps
     )
-    return ShardData(index, index_val, data, INPUT, seed=3, global_batch=GLOBAL_BATCH, **arguments)
-
-
-def batches_of(index: ShardIndex, **changed: Any) -> list[LoadedBatch]:
-    loader = shard_data(index, **changed).train_dataloader()
     batches = list(loader)
     assert len(batches) == len(loader)
     return batches
 
 
-def steps_of(index: ShardIndex, world_size: int, accumulate: int = 1, **changed: Any) -> list[LoadedBatch]:
+def steps_of(index: ShardIndex, world_size: int, num_micro_batches: int = 1, **changed: Any) -> list[LoadedBatch]:
     """The global batches, put together again from what every rank loads."""
     ranks = [
-        batches_of(index, rank=rank, world_size=world_size, accumulate=accumulate, **changed)
+        batches_of(index, rank=rank, world_size=world_size, num_micro_batches=num_micro_batches, **changed)
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     in_order = [batch for together in zip(*ranks, strict=True) for batch in together]
-    size = world_size * accumulate
+    size = world_size * num_micro_batches
     return [joined(in_order[start : start + size]) for start in range(0, len(in_order), size)]
 
 
@@ -98,12 +102,13 @@ def test_an_epoch_shows_each_sample_at_most_once_and_whole_batches_only(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "accumulate", "num_workers"), [(1, 1, 1), (1, 1, 2), (1, 3, 0), (2, 1, 1), (3, 2, 0), (4, 1, 0)]
+    ("world_size", "num_micro_batches", "num_workers"),
+    [(1, 1, 1), (1, 1, 2), (1, 3, 0), (2, 1, 1), (3, 2, 0), (4, 1, 0)],
 )
 def test_ranks_and_workers_change_neither_samples_nor_pixels(
-    index: ShardIndex, uninterrupted: list[LoadedBatch], world_size: int, accumulate: int, num_workers: int
+    index: ShardIndex, uninterrupted: list[LoadedBatch], world_size: int, num_micro_batches: int, num_workers: int
 ) -> None:
-    assert_same(steps_of(index, world_size, accumulate, num_workers=num_workers), uninterrupted)
+    assert_same(steps_of(index, world_size, num_micro_batches, num_workers=num_workers), uninterrupted)
 
 
 @pytest.mark.parametrize("start_step", range(7))
@@ -157,7 +162,10 @@ def evaluated(index: ShardIndex, world_size: int, batch_size: int, num_workers: 
     return [
         list(
             evaluation_loader(
-                index, INPUT, batch_size=batch_size, rank=rank, world_size=world_size, num_workers=num_workers
+                index,
+                INPUT,
+                Reader(rank=rank, world_size=world_size, num_workers=num_workers),
+                batch_size=batch_size,
             )
         )
         for rank in range(world_size)
@@ -182,12 +190,6 @@ def test_validation_does_not_depend_on_workers(index: ShardIndex) -> None:
     assert_same(evaluated(index, 1, 10, num_workers=1)[0], evaluated(index, 1, 10)[0])
 
 
-def test_without_a_validation_split_there_is_no_loader(index: ShardIndex) -> None:
-    assert shard_data(index).val_dataloader() == []
-    loaders = shard_data(index, index, evaluation_batch=10).val_dataloader()
-    assert not isinstance(loaders, list) and len(loaders) == 6
-
-
 # Bad samples
 
 BAD_JPEGS = {
@@ -210,21 +212,10 @@ def damaged(tmp_path: Path) -> ShardIndex:
 
 
 def one_epoch(index: ShardIndex, rank: int = 0, world_size: int = 1, num_workers: int = 0) -> Iterator[LoadedBatch]:
-    config = DataConfig(num_workers=num_workers, augment=AugmentConfig(crop="center", flip=False))
-    data = ShardData(
-        index,
-        None,
-        config,
-        INPUT,
-        seed=0,
-        global_batch=10,
-        rank=rank,
-        world_size=world_size,
-        accumulate=1,
-        start_step=0,
-        num_steps=1,
-    )
-    return iter(data.train_dataloader())
+    config = DataConfig(augment=AugmentConfig(crop="center", flip=False))
+    reader = Reader(rank=rank, world_size=world_size, num_workers=num_workers)
+    batch = BatchSplit(10, 10 // world_size, 1)
+    return iter(training_loader(index, config, INPUT, reader, batch, seed=0, start_step=0, num_steps=1))
 
 
 def test_a_bad_picture_is_replaced_by_a_good_one_and_named(damaged: ShardIndex) -> None:
@@ -272,7 +263,7 @@ def test_a_shard_that_cannot_be_read_is_no_bad_picture(tmp_path: Path, num_worke
     with pytest.raises(DataError, match=r"^Sample '00000000[5-9]' of shard .*/train-000001\.tar .*No such file"):
         next(one_epoch(index, num_workers=num_workers))
     with pytest.raises(DataError, match=r"^Sample '000000005' of shard .*/train-000001\.tar .*No such file"):
-        list(evaluation_loader(index, INPUT, batch_size=10, num_workers=num_workers))
+        list(evaluation_loader(index, INPUT, Reader(num_workers=num_workers), batch_size=10))
 
 
 # Workers
@@ -299,7 +290,7 @@ def main(root):
 
     index = ShardIndex.open(root, "train")
     order = BatchOrder(num_samples=10, global_batch=10, seed=0, index_hash=index.index_hash)
-    batches = TrainBatches(order, rank=0, world_size=1, accumulate=1, start_step=0, num_steps=500)
+    batches = TrainBatches(order, rank=0, world_size=1, num_micro_batches=1, start_step=0, num_steps=500)
     samples = TrainSamples(index, InputConfig(size=16, resize_side=20), AugmentConfig(), 0)
     global loaded  # still alive when the interpreter ends
     loaded = iter(make_loader(samples, batches, num_workers=2, pin_memory=False))

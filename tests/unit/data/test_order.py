@@ -219,8 +219,8 @@ def test_padding_shows_every_sample_and_none_twice_in_a_step_in_any_groups(
     assert max(map(len, of_group)) - min(map(len, of_group)) <= 1
 
 
-@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])
-def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size: int, accumulate: int) -> None:
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(1, 1), (2, 1), (4, 1), (4, 3), (2, 6)])
+def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size: int, num_micro_batches: int) -> None:
     """16 shards, 4 groups: a rank of W reads 16 / W shards in an epoch, and the batches are those of any other W."""
     num_samples, global_batch = 16 * 24, 24
     shards = shards_of(num_samples, 16)
@@ -237,13 +237,15 @@ def test_ranks_that_divide_the_groups_read_shards_of_their_own(world_size: int, 
     for step in range(order.steps_per_epoch):
         batch = order.batch_samples(step)
         stripes = [
-            stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate, by_rank=True)
+            stripe(
+                batch, rank=rank, world_size=world_size, micro=micro, num_micro_batches=num_micro_batches, by_rank=True
+            )
             for rank in range(world_size)
-            for micro in range(accumulate)
+            for micro in range(num_micro_batches)
         ]
         assert np.array_equal(np.concatenate(stripes), batch)
         for rank in range(world_size):
-            read[rank].update(shards[np.concatenate(stripes[rank * accumulate :][:accumulate])].tolist())
+            read[rank].update(shards[np.concatenate(stripes[rank * num_micro_batches :][:num_micro_batches])].tolist())
     assert [len(of_rank) for of_rank in read] == [16 // world_size] * world_size
     assert set.union(*read) == set(range(16))
 
@@ -258,14 +260,14 @@ def test_a_step_is_the_same_from_wherever_the_run_came(step: int, start: int) ->
     assert np.array_equal(order().batch_samples(step), came_from_elsewhere.batch_samples(step))
 
 
-@given(world_size=st.integers(1, 9), accumulate=st.integers(1, 4), per_stripe=st.integers(1, 5))
+@given(world_size=st.integers(1, 9), num_micro_batches=st.integers(1, 4), per_stripe=st.integers(1, 5))
 def test_stripes_of_all_ranks_and_micro_batches_are_the_batch(
-    world_size: int, accumulate: int, per_stripe: int
+    world_size: int, num_micro_batches: int, per_stripe: int
 ) -> None:
-    batch = np.random.default_rng(0).permutation(world_size * accumulate * per_stripe)
+    batch = np.random.default_rng(0).permutation(world_size * num_micro_batches * per_stripe)
     stripes = [
-        stripe(batch, rank=rank, world_size=world_size, micro=micro, accumulate=accumulate)
-        for micro in range(accumulate)
+        stripe(batch, rank=rank, world_size=world_size, micro=micro, num_micro_batches=num_micro_batches)
+        for micro in range(num_micro_batches)
         for rank in range(world_size)
     ]
     assert {len(one) for one in stripes} == {per_stripe}

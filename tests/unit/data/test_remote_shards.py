@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.training import DataConfig, InputConfig
+from pipeline.config.training import BatchSplit, DataConfig, InputConfig
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file
 from pipeline.data.batches import TrainBatches
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.index import ShardIndex
-from pipeline.data.loader import ShardData, evaluation_loader
+from pipeline.data.loader import Reader, evaluation_loader, training_loader
 from pipeline.data.order import BatchOrder
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.remote.cache import CacheSettings
@@ -363,7 +363,7 @@ def small_order(index: ShardIndex, start_step: int = 0, **more: Any) -> TrainBat
         **more,
     )
     num_steps = (order.epoch_of(start_step) + 1) * order.steps_per_epoch
-    return TrainBatches(order, rank=0, world_size=1, accumulate=1, start_step=start_step, num_steps=num_steps)
+    return TrainBatches(order, rank=0, world_size=1, num_micro_batches=1, start_step=start_step, num_steps=num_steps)
 
 
 def wait_for(condition: Any) -> None:
@@ -429,12 +429,10 @@ def test_a_loader_over_http_gives_what_a_local_one_gives(
     server.set_rules(Rule("status", times=1), Rule("short", times=1))
     batches = []
     for index in (ShardIndex.open(root, "train"), opened(server, tmp_path)):
-        data = DataConfig(shuffle_block=1, shuffle_groups=2, num_workers=num_workers)
-        loaders = ShardData(
-            index, None, data, InputConfig(size=16, resize_side=20), seed=1, global_batch=4, rank=0, world_size=1,
-            accumulate=1, start_step=0, num_steps=6,
-        )  # fmt: skip
-        batches.append(list(loaders.train_dataloader()))
+        data = DataConfig(shuffle_block=1, shuffle_groups=2)
+        reader, config = Reader(num_workers=num_workers), InputConfig(size=16, resize_side=20)
+        loader = training_loader(index, data, config, reader, BatchSplit(4, 4, 1), seed=1, start_step=0, num_steps=6)
+        batches.append(list(loader))
     assert len(batches[0]) == len(batches[1]) == 6
     for local, remote in zip(*batches, strict=True):
         assert all((mine == other).all() for mine, other in zip(local[:3], remote[:3], strict=True))
@@ -447,7 +445,9 @@ def test_a_sentence_comes_out_of_a_worker_as_it_went_in(
 ) -> None:
     index = opened(server, tmp_path, "val")
     (root / "val-000000.tar").unlink()
-    loader = evaluation_loader(index, InputConfig(size=16, resize_side=20), batch_size=2, num_workers=num_workers)
+    loader = evaluation_loader(
+        index, InputConfig(size=16, resize_side=20), Reader(num_workers=num_workers), batch_size=2
+    )
     with pytest.raises(DataError, match=r"^val-000000\.tar is missing at"):
         list(loader)
 
@@ -457,7 +457,7 @@ def test_a_server_fetches_its_part_of_a_validation_and_no_more(many: ShardServer
         index = opened(many, tmp_path, cache=f"server{rank}")
         before = tars_of(many)
         loader = evaluation_loader(
-            index, InputConfig(size=16, resize_side=20), batch_size=2, rank=rank, world_size=4, num_workers=0
+            index, InputConfig(size=16, resize_side=20), Reader(rank=rank, world_size=4), batch_size=2
         )
         assert sum(len(batch.labels_B) for batch in loader) == 6
         fetched = Counter(tars_of(many)) - Counter(before)

@@ -1,4 +1,4 @@
-"""The learner: its schedule, its pixels, its exact sums, its guard, and one step however it is cut up."""
+"""The learner: its schedule, its guard, and one step however it is cut up."""
 
 import copy
 import math
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from pipeline.config.training import InputConfig, RecipeConfig
 from pipeline.core.errors import NonFiniteError
-from pipeline.training.learner import Batch, ExactMetrics, Learner, Normalizer, StepResult, learning_rate
+from pipeline.data.batches import LoadedBatch
+from pipeline.training.learner import Learner, StepResult, learning_rate
 
 NUM_CLASSES = 7
 SIDE = 8
@@ -54,83 +55,6 @@ def test_the_rate_is_half_way_down_at_half_time() -> None:
     assert learning_rate(RecipeConfig(lr=0.04, decay="linear"), 42_500, 170_000) == pytest.approx(0.03)
 
 
-# --- pixels ---
-
-
-@pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_pixels_are_normalised_in_the_models_channel_order(order: str) -> None:
-    config = InputConfig(channel_order=order, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
-    pixels_BCHW = torch.tensor([0, 100, 250], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2).contiguous()
-    before = pixels_BCHW.clone()
-    values = Normalizer(config)(pixels_BCHW, torch.channels_last)
-    red, green, blue = (0.0, 100.0, 250.0) if order == "rgb" else (250.0, 100.0, 0.0)
-    expected = torch.tensor([(red - 10) / 1, (green - 20) / 2, (blue - 30) / 4])
-    assert values.dtype == torch.float32 and values.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(values[0, :, 1, 1], expected)
-    assert torch.equal(pixels_BCHW, before)
-
-
-def test_the_normaliser_gives_ddp_nothing_to_synchronise() -> None:
-    assert not list(Normalizer(InputConfig()).buffers()) and not list(Normalizer(InputConfig()).parameters())
-
-
-def test_a_batch_is_read_from_any_container() -> None:
-    images_BCHW, labels_B, ids_B = (
-        torch.zeros(2, 3, 1, 1, dtype=torch.uint8),
-        torch.tensor([1, 2]),
-        torch.tensor([5, 6]),
-    )
-    named = {"images_BCHW": images_BCHW, "labels_B": labels_B, "sample_ids_B": ids_B}
-    for loaded in (named, (images_BCHW, labels_B, ids_B), [images_BCHW, labels_B, ids_B, ("more",)]):
-        batch = Batch.of(loaded)
-        assert torch.equal(batch.labels_B, labels_B) and torch.equal(batch.sample_ids_B, ids_B)
-
-
-# --- exact sums ---
-
-
-def labelled(labels_B: torch.Tensor, ids_B: torch.Tensor) -> Batch:
-    return Batch(torch.zeros(len(labels_B), 3, 1, 1, dtype=torch.uint8), labels_B, ids_B)
-
-
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(2, 12), st.integers(0, 2**31))
-def test_every_picture_counts_once_and_padding_never(
-    num_samples: int, batch_size: int, num_padding: int, num_classes: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits_NK = torch.randn(num_samples, num_classes, generator=generator)
-    labels_N = torch.randint(num_classes, (num_samples,), generator=generator)
-    metrics = ExactMetrics(num_classes)
-    metrics.update(torch.full((1, num_classes), 9.0), labelled(torch.zeros(1, dtype=torch.long), torch.tensor([0])))
-    metrics.reset()  # forgets it
-    padding_PK = torch.full((num_padding, num_classes), math.nan)  # would spoil any sum
-    for start in range(0, num_samples, batch_size):
-        labels_B = labels_N[start : start + batch_size]
-        ids_B = torch.arange(start, start + len(labels_B))
-        metrics.update(
-            torch.cat([padding_PK, logits_NK[start : start + batch_size]]),
-            labelled(
-                torch.cat([torch.zeros(num_padding, dtype=torch.long), labels_B]),
-                torch.cat([torch.full((num_padding,), -1), ids_B]),
-            ),
-        )
-    results = metrics.compute()
-    ranked = logits_NK.argsort(1, descending=True)[:, :5] == labels_N[:, None]
-    assert results["num_samples"] == num_samples
-    assert results["num_correct_top1"] == int(ranked[:, 0].sum())
-    assert results["num_correct_top5"] == int(ranked.any(1).sum())
-    assert results["top1"] == results["num_correct_top1"] / num_samples
-    assert results["loss"] == pytest.approx(float(F.cross_entropy(logits_NK.double(), labels_N)), rel=1e-5)
-
-
-def test_a_batch_of_padding_alone_changes_nothing() -> None:
-    metrics = ExactMetrics(3)
-    metrics.update(torch.tensor([[9.0, 0, 0]]), labelled(torch.tensor([0]), torch.tensor([4])))
-    before = metrics.compute()
-    metrics.update(torch.full((2, 3), math.inf), labelled(torch.tensor([0, 0]), torch.tensor([-1, -1])))
-    assert metrics.compute() == before
-
-
 # --- steps ---
 
 
@@ -154,17 +78,17 @@ def make_learner(recipe: RecipeConfig, *, dropout: float = 0.0, **options: Any) 
     return Learner(SmallNet(dropout), recipe=recipe, **options)
 
 
-def pictures(num_pictures: int, seed: int = 0) -> Batch:
+def pictures(num_pictures: int, seed: int = 0) -> LoadedBatch:
     generator = torch.Generator().manual_seed(seed)
-    return Batch(
+    return LoadedBatch(
         torch.randint(256, (num_pictures, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
         torch.randint(NUM_CLASSES, (num_pictures,), generator=generator),
         torch.arange(100, 100 + num_pictures),
     )
 
 
-def as_loaded(batch: Batch, rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
-    return batch.images_BCHW[rows], batch.labels_B[rows], batch.sample_ids_B[rows]
+def rows_of(batch: LoadedBatch, rows: slice) -> LoadedBatch:
+    return LoadedBatch(batch.images_BCHW[rows], batch.labels_B[rows], batch.sample_ids_B[rows])
 
 
 class Steps:
@@ -177,7 +101,7 @@ class Steps:
         learner.on_step = self.results.append
         learner.optimizers = lambda *_, **__: self.optimizer  # type: ignore[method-assign]  the trainer's answer
 
-    def take(self, micro_batches: list[tuple[torch.Tensor, ...]]) -> StepResult:
+    def take(self, micro_batches: list[LoadedBatch]) -> StepResult:
         for number, loaded in enumerate(micro_batches):
             self.learner.on_train_batch_start(loaded, number)
             loss = self.learner.training_step(loaded, number)
@@ -194,14 +118,14 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in learner.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("num_micro", [1, 2, 4])
-def test_a_step_in_parts_is_the_step_in_one(num_micro: int) -> None:
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 4])
+def test_a_step_in_parts_is_the_step_in_one(num_micro_batches: int) -> None:
     recipe, batch = RecipeConfig(lr=0.01, label_smoothing=0.1, warmup_steps=2), pictures(8)
     whole = Steps(make_learner(recipe))
-    expected = whole.take([as_loaded(batch)])
-    learner = make_learner(recipe, num_micro=num_micro)
-    size = 8 // num_micro
-    found = Steps(learner).take([as_loaded(batch, slice(i * size, (i + 1) * size)) for i in range(num_micro)])
+    expected = whole.take([batch])
+    learner = make_learner(recipe, num_micro_batches=num_micro_batches)
+    size = 8 // num_micro_batches
+    found = Steps(learner).take([rows_of(batch, slice(i * size, (i + 1) * size)) for i in range(num_micro_batches)])
     assert found.step == expected.step == 1 and found.top1 == expected.top1 and found.lr == expected.lr == 0.005
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
@@ -215,7 +139,7 @@ def test_what_is_random_in_a_step_depends_on_seed_step_and_rank_alone() -> None:
     def after_one_step(**options: Any) -> dict[str, torch.Tensor]:
         learner = make_learner(recipe, dropout=0.5, **options)
         torch.manual_seed(torch.randint(1000, ()).item())  # whatever was drawn before
-        Steps(learner).take([as_loaded(pictures(8))])
+        Steps(learner).take([pictures(8)])
         return weights(learner)
 
     base = after_one_step(start_step=4)
@@ -228,7 +152,7 @@ def test_the_optimiser_is_caffes_sgd_at_the_rate_of_the_step() -> None:
     recipe = RecipeConfig(lr=0.1, momentum=0.9, weight_decay=0.01, warmup_steps=4)
     steps = Steps(make_learner(recipe, start_step=2, num_steps=20))
     before, batch = copy.deepcopy(steps.learner), pictures(4)
-    result = steps.take([as_loaded(batch)])
+    result = steps.take([batch])
     assert result.lr == pytest.approx(0.1 * 3 / 4) and result.step == 3
     F.cross_entropy(
         before.model(before.normalizer(batch.images_BCHW, torch.contiguous_format)), batch.labels_B
@@ -243,7 +167,7 @@ def test_a_clipped_step_is_no_longer_than_the_recipe_says() -> None:
     recipe = RecipeConfig(lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip_norm=0.25)
     steps = Steps(make_learner(recipe))
     before = weights(steps.learner)
-    result = steps.take([as_loaded(pictures(4))])
+    result = steps.take([pictures(4)])
     moved = torch.cat([(weights(steps.learner)[name] - value).flatten() for name, value in before.items()])
     assert result.grad_norm > 0.25  # as it was before clipping
     assert float(moved.norm()) == pytest.approx(0.25, rel=1e-4)
@@ -258,7 +182,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(value: float) ->
     with pytest.raises(
         NonFiniteError, match=r"Step 7.*loss of rank 0.*recipe\.lr.*rank 3.*100, 101, 102, 103\."
     ) as raised:
-        steps.take([as_loaded(pictures(4))])
+        steps.take([pictures(4)])
     assert raised.value.exit_code == 5
     torch.testing.assert_close(weights(steps.learner), before, rtol=0, atol=0, equal_nan=True)
     assert steps.learner.committed_steps == 6 and not steps.results
@@ -268,16 +192,16 @@ def test_a_finite_loss_with_an_infinite_gradient_is_refused_too() -> None:
     steps = Steps(make_learner(RecipeConfig(lr=0.1)))
     steps.learner.model.layers[0].weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr]
     with pytest.raises(NonFiniteError, match="the reduced gradient is not finite"):
-        steps.take([as_loaded(pictures(4))])
+        steps.take([pictures(4)])
 
 
 def test_a_warm_up_pass_leaves_no_trace_in_the_sums() -> None:
     steps = Steps(make_learner(RecipeConfig(lr=0.01)))
     steps.learner.warming_up = True
-    steps.learner.training_step(as_loaded(pictures(4, seed=9)), 0)
+    steps.learner.training_step(pictures(4, seed=9), 0)
     steps.learner.warming_up = False
     fresh = Steps(make_learner(RecipeConfig(lr=0.01)))
-    assert steps.take([as_loaded(pictures(4))]) == fresh.take([as_loaded(pictures(4))])
+    assert steps.take([pictures(4)]) == fresh.take([pictures(4)])
 
 
 # --- averaged weights, and state ---
@@ -288,7 +212,7 @@ def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
     steps = Steps(make_learner(RecipeConfig(lr=0.05, ema_decay=decay)))
     learner, expected = steps.learner, None
     for seed in range(3):
-        steps.take([as_loaded(pictures(4, seed))])
+        steps.take([pictures(4, seed)])
         now = weights(learner)
         # torch's AveragedModel starts from the first weights it is shown.
         expected = now if expected is None else {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
@@ -296,7 +220,7 @@ def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
     torch.testing.assert_close(dict(learner.averaged_model.state_dict()), expected)
     batch = pictures(16, 5)
     learner.on_validation_epoch_start()
-    learner.validation_step(as_loaded(batch), 0)
+    learner.validation_step(batch, 0)
     learner.on_validation_epoch_end()
     with torch.no_grad():
         logits_BK = learner.averaged_model(learner.normalizer(batch.images_BCHW, torch.contiguous_format))
@@ -310,7 +234,7 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float)
     recipe = RecipeConfig(lr=0.05, ema_decay=ema_decay, warmup_steps=3)
     unbroken = Steps(make_learner(recipe, dropout=0.5))
     for seed in range(2):
-        unbroken.take([as_loaded(pictures(4, seed))])
+        unbroken.take([pictures(4, seed)])
     saved = copy.deepcopy(
         (unbroken.learner.state_dict(), unbroken.optimizer.state_dict(), unbroken.learner.extra_state())
     )
@@ -319,7 +243,7 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float)
     learner.restore(*saved)
     resumed = Steps(learner)
     for seed in range(2, 5):
-        batch = as_loaded(pictures(4, seed))
+        batch = pictures(4, seed)
         assert unbroken.take([batch]) == resumed.take([batch])
     torch.testing.assert_close(weights(learner), weights(unbroken.learner), rtol=0, atol=0)
     torch.testing.assert_close(
@@ -329,7 +253,7 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float)
 
 def test_an_edited_recipe_holds_after_a_resume() -> None:
     first = Steps(make_learner(RecipeConfig(lr=0.05, momentum=0.9, weight_decay=0.1)))
-    first.take([as_loaded(pictures(4))])
+    first.take([pictures(4)])
     learner = make_learner(RecipeConfig(lr=0.05, momentum=0.5, weight_decay=0.0, ema_decay=0.5), start_step=1)
     learner.restore(first.learner.state_dict(), first.optimizer.state_dict(), {})
     (group,) = learner.configure_optimizers().param_groups

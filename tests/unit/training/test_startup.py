@@ -13,13 +13,13 @@ from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, Con
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute, set_threads
 from pipeline.core.errors import DataError
-from pipeline.training.plan import Plan, make_plan, require_compression
+from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.resume import must_match
 
 CPU = ClusterConfig(accelerator="cpu")
 
 
-def plan_of(num_samples: int, global_size: int, **trainer: float | int | None) -> Plan:
+def plan_of(num_samples: int, global_size: int, **trainer: float | int | None) -> StepPlan:
     return make_plan(
         TrainerConfig(**trainer),  # type: ignore[arg-type]
         BatchConfig(global_size=global_size),

@@ -1,0 +1,61 @@
+"""What is settled before the first step: facts that every later part of a training is handed, and nobody changes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.training import TrainConfig
+from pipeline.data.index import ShardIndex
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.directory import RunDirectory
+from pipeline.training.plan import StepPlan
+from pipeline.training.world import World
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The indexes of both splits; `validation` is None where there is none or none is wanted."""
+
+    training: ShardIndex
+    validation: ShardIndex | None
+    num_classes: int
+    """Outputs of the classifier."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins: a checkpoint, or nothing yet."""
+
+    step: int = 0
+    """Optimiser steps already committed."""
+    info: checkpoints.CheckpointInfo | None = None
+    content: dict[str, Any] | None = None
+    """The checkpoint as saved."""
+    changes: tuple[str, ...] = ()
+    """What differs from the attempt that saved it, and may."""
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """What we put into the checkpoint beside what Lightning puts there."""
+        return {} if self.content is None else self.content[checkpoints.SECTION]
+
+    @property
+    def num_recorded(self) -> int:
+        """Rows of the record that stand. A row whose validation was broken off is written by this attempt."""
+        return self.step - (self.section.get("owed_row") is not None)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One attempt at a run before its first step: what was asked for, who computes it, on what, from where."""
+
+    config: TrainConfig
+    world: World
+    shards: Shards
+    plan: StepPlan
+    run: RunDirectory
+    start: Start
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether earlier attempts have committed all steps."""
+        return self.start.step >= self.plan.num_steps
