@@ -16,6 +16,7 @@ import pkgutil
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def commands() -> dict[str, tuple[str, str, type[Any]]]:
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
+@cache
+def help_of(name: str, schema: type[Any]) -> str:
+    """Return what `--help` of the command prints."""
+    return cli.help_text(name, schema)
+
+
 def commands_page() -> str:
     """Return every command: what it does, and what `--help` prints."""
     parts = [
@@ -76,7 +83,7 @@ def commands_page() -> str:
     for name, (docstring, configuration, schema) in known.items():
         parts.append(f"## {name}\n\n{prose(docstring)}")
         if configuration == name:
-            parts.append(f"```text\n{cli.help_text(name, schema)}\n```\n")
+            parts.append(f"```text\n{help_of(name, schema)}\n```\n")
         else:
             parts.append(f"Its keys are those of [{configuration}](#{configuration}).\n")
     return "\n".join(parts)
@@ -176,7 +183,7 @@ def surface() -> str:
     for name, (_, configuration, schema) in commands().items():
         lines.add(f"command {name}")
         if configuration == name:
-            lines.update(f"key {name} {key}" for key in re.findall(r"^  ([\w.]+)=", cli.help_text(name, schema), re.M))
+            lines.update(f"key {name} {key}" for key in re.findall(r"^  ([\w.]+)=", help_of(name, schema), re.M))
     for path in (REPOSITORY / "pipeline").rglob("*.py"):
         strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
         lines.update(f"metric {text}" for text in strings if isinstance(text, str) and METRIC.match(text))
