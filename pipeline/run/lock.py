@@ -15,8 +15,6 @@ successor, ends nobody.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -25,11 +23,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, NotRequired, TypedDict, cast
 
 from pipeline.core.errors import CheckpointError, ConfigError, ExitCode, Preempted
+from pipeline.core.files import NO_LOCKS_HERE, try_lock
 
 # A killed owner may need a moment to disappear; the kernel drops its lock when it has.
 DEAD_OWNER_SECONDS = 20.0
@@ -41,18 +39,51 @@ SILENCE_SECONDS = 4 * BEAT_SECONDS
 # Where nothing locks, two that start at the same moment both write; the last one stays.
 RACE_SECONDS = 2.0
 POLL_SECONDS = 0.1
-NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
-def this_process() -> dict[str, Any]:
-    """Host, pid and, in a Slurm job, its id and how often it was restarted."""
-    job = os.environ.get("SLURM_JOB_ID")
-    slurm = {"job": job, "restart": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else {}
-    return {"host": socket.gethostname(), "pid": os.getpid(), **slurm}
+class ProcessJson(TypedDict):
+    """A process as the lock file and attempts.jsonl name it."""
+
+    host: str
+    pid: int
+    job: NotRequired[str]
+    """Slurm's number of the job."""
+    restart: NotRequired[str]
+    """How often Slurm has restarted the job."""
+
+
+class OwnerJson(TypedDict, total=False):
+    """What the lock file says; empty where nothing can be read. Any key may be missing from a damaged file."""
+
+    host: str
+    pid: int
+    job: str
+    restart: str
+    term: int
+    """Number of this owner among all that the run has had."""
+    token: str
+    """Random name of the owner's `RunLock`."""
+    beat: int
+    """How often the owner has written."""
+    ended: bool
+    """Whether the owner gave the lock back."""
+
+
+def this_process() -> ProcessJson:
+    """Return host, pid and, in a Slurm job, its id and how often it was restarted."""
+    process: ProcessJson = {"host": socket.gethostname(), "pid": os.getpid()}
+    if job := os.environ.get("SLURM_JOB_ID"):
+        process["job"], process["restart"] = job, os.environ.get("SLURM_RESTART_COUNT", "0")
+    return process
 
 
 class RunLock:
-    """The lock of the run `name`, in the file `path`."""
+    """The lock of a run.
+
+    Args:
+        path: The lock file.
+        name: Name of the run, for messages.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -65,18 +96,20 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """By this process."""
+        """Whether this process holds the lock."""
         return self._descriptor is not None
 
     def acquire(self, patience_seconds: float = math.inf) -> None:
         """Become the owner.
 
-        patience_seconds: how long to wait, at most, for an earlier start of this Slurm job to let go of the kernel's
-        lock; never longer than EARLIER_START_SECONDS.
+        Args:
+            patience_seconds: How long to wait, at most, for an earlier start of this Slurm job to release the kernel's
+                lock; never longer than EARLIER_START_SECONDS.
 
         Raises:
-            ConfigError: another process is. Preempted: an earlier start of this Slurm job still is. OSError: the file
-            cannot be written.
+            ConfigError: Another process is the owner.
+            Preempted: An earlier start of this Slurm job still is.
+            OSError: The lock file cannot be written.
         """
         # O_CLOEXEC by default keeps the lock from programs we start; forked workers close it themselves, below.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,7 +134,10 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give it back, and say so in the file unless it is another's by now. Harmless when there is none."""
+        """Release the lock and record that in the file, unless another process owns it by now.
+
+        Does nothing where the lock is not held.
+        """
         if self._thread is not None:
             self._ends.set()
             self._thread.join()
@@ -113,10 +149,10 @@ class RunLock:
         self._drop()
 
     def check_owned(self) -> None:
-        """To be called before something is written that a second owner must not write. Harmless when there is none.
+        """Check before a write that a second owner must not make. Does nothing where the lock is not held.
 
         Raises:
-            CheckpointError: another process has taken the run over.
+            CheckpointError: Another process has taken the run over.
         """
         if self.is_held and (successor := self._successor()):
             raise CheckpointError(self._loss(successor))
@@ -127,36 +163,37 @@ class RunLock:
             self._descriptor = None
 
     def _lock(self, patience_seconds: float) -> bool:
-        """The kernel's lock; False where there are none."""
+        """Get the kernel's lock; False on a file system without locks."""
+        try:
+            self._wait_for_lock(patience_seconds)
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE:
+                raise
+            _warn(f"no file locks at {self.path.parent}: the owner's beats alone keep a second job out")
+            return False
+        return True
+
+    def _wait_for_lock(self, patience_seconds: float) -> None:
         assert self._descriptor is not None
         began = time.monotonic()
         is_said = False
-        while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                owner, waited = _read(self.path), time.monotonic() - began
-                if _is_earlier_start(owner, this_process()):
-                    said = f"run {self.name!r} is still locked by an earlier start of this job ({_name(owner)})"
-                    if waited >= patience_seconds:
-                        raise Preempted(
-                            f"{said[0].upper()}{said[1:]} after {patience_seconds:g} s of waiting: nothing is lost,"
-                            " and the same command goes on once the lock is free."
-                        ) from None
-                    if not is_said:
-                        _warn(f"{said}; waiting up to {patience_seconds:g} s for it")
-                        is_said = True
-                elif _may_live(owner) or waited >= DEAD_OWNER_SECONDS:
-                    raise self._refusal(owner) from None
-                time.sleep(POLL_SECONDS)
-            except OSError as error:
-                if error.errno not in NO_LOCKS_HERE:
-                    raise
-                _warn(f"no file locks at {self.path.parent}: the owner's beats alone keep a second job out")
-                return False
+        while not try_lock(self._descriptor):
+            owner, waited = _read(self.path), time.monotonic() - began
+            if _is_earlier_start(owner, this_process()):
+                said = f"run {self.name!r} is still locked by an earlier start of this job ({_name(owner)})"
+                if waited >= patience_seconds:
+                    raise Preempted(
+                        f"{said[0].upper()}{said[1:]} after {patience_seconds:g} s of waiting: nothing is lost,"
+                        " and the same command goes on once the lock is free."
+                    )
+                if not is_said:
+                    _warn(f"{said}; waiting up to {patience_seconds:g} s for it")
+                    is_said = True
+            elif _may_live(owner) or waited >= DEAD_OWNER_SECONDS:
+                raise self._refusal(owner)
+            time.sleep(POLL_SECONDS)
 
-    def _require_dead(self, owner: Mapping[str, Any], *, is_locked: bool) -> None:
+    def _require_dead(self, owner: OwnerJson, *, is_locked: bool) -> None:
         """Raise `ConfigError` unless the recorded owner is proven to be gone; waits for a beat of one elsewhere."""
         here = this_process()
         if not owner or owner.get("ended") or _is_earlier_start(owner, here):
@@ -177,7 +214,7 @@ class RunLock:
         silent = f"nothing was heard for {SILENCE_SECONDS:g} s"
         _warn(f"run {self.name!r} is taken over from {_name(owner)}, of which {silent}")
 
-    def _refusal(self, owner: Mapping[str, Any]) -> ConfigError:
+    def _refusal(self, owner: OwnerJson) -> ConfigError:
         return ConfigError(
             f"Run {self.name!r} is being written by another process ({_name(owner)}): wait for it, end it, or choose"
             " another name=."
@@ -190,19 +227,19 @@ class RunLock:
             with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, if at all
                 self._write(ended=False)
 
-    def _successor(self) -> dict[str, Any]:
-        """The record of the process that has taken this one's place; empty if none has, or none can be read."""
+    def _successor(self) -> OwnerJson:
+        """Return the record of the process that has taken this one's place; empty if there is or can be read none."""
         found = _read(self.path)
         is_ours = not found or found.get("token") == self._token
         return {} if is_ours or found.get("term", math.inf) < self._term else found
 
-    def _loss(self, successor: Mapping[str, Any]) -> str:
+    def _loss(self, successor: OwnerJson) -> str:
         return (
             f"Run {self.name!r} was taken over by another process ({_name(successor)}) while this one gave no sign of"
             " life: this one ends and writes no more; that one goes on."
         )
 
-    def _leave(self, successor: Mapping[str, Any]) -> NoReturn:
+    def _leave(self, successor: OwnerJson) -> NoReturn:
         """The end of the process, whatever its other threads are writing."""
         with contextlib.suppress(OSError):  # a pipe that nobody reads
             os.write(sys.stderr.fileno(), f"error: {self._loss(successor)}\n".encode())
@@ -212,42 +249,51 @@ class RunLock:
         assert self._descriptor is not None
         self._beats += 1
         # As long as before or longer, and in one call: a reader sees one record, and a full disk takes it in place.
-        said = {"term": self._term, "token": self._token, "beat": self._beats, "ended": ended}
-        record = json.dumps({**this_process(), **said}).encode().ljust(300)
+        owner: OwnerJson = {
+            **this_process(),
+            "term": self._term,
+            "token": self._token,
+            "beat": self._beats,
+            "ended": ended,
+        }
+        record = json.dumps(owner).encode().ljust(300)
         os.pwrite(self._descriptor, record, 0)
         os.ftruncate(self._descriptor, len(record))
         os.fsync(self._descriptor)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The record; empty where there is none that can be read. Opened anew each time, for the sake of NFS's caches."""
+def _read(path: Path) -> OwnerJson:
+    """Read the record; empty where none can be read. The file is opened each time, for the sake of NFS's caches."""
     try:
         owner = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    return cast(OwnerJson, owner) if isinstance(owner, dict) else {}
 
 
-def _may_live(owner: Mapping[str, Any]) -> bool:
+def _may_live(owner: OwnerJson) -> bool:
     """Whether the recorded owner must be taken to be alive: it is on another host, or its process is there."""
     if not owner:
         return False
     return owner.get("host") != socket.gethostname() or Path(f"/proc/{owner.get('pid')}").exists()
 
 
-def _is_earlier_start(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Of this Slurm job, before it was requeued. Not a later one: this process may be what is left of an earlier."""
+def _is_earlier_start(owner: OwnerJson, here: ProcessJson) -> bool:
+    """Whether the owner is this Slurm job before it was requeued.
+
+    A later start does not count: this process may be what is left of an earlier one.
+    """
     if "job" not in here or owner.get("job") != here["job"]:
         return False
-    return int(owner.get("restart", 0)) < int(here["restart"])
+    return int(owner.get("restart", 0)) < int(here.get("restart", 0))
 
 
-def _is_same(owner: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def _is_same(owner: OwnerJson, here: ProcessJson) -> bool:
     return (owner.get("host"), owner.get("pid")) == (here["host"], here["pid"])
 
 
-def _name(owner: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {owner[key]}" for key in ("host", "pid", "job") if key in owner) or "unknown"
+def _name(owner: OwnerJson) -> str:
+    return ", ".join(f"{key} {owner.get(key)}" for key in ("host", "pid", "job") if key in owner) or "unknown"
 
 
 def _warn(text: str) -> None:

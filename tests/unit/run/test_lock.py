@@ -1,6 +1,7 @@
 """Who owns a run: processes that start together, and records of owners on hosts that cannot be asked."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -161,9 +162,9 @@ def test_without_locks_the_record_decides(path: Path, monkeypatch: pytest.Monkey
     """A stand-in for a file system that has none."""
 
     def no_locks(*_: Any) -> None:
-        raise OSError(lock.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     first, second = RunLock(path, "first"), RunLock(path, "first")
     first.acquire()
     first.release()
@@ -247,12 +248,12 @@ def test_any_other_owner_elsewhere_that_has_the_lock_refuses_at_once(owner: dict
 # --- an owner that was suspended until another process had taken its place ---
 
 OWNER = """
-import signal, socket, sys
+import fcntl, signal, socket, sys
 from pathlib import Path
 from pipeline.core.errors import CheckpointError
 from pipeline.run import lock
 socket.gethostname = lambda: "elsewhere"
-lock.fcntl.flock = lambda *_: None  # granted here, and unknown to every other host: a mount with `localflock`
+fcntl.flock = lambda *_: None  # granted here, and unknown to every other host: a mount with `localflock`
 lock.BEAT_SECONDS = float(sys.argv[2])
 mine = lock.RunLock(Path(sys.argv[1]), "first")
 mine.acquire()
