@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import ConfigError
-from pipeline.run.launch.supervisor import Ended, Patience, RankCommand, exit_code_of, supervise, supervise_commands
+from pipeline.run.launch.supervisor import Ended, Grace, RankCommand, exit_code_of, supervise, supervise_commands
 
 MARK = "SQUEEZEWIRE_TEST_MARK"
 DEADLINE_SECONDS = 30.0
@@ -86,11 +86,11 @@ def rank_command(out: Path, body: str) -> list[str]:
     return [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(out)]
 
 
-def start(out: Path, devices: int, body: str, environment: dict[str, str], **patience: float) -> subprocess.Popen[str]:
+def start(out: Path, devices: int, body: str, environment: dict[str, str], **grace: float) -> subprocess.Popen[str]:
     """The launcher as a process of its own, whose exit code is what `supervise` returned."""
     program = (
-        "import sys\nfrom pipeline.run.launch.supervisor import Patience, supervise\n"
-        f"sys.exit(supervise({rank_command(out, body)!r}, {devices}, patience=Patience(**{patience!r})))"
+        "import sys\nfrom pipeline.run.launch.supervisor import Grace, supervise\n"
+        f"sys.exit(supervise({rank_command(out, body)!r}, {devices}, grace=Grace(**{grace!r})))"
     )
     return subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -137,13 +137,13 @@ def test_each_rank_may_have_a_command_of_its_own(tmp_path: Path, mark: dict[str,
     assert supervise_commands(commands) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["['a']", "['b']"]
     failing = RankCommand(["sh", "-c", "exit 4"], mark)
-    assert supervise_commands([RankCommand(["sleep", "1000"], mark), failing], patience=Patience(peer=0.1)) == 4
+    assert supervise_commands([RankCommand(["sleep", "1000"], mark), failing], grace=Grace(peer_seconds=0.1)) == 4
 
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_a_failed_rank_ends_all_with_its_code(devices: int, tmp_path: Path, mark: dict[str, str]) -> None:
     body = "ready(); all_ready(); time.sleep(1000) if rank != 1 else sys.exit(3)"
-    code = supervise(rank_command(tmp_path, body), devices, environment=mark, patience=Patience(peer=0.1))
+    code = supervise(rank_command(tmp_path, body), devices, environment=mark, grace=Grace(peer_seconds=0.1))
     assert code == 3
     assert not marked(tmp_path)
 
@@ -156,8 +156,8 @@ def test_a_peer_that_ignores_sigterm_is_killed(
     ready(); all_ready()
     time.sleep(1000) if rank == 0 else sys.exit(4)
     """
-    patience = Patience(peer=0.1, grace=0.3)
-    assert supervise(rank_command(tmp_path, body), 2, environment=mark, patience=patience) == 4
+    grace = Grace(peer_seconds=0.1, kill_seconds=0.3)
+    assert supervise(rank_command(tmp_path, body), 2, environment=mark, grace=grace) == 4
     assert "rank 0 did not end in time" in capfd.readouterr().err
 
 
@@ -171,7 +171,7 @@ def test_a_rank_killed_is_our_fault_and_said(
     tmp_path: Path, mark: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = "ready(); all_ready(); os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(1000)"
-    assert supervise(rank_command(tmp_path, body), 2, environment=mark, patience=Patience(peer=0.1)) == 1
+    assert supervise(rank_command(tmp_path, body), 2, environment=mark, grace=Grace(peer_seconds=0.1)) == 1
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err
 
 
@@ -219,7 +219,7 @@ def test_ranks_that_die_of_a_passed_signal_give_the_code_of_a_shell(tmp_path: Pa
 
 def test_ranks_that_do_not_obey_a_signal_are_killed_in_time(tmp_path: Path, mark: dict[str, str]) -> None:
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(1000)"
-    launcher = start(tmp_path, 2, body, mark, signal=0.3)
+    launcher = start(tmp_path, 2, body, mark, signal_seconds=0.3)
     wait_until(lambda: len(list(tmp_path.glob("pid.*"))) == 2, "ranks did not start")
     launcher.send_signal(signal.SIGTERM)
     assert end(launcher)[0] == 128 + signal.SIGTERM
@@ -237,7 +237,7 @@ def test_ranks_do_not_survive_their_launcher(devices: int, tmp_path: Path, mark:
 
 def test_workers_of_a_rank_do_not_survive_it(tmp_path: Path, mark: dict[str, str]) -> None:
     body = 'import subprocess; subprocess.Popen(["sleep", "1000"]); ready(); all_ready(); sys.exit(2 * rank)'
-    assert supervise(rank_command(tmp_path, body), 2, environment=mark, patience=Patience(peer=0.1)) == 2
+    assert supervise(rank_command(tmp_path, body), 2, environment=mark, grace=Grace(peer_seconds=0.1)) == 2
     wait_until(lambda: not marked(tmp_path), "workers survived")
 
 

@@ -24,19 +24,7 @@ from dataclasses import dataclass
 
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.run.launch.ports import is_free, reserved_port
-from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
-
-__all__ = [
-    "Ended",
-    "Patience",
-    "RankCommand",
-    "RankInfo",
-    "exit_code_of",
-    "find_ranks",
-    "supervise",
-    "supervise_commands",
-    "threads_of_a_rank",
-]
+from pipeline.run.launch.ranks import SPAWNED_MARK
 
 FORWARDED_SIGNALS = (
     signal.SIGTERM,
@@ -56,16 +44,16 @@ TELLING_CODES = {int(code) for code in ExitCode} - {ExitCode.DONE, ExitCode.INTE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long the supervisor waits, seconds."""
+class Grace:
+    """How long the supervisor waits before it presses harder."""
 
-    peer: float = 2.0
+    peer_seconds: float = 2.0
     """After a rank failed: for its peers to end by themselves, with their own message."""
-    grace: float = 15.0
+    kill_seconds: float = 15.0
     """From SIGTERM to SIGKILL."""
-    signal: float = 60.0
+    signal_seconds: float = 60.0
     """For ranks to obey an ending signal that was passed on, or to follow one that was preempted. A second ending
-    signal shortens it to `grace`."""
+    signal shortens it to `kill_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +81,24 @@ def supervise(
     devices: int,
     *,
     num_threads: int | None = None,
-    patience: Patience | None = None,
+    grace: Grace | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run `devices` ranks of the command `argv` on this machine until all have ended. Returns their exit code.
+    """Run the ranks of one command on this machine until all have ended.
 
-    `argv` is the whole command, usually `[sys.executable, "-m", "pipeline.train", *sys.argv[1:]]`.
-    `num_threads`: compute threads per rank (OMP_NUM_THREADS); default: what the environment says, else the cores of
-    this process divided by the ranks. `environment`: of the ranks, default this process's.
+    Args:
+        argv: The whole command, usually `[sys.executable, "-m", "pipeline.train", *sys.argv[1:]]`.
+        devices: Ranks to start.
+        num_threads: Compute threads per rank (OMP_NUM_THREADS). None: what the environment says, else the cores of
+            this process divided by the ranks.
+        grace: How long to wait for ranks that are to end; None: the defaults.
+        environment: Variables of the ranks; None: those of this process.
+
+    Returns:
+        The exit code of the ranks, as `exit_code_of` has it.
 
     Raises:
-        ConfigError: not on Linux, the command cannot be started, or no port is free.
+        ConfigError: This is not Linux, the command cannot be started, or no port is free.
     """
     assert devices >= 1, devices
     if sys.platform != "linux":
@@ -113,16 +108,23 @@ def supervise(
     environment = os.environ if environment is None else environment
     with _port(environment) as port:
         places = (_environment_of(rank, devices, port, num_threads, environment) for rank in range(devices))
-        return supervise_commands([RankCommand(argv, place) for place in places], patience=patience)
+        return supervise_commands([RankCommand(argv, place) for place in places], grace=grace)
 
 
-def supervise_commands(commands: Sequence[RankCommand], *, patience: Patience | None = None) -> int:
-    """Run one command per rank, in the order of the ranks, until all have ended. Returns their exit code.
+def supervise_commands(commands: Sequence[RankCommand], *, grace: Grace | None = None) -> int:
+    """Run one command per rank until all have ended.
 
     Must be called in the main thread: the kernel ties the children to the thread that started them.
 
+    Args:
+        commands: Command of each rank, in the order of the ranks.
+        grace: How long to wait for ranks that are to end; None: the defaults.
+
+    Returns:
+        The exit code of the ranks, as `exit_code_of` has it.
+
     Raises:
-        ConfigError: a command cannot be started.
+        ConfigError: A command cannot be started.
     """
     assert threading.current_thread() is threading.main_thread()
     with _signals_blocked() as (signals, mask):
@@ -130,14 +132,14 @@ def supervise_commands(commands: Sequence[RankCommand], *, patience: Patience | 
         try:
             for command in commands:
                 children.start(command, mask)
-            return _Supervision(children, patience or Patience()).run(signals)
+            return _Supervision(children, grace or Grace()).run(signals)
         finally:
             children.kill()
             children.wait()
 
 
 def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
-    """The one exit code of ranks that ended in this order, after the signals `forwarded` had been passed on to them.
+    """Return the one exit code of ranks that ended in this order, after the signals `forwarded` had been passed on.
 
     0 if all ended with 0. Otherwise the first there is of:
     1. a code a rank ends with on purpose: 2, 3, 4, 5, 6, 75 (but a 75 that answers our own SIGTERM is no cause);
@@ -163,7 +165,7 @@ def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
 
 @contextlib.contextmanager
 def _port(environment: Mapping[str, str]) -> Iterator[int]:
-    """The port the ranks meet at: MASTER_PORT if it is set, else a free one, held for as long as the ranks run."""
+    """Yield the port the ranks meet at: MASTER_PORT if it is set, else a free one, held while the ranks run."""
     chosen = environment.get("MASTER_PORT")
     if chosen is None:
         with reserved_port() as port:
@@ -192,7 +194,7 @@ def _signals_blocked() -> Iterator[tuple[set[signal.Signals], set[signal.Signals
 def _environment_of(
     rank: int, devices: int, port: int, num_threads: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of one rank. A value the user set for the interface stands."""
+    """Return the variables of one rank. A value the user set for the interface stands."""
     own = {
         "RANK": str(rank),
         "WORLD_SIZE": str(devices),
@@ -208,7 +210,7 @@ def _environment_of(
 
 
 def threads_of_a_rank(num_ranks: int, num_threads: int | None, environment: Mapping[str, str]) -> str:
-    """OMP_NUM_THREADS: as asked, else as the environment says, else this process's cores divided by the ranks."""
+    """Return OMP_NUM_THREADS: as asked, else as the environment says, else the cores divided by the ranks."""
     if num_threads is not None:
         return str(num_threads)
     return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
@@ -225,8 +227,12 @@ class _Children:
     def start(self, command: RankCommand, mask: set[signal.Signals]) -> None:
         """Start the next rank.
 
+        Args:
+            command: Program and environment of the rank.
+            mask: Signals that are blocked in the rank.
+
         Raises:
-            ConfigError: the program cannot be executed.
+            ConfigError: The program cannot be executed.
         """
         try:
             child = subprocess.Popen(
@@ -260,7 +266,7 @@ class _Children:
             _kill_group(child)
 
     def wait(self) -> None:
-        """Until no rank runs."""
+        """Wait until no rank runs."""
         for child in self.running.values():
             child.wait()
 
@@ -271,7 +277,7 @@ def _kill_group(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
-    """What a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
+    """Make what a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
 
     Everything it needs exists before the fork. Should the parent have died before the request was made, the child's
     parent is already another process, and the child ends itself. A parent outside of the child's PID namespace is seen
@@ -291,9 +297,9 @@ def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
 class _Supervision:
     """Waits for signals, ends and deadlines, one at a time."""
 
-    def __init__(self, children: _Children, patience: Patience) -> None:
+    def __init__(self, children: _Children, grace: Grace) -> None:
         self._children = children
-        self._patience = patience
+        self._grace = grace
         self._forwarded: list[int] = []
         self._num_seen = 0
         # When the next, harder step is due: SIGTERM to the peers of a failed rank, then SIGKILL.
@@ -301,7 +307,7 @@ class _Supervision:
         self._sigterm_is_next = False
 
     def run(self, signals: set[signal.Signals]) -> int:
-        """Until every rank has ended. Returns the exit code."""
+        """Wait until every rank has ended. Returns the exit code."""
         children = self._children
         while children.running:
             seconds = min(max(0.0, self._deadline - time.monotonic()), LONGEST_WAIT_SECONDS)
@@ -318,7 +324,7 @@ class _Supervision:
         self._children.send(number)
         if number in ENDING_SIGNALS:
             again = not ENDING_SIGNALS.isdisjoint(self._forwarded)
-            self._expect_end_within(self._patience.grace if again else self._patience.signal)
+            self._expect_end_within(self._grace.kill_seconds if again else self._grace.signal_seconds)
         self._forwarded.append(number)
 
     def _look_at_ends(self) -> None:
@@ -326,7 +332,7 @@ class _Supervision:
             self._num_seen += 1
             if end.returncode != 0 and not self._children.told_to_stop:
                 self._sigterm_is_next = True
-                self._expect_end_within(self._patience.peer)
+                self._expect_end_within(self._grace.peer_seconds)
             if end.returncode < 0 and -end.returncode not in self._forwarded and not end.told_to_stop:
                 cause = " (out of memory?)" if end.returncode == -signal.SIGKILL else ""
                 _say(f"rank {end.rank} was killed by {signal.Signals(-end.returncode).name}{cause}")
@@ -340,7 +346,7 @@ class _Supervision:
             self._children.told_to_stop = True
             self._children.send(signal.SIGTERM)
             preempted = all(end.returncode in (0, ExitCode.PREEMPTED) for end in self._children.ended)
-            self._deadline = time.monotonic() + (self._patience.signal if preempted else self._patience.grace)
+            self._deadline = time.monotonic() + (self._grace.signal_seconds if preempted else self._grace.kill_seconds)
         else:
             late = ", ".join(str(rank) for rank in self._children.running)
             _say(f"rank {late} did not end in time and is killed")

@@ -18,8 +18,8 @@ from pipeline.config.training import ClusterConfig, TrainerConfig
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import DataError, ExitCode, UserError
 from pipeline.run.launch.ports import reserved_port
-from pipeline.run.launch.ranks import find_ranks
-from pipeline.run.launch.supervisor import RankInfo, supervise
+from pipeline.run.launch.ranks import RankInfo, find_ranks
+from pipeline.run.launch.supervisor import supervise
 from pipeline.training.world import World, join_group
 
 CPU = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
