@@ -92,8 +92,15 @@ def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
         optimizer.zero_grad()
 
     metered, optimizer, loss = copy(lambda model: MeteredDDP(model, meter=meter, gradient_as_bucket_view=True))
-    ledger = Ledger(meter, gradient_bytes_by_parameter(metered.module), rank=rank, reconciler=Reconciler(
-        counter, rank, Placement.assumed(world_size), strict=False))  # fmt: skip
+    placement = Placement.assumed(world_size)
+    ledger = Ledger(
+        meter,
+        gradient_bytes_by_parameter(metered.module),
+        placement=placement,
+        attempt=1,
+        rank=rank,
+        reconciler=Reconciler(counter, rank, placement, strict=False),
+    )
     rebuild_buckets(metered, loss, meter)
     plain, plain_optimizer, plain_loss = copy(
         lambda model: DistributedDataParallel(model, process_group=plain_group, gradient_as_bucket_view=True)

@@ -86,9 +86,9 @@ def choose_compute(*, accelerator: str, precision: str, memory_format: str = "au
     elif accelerator == "gpu":
         gains = torch.cuda.is_bf16_supported(including_emulation=False)
         precision, reason = ("bf16", "the GPU computes in it") if gains else ("fp32", "this GPU has no bf16 units")
-    elif torch.cpu._is_amx_tile_supported():
+    elif torch.cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage] # torch 2.14 has no public name
         precision, reason = "bf16", "the CPU has AMX"
-    elif torch.cpu._is_avx512_bf16_supported():
+    elif torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage] # as above
         precision, reason = "bf16", "the CPU has AVX512-BF16"
     else:
         precision, reason = "fp32", "this CPU gains nothing from bf16"

@@ -25,7 +25,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     The temporary file lies in the same directory, because a rename is only atomic within one file system.
     `write` receives the open binary file. On any failure the temporary file is removed and `path` is untouched.
 
-    Raises whatever `write` or the file system raises.
+    Raises:
+        Exception: Whatever `write` or the file system raises.
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
     try:
@@ -41,17 +42,17 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """`write_atomic` for content already in memory."""
+    """Write content that is in memory already, as `write_atomic` does."""
     write_atomic(path, lambda file: file.write(content))
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """`write_atomic` for UTF-8 text."""
+    """Write UTF-8 text, as `write_atomic` does."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """`write_atomic` for JSON, indented and ended by a newline. NaN and infinity are refused: they are not JSON."""
+    """Write indented JSON, as `write_atomic` does. NaN and infinity are refused: they are not JSON."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -65,22 +66,24 @@ def fsync_directory(directory: Path) -> None:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep_temporaries(directory: Path, *, is_guarded: bool = False) -> list[Path]:
-    """Remove temporary files that nobody will finish. Returns what was removed.
+    """Remove temporary files that no process will finish, and return what was removed.
 
-    is_guarded: this process holds a lock without which nobody writes there, and is not writing: all are stale, its own
-    pid's too. The pid would tell less: in containers every writer has the same small one, which always is alive, and
-    one of another host says nothing here.
+    Only the pid can tell a leftover from a file that another process is writing: those go whose process is not alive on
+    this host. Not for files of a size that matters, nor for a directory that two hosts write to.
 
-    Otherwise only the pid can tell a leftover from a file that another process is writing: those go whose process is
-    not alive on this host. Not for files of a size that matters, nor for a directory that two hosts write to.
+    Args:
+        directory: Where they lie.
+        is_guarded: Whether this process holds a lock without which no other writes there, and is not writing: then all
+            are stale, its own pid's too. The pid would tell less: in containers every writer has the same small one,
+            which always is alive, and one of another host says nothing here.
     """
-    removed = []
+    removed: list[Path] = []
     for path in directory.glob(f"*{TEMPORARY_MARK}*"):
         owner = path.name.rpartition(TEMPORARY_MARK)[2]
         if owner.isdigit() and (is_guarded or not Path(f"/proc/{owner}").exists()):

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Missing:
     """Stands in place of a value that is not known.
 
@@ -16,7 +18,12 @@ class Missing:
     reason: str
 
 
-def to_json(tree: Any) -> tuple[Any, dict[str, str]]:
+def known(value: T | None, reason: str) -> T | Missing:
+    """Return the value, or in place of None why there is none."""
+    return Missing(reason) if value is None else value
+
+
+def to_json(tree: object) -> tuple[Any, dict[str, str]]:
     """Turn each `Missing` in nested mappings and sequences into None.
 
     Tuples become lists, so that the result is what `json.loads` would give back.
@@ -28,14 +35,16 @@ def to_json(tree: Any) -> tuple[Any, dict[str, str]]:
     return _without(tree, "", reasons), reasons
 
 
-def _without(tree: Any, path: str, reasons: dict[str, str]) -> Any:
+def _without(tree: object, path: str, reasons: dict[str, str]) -> object:
     if isinstance(tree, Missing):
         reasons[path] = tree.reason
         return None
     if isinstance(tree, Mapping):
-        return {key: _without(inner, _join(path, key), reasons) for key, inner in tree.items()}
+        mapping = cast(Mapping[object, object], tree)
+        return {key: _without(inner, _join(path, key), reasons) for key, inner in mapping.items()}
     if isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
-        return [_without(inner, _join(path, index), reasons) for index, inner in enumerate(tree)]
+        sequence = cast(Sequence[object], tree)
+        return [_without(inner, _join(path, index), reasons) for index, inner in enumerate(sequence)]
     return tree
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -35,7 +35,7 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, *, unit: str = "items") -> Iterator[Bar]:
+def progress_bar(what: str, total: int, *, unit: str = "items") -> Generator[Bar]:
     """Show a bar while the block runs, and remove it at its end.
 
     Args:

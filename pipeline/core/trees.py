@@ -1,7 +1,7 @@
 """Nested mappings, flattened to dotted keys and made plain."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -12,7 +12,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, inner in tree.items():
         if isinstance(inner, Mapping) and inner:
-            leaves.update(flat(inner, f"{prefix}{key}."))
+            leaves.update(flat(cast(Mapping[str, Any], inner), f"{prefix}{key}."))
         else:
             leaves[f"{prefix}{key}"] = inner
     return leaves
@@ -21,5 +21,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def plain(tree: Any) -> Any:
     """Return the tree with lists in place of tuples, as YAML and JSON give it back."""
     if isinstance(tree, Mapping):
-        return {key: plain(inner) for key, inner in tree.items()}
-    return [plain(inner) for inner in tree] if isinstance(tree, list | tuple) else tree
+        return {key: plain(inner) for key, inner in cast(Mapping[Any, Any], tree).items()}
+    return [plain(inner) for inner in cast("list[Any]", tree)] if isinstance(tree, list | tuple) else tree

@@ -16,13 +16,15 @@ import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from pipeline.comm.ledger.ledger import Conditions, Ledger
+from pipeline.comm.ledger.document import Conditions
+from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.reconcile import Reconciler
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, MeteredDDPStrategy, rebuild_buckets
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError, DataError
 from pipeline.core.files import write_json_atomic
+from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.data.batches import LoadedBatch
 from pipeline.data.index import ShardIndex
 from pipeline.data.quarantine import Quarantine
@@ -166,7 +168,7 @@ class Saver:
     def _save(self, step: int, best_score: float | None) -> None:
         assert self.trainer is not None
         path = checkpoints.checkpoint_path(self.run.checkpoints, step)
-        unexplained = self.persistence.ledger.compare()
+        verdict = self.persistence.ledger.compare()
 
         def write_record() -> None:
             self.run.check_owned()
@@ -178,7 +180,7 @@ class Saver:
         # All ranks meet in there after rank 0 has written, so that a failure is kept for the next line.
         self.trainer.save_checkpoint(path)
         self._agree(lambda: self._settle(path, best_score))
-        self.persistence.ledger.refuse(unexplained)  # now that nothing can be lost
+        verdict.refuse()  # now that nothing can be lost
 
     def _agree(self, work: Callable[[], None]) -> None:
         with self.world.meter.phase("checkpoint"), self.world.exchanging("other"):
@@ -281,7 +283,7 @@ def make_reconciler(config: TrainConfig, world: World) -> Reconciler | None:
     return reconciler
 
 
-def previous_ledger(directory: RunDirectory) -> dict[str, Any] | None:
+def previous_ledger(directory: RunDirectory) -> LedgerJson | None:
     """The ledger.json an earlier attempt left, if it left one that can be read."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(directory.ledger.read_text())

@@ -253,7 +253,9 @@ def fit(setup: Setup) -> None:
     attempt = begin_attempt(setup)
     owed = gradient_bytes_by_parameter(learner.model)
     reconciler = lightning.make_reconciler(config, world)
-    ledger = Ledger(world.meter, owed, world.placement, attempt=attempt, reconciler=reconciler, rank=world.rank)
+    ledger = Ledger(
+        world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
+    )
     if start.content is not None:
         ledger.load_state_dict(start.section["ledger"], lightning.previous_ledger(run))
     _announce(setup, sum(owed.values()))
@@ -293,8 +295,8 @@ def fit(setup: Setup) -> None:
         lightning.connect(trainer, learner, plan, recorder, persistence, saver)
         with lightning.left_behind(recorder, persistence):
             trainer.fit(learner, loader, make_validation_loader(setup))
-            unexplained = ledger.compare()
-        ledger.refuse(unexplained)
+            verdict = ledger.compare()
+        verdict.refuse()
         tracker.summarize(recorder.summary())
     _close(setup, recorder, bad_samples)
 

@@ -13,11 +13,12 @@ import torchvision
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
-from pipeline.comm.ledger.ledger import Conditions, Ledger
+from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
 from pipeline.core.errors import LedgerError
-from tests.distributed.meter_ranks import run_scenarios
+from pipeline.core.schemas.ledger import LedgerJson
+from tests.distributed.meter_ranks import run_scenarios, unreconciled
 
 CONDITIONS = Conditions(run="test", model="small", hook="none", global_batch=6)
 
@@ -62,7 +63,7 @@ class Training:
         self.meter.attach()
         self.timeline = Timeline(self.meter, enabled=timed)
         self.ddp = MeteredDDP(model, meter=self.meter, timeline=self.timeline, **ddp)
-        self.ledger = Ledger(self.meter, gradient_bytes_by_parameter(model))
+        self.ledger = unreconciled(self.meter, gradient_bytes_by_parameter(model))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         self.size = size
         if warm_up:
@@ -93,7 +94,7 @@ class Training:
             "ledger": self.ledger.state_dict(),
         }
 
-    def load(self, state: dict[str, Any], previous: dict[str, Any] | None = None) -> None:
+    def load(self, state: dict[str, Any], previous: LedgerJson | None = None) -> None:
         self.ddp.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ledger.load_state_dict(state["ledger"], previous)
@@ -104,7 +105,7 @@ class Training:
             whole.update(tensor.numpy().tobytes())
         return whole.hexdigest()
 
-    def to_json(self, ended: bool = False) -> dict[str, Any]:
+    def to_json(self, ended: bool = False) -> LedgerJson:
         return self.ledger.to_json(CONDITIONS, ended)
 
 
@@ -182,7 +183,7 @@ def silent_hook(out: Path) -> str:
     meter, model = CollectiveMeter(), seeded()
     meter.attach()
     ddp = nn.parallel.DistributedDataParallel(model)
-    ledger = Ledger(meter, gradient_bytes_by_parameter(model))
+    ledger = unreconciled(meter, gradient_bytes_by_parameter(model))
     with meter.phase("train"):
         ddp(make_batch(0)[0]).sum().backward()
     try:

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.comm.collectives import CollectiveMeter
-from pipeline.comm.ledger.ledger import Conditions, Ledger
+from pipeline.comm.ledger.document import Conditions
+from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.strategy import MeteredDDPStrategy, gradient_bytes_by_parameter, rebuild_buckets
-from tests.distributed.meter_ranks import leave
+from tests.distributed.meter_ranks import leave, unreconciled
 
 NUM_STEPS = 6
 ACCUMULATE = 2
@@ -100,7 +101,7 @@ def fit(
     ledgers: list[Ledger] = []
 
     def before_training(module: Small) -> None:
-        ledgers.append(Ledger(meter, gradient_bytes_by_parameter(module, "model.")))
+        ledgers.append(unreconciled(meter, gradient_bytes_by_parameter(module, "model.")))
         if state is not None:
             module.load_state_dict(state["model"])
             module.trainer.optimizers[0].load_state_dict(state["optimizer"])

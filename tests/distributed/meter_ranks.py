@@ -10,6 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
+from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.ledger.ledger import Ledger
+from pipeline.comm.ledger.traffic import Placement
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 DEADLINE_SECONDS = 240
@@ -91,3 +97,15 @@ def _wait(processes: list[subprocess.Popen[bytes]], out: Path) -> None:
             return
         assert time.monotonic() < deadline, f"ranks still running after {DEADLINE_SECONDS} s: {codes}"
         time.sleep(0.05)
+
+
+def unreconciled(meter: CollectiveMeter, gradient_bytes_by_parameter: dict[str, int]) -> Ledger:
+    """The ledger of a first attempt whose bytes nobody measures; `meter` is attached."""
+    return Ledger(
+        meter,
+        gradient_bytes_by_parameter,
+        placement=Placement.assumed(meter.world_size),
+        attempt=1,
+        rank=dist.get_rank(),
+        reconciler=None,
+    )

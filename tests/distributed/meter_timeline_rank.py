@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
-from pipeline.comm.ledger.ledger import Conditions, Ledger
+from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
-from tests.distributed.meter_ranks import leave
+from tests.distributed.meter_ranks import leave, unreconciled
 
 NUM_STEPS = 3
 DELAY_SECONDS = 0.4
@@ -75,7 +75,7 @@ def measure(
     ddp = MeteredDDP(net, meter=meter, timeline=timeline, hook=hook, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
     rebuild_buckets(ddp, lambda: ddp(torch.ones(())), meter)
     net.delay = delay
-    ledger = Ledger(meter, gradient_bytes_by_parameter(net))
+    ledger = unreconciled(meter, gradient_bytes_by_parameter(net))
     dist.barrier()
     times = None
     with meter.phase("train"):

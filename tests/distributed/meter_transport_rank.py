@@ -75,7 +75,7 @@ def links_of(case: tuple[str, str, int, int], calls: Counter[Call], num_ranks: i
     """The formula of every recorded call; where a record is not enough, that of what the case is known to do."""
     op, _, elements, _ = case
     if op == "send":
-        return [gloo.gloo_send(4 * elements, source=num_ranks - 1, destination=0)]
+        return [{(num_ranks - 1, 0): gloo.Link(1, 4 * elements)}]  # one message, also of an empty tensor
     if op == "all_to_all_single":
         rows = split_elements(elements, num_ranks)
         return [gloo.gloo_all_to_all(tuple(tuple(4 * size for size in row) for row in rows))]

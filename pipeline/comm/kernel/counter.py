@@ -6,38 +6,42 @@ out. The connections of torch's TCPStore, known by its port, are a row of their 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-from pipeline.comm.kernel.interface import InterfaceCounts, interface_of_address, read_interface
+from pipeline.comm.kernel.interface import (
+    InterfaceCounts,
+    interface_of_address,
+    read_interface,
+    segmentation_offload,
+)
+from pipeline.comm.kernel.report import ConnectionReport, Endpoint, InterfaceReport, RankReport, label_of
 from pipeline.comm.kernel.sockets import Connection, TcpCounts, own_connections
 
-OPEN_TRAIN = "open train"
-"""Label of training that no step has committed so far."""
+_TRAIN, _OPEN_TRAIN = label_of("train", True), label_of("train", False)
 
 
 @dataclass
 class _Watched:
-    """A connection, what it has counted, and for which label."""
+    """A connection, what it has counted, and what that belongs to."""
 
     connection: Connection
     last: TcpCounts
     first: TcpCounts
-    by_label: Counter[str] = field(default_factory=Counter)
+    by_label: Counter[str] = field(default_factory=Counter[str])
 
 
 class SocketCounter:
-    """Bytes each of this rank's connections has sent, by label: a phase of the run, or OPEN_TRAIN.
+    """Bytes that each of this rank's connections has sent, by `label_of` what they belong to.
 
-    Life: made right after the process group, when all ranks are still silent; `read` whenever a label ends; `commit`
-    when a step is committed; `report` when the ranks compare. Call it from the main thread, when no collective of this
-    rank is under way: then a rank's count is exact, because gloo finishes an operation only after its last byte was
-    handed to TCP.
-
-    store_port: of the TCPStore.
+    Life: made right after the process group, when all ranks are still silent; `end_phase` whenever a phase ends;
+    `commit` when a step is committed; `report` when the ranks compare. Call it from the main thread, when no collective
+    of this rank is under way: then a rank's count is exact, because gloo finishes an operation only after its last byte
+    was handed to TCP.
     """
 
     def __init__(self, store_port: int) -> None:
+        """Count from now on; `store_port` is the port of the TCPStore."""
         self._store_port = store_port
         self._watched: dict[int, _Watched] = {}
         self._job: set[int] | None = None
@@ -49,25 +53,24 @@ class SocketCounter:
 
     # --- counting ---
 
-    def read(self, label: str) -> None:
-        """All bytes since the last `read` belong to `label`; connections opened since then are found."""
-        self._rescan(baseline_now=False)
-        self._read(label)
-
     def end_phase(self, phase: str) -> None:
-        """`read` for the phase of a run that ends; training is committed by `commit` only."""
-        self.read(OPEN_TRAIN if phase == "train" else phase)
+        """Give all bytes since the last count to `phase`, which ends; connections opened since then are found.
+
+        Of training they are open until `commit` says that a step owns them.
+        """
+        self._rescan(baseline_now=False)
+        self._count(label_of(phase, committed=phase != "train"))
 
     def commit(self) -> int:
-        """A step ends: what it sent becomes `train`. Returns the bytes this step sent to other ranks.
+        """End a step, so that a committed step owns what it sent. Returns the bytes that it sent to other ranks.
 
         Before the ranks have compared their lists, every connection but the store's is taken for the job's.
         """
-        self._read(OPEN_TRAIN)
+        self._count(_OPEN_TRAIN)
         total = 0
         for inode, watched in self._watched.items():
-            step_bytes = watched.by_label.pop(OPEN_TRAIN, 0)
-            watched.by_label["train"] += step_bytes
+            step_bytes = watched.by_label.pop(_OPEN_TRAIN, 0)
+            watched.by_label[_TRAIN] += step_bytes
             if self._is_job(inode, watched):
                 total += step_bytes
         return total
@@ -78,7 +81,7 @@ class SocketCounter:
     def _is_store(self, connection: Connection) -> bool:
         return self._store_port in (connection.local[1], connection.remote[1])
 
-    def _read(self, label: str) -> None:
+    def _count(self, label: str) -> None:
         for watched in self._watched.values():
             counts = watched.connection.counts()
             if counts is None:  # closed: what it sent after the last look is not known
@@ -100,7 +103,7 @@ class SocketCounter:
     # --- the network card ---
 
     def start_interface(self) -> None:
-        """Remember the card's counters, to be compared from here on. The ranks must be silent."""
+        """Remember the card's counters: `report` counts from here. The ranks must be silent."""
         for watched in self._watched.values():
             if not self._is_store(watched.connection):
                 self._interface_name = interface_of_address(watched.connection.local[0])
@@ -112,38 +115,34 @@ class SocketCounter:
 
     # --- for the comparison ---
 
-    def report(self) -> dict[str, Any]:
-        """What this rank tells the others, in plain types. Nothing of this rank may be under way."""
-        return {
-            "connections": [
-                {
-                    "local": list(watched.connection.local),
-                    "remote": list(watched.connection.remote),
-                    "store": self._is_store(watched.connection),
-                    "by_label": dict(watched.by_label),
-                    "retransmitted_bytes": watched.last.retransmitted_bytes,
-                    "on_wire_bytes": _on_wire(watched),
-                    "segment_header_bytes": 66 if watched.last.has_timestamps else 54,
-                }
+    def report(self) -> RankReport:
+        """Return what this rank tells the others. Nothing of this rank may be under way."""
+        return RankReport(
+            tuple(
+                ConnectionReport(
+                    local=watched.connection.local,
+                    remote=watched.connection.remote,
+                    store=self._is_store(watched.connection),
+                    by_label=dict(watched.by_label),
+                    retransmitted_bytes=watched.last.retransmitted_bytes,
+                    on_wire_bytes=_on_wire(watched),
+                    segment_header_bytes=66 if watched.last.has_timestamps else 54,
+                )
                 for watched in self._watched.values()
-            ],
-            "interface": self._interface_report(),
-        }
+            ),
+            self._interface_report(),
+        )
 
-    def _interface_report(self) -> dict[str, Any] | None:
-        if self._interface_name is None or self._interface_start is None:
+    def _interface_report(self) -> InterfaceReport | None:
+        name, start = self._interface_name, self._interface_start
+        now = None if name is None else read_interface(name)
+        if name is None or start is None or now is None:
             return None
-        now = read_interface(self._interface_name)
-        if now is None:
-            return None
-        return {
-            "name": self._interface_name,
-            "tx_bytes": now.tx_bytes - self._interface_start.tx_bytes,
-            "tx_packets": now.tx_packets - self._interface_start.tx_packets,
-        }
+        sent_bytes, sent_packets = now.tx_bytes - start.tx_bytes, now.tx_packets - start.tx_packets
+        return InterfaceReport(name, sent_bytes, sent_packets, segmentation_offload(name))
 
-    def set_job(self, endpoints: list[tuple[str, int]]) -> None:
-        """Connections from these local (address, port) pairs go to other ranks; the rest is not the job's."""
+    def set_job(self, endpoints: Iterable[Endpoint]) -> None:
+        """Take the connections from these local endpoints for those to other ranks; the rest is not the job's."""
         wanted = set(endpoints)
         self._job = {
             inode
@@ -153,7 +152,7 @@ class SocketCounter:
 
 
 def _on_wire(watched: _Watched) -> int:
-    """Data bytes that have left through the card since `start_interface`, retransmissions included."""
+    """Return the data bytes that have left through the card since `start_interface`, retransmissions included."""
     first, last = watched.first, watched.last
     now = last.sent_bytes - last.unsent_bytes + last.retransmitted_bytes
     before = first.sent_bytes - first.unsent_bytes + first.retransmitted_bytes

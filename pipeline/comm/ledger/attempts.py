@@ -3,17 +3,40 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from pipeline.comm.collectives import PHASES, Call
-from pipeline.comm.ledger.reconcile import Measured
-from pipeline.comm.ledger.traffic import Placement, Traffic, price
+from pipeline.comm.ledger.measured import Measured
+from pipeline.comm.ledger.traffic import Placement, Sent, Traffic, price
+from pipeline.core.missing import Missing
+from pipeline.core.schemas.ledger import CollectiveJson, LedgerJson, MeasuredJson
 
 METER_OFF = "The meter was off in this run or one of its attempts (comm.meter=false)."
+OTHER_SERVERS = "Attempts of this run had different ranks or servers; their bytes cannot be added by rank."
+
+
+class AttemptState(TypedDict):
+    """An attempt in plain types, as checkpoints hold it."""
+
+    number: int
+    first_step: int
+    server_of_rank: list[int]
+    placement_measured: bool
+    backend: str
+    pinned: list[str] | None
+    metered: bool
+    committed: list[list[Any]]
+    """The fields of each call, and how often it was issued."""
+    outside: list[list[Any]]
+    open_train: list[list[Any]]
+    later: list[list[Any]]
+    """The fields of each `RowKey`, then number of calls and payload bytes."""
+    complete: bool
+    measured: MeasuredJson | None
 
 
 class RowKey(NamedTuple):
-    """What a row of `collectives` in ledger.json adds up."""
+    """What the collectives in one row of `collectives` in ledger.json have in common."""
 
     op: str
     origin: str
@@ -27,37 +50,39 @@ class Attempt:
     """One start of the run: the conditions it ran under and the calls it issued."""
 
     number: int
+    """Number of the attempt, from 1."""
     first_step: int
     """Committed steps before it."""
     placement: Placement
     backend: str
+    """Backend of the process group."""
     pinned: tuple[str, str] | None = None
     """NCCL's (algorithm, protocol), if the configuration held it to one."""
     metered: bool = True
-    """False: something was exchanged and nobody counted."""
-    committed: Counter[Call] = field(default_factory=Counter)
-    """Training, of steps that count."""
-    outside: Counter[Call] = field(default_factory=Counter)
-    """Start-up, validation, checkpoints."""
-    open_train: Counter[Call] = field(default_factory=Counter)
-    """Training that no step has committed so far."""
-    later: dict[RowKey, tuple[int, int]] = field(default_factory=dict)
-    """(number of calls, payload bytes) after its last checkpoint, as its ledger.json told."""
+    """False: something was exchanged and not counted."""
+    committed: Counter[Call] = field(default_factory=Counter[Call])
+    """Calls of training, in steps that count."""
+    outside: Counter[Call] = field(default_factory=Counter[Call])
+    """Calls of start-up, validation and checkpoints."""
+    open_train: Counter[Call] = field(default_factory=Counter[Call])
+    """Calls of training that no step has committed so far."""
+    later: dict[RowKey, tuple[int, int]] = field(default_factory=dict[RowKey, tuple[int, int]])
+    """(number of calls, payload bytes) after its last checkpoint, as its ledger.json reported."""
     complete: bool = False
-    """It said that it issued nothing more."""
+    """Whether it said that it issues nothing more."""
     measured: Measured | None = None
     """What its ranks counted when they last compared; of a past attempt, as of its checkpoint or its last word."""
 
     def totals(self) -> dict[RowKey, tuple[int, int]]:
-        """(number of calls, payload bytes) of every row, whether checkpointed or told later."""
+        """Return (number of calls, payload bytes) of every row, whether checkpointed or reported later."""
         totals = dict(self.later)
         for calls, committed in ((self.committed, True), (self.outside, True), (self.open_train, False)):
             for call, count in calls.items():
                 _add(totals, RowKey(call.op, call.origin, call.phase, committed), count, count * call.payload_bytes)
         return totals
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of `collectives` in ledger.json."""
+    def rows(self) -> Iterator[CollectiveJson]:
+        """Yield the attempt's rows of `collectives` in ledger.json."""
         for key, (num_calls, payload_bytes) in self.totals().items():
             yield {
                 "op": key.op,
@@ -69,16 +94,20 @@ class Attempt:
                 "payload_bytes": payload_bytes,
             }
 
-    def lost_payload_bytes(self) -> int | None:
-        """Payload of training that no committed step owns; None while that is not all known."""
-        if not self.complete or not self.metered:
-            return None
-        return sum(payload for key, (_, payload) in self.totals().items() if not key.committed)
+    def lost_payload_bytes(self, *, is_running: bool) -> int | Missing:
+        """Return the payload of training that no committed step owns; Missing while that is not all known."""
+        if not self.metered:
+            return Missing(METER_OFF)
+        if self.complete:
+            return sum(payload for key, (_, payload) in self.totals().items() if not key.committed)
+        if is_running:
+            return Missing("This attempt is still running.")
+        return Missing("This attempt ended without a last word; what it issued after it last wrote is not known.")
 
     # --- over restarts ---
 
-    def pack(self) -> dict[str, Any]:
-        """In plain types, for a checkpoint."""
+    def pack(self) -> AttemptState:
+        """Return the attempt in plain types, for a checkpoint."""
         return {
             "number": self.number,
             "first_step": self.first_step,
@@ -96,14 +125,15 @@ class Attempt:
         }
 
     @classmethod
-    def unpack(cls, packed: dict[str, Any]) -> "Attempt":
-        """What `pack` made."""
+    def unpack(cls, packed: AttemptState) -> "Attempt":
+        """Read what `pack` made."""
+        pinned = packed["pinned"]
         return cls(
             number=packed["number"],
             first_step=packed["first_step"],
             placement=Placement(tuple(packed["server_of_rank"]), packed["placement_measured"]),
             backend=packed["backend"],
-            pinned=None if packed["pinned"] is None else tuple(packed["pinned"]),
+            pinned=None if pinned is None else (pinned[0], pinned[1]),
             metered=packed["metered"],
             committed=_unpack_calls(packed["committed"]),
             outside=_unpack_calls(packed["outside"]),
@@ -113,7 +143,7 @@ class Attempt:
             measured=None if packed["measured"] is None else Measured.from_json(packed["measured"]),
         )
 
-    def adopt_later_work(self, previous: dict[str, Any] | None) -> None:
+    def adopt_later_work(self, previous: LedgerJson | None) -> None:
         """Learn from `previous`, the run's last ledger.json, what this attempt issued after its checkpoint.
 
         Its training beyond what the checkpoint holds is lost work. `complete` stays False if the attempt never said,
@@ -138,7 +168,7 @@ class Attempt:
         for key, (num_calls, payload_bytes) in extra.items():
             _add(self.later, key, num_calls, payload_bytes)
 
-    def _adopt_later_measurement(self, told: dict[str, Any] | None) -> None:
+    def _adopt_later_measurement(self, told: MeasuredJson | None) -> None:
         """Take a comparison later than the checkpoint's, its steps after the checkpoint as lost work."""
         if told is None:
             return
@@ -148,8 +178,12 @@ class Attempt:
             kept = None if self.measured is None else self.measured.row("train", True)
             self.measured = later.with_committed(kept)
 
+    def price_committed(self) -> Traffic:
+        """Return the predicted traffic of all its committed steps."""
+        return price(self.committed, self.placement, self.backend, self.pinned)
+
     def predictions(self) -> dict[tuple[str, bool], Traffic]:
-        """Predicted traffic by (phase, committed), of everything issued so far."""
+        """Return the predicted traffic of everything issued so far, by (phase, committed)."""
         by_phase = {phase: Counter[Call]() for phase in PHASES if phase != "train"}
         for call, count in self.outside.items():
             by_phase[call.phase][call] += count
@@ -158,20 +192,45 @@ class Attempt:
         return {label: price(found, self.placement, self.backend, self.pinned) for label, found in calls.items()}
 
 
-def predicted_totals(attempts: Sequence[Attempt]) -> tuple[list[int] | None, list[int] | None, str | None]:
-    """Predicted bytes of all committed steps, per rank and per server; None and the reason if they cannot be added."""
+# --- all attempts of a run, the present one last ---
+
+
+def predicted_totals(attempts: Sequence[Attempt]) -> Sent | Missing:
+    """Return the predicted bytes of all committed steps; Missing if they cannot be added."""
     if not all(attempt.metered for attempt in attempts):
-        return None, None, METER_OFF
+        return Missing(METER_OFF)
     worked = [attempt for attempt in attempts if attempt.committed] or attempts[-1:]
     if len({attempt.placement.server_of_rank for attempt in worked}) > 1:
-        return None, None, "Attempts of this run had different ranks or servers; their bytes cannot be added by rank."
-    parts = [price(attempt.committed, attempt.placement, attempt.backend, attempt.pinned) for attempt in worked]
-    for part in parts:
-        if part.reason is not None:
-            return None, None, part.reason
-    per_rank = [sum(values) for values in zip(*(part.bytes_per_rank or () for part in parts), strict=True)]
-    per_server = [sum(values) for values in zip(*(part.egress_per_server or () for part in parts), strict=True)]
-    return per_rank, per_server, None
+        return Missing(OTHER_SERVERS)
+    total = Sent.nothing(worked[-1].placement)
+    for attempt in worked:
+        sent = attempt.price_committed().sent
+        if isinstance(sent, Missing):
+            return sent
+        total += sent
+    return total
+
+
+def measured_totals(attempts: Sequence[Attempt], num_steps: int, why_unmeasured: str) -> Sent | Missing:
+    """Return the bytes counted in all committed steps; Missing if they were not, or cannot be added.
+
+    Args:
+        attempts: Every attempt, the present one last.
+        num_steps: Committed steps of the run.
+        why_unmeasured: Why the present attempt measured nothing, if so.
+    """
+    measured = attempts[-1].measured
+    if measured is None:
+        return Missing(why_unmeasured)
+    if measured.num_steps != num_steps:
+        return Missing(f"The ranks last compared their counts after step {measured.num_steps}: see attempts.")
+    worked = [attempt for attempt in attempts if attempt.committed]
+    if any(attempt.measured is None for attempt in worked):
+        return Missing("An earlier attempt was not measured.")
+    if len({attempt.placement.server_of_rank for attempt in worked}) > 1:
+        return Missing(OTHER_SERVERS)
+    rows = [attempt.measured.row("train", True) for attempt in worked if attempt.measured]
+    return sum((row.measured for row in rows if row), Sent.nothing((worked or attempts)[-1].placement))
 
 
 def _add(totals: dict[RowKey, tuple[int, int]], key: RowKey, num_calls: int, payload_bytes: int) -> None:
@@ -179,7 +238,7 @@ def _add(totals: dict[RowKey, tuple[int, int]], key: RowKey, num_calls: int, pay
     totals[key] = (before[0] + num_calls, before[1] + payload_bytes)
 
 
-def _pack_calls(calls: Counter[Call]) -> list[list[str | int]]:
+def _pack_calls(calls: Counter[Call]) -> list[list[Any]]:
     return [[*call, count] for call, count in calls.items()]
 
 

@@ -1,11 +1,14 @@
 """Calls priced: from what was issued, and where the ranks sit, to bytes sent and bytes that leave each server."""
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 from pipeline.comm.collectives import Call
 from pipeline.comm.wire import gloo, nccl
+from pipeline.core.missing import Missing
 
 BYTES_PER_GIGABYTE = 10**9
 BYTES_PER_MEGABYTE = 10**6
@@ -16,57 +19,82 @@ SHOWN_RANKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which server each rank sits on: `server_of_rank[r]`, counted from 0."""
+    """Which server each rank sits on."""
 
     server_of_rank: tuple[int, ...]
+    """Index of each rank's server, from 0."""
     measured: bool
-    """False: nobody looked, each rank is taken as a server of its own."""
+    """False: each rank is taken as a server of its own, because the hosts are not known."""
 
     @classmethod
     def assumed(cls, world_size: int) -> "Placement":
-        """Each rank a server."""
+        """Return a placement in which each rank is a server of its own."""
         return cls(tuple(range(world_size)), measured=False)
 
     @classmethod
     def of_hosts(cls, hosts: Sequence[str]) -> "Placement":
-        """From the host name of every rank; servers are numbered in order of appearance."""
+        """Return the placement by the host name of every rank; servers are numbered in order of appearance."""
         numbers: dict[str, int] = {}
         return cls(tuple(numbers.setdefault(host, len(numbers)) for host in hosts), measured=True)
 
     def contiguous(self) -> "Placement":
-        """As many ranks on each server as here, with consecutive numbers."""
+        """Return a placement with as many ranks on each server as here, numbered consecutively."""
         return Placement(tuple(sorted(self.server_of_rank)), self.measured)
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return len(self.server_of_rank)
 
     @property
     def num_servers(self) -> int:
-        """How many servers there are."""
+        """Number of servers."""
         return max(self.server_of_rank) + 1
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """Bytes that the ranks hand to TCP, and what of them leaves each server."""
+
+    bytes_per_rank: tuple[int, ...]
+    egress_per_server: tuple[int, ...]
+    """Bytes that leave each server for another one."""
+
+    @classmethod
+    def nothing(cls, placement: Placement) -> "Sent":
+        """Return zero for every rank and server."""
+        return cls((0,) * placement.world_size, (0,) * placement.num_servers)
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return self._with(other, operator.add)
+
+    def __sub__(self, other: "Sent") -> "Sent":
+        return self._with(other, operator.sub)
+
+    def _with(self, other: "Sent", combine: Callable[[int, int], int]) -> "Sent":
+        ranks = zip(self.bytes_per_rank, other.bytes_per_rank, strict=True)
+        servers = zip(self.egress_per_server, other.egress_per_server, strict=True)
+        return Sent(tuple(starmap(combine, ranks)), tuple(starmap(combine, servers)))
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
-    """Calls of several collectives, priced. None, and a reason, where one of them has no exact formula."""
+    """Calls of several collectives, priced."""
 
     payload_bytes: int
-    bytes_per_rank: tuple[int, ...] | None
-    egress_per_server: tuple[int, ...] | None
-    reason: str | None
-
-    @property
-    def total_egress_bytes(self) -> int | None:
-        """Over all servers."""
-        return None if self.egress_per_server is None else sum(self.egress_per_server)
+    """Rank 0's input to all of them."""
+    sent: Sent | Missing
+    """Missing where one of them has no exact formula."""
 
 
 def price(calls: Counter[Call], placement: Placement, backend: str, pinned: tuple[str, str] | None = None) -> Traffic:
-    """Sum of the wire bytes of `calls`, each multiplied by how often it was issued.
+    """Add up the wire bytes of `calls`, each multiplied by how often it was issued.
 
-    pinned: NCCL's (algorithm, protocol) where the configuration holds it to one.
+    Args:
+        calls: Collectives and how often each was issued.
+        placement: The servers of the ranks.
+        backend: Of the process group.
+        pinned: NCCL's (algorithm, protocol) where the configuration holds it to one.
     """
     num_ranks = placement.world_size
     payload_bytes, reason = 0, None
@@ -84,29 +112,35 @@ def price(calls: Counter[Call], placement: Placement, backend: str, pinned: tupl
             per_rank[rank] += count * sent
         for server, sent in enumerate(gloo.egress_bytes_per_server(links, placement.server_of_rank)):
             per_server[server] += count * sent
-    if reason is not None:
-        return Traffic(payload_bytes, None, None, reason)
-    return Traffic(payload_bytes, tuple(per_rank), tuple(per_server), None)
+    return Traffic(payload_bytes, Sent(tuple(per_rank), tuple(per_server)) if reason is None else Missing(reason))
 
 
-def placement_warning(step: Counter[Call] | int, placement: Placement, backend: str) -> str | None:
-    """A sentence if the order of the ranks makes servers send more than the same ranks in order would, with the remedy.
+def placement_warning(gradient_bytes: int, placement: Placement, backend: str) -> str | None:
+    """Return a sentence with the remedy if the order of the ranks makes servers send more than ranks in order would.
 
-    step: the calls of one step, or the bytes of its gradients, taken as one all-reduce of 4-byte elements. None where
-    the order costs nothing, or where no formula tells: NCCL joins the ranks of each server itself (wire_nccl.py).
+    Args:
+        gradient_bytes: Of one step, taken as one all-reduce of 4-byte elements.
+        placement: The servers of the ranks.
+        backend: Of the process group.
+
+    Returns:
+        None where the order costs nothing, or where no formula tells: NCCL joins the ranks of each server itself
+        (wire/nccl.py).
     """
-    if isinstance(step, int):
-        step = Counter({Call("train", "gradients", "all_reduce", step, 4, -1): 1})
-    given = price(step, placement, backend).egress_per_server
-    ordered = price(step, placement.contiguous(), backend).egress_per_server
-    if given is None or ordered is None or max(given) <= WARNED_EXCESS * max(ordered):
+    step = Counter({Call("train", "gradients", "all_reduce", gradient_bytes, 4, -1): 1})
+    given = price(step, placement, backend).sent
+    ordered = price(step, placement.contiguous(), backend).sent
+    if isinstance(given, Missing) or isinstance(ordered, Missing):
+        return None
+    most, least = max(given.egress_per_server), max(ordered.egress_per_server)
+    if most <= WARNED_EXCESS * least:
         return None
     shown = ", ".join(map(str, placement.server_of_rank[:SHOWN_RANKS]))
     more = ", ..." if placement.world_size > SHOWN_RANKS else ""
     return (
         f"Ranks 0, 1, 2, ... sit on servers {shown}{more}: the busiest server sends "
-        f"{max(given) / BYTES_PER_MEGABYTE:,.2f} MB a step to the others, and would send "
-        f"{max(ordered) / BYTES_PER_MEGABYTE:,.2f} MB if the ranks of each server had consecutive numbers. "
+        f"{most / BYTES_PER_MEGABYTE:,.2f} MB a step to the others, and would send "
+        f"{least / BYTES_PER_MEGABYTE:,.2f} MB if the ranks of each server had consecutive numbers. "
         "Start them with `srun --distribution=block`, or with torchrun, which numbers them so."
     )
 
@@ -119,19 +153,21 @@ class StepTraffic:
     """
 
     gradient_bytes: int | None
-    """What DDP's buckets held, before compression."""
+    """Bytes that DDP's buckets held, before compression."""
     payload_bytes: int | None
-    """Rank 0's input to all collectives."""
+    """Bytes of rank 0's input to all collectives."""
     transport_bytes_per_rank: tuple[int, ...] | None
+    """Bytes that each rank hands to TCP."""
     server_egress_bytes: tuple[int, ...] | None
+    """Bytes that leave each server for another one."""
     total_egress_bytes: int | None
-    """Over all servers and all committed steps up to this one."""
+    """Bytes that left servers, over all servers and all committed steps up to this one."""
     residual_bytes: int | None = None
     """What the kernel counted on this rank's connections to other ranks, less what was predicted for it; None where
     either is unknown."""
 
     def metrics(self) -> dict[str, float]:
-        """Under their public names; what is unknown is left out.
+        """Return the values by their public names; those that are unknown are left out.
 
         Transport is the mean over ranks, egress that of the busiest server, the total the sum over servers.
         """

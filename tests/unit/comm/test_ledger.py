@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,18 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm.collectives import ORIGINS, PHASES, Call, CollectiveMeter
-from pipeline.comm.ledger.attempts import Attempt, predicted_totals
-from pipeline.comm.ledger.ledger import Conditions, Ledger
-from pipeline.comm.ledger.traffic import Placement, StepTraffic, price
+from pipeline.comm.collectives import ORIGINS, PHASES, Bucket, Call, CollectiveMeter
+from pipeline.comm.ledger.attempts import Attempt, measured_totals, predicted_totals
+from pipeline.comm.ledger.document import Conditions
+from pipeline.comm.ledger.ledger import Ledger
+from pipeline.comm.ledger.measured import InterfaceRow, Measured, Row
+from pipeline.comm.ledger.traffic import Placement, Sent, StepTraffic, price
+from pipeline.comm.step_times import BucketTimes, MedianTimes
 from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.core.errors import LedgerError
+from pipeline.core.missing import Missing
+from pipeline.core.schemas.ledger import LedgerJson
+from tests.json_shape import mismatches
 
 CONDITIONS = Conditions(run="one", model="linear", hook="none", global_batch=4, step_seconds_p50=0.5)
 
@@ -50,20 +57,19 @@ def test_hosts_become_servers_in_order_of_appearance() -> None:
 def test_prices_add_up(one: Counter[Call], other: Counter[Call]) -> None:
     first, second, both = (price(calls, three, "gloo") for calls in (one, other, one + other))
     assert both.payload_bytes == first.payload_bytes + second.payload_bytes
-    assert both.bytes_per_rank is not None and first.bytes_per_rank is not None and second.bytes_per_rank is not None
-    assert list(both.bytes_per_rank) == [
-        sum(pair) for pair in zip(first.bytes_per_rank, second.bytes_per_rank, strict=True)
-    ]
-    assert both.total_egress_bytes == sum(both.bytes_per_rank)  # every rank is a server
+    assert isinstance(both.sent, Sent) and isinstance(first.sent, Sent) and isinstance(second.sent, Sent)
+    assert both.sent == first.sent + second.sent
+    assert both.sent - second.sent == first.sent
+    assert sum(both.sent.egress_per_server) == sum(both.sent.bytes_per_rank)  # every rank is a server
 
 
 def test_one_unknown_operation_makes_the_sum_unknown() -> None:
     priced = price(
         Counter({all_reduce(400): 1, Call("train", "other", "all_to_all_single", 8, 4, -1): 1}), three, "gloo"
     )
-    assert priced.bytes_per_rank is None
     assert priced.payload_bytes == 408
-    assert "all_to_all_single" in str(priced.reason)
+    assert isinstance(priced.sent, Missing)
+    assert "all_to_all_single" in priced.sent.reason
 
 
 def test_unknown_values_are_left_out_of_the_metrics() -> None:
@@ -78,6 +84,10 @@ def test_metrics_are_mean_over_ranks_and_busiest_server() -> None:
 
 
 # --- attempts ---
+
+
+def measured_at(num_steps: int, *rows: Row) -> Measured:
+    return Measured(num_steps, rows, retransmitted_bytes_per_rank=(), store_bytes_per_rank=())
 
 
 @given(counters, counters, counters, st.booleans())
@@ -97,10 +107,11 @@ def test_an_attempt_survives_the_checkpoint(
     assert Attempt.unpack(json.loads(json.dumps(attempt.pack()))) == attempt
 
 
-def told(attempt: Attempt) -> dict[str, Any]:
+def told(attempt: Attempt) -> Any:
     """What matters of the ledger.json an attempt left."""
+    lost = attempt.lost_payload_bytes(is_running=True)
     return {
-        "attempts": [{"attempt": attempt.number, "lost_payload_bytes": attempt.lost_payload_bytes()}],
+        "attempts": [{"attempt": attempt.number, "lost_payload_bytes": None if isinstance(lost, Missing) else lost}],
         "collectives": list(attempt.rows()),
     }
 
@@ -115,7 +126,7 @@ def test_work_after_the_checkpoint_is_lost_but_listed(checkpointed: Counter[Call
     lost = sum(row["num_calls"] for row in rows if not row["committed"])
     assert lost == sum(count for call, count in after.items() if call.phase == "train")
     assert not at_checkpoint.complete
-    assert at_checkpoint.lost_payload_bytes() is None
+    assert isinstance(at_checkpoint.lost_payload_bytes(is_running=False), Missing)
 
 
 def test_an_attempt_that_said_its_last_word_is_complete() -> None:
@@ -123,24 +134,174 @@ def test_an_attempt_that_said_its_last_word_is_complete() -> None:
     resumed_from = Attempt(1, 0, three, "gloo", committed=Counter({all_reduce(40): 1}))
     resumed_from.adopt_later_work(told(ended))
     assert resumed_from.complete
-    assert resumed_from.lost_payload_bytes() == 40
+    assert resumed_from.lost_payload_bytes(is_running=False) == 40
 
 
 def test_attempts_on_other_ranks_are_not_added() -> None:
     committed = Counter({all_reduce(400): 1})
     same = [Attempt(number, 0, three, "gloo", committed=committed) for number in (1, 2)]
-    per_rank, _, reason = predicted_totals(same)
-    assert reason is None
-    assert per_rank == [2 * size for size in price(committed, three, "gloo").bytes_per_rank or ()]
+    once = price(committed, three, "gloo").sent
+    assert isinstance(once, Sent)
+    assert predicted_totals(same) == once + once
     other = Attempt(3, 0, Placement.assumed(2), "gloo", committed=committed)
-    per_rank, per_server, reason = predicted_totals([*same, other])
-    assert per_rank is None and per_server is None
-    assert reason is not None
+    total = predicted_totals([*same, other])
+    assert isinstance(total, Missing) and "different ranks" in total.reason
+
+
+def test_other_ranks_that_have_committed_nothing_yet_change_no_total() -> None:
+    """A run resumed on fewer ranks or more, which compare before their first step."""
+    row = Row("train", True, None, Sent((7, 8, 9), (7, 8, 9)))
+    worked = Attempt(1, 0, three, "gloo", committed=Counter({all_reduce(400): 1}), measured=measured_at(1, row))
+    for num_ranks in (1, 2, 4):
+        resumed = Attempt(2, 1, Placement.assumed(num_ranks), "gloo", measured=measured_at(1))
+        assert predicted_totals([worked, resumed]) == predicted_totals([worked])
+        assert measured_totals([worked, resumed], 1, "never") == row.measured
 
 
 def test_an_unmetered_attempt_makes_totals_unknown() -> None:
     attempts = [Attempt(1, 0, three, "gloo", metered=False), Attempt(2, 0, three, "gloo")]
-    assert predicted_totals(attempts)[0] is None
+    assert isinstance(predicted_totals(attempts), Missing)
+
+
+# --- ledger.json: what is not known, and why ---
+
+
+def recorded(world_size: int = 2, *, backend: str = "gloo", enabled: bool = True) -> CollectiveMeter:
+    """A meter that has recorded the first step of two ranks, as it would be on rank 0."""
+    meter = CollectiveMeter(enabled=enabled)
+    meter.world_size, meter.backend = world_size, backend
+    meter.buckets[0] = Bucket(40, ("weight",))
+    record_step(meter)
+    return meter
+
+
+def record_step(meter: CollectiveMeter) -> None:
+    if meter.enabled:
+        meter._counts[all_reduce(40)] += 1
+        meter._gradient_bytes += 40
+
+
+def make_ledger(meter: CollectiveMeter, *, attempt: int = 1, placement: Placement | None = None) -> Ledger:
+    placement = placement or Placement.assumed(meter.world_size)
+    return Ledger(meter, {"conv.weight": 40}, placement=placement, attempt=attempt, rank=0, reconciler=None)
+
+
+def write(ledger: Ledger, conditions: Conditions = CONDITIONS, *, ended: bool = False) -> LedgerJson:
+    """What `ledger.json` says, which is what the contract says it is; each reason names a null."""
+    content = ledger.to_json(conditions, ended=ended)
+    assert mismatches(content, LedgerJson) == []
+    assert json.loads(json.dumps(content)) == content
+    for path in content["null_reasons"]:
+        assert value_at(content, path) is None, path
+    return content
+
+
+def value_at(tree: Any, path: str) -> Any:
+    """The value under a dotted path, as `null_reasons` names it."""
+    for key in path.split("."):
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+UNMEASURED = {
+    *("closed", "transport.measured_bytes_per_rank", "transport.retransmitted_bytes_per_rank"),
+    *("transport.residual_bytes_per_rank", "servers.measured_egress_bytes", "servers.counter", "servers.interface"),
+    *("servers.residual_fraction", "attempts.0.measured"),
+}
+UNPREDICTED = {"transport.predicted_bytes_per_rank", "servers.predicted_egress_bytes"}
+UNTIMED = {
+    *(f"time.{name}_seconds" for name in ("forward", "backward", "communication", "exposed", "overlapped")),
+    *("time.bus_bandwidth_bytes_per_second", "time.step_seconds.p90", "time.data_wait_seconds"),
+    *(f"buckets.0.{name}_seconds" for name in ("ready", "sent", "done")),
+}
+NO_STEP = {f"per_step.{name}" for name in ("payload_bytes", "transport_bytes_per_rank", "server_egress_bytes", "calls")}
+ALWAYS = {"meter_overhead_fraction"}
+
+
+def test_before_the_first_step() -> None:
+    content = write(make_ledger(recorded()))
+    reasons = content["null_reasons"]
+    assert reasons.keys() == UNMEASURED | UNTIMED | NO_STEP | ALWAYS | {"attempts.0.lost_payload_bytes"}
+    assert reasons["attempts.0.lost_payload_bytes"] == "This attempt is still running."
+    assert reasons["time.forward_seconds"] == CONDITIONS.why_untimed
+    assert content["transport"]["predicted_bytes_per_rank"] == [0, 0]
+
+
+def test_without_a_kernel_that_counts() -> None:
+    ledger = make_ledger(recorded())
+    ledger.commit_step()
+    content = write(ledger, ended=True)
+    assert content["null_reasons"].keys() == UNMEASURED | UNTIMED | ALWAYS
+    assert "Linux 4.19" in content["null_reasons"]["closed"]
+    assert content["per_step"]["transport_bytes_per_rank"] == content["transport"]["predicted_bytes_per_rank"]
+    assert content["attempts"][0]["lost_payload_bytes"] == 0
+
+
+def test_with_the_meter_off() -> None:
+    ledger = make_ledger(recorded(enabled=False))
+    ledger.commit_step()
+    content = write(ledger, ended=True)
+    lost = {"attempts.0.lost_payload_bytes"}
+    assert content["null_reasons"].keys() == UNMEASURED | UNPREDICTED | UNTIMED | NO_STEP | ALWAYS | lost
+    assert "comm.meter=false" in content["null_reasons"]["per_step.calls"]
+
+
+def test_where_the_backend_chooses_its_algorithm() -> None:
+    ledger = make_ledger(recorded(backend="nccl"))
+    ledger.commit_step()
+    content = write(ledger, ended=True)
+    unpriced = {"per_step.transport_bytes_per_rank", "per_step.server_egress_bytes", "algorithm"}
+    assert content["null_reasons"].keys() == UNMEASURED | UNPREDICTED | UNTIMED | unpriced | ALWAYS
+    assert "nccl chooses" in content["null_reasons"]["algorithm"]
+    assert content["per_step"]["calls"] is not None and content["per_step"]["payload_bytes"] == 40
+
+
+def test_a_killed_attempt_says_what_it_could_not_say() -> None:
+    """Resumed from a checkpoint, without the ledger.json that the attempt left."""
+    first = make_ledger(recorded())
+    first.commit_step()
+    second = make_ledger(recorded(), attempt=2)
+    second.load_state_dict(first.state_dict())
+    reasons = write(second)["null_reasons"]
+    assert "without a last word" in reasons["attempts.0.lost_payload_bytes"]
+    assert "could compare" in reasons["attempts.0.measured"]
+    assert reasons["attempts.1.lost_payload_bytes"] == "This attempt is still running."
+
+
+def test_when_all_is_known() -> None:
+    placement = Placement((0, 1), measured=True)
+    ledger = make_ledger(recorded(), placement=placement)
+    step = ledger.commit_step()
+    assert step.transport_bytes_per_rank is not None and step.server_egress_bytes is not None
+    sent = Sent(step.transport_bytes_per_rank, step.server_egress_bytes)
+    cards = tuple(InterfaceRow(server, "eth0", True, 1000, 900, 90) for server in (0, 1))
+    ledger._present.measured = Measured(1, (Row("train", True, sent, sent),), (0, 3), (5, 5), cards)
+    times = MedianTimes(0.1, 0.2, 0.3, 0.4, 0.5, 1e6, {0: BucketTimes(0.1, 0.2, 0.3)})
+    conditions = replace(CONDITIONS, step_seconds_p90=0.7, data_wait_seconds=0.0, communication=times)
+    content = write(ledger, conditions, ended=True)
+    assert content["null_reasons"].keys() == ALWAYS
+    assert content["closed"] is True
+    assert content["transport"]["residual_bytes_per_rank"] == [0, 0]
+    assert content["transport"]["retransmitted_bytes_per_rank"] == [0, 3]
+    assert content["servers"]["residual_fraction"] == [0.01, 0.01]
+
+    record_step(ledger._meter)
+    ledger.commit_step()
+    later = write(ledger, conditions)
+    assert later["closed"] is True and later["transport"]["measured_bytes_per_rank"] is None
+    assert "after step 1" in later["null_reasons"]["transport.measured_bytes_per_rank"]
+
+
+def test_cards_that_cannot_be_read_are_said_to_be() -> None:
+    ledger = make_ledger(recorded(), placement=Placement((0, 1), measured=True))
+    ledger.commit_step()
+    sent = Sent((1, 2), (1, 2))
+    ledger._present.measured = Measured(1, (Row("train", True, sent, Sent((1, 3), (1, 3))),), (0, 0), (0, 0))
+    content = write(ledger)
+    assert content["closed"] is False
+    assert content["servers"]["measured_egress_bytes"] == [1, 3]
+    for name in ("interface", "residual_fraction"):
+        assert "could not be read" in content["null_reasons"][f"servers.{name}"]
 
 
 # --- a world of one ---
@@ -154,49 +315,53 @@ def world_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("world_of_one")
-def test_world_of_one_exchanges_nothing() -> None:
+def attached() -> CollectiveMeter:
     meter = CollectiveMeter()
     meter.attach()
+    return meter
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_world_of_one_exchanges_nothing() -> None:
+    meter = attached()
     model = torch.nn.Linear(5, 3)
     ddp = MeteredDDP(model, meter=meter, hook="fp16")
     rebuild_buckets(ddp, lambda: ddp(torch.ones(2, 5)).sum(), meter)
-    ledger = Ledger(meter, gradient_bytes_by_parameter(model))
+    owed = gradient_bytes_by_parameter(model)
+    ledger = Ledger(meter, owed, placement=Placement.assumed(1), attempt=1, rank=0, reconciler=None)
     with meter.phase("train"):
         ddp(torch.ones(2, 5)).sum().backward()
     step = ledger.commit_step()
     assert step == StepTraffic(0, 0, (0,), (0,), 0)
-    content = ledger.to_json(CONDITIONS, ended=True)
+    content = write(ledger, ended=True)
     assert content["collectives"] == []
     assert content["gradient_bytes"] == 4 * (5 * 3 + 3)  # what it would owe with company
     assert content["closed"] is None
     assert "one" in content["null_reasons"]["closed"]
-    json.dumps(content)
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_attempts_are_numbered_on() -> None:
-    meter = CollectiveMeter()
-    meter.attach()
-    first = Ledger(meter, {"weight": 12})
+    meter = attached()
+    first = make_ledger(meter)
     first.commit_step()
-    second = Ledger(meter, {"weight": 12}, attempt=1)
+    second = make_ledger(meter)
     second.load_state_dict(first.state_dict())
     assert (second.attempt, second.num_steps) == (2, 1)
-    later = Ledger(meter, {"weight": 12}, attempt=5)  # attempts 3 and 4 left no checkpoint
+    later = make_ledger(meter, attempt=5)  # attempts 3 and 4 left no checkpoint
     later.load_state_dict(second.state_dict())
-    content = later.to_json(CONDITIONS)
+    content = write(later)
     assert [attempt["attempt"] for attempt in content["attempts"]] == [1, 2, 3, 4, 5]
     assert content["null_reasons"]["attempts.4.lost_payload_bytes"] == "This attempt is still running."
 
 
 @pytest.mark.usefixtures("world_of_one")
 def test_state_of_another_version_is_refused() -> None:
-    meter = CollectiveMeter()
-    meter.attach()
-    ledger = Ledger(meter, {"weight": 12})
+    ledger = make_ledger(attached())
+    state = ledger.state_dict()
+    state["version"] = 99
     with pytest.raises(LedgerError, match="version 99"):
-        ledger.load_state_dict({**ledger.state_dict(), "version": 99})
+        ledger.load_state_dict(state)
 
 
 # --- the meter ---

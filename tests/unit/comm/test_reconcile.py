@@ -1,51 +1,57 @@
 """Which connections are the job's, what every phase sent, and what becomes of the counts of a run cut short."""
 
+import json
 import struct
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.collectives import Call
+from pipeline.comm.kernel.report import ConnectionReport, Endpoint, InterfaceReport, RankReport
 from pipeline.comm.kernel.sockets import parse_tcp_info
 from pipeline.comm.ledger.attempts import Attempt
-from pipeline.comm.ledger.reconcile import Measured, Row, lay_side_by_side, match, unexplained_table
-from pipeline.comm.ledger.traffic import Placement
+from pipeline.comm.ledger.measured import InterfaceRow, Measured, Row
+from pipeline.comm.ledger.reconcile import Verdict, match, reconcile
+from pipeline.comm.ledger.traffic import Placement, Sent
+from pipeline.core.errors import LedgerError
+from pipeline.core.schemas.ledger import MeasuredJson
+from tests.json_shape import mismatches
 
 
-def connection(local: tuple[str, int], remote: tuple[str, int], store: bool = False, **by_label: int) -> dict:
-    return {
-        "local": list(local),
-        "remote": list(remote),
-        "store": store,
-        "by_label": by_label,
-        "retransmitted_bytes": 1,
-        "on_wire_bytes": sum(by_label.values()) + 1,
-        "segment_header_bytes": 66,
-    }
+def connection(local: Endpoint, remote: Endpoint, store: bool = False, **by_label: int) -> ConnectionReport:
+    return ConnectionReport(
+        local,
+        remote,
+        store=store,
+        by_label=by_label,
+        retransmitted_bytes=1,
+        on_wire_bytes=sum(by_label.values()) + 1,
+        segment_header_bytes=66,
+    )
 
 
-def two_ranks(sent: int = 1000, foreign: int = 5_000_000) -> list[dict]:
+def two_ranks() -> list[RankReport]:
     """Rank 0 and 1 joined by one connection; rank 0 also loads data and keeps the store."""
     a, b = ("10.0.0.1", 4000), ("10.0.0.2", 5000)
-    card = {"name": "eth0", "segmentation_offload": False, "tx_bytes": 1367, "tx_packets": 1}
+    store, client = ("10.0.0.1", 29500), ("10.0.0.2", 7000)
     return [
-        {
-            "connections": [
-                connection(a, b, train=sent, startup=8),
-                connection(("10.0.0.1", 4001), ("93.1.1.1", 443), train=foreign),
-                connection(("10.0.0.1", 29500), ("10.0.0.2", 7000), store=True, startup=300),
-            ],
-            "interface": card,
-        },
-        {
-            "connections": [
-                connection(b, a, train=sent, startup=8),
-                connection(("10.0.0.2", 7000), ("10.0.0.1", 29500), store=True, startup=300),
-            ],
-            "interface": None,
-        },
+        RankReport(
+            (
+                connection(a, b, train=1000, startup=8),
+                connection(("10.0.0.1", 4001), ("93.1.1.1", 443), train=5_000_000),
+                connection(store, client, store=True, startup=300),
+            ),
+            InterfaceReport("eth0", tx_bytes=1367, tx_packets=1, segmentation_offload=False),
+        ),
+        RankReport((connection(b, a, train=1000, startup=8), connection(client, store, store=True, startup=300)), None),
     ]
+
+
+def test_reports_travel_as_text() -> None:
+    for report in two_ranks():
+        assert RankReport.decode(report.encode()) == report
 
 
 def predicted(per_rank: int) -> Attempt:
@@ -58,23 +64,23 @@ def test_only_connections_between_ranks_are_the_jobs() -> None:
     assert match(two_ranks()) == {(0, 0): 1, (1, 0): 0}
 
 
-def test_side_by_side_foreign_traffic_is_left_out_and_the_store_has_its_own_row() -> None:
+def test_foreign_traffic_is_left_out_and_the_store_has_its_own_row() -> None:
     attempt = predicted(3)
-    measured = lay_side_by_side(two_ranks(), attempt.predictions(), attempt.placement, num_steps=3)
-    assert [(row.phase, row.measured_bytes_per_rank) for row in measured.rows] == [
-        ("startup", [8, 8]),
-        ("train", [1000, 1000]),
+    measured = reconcile(two_ranks(), attempt.predictions(), attempt.placement, num_steps=3)
+    assert [(row.phase, row.measured.bytes_per_rank) for row in measured.rows] == [
+        ("startup", (8, 8)),
+        ("train", (1000, 1000)),
     ]
-    assert measured.store_bytes_per_rank == [300, 300]
-    assert measured.retransmitted_bytes_per_rank == [1, 1]
+    assert measured.store_bytes_per_rank == (300, 300)
+    assert measured.retransmitted_bytes_per_rank == (1, 1)
     assert measured.closed is False
-    table = unexplained_table(measured.unexplained)
+    table = measured.unexplained_table()
     assert table is not None and "startup" in table and "+8" in table
 
 
 def test_the_card_is_explained_by_the_connections_that_leave_the_server() -> None:
     attempt = predicted(3)
-    (card,) = lay_side_by_side(two_ranks(), attempt.predictions(), attempt.placement, 3).interfaces
+    (card,) = reconcile(two_ranks(), attempt.predictions(), attempt.placement, 3).interfaces
     assert (card.tcp_bytes, card.header_bytes) == (1009 + 301, 66)
     assert card.residual_fraction == (1367 - 1310 - 66) / 1367
 
@@ -82,23 +88,38 @@ def test_the_card_is_explained_by_the_connections_that_leave_the_server() -> Non
 def test_ranks_on_one_server_send_nothing_out_of_it() -> None:
     one_server = Placement((0, 0), measured=True)
     attempt = Attempt(1, 0, one_server, "gloo")
-    measured = lay_side_by_side(two_ranks(), attempt.predictions(), one_server, 3)
-    assert all(row.measured_egress_bytes == [0] for row in measured.rows)
+    measured = reconcile(two_ranks(), attempt.predictions(), one_server, 3)
+    assert all(row.measured.egress_per_server == (0,) for row in measured.rows)
 
 
-def row(committed: bool, values: list[int], phase: str = "train") -> Row:
-    return Row(phase, committed, values, values, values, values)
+def test_what_nothing_explains_is_refused_where_the_run_is_strict() -> None:
+    Verdict(None, strict=True).refuse()
+    Verdict("rank 1: +8", strict=False).refuse()
+    with pytest.raises(LedgerError, match=r"rank 1: \+8(.|\n)*comm\.strict=false"):
+        Verdict("rank 1: +8", strict=True).refuse()
+
+
+def row(committed: bool, value: int, phase: str = "train") -> Row:
+    sent = Sent((value,), (value,))
+    return Row(phase, committed, sent, sent)
 
 
 @given(kept=st.integers(0, 10**12), told=st.integers(0, 10**12), unfinished=st.integers(0, 10**9))
 def test_what_came_after_the_checkpoint_is_lost_work_not_forgotten(kept: int, told: int, unfinished: int) -> None:
-    later = Measured(9, [row(True, [kept + told]), row(False, [unfinished]), row(True, [7], "startup")], [0], [0])
-    adopted = later.with_committed(row(True, [kept]))
+    later = Measured(9, (row(True, kept + told), row(False, unfinished), row(True, 7, "startup")), (0,), (0,))
+    adopted = later.with_committed(row(True, kept))
     lost = adopted.row("train", False)
-    assert adopted.row("train", True) == row(True, [kept])
-    assert (lost.measured_bytes_per_rank if lost else [0]) == [told + unfinished]
-    assert adopted.row("startup", True) == row(True, [7], "startup")
-    assert Measured.from_json(adopted.to_json()) == adopted
+    assert adopted.row("train", True) == row(True, kept)
+    assert (lost.measured if lost else Sent((0,), (0,))) == Sent((told + unfinished,), (told + unfinished,))
+    assert adopted.row("startup", True) == row(True, 7, "startup")
+
+
+def test_measurements_survive_json() -> None:
+    unpredicted = Row("train", False, None, Sent((4, 5), (9,)))
+    card = InterfaceRow(0, "eth0", None, interface_bytes=0, tcp_bytes=3, header_bytes=2)
+    measured = Measured(9, (row(True, 7), unpredicted), (0, 1), (2, 3), (card,))
+    assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+    assert mismatches(measured.to_json(), MeasuredJson) == []
 
 
 def tcp_info(sent: int, retransmitted: int, unsent: int, segments: int, options: int) -> bytes:

@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger.ledger import Ledger
+from pipeline.comm.ledger.traffic import Placement
 from pipeline.comm.timeline import Timeline
 from pipeline.config.training import BatchConfig, InputConfig, RecipeConfig, TrainerConfig
 from pipeline.models.plateau import PlateauDetector
@@ -36,7 +37,7 @@ class Training:
         meter = CollectiveMeter()
         self.recorder = Recorder(
             self.plan,
-            Ledger(meter, {"weight": 8}),
+            Ledger(meter, {"weight": 8}, placement=Placement.assumed(1), attempt=1, rank=0, reconciler=None),
             Timeline(meter),
             TimedLoader([]),
             log=lambda step, row: self.rows.append((step, dict(row))),

@@ -1,0 +1,47 @@
+"""How ranks tell one another what they counted: through torch's store, not through collectives.
+
+A collective would change what is being compared.
+"""
+
+import torch.distributed as dist
+
+
+class StoreExchange:
+    """Texts from all ranks to rank 0 and back, through the process group's store. All calls are collective."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        """Exchange as `rank` of `world_size`, in the default process group."""
+        self.rank, self.world_size = rank, world_size
+        self._store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+        self._round = 0
+
+    def gather(self, text: str) -> list[str] | None:
+        """Return every rank's text on rank 0, and None elsewhere."""
+        self._round += 1
+        if self.rank != 0:
+            self._store.set(self._key(self.rank), text)
+            return None
+        return [text, *(self._take(self._key(rank)) for rank in range(1, self.world_size))]
+
+    def share(self, text: str | None) -> str:
+        """Return rank 0's text on every rank; the others give None."""
+        self._round += 1
+        if self.rank != 0:
+            return self._take(self._key(self.rank))
+        assert text is not None
+        for rank in range(1, self.world_size):
+            self._store.set(self._key(rank), text)
+        return text
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        is_first = self.gather("null") is not None
+        self.share("null" if is_first else None)
+
+    def _key(self, rank: int) -> str:
+        return f"squeezewire/{self._round}/{rank}"
+
+    def _take(self, key: str) -> str:
+        text = self._store.get(key).decode()  # waits until it is there
+        self._store.delete_key(key)
+        return text
