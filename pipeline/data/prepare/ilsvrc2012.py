@@ -4,8 +4,9 @@
     ILSVRC2012_img_val.tar          ILSVRC2012_val_00000001.JPEG ...
     ILSVRC2012_devkit_t12.tar.gz    data/meta.mat, data/ILSVRC2012_validation_ground_truth.txt
 
-The ground truth has one id per line, 1..1000, in the devkit's own order of synsets (`ILSVRC2012_ID` in meta.mat). That
-is not the order of sorted wnids which everybody trains with, so ids are turned into wnids before anything else.
+The ground truth has one id per line, 1..1000, in the devkit's own order of synsets (`ILSVRC2012_ID`). That is not the
+order of sorted wnids which everybody trains with, so ids are turned into wnids before anything else. The table is
+ilsvrc2012_wnids.txt; meta.mat, which has held the same since 2012, must be there and is not parsed.
 """
 
 import re
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import DataError
-from pipeline.data.prepare.matfile import read_struct_array
 from pipeline.data.prepare.sources import (
     Source,
     SourceImage,
@@ -30,6 +30,7 @@ DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "IL
 VAL_PREFIX = "ILSVRC2012_val_"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
+WNIDS_FILE = Path(__file__).with_name("ilsvrc2012_wnids.txt")
 
 
 def holds_archives(directory: Path) -> bool:
@@ -61,8 +62,8 @@ def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | No
             splits["train"] = list(_train_images(archive))
             found |= {image.class_name for image in splits["train"]}
         else:
-            wnids, truth = read_devkit(devkit or _devkit_beside(archive))
-            splits["val"] = list(_val_images(archive, wnids, truth))
+            wnids = wnids_by_id()
+            splits["val"] = list(_val_images(archive, read_ground_truth(devkit or _devkit_beside(archive), wnids)))
             found |= set(wnids.values())
     if not splits:
         raise DataError(f"split={split} is not in source={path}, which holds {', '.join(a.name for a in archives)}.")
@@ -74,29 +75,26 @@ def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | No
     )
 
 
-def read_devkit(devkit: Path) -> tuple[dict[int, str], list[int]]:
-    """(wnid of each of the ids 1..1000, id of each validation picture in order).
+def wnids_by_id() -> dict[int, str]:
+    """Read the table of wnids by ILSVRC2012_ID, 1 to 1000."""
+    lines = WNIDS_FILE.read_text(encoding="ascii").splitlines()
+    return dict(enumerate((line for line in lines if not line.startswith("#")), 1))
+
+
+def read_ground_truth(devkit: Path, wnids: dict[int, str]) -> list[str]:
+    """Read the wnid of each validation picture, in the order of their numbers.
 
     Raises:
-        DataError: a file is missing, or an id is out of range.
+        DataError: A file is missing, or an id is out of range.
     """
-    files = _devkit_files(devkit)
-    wnids = {}
-    for row in read_struct_array(files[META], "synsets", ("ILSVRC2012_ID", "WNID", "num_children")):
-        number, wnid, num_children = row["ILSVRC2012_ID"], row["WNID"], row["num_children"]
-        # Ids above 1000 are inner nodes of the tree of classes.
-        if isinstance(number, list) and isinstance(wnid, str) and num_children == [0]:
-            wnids[int(number[0])] = wnid
-    if not wnids or len(set(wnids.values())) != len(wnids):
-        raise DataError(f"devkit={devkit}: {META} does not name distinct leaf synsets. Fetch the devkit again.")
-    lines = files[GROUND_TRUTH].decode("ascii", "replace").split()
+    lines = _devkit_files(devkit)[GROUND_TRUTH].decode("ascii", "replace").split()
     for line_number, line in enumerate(lines, 1):
         if not line.isdigit() or int(line) not in wnids:
             raise DataError(
                 f"devkit={devkit}: line {line_number} of {GROUND_TRUTH} is {line!r}, which is the id of no synset "
                 f"(they go from {min(wnids)} to {max(wnids)}). Fetch the devkit again."
             )
-    return wnids, [int(line) for line in lines]
+    return [wnids[int(line)] for line in lines]
 
 
 def _archives(path: Path) -> list[Path]:
@@ -122,7 +120,7 @@ def _train_images(archive: Path) -> Iterator[SourceImage]:
             yield SourceImage(name, wnid, str(archive), member.offset_data, member.size, mtime_ns)
 
 
-def _val_images(archive: Path, wnids: dict[int, str], truth: list[int]) -> Iterator[SourceImage]:
+def _val_images(archive: Path, truth: list[str]) -> Iterator[SourceImage]:
     mtime_ns = archive.stat().st_mtime_ns
     seen: set[int] = set()
     for member in tar_members(archive):
@@ -135,7 +133,7 @@ def _val_images(archive: Path, wnids: dict[int, str], truth: list[int]) -> Itera
                 "the devkit labels (ILSVRC2012_val_00000001.JPEG and so on). Check that both are of 2012."
             )
         seen.add(number)
-        yield SourceImage(name, wnids[truth[number - 1]], str(archive), member.offset_data, member.size, mtime_ns)
+        yield SourceImage(name, truth[number - 1], str(archive), member.offset_data, member.size, mtime_ns)
     if len(seen) != len(truth):
         raise DataError(
             f"source={archive} holds {len(seen)} pictures and the devkit labels {len(truth)}: fetch the archive again."
