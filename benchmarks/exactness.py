@@ -61,7 +61,7 @@ def shuffle_quality(num_samples: int, num_shards: int) -> list[dict[str, Any]]:
     """A row per block: how well it mixes, and how much of the split must be at hand."""
     import numpy as np
 
-    from pipeline.data.mixing import mixing_of
+    from benchmarks.mixing import mixing_of
     from pipeline.data.order import epoch_order
 
     shards = np.arange(num_samples) * num_shards // num_samples

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.mixing import Mixing, mixing_of
+from benchmarks.mixing import Mixing, mixing_of
 from pipeline.data.order import epoch_order
 
 HASH = hashlib.sha256(b"an index").hexdigest()
