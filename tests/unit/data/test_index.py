@@ -1,19 +1,15 @@
 """The index finds every sample, refuses every damaged shard by name, and its hash says what was indexed."""
 
-import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError, ExitCode
@@ -23,7 +19,6 @@ from pipeline.data.index import MAX_FOREIGN_CLASSES, ShardIndex, open_split
 from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
-from pipeline.data.shards.tar import index_shard
 from tests.shard_index import add_index
 from tests.unit.data.pictures_on_disk import picture
 from tests.unit.data.small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
@@ -40,22 +35,6 @@ def refused(root: Path, split: str = "train", verify: str = "size") -> str:
     with pytest.raises(DataError) as caught:
         ShardIndex.open(root, split, verify=verify)
     return str(caught.value)
-
-
-def one_foreign_shard(root: Path, content: bytes) -> Path:
-    root.mkdir(exist_ok=True)
-    (root / "train-000000.tar").write_bytes(content)
-    return root
-
-
-def tar_with(*members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def num_open_files() -> int:
@@ -129,53 +108,6 @@ def test_a_read_that_fails_in_passing_is_tried_again(root: Path) -> None:
     with pytest.raises(IsADirectoryError):
         os.pread(descriptor, 1, 0)
     assert index.read(0) == samples_of(0, 1)[0]["jpg"]
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_every_writer_are_understood(tmp_path: Path, format: int) -> None:
-    """Folders, long names, capitals, other members: as foreign shards have them."""
-    long, jpeg = f"{'d' * 80}/{'k' * 90}", picture(1)
-    if format == tarfile.PAX_FORMAT:
-        long += "ü"
-    root = one_foreign_shard(
-        tmp_path,
-        tar_with(
-            ("n01/a.JPEG", jpeg),
-            ("n01/a.cls", b" 2\n"),
-            ("n01/a.json", b"{}"),
-            ("n01/a.seg.png", b"not the picture"),
-            (f"{long}.cls", b"7"),
-            (f"{long}.png", picture(2, encoding="PNG")),
-            ("README", b"hello"),
-            format=format,
-        ),
-    )
-    index = ShardIndex.open(root, "train")
-    assert [index.sample_key(i) for i in range(2)] == ["n01/a", long]
-    assert (index.label(0), index.label(1), index.num_classes, index.classes) == (2, 7, 8, None)
-    assert index.read(0) == jpeg and index.read(1) == picture(2, encoding="PNG")
-
-
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@given(
-    names=st.lists(st.text("ab/ü ", min_size=1, max_size=120).filter(lambda n: n.strip("/ ")), max_size=6, unique=True)
-)
-def test_offsets_and_names_are_those_of_tarfile(
-    tmp_path_factory: pytest.TempPathFactory, format: int, names: list[str]
-) -> None:
-    keys = [f"s{number}/{name.strip('/ ')}" for number, name in enumerate(names) if "//" not in name]
-    members = [
-        member for n, key in enumerate(keys) for member in ((f"{key}.jpg", key.encode() * n), (f"{key}.cls", b"0"))
-    ]
-    content = tar_with(*members, format=format)
-    path = tmp_path_factory.mktemp("tar") / "one.tar"
-    path.write_bytes(content)
-    found = index_shard(path)
-    assert [bytes(key).decode() for key in found.keys] == keys
-    for key, offset, length in zip(keys, found.offsets, found.lengths, strict=True):
-        with tarfile.open(path) as tar:
-            member = tar.getmember(f"{key}.jpg")
-        assert (offset, length) == (member.offset_data, member.size)
 
 
 def test_foreign_shards_by_prefix_or_by_braces(root: Path) -> None:
@@ -311,39 +243,6 @@ def test_a_shard_cut_short_contradicts_its_manifest(root: Path, cut: Callable[[i
     assert "train-000001.tar" in message and found in message and str(size) in message
 
 
-def cut_points(content: bytes) -> dict[str, int]:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        members = tar.getmembers()
-    last = members[-1]
-    end = last.offset_data + -(-last.size // BLOCK) * BLOCK
-    return {
-        "empty": 0,
-        "inside a header": members[2].offset + 100,
-        "inside data": members[2].offset_data + 3,
-        "between picture and label": members[3].offset,
-        "at the end of a member": members[4].offset,
-        "without end mark": end,
-    }
-
-
-@pytest.mark.parametrize(
-    "where",
-    [
-        "empty",
-        "inside a header",
-        "inside data",
-        "between picture and label",
-        "at the end of a member",
-        "without end mark",
-    ],
-)
-def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path: Path, where: str) -> None:
-    content = write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes()
-    root = one_foreign_shard(tmp_path / "shards", content[: cut_points(content)[where]])
-    message = refused(root)
-    assert "train-000000.tar" in message and "cut short" in message
-
-
 @pytest.mark.parametrize("is_foreign", [False, True])
 def test_no_allowance_lets_a_run_begin_with_a_shard_cut_short(root: Path, is_foreign: bool) -> None:
     os.truncate(root / "train-000001.tar", 3000)
@@ -385,13 +284,6 @@ def test_sound_shards_pass_the_hash(root: Path) -> None:
     assert ShardIndex.open(root, "train", verify="sha256").num_samples == 9
 
 
-def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path: Path) -> None:
-    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
-    content[cut_points(bytes(content))["between picture and label"] + 2] ^= 1
-    message = refused(one_foreign_shard(tmp_path / "shards", bytes(content)))
-    assert "damaged tar header" in message and "train-000000.tar" in message
-
-
 @pytest.mark.parametrize("label", ["", "cat", "1.5", "9" * 40, "99999999999999999999", "-1", "4", "4294967296", "0x1"])
 def test_a_bad_label_is_named_with_key_and_shard(root: Path, label: str) -> None:
     name = "train-000001.tar"
@@ -414,67 +306,6 @@ def test_a_label_of_foreign_shards_that_no_set_of_classes_has_is_named(
         return
     message = refused(tmp_path / "shards")
     assert f"'the-odd-one' of shard train-000000.tar has label {label}" in message and "at most 1,000,000" in message
-
-
-@pytest.mark.parametrize(
-    ("members", "complaint"),
-    [
-        pytest.param([("a.jpg", b"x")], "'a' of shard train-000000.tar has no label", id="no label"),
-        pytest.param([("a.cls", b"1")], "'a' of shard train-000000.tar has no picture", id="no picture"),
-        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpeg", b"y")], "'a' twice", id="two pictures"),
-        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], "'a' twice", id="two labels"),
-        pytest.param([("../a.jpg", b"x")], "leaves the archive", id="parent"),
-        pytest.param([("b/../../a.txt", b"x")], "leaves the archive", id="parent inside"),
-        pytest.param([("/etc/a.jpg", b"x")], "leaves the archive", id="absolute"),
-        pytest.param([(f"{'k' * 300}.jpg", b"x")], "key of 300 bytes", id="endless key"),
-        pytest.param([("a.txt", b"x")], "no sample", id="no sample at all"),
-    ],
-)
-def test_shards_that_no_honest_writer_makes_are_refused(
-    tmp_path: Path, members: list[tuple[str, bytes]], complaint: str
-) -> None:
-    root = one_foreign_shard(tmp_path, tar_with(*members, format=tarfile.PAX_FORMAT))
-    assert complaint in refused(root)
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
-    assert "only regular files" in refused(one_foreign_shard(tmp_path, buffer.getvalue()))
-
-
-def test_a_size_of_exabytes_is_refused_at_once(tmp_path: Path) -> None:
-    info = tarfile.TarInfo("a.jpg")
-    info.size = 2**63
-    message = refused(one_foreign_shard(tmp_path, info.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK)))
-    assert "cut short" in message and str(2**63 + BLOCK) in message
-
-
-def test_two_tars_joined_into_one_are_not_half_read(tmp_path: Path) -> None:
-    whole = tar_with(("a.jpg", b"x"), ("a.cls", b"1"))
-    assert "after the end mark" in refused(one_foreign_shard(tmp_path, whole + whole))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path: Path, seed: int) -> None:
-    """Whatever bytes are flipped, the answer is an index of existing bytes or a DataError, never another exception."""
-    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
-    generator = np.random.default_rng(seed)
-    for attempt in range(60):
-        damaged = bytearray(content)
-        for place in generator.integers(0, len(content), 3):
-            damaged[place] = generator.integers(256)
-        root = one_foreign_shard(tmp_path / str(attempt), bytes(damaged))
-        try:
-            index = ShardIndex.open(root, "train")
-        except DataError as error:
-            assert "train-000000.tar" in str(error)
-        else:
-            assert all(len(index.read(sample_id)) for sample_id in range(index.num_samples))
 
 
 def test_what_is_not_there_is_said(root: Path, tmp_path: Path) -> None:

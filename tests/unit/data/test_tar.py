@@ -9,7 +9,10 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
@@ -49,6 +52,16 @@ SAMPLE = member("a.jpg", b"picture") + member("a.cls", b"1")
 END = bytes(2 * BLOCK)
 
 
+def tar_with(*members: tuple[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def shard_of(directory: Path, content: bytes) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "train-000000.tar"
@@ -70,6 +83,155 @@ def labels_of(directory: Path, *members: tuple[str, bytes]) -> dict[str, int]:
     content = b"".join(member(*one) for one in members) + END
     index = ShardIndex.open(shard_of(directory, content).parent, "train")
     return {index.sample_key(number): index.label(number) for number in range(len(index))}
+
+
+# What is read
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_writer_are_understood(tmp_path: Path, format: int) -> None:
+    """Folders, long names, capitals, other members: as foreign shards have them."""
+    long, jpeg = f"{'d' * 80}/{'k' * 90}", picture(1)
+    if format == tarfile.PAX_FORMAT:
+        long += "ü"
+    path = shard_of(
+        tmp_path,
+        tar_with(
+            ("n01/a.JPEG", jpeg),
+            ("n01/a.cls", b" 2\n"),
+            ("n01/a.json", b"{}"),
+            ("n01/a.seg.png", b"not the picture"),
+            (f"{long}.cls", b"7"),
+            (f"{long}.png", picture(2, encoding="PNG")),
+            ("README", b"hello"),
+            format=format,
+        ),
+    )
+    index = ShardIndex.open(path.parent, "train")
+    assert [index.sample_key(i) for i in range(2)] == ["n01/a", long]
+    assert (index.label(0), index.label(1), index.num_classes, index.classes) == (2, 7, 8, None)
+    assert index.read(0) == jpeg and index.read(1) == picture(2, encoding="PNG")
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(
+    names=st.lists(st.text("ab/ü ", min_size=1, max_size=120).filter(lambda n: n.strip("/ ")), max_size=6, unique=True)
+)
+def test_offsets_and_names_are_those_of_tarfile(
+    tmp_path_factory: pytest.TempPathFactory, format: int, names: list[str]
+) -> None:
+    keys = [f"s{number}/{name.strip('/ ')}" for number, name in enumerate(names) if "//" not in name]
+    members = [
+        member for n, key in enumerate(keys) for member in ((f"{key}.jpg", key.encode() * n), (f"{key}.cls", b"0"))
+    ]
+    content = tar_with(*members, format=format)
+    path = tmp_path_factory.mktemp("tar") / "one.tar"
+    path.write_bytes(content)
+    found = index_shard(path)
+    assert [bytes(key).decode() for key in found.keys] == keys
+    for key, offset, length in zip(keys, found.offsets, found.lengths, strict=True):
+        with tarfile.open(path) as tar:
+            member = tar.getmember(f"{key}.jpg")
+        assert (offset, length) == (member.offset_data, member.size)
+
+
+# Damage
+
+
+def cut_points(content: bytes) -> dict[str, int]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        members = tar.getmembers()
+    last = members[-1]
+    end = last.offset_data + -(-last.size // BLOCK) * BLOCK
+    return {
+        "empty": 0,
+        "inside a header": members[2].offset + 100,
+        "inside data": members[2].offset_data + 3,
+        "between picture and label": members[3].offset,
+        "at the end of a member": members[4].offset,
+        "without end mark": end,
+    }
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "empty",
+        "inside a header",
+        "inside data",
+        "between picture and label",
+        "at the end of a member",
+        "without end mark",
+    ],
+)
+def test_a_foreign_shard_cut_short_is_noticed_without_a_manifest(tmp_path: Path, where: str) -> None:
+    content = write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes()
+    assert "cut short" in refused(tmp_path / "shards", content[: cut_points(content)[where]])
+
+
+def test_a_flipped_byte_in_a_header_is_found_by_its_checksum(tmp_path: Path) -> None:
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
+    content[cut_points(bytes(content))["between picture and label"] + 2] ^= 1
+    message = refused(tmp_path / "shards", bytes(content))
+    assert "damaged tar header" in message
+
+
+@pytest.mark.parametrize(
+    ("members", "complaint"),
+    [
+        pytest.param([("a.jpg", b"x")], "'a' of shard train-000000.tar has no label", id="no label"),
+        pytest.param([("a.cls", b"1")], "'a' of shard train-000000.tar has no picture", id="no picture"),
+        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpeg", b"y")], "'a' twice", id="two pictures"),
+        pytest.param([("a.jpg", b"x"), ("a.cls", b"1"), ("a.cls", b"1")], "'a' twice", id="two labels"),
+        pytest.param([("../a.jpg", b"x")], "leaves the archive", id="parent"),
+        pytest.param([("b/../../a.txt", b"x")], "leaves the archive", id="parent inside"),
+        pytest.param([("/etc/a.jpg", b"x")], "leaves the archive", id="absolute"),
+        pytest.param([(f"{'k' * 300}.jpg", b"x")], "key of 300 bytes", id="endless key"),
+    ],
+)
+def test_shards_that_no_honest_writer_makes_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes]], complaint: str
+) -> None:
+    assert complaint in refused(tmp_path, tar_with(*members, format=tarfile.PAX_FORMAT))
+
+
+def test_a_tar_without_any_sample_is_refused(tmp_path: Path) -> None:
+    shard_of(tmp_path, tar_with(("a.txt", b"x")))
+    with pytest.raises(DataError, match="holds no sample"):
+        ShardIndex.open(tmp_path, "train")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    assert "only regular files" in refused(tmp_path, buffer.getvalue())
+
+
+def test_two_tars_joined_into_one_are_not_half_read(tmp_path: Path) -> None:
+    whole = tar_with(("a.jpg", b"x"), ("a.cls", b"1"))
+    assert "after the end mark" in refused(tmp_path, whole + whole)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path: Path, seed: int) -> None:
+    """Whatever bytes are flipped, the answer is an index of existing bytes or a DataError, never another exception."""
+    content = bytearray(write_tar(tmp_path / "whole.tar", samples_of(0, 3)).read_bytes())
+    generator = np.random.default_rng(seed)
+    for attempt in range(60):
+        damaged = bytearray(content)
+        for place in generator.integers(0, len(content), 3):
+            damaged[place] = generator.integers(256)
+        root = shard_of(tmp_path / str(attempt), bytes(damaged)).parent
+        try:
+            index = ShardIndex.open(root, "train")
+        except DataError as error:
+            assert "train-000000.tar" in str(error)
+        else:
+            assert all(len(index.read(sample_id)) for sample_id in range(index.num_samples))
 
 
 # Sizes and kinds
