@@ -63,16 +63,6 @@ def steps_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> 
     return num_samples // global_batch if tail == "drop" else -(-num_samples // global_batch)
 
 
-def dropped_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:
-    """Samples of an epoch that no global batch holds."""
-    return num_samples % global_batch if tail == "drop" else 0
-
-
-def repeated_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:
-    """Samples that an epoch shows a second time."""
-    return 0 if tail == "drop" else -num_samples % global_batch
-
-
 def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop", groups: int = 1) -> Ids:
     """What an epoch shows, group by group: as much of `order` as whole batches hold, or more than it.
 
@@ -94,7 +84,7 @@ def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop", groups: int
         return order[: num_steps * global_batch]
     per_group = global_batch // groups
     borders = [group * len(order) // groups for group in range(groups + 1)]
-    runs = []
+    runs: list[Ids] = []
     for first, last in itertools.pairwise(borders):
         missing = num_steps * per_group - (last - first)  # from 0 to per_group
         runs += [order[first:last], order[last - per_group : last - per_group + missing]]
@@ -116,7 +106,7 @@ class BatchOrder:
     few shards, and ranks that take whole parts need no others. Divides the global batch; independent of the ranks."""
     tail: str = "drop"
     """What becomes of the samples that fill no batch: see `used_in_epoch`."""
-    _latest: dict[int, Ids] = field(default_factory=dict, repr=False, compare=False)
+    _latest: dict[int, Ids] = field(default_factory=dict[int, Ids], repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert 0 < self.global_batch <= self.num_samples, "less than one global batch: the caller says so to the user"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.remote.cache import Cache, CacheSettings
-from pipeline.data.remote.transfer import Patience
+from pipeline.data.remote.transfer import FetchBudget
 from pipeline.data.shards.manifest import Manifest
 from pipeline.run.launch.ports import free_port
 from tests.commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
@@ -140,7 +140,7 @@ def test_a_server_that_stays_away_in_the_middle_of_a_run(num_workers: int, serve
     said = sentences(ended.output)
     assert said and all("train-000001.tar of http" in sentence and "HTTP 503 (" in sentence for sentence in said)
     # What a rank that ended at once left half is nobody's, and whoever comes next sweeps it.
-    Cache(CacheSettings(tmp_path / "cache" / "squeezewire", 10**9, Patience(1.0)), server.url).prepare()
+    Cache(CacheSettings(tmp_path / "cache" / "squeezewire", 10**9, FetchBudget(1.0)), server.url).prepare()
     assert not list((tmp_path / "cache" / "squeezewire").glob("*.part"))
     assert "data.fetch_timeout_seconds=3" in said[0] and "run the same command again" in said[0]
 

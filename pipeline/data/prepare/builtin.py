@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.data.prepare.sources import Source, SourceImage, check_classes, chosen
+from pipeline.data.prepare.sources import PictureSource, SourceImage, check_classes, chosen
 from pipeline.data.prepare.textures import TEXTURES, Plane, draw
 
 CLASSES = tuple(TEXTURES)
@@ -112,7 +112,7 @@ class BuiltinReader:
         return self.pictures.jpeg(image.name.partition("/")[0], image.offset)
 
 
-def open_builtin(pictures: BuiltinPictures, split: str | None, classes: tuple[str, ...] | None) -> Source:
+def open_builtin(pictures: BuiltinPictures, split: str | None, classes: tuple[str, ...] | None) -> PictureSource:
     """The generator as a source.
 
     Raises:
@@ -128,7 +128,7 @@ def open_builtin(pictures: BuiltinPictures, split: str | None, classes: tuple[st
         ]
         for name in SPLITS
     }
-    return Source(
+    return PictureSource(
         kind="builtin",
         classes=check_classes(root, set(names), classes),
         splits=chosen(root, splits, split),

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import DataError
 from pipeline.data.prepare.sources import (
-    Source,
+    PictureSource,
     SourceImage,
     check_classes,
     chosen,
@@ -38,7 +38,9 @@ def holds_archives(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (TRAIN_ARCHIVE, VAL_ARCHIVE))
 
 
-def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | None, devkit: Path | None) -> Source:
+def open_ilsvrc2012(
+    path: Path, split: str | None, classes: tuple[str, ...] | None, devkit: Path | None
+) -> PictureSource:
     """Training and validation pictures of ILSVRC2012.
 
     Args:
@@ -67,7 +69,7 @@ def open_ilsvrc2012(path: Path, split: str | None, classes: tuple[str, ...] | No
             found |= set(wnids.values())
     if not splits:
         raise DataError(f"split={split} is not in source={path}, which holds {', '.join(a.name for a in archives)}.")
-    return Source(
+    return PictureSource(
         kind="ilsvrc2012",
         classes=check_classes(path, found, classes),
         splits=chosen(path, splits, split),

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.core.errors import DataError
 from pipeline.data.prepare.builtin import BuiltinPictures, open_builtin
 from pipeline.data.prepare.ilsvrc2012 import VAL_PREFIX, holds_archives, open_ilsvrc2012
-from pipeline.data.prepare.sources import Kind, Source, open_folders, open_tar, tar_members
+from pipeline.data.prepare.sources import Kind, PictureSource, open_folders, open_tar, tar_members
 
 BUILTIN = "builtin"
 
@@ -39,7 +39,7 @@ def open_source(
     classes: tuple[str, ...] | None,
     devkit: Path | None,
     builtin: BuiltinPictures,
-) -> Source:
+) -> PictureSource:
     """List the pictures of `source`.
 
     Args:

@@ -13,7 +13,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import try_lock, write_json_atomic
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
 from pipeline.data.prepare.plan import ORDER_RULE, plan_shards, shuffled
-from pipeline.data.prepare.sources import Source, SourceImage
+from pipeline.data.prepare.sources import PictureSource, SourceImage
 from pipeline.data.prepare.writer import SplitPlan, cannot_write
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Split
 
@@ -124,7 +124,7 @@ def _is_complete(out: Path, split: Split, request: dict[str, Any]) -> bool:
 
 
 def plan_splits(
-    source: Source,
+    source: PictureSource,
     out: Path,
     manifest: Manifest | None,
     *,
@@ -180,7 +180,7 @@ def plan_splits(
     return plans
 
 
-def _expected_bytes(source: Source, ordered: list[SourceImage], encoding: Encoding) -> int | None:
+def _expected_bytes(source: PictureSource, ordered: list[SourceImage], encoding: Encoding) -> int | None:
     """Mean bytes of the first few pictures once encoded; None if none of them can be."""
     sizes = []
     for image in ordered[:NUM_CALIBRATION_IMAGES]:

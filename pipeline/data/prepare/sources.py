@@ -44,7 +44,7 @@ Reader = Callable[[SourceImage], bytes]
 
 
 @dataclass(frozen=True)
-class Source:
+class PictureSource:
     """Every picture of every split, by class."""
 
     kind: Kind
@@ -88,7 +88,7 @@ def expect_image(image: SourceImage) -> None:
             os.close(descriptor)
 
 
-def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None) -> Source:
+def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None) -> PictureSource:
     """Class folders: `path/<class>/<image>`, or `path/<split>/<class>/<image>`.
 
     Args:
@@ -103,7 +103,7 @@ def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None)
     return _sorted_out("folders", path, _walk(path), split, classes)
 
 
-def open_tar(path: Path, split: str | None, classes: tuple[str, ...] | None) -> Source:
+def open_tar(path: Path, split: str | None, classes: tuple[str, ...] | None) -> PictureSource:
     """A tar of class folders, with or without split folders above them and one directory around everything.
 
     Raises:
@@ -140,10 +140,10 @@ def tar_members(path: Path, *, start: int = 0, stop: int | None = None) -> Itera
             raise DataError(f"{path} is damaged at byte {end}: there is no tar header. {remedy}")
 
 
-_Entry = tuple[str, str, int, int, int]  # name below the root, file, offset, length, mtime
+_ListedFile = tuple[str, str, int, int, int]  # name below the root, file, offset, length, mtime
 
 
-def _walk(root: Path) -> Iterator[_Entry]:
+def _walk(root: Path) -> Iterator[_ListedFile]:
     """Every file below `root`, in sorted order."""
     for directory, names, files in os.walk(root, followlinks=True):
         names.sort()
@@ -157,8 +157,8 @@ def _walk(root: Path) -> Iterator[_Entry]:
 
 
 def _sorted_out(
-    kind: Kind, root: Path, entries: Iterable[_Entry], split: str | None, classes: tuple[str, ...] | None
-) -> Source:
+    kind: Kind, root: Path, entries: Iterable[_ListedFile], split: str | None, classes: tuple[str, ...] | None
+) -> PictureSource:
     """Images by split and class, from their names alone."""
     found, ignored = _images_among(entries)
     notes = []
@@ -182,7 +182,7 @@ def _sorted_out(
                 "are these splits or classes? Give the folder of one split, or move the rest away."
             )
         splits = {split or DEFAULT_SPLIT: _with_classes(root, found)}
-    return Source(
+    return PictureSource(
         kind=kind,
         classes=check_classes(root, {image.class_name for images in splits.values() for image in images}, classes),
         splits=chosen(root, splits, split),
@@ -191,7 +191,7 @@ def _sorted_out(
     )
 
 
-def _images_among(entries: Iterable[_Entry]) -> tuple[list[tuple[tuple[str, ...], _Entry]], list[str]]:
+def _images_among(entries: Iterable[_ListedFile]) -> tuple[list[tuple[tuple[str, ...], _ListedFile]], list[str]]:
     """(images with the parts of their names, names of what is not an image). Hidden files are not images."""
     found, ignored = [], []
     for entry in entries:
@@ -204,7 +204,7 @@ def _images_among(entries: Iterable[_Entry]) -> tuple[list[tuple[tuple[str, ...]
     return found, ignored
 
 
-def _without_wrapper(found: list[tuple[tuple[str, ...], _Entry]]) -> list[tuple[tuple[str, ...], _Entry]]:
+def _without_wrapper(found: list[tuple[tuple[str, ...], _ListedFile]]) -> list[tuple[tuple[str, ...], _ListedFile]]:
     """Without directories that lie around everything and are neither split nor class."""
     while True:
         first = found[0][0][0]
@@ -218,7 +218,7 @@ def _split_name(folder: str, folders: set[str]) -> str:
     return folder if folder == "test" and len(folders - {"train"}) > 1 else SPLIT_ALIASES[folder]
 
 
-def _with_classes(root: Path, found: list[tuple[tuple[str, ...], _Entry]]) -> list[SourceImage]:
+def _with_classes(root: Path, found: list[tuple[tuple[str, ...], _ListedFile]]) -> list[SourceImage]:
     images = []
     for parts, (_, path, offset, num_bytes, mtime_ns) in found:
         if len(parts) < 2:

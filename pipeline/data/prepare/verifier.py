@@ -19,7 +19,7 @@ from pipeline.data.shards.tar import ShardSamples, index_shard
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedFile:
     """One shard and what is known of it beforehand: all from the manifest, or nothing but counts of foreign shards.
 
     The index that `prepare` writes beside the shards is checked like one, but holds no samples.
@@ -38,7 +38,7 @@ class Expected:
 class Found:
     """What became of checking it."""
 
-    expected: Expected
+    expected: ExpectedFile
     num_bytes: int = 0
     num_pictures: int = 0
     """With a label, and decoded."""
@@ -50,7 +50,7 @@ class Found:
     """Clauses, each about the shard or one of its samples."""
 
 
-def expected_shards(root: Path, split: str | None) -> tuple[list[Expected], list[str]]:
+def expected_shards(root: Path, split: str | None) -> tuple[list[ExpectedFile], list[str]]:
     """(the shards to check, sentences about what lies beside them).
 
     Args:
@@ -64,7 +64,7 @@ def expected_shards(root: Path, split: str | None) -> tuple[list[Expected], list
     if not ((root / MANIFEST_NAME).exists() or (root / STATE_DIRECTORY).exists()):
         found = find_all(root) if split is None else {split: find_split(root, split)}
         shards = [
-            Expected(name, shard, num_samples=foreign.counts.get(shard))
+            ExpectedFile(name, shard, num_samples=foreign.counts.get(shard))
             for name, foreign in sorted(found.items())
             for shard in foreign.names
         ]
@@ -77,15 +77,15 @@ def expected_shards(root: Path, split: str | None) -> tuple[list[Expected], list
     return shards, [f"{name} is in no split of {MANIFEST_NAME}, and is not read." for name in strays]
 
 
-def _of_manifest(manifest: Manifest, name: str, split: Split) -> list[Expected]:
+def _of_manifest(manifest: Manifest, name: str, split: Split) -> list[ExpectedFile]:
     shards = [
-        Expected(name, shard.name, shard.bytes, shard.sha256, shard.num_samples, len(manifest.classes))
+        ExpectedFile(name, shard.name, shard.bytes, shard.sha256, shard.num_samples, len(manifest.classes))
         for shard in split.shards
     ]
     try:
         index = split.extra[INDEX_KEY]
         sha256 = str(index["sha256"])
-        shards.append(Expected(name, index_name(name), int(index["bytes"]), sha256, is_index=True))
+        shards.append(ExpectedFile(name, index_name(name), int(index["bytes"]), sha256, is_index=True))
     except (KeyError, TypeError, ValueError):
         pass  # of an earlier version; who needs one says so
     return shards
@@ -97,7 +97,7 @@ class ShardVerifier:
 
     root: Path
 
-    def __call__(self, expected: Expected, tick: Callable[[int], None]) -> Found:
+    def __call__(self, expected: ExpectedFile, tick: Callable[[int], None]) -> Found:
         """Read all of it.
 
         Args:
@@ -113,7 +113,7 @@ class ShardVerifier:
             return Found(expected, problems=(f"cannot be read: {error.strerror or error}",))
         return found
 
-    def _read(self, path: Path, expected: Expected, num_bytes: int, tick: Callable[[int], None]) -> Found:
+    def _read(self, path: Path, expected: ExpectedFile, num_bytes: int, tick: Callable[[int], None]) -> Found:
         problems = []
         if expected.num_bytes not in (None, num_bytes):
             problems.append(f"has {num_bytes} bytes, and the manifest says {expected.num_bytes}")

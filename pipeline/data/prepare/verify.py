@@ -1,20 +1,15 @@
 """What `prepare verify=true` does: read shards that are there, and say everything that is wrong with them."""
 
 import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from pipeline.core.errors import DataError
+from pipeline.core.progress import progress_bar
 from pipeline.data.prepare.pool import run_tasks
-from pipeline.data.prepare.verifier import Expected, Found, ShardVerifier, expected_shards
+from pipeline.data.prepare.verifier import ExpectedFile, Found, ShardVerifier, expected_shards
 
 if TYPE_CHECKING:
     from pipeline.config.prepare import PrepareConfig
@@ -31,12 +26,12 @@ def verify_shards(config: "PrepareConfig") -> None:
     shards, notes = expected_shards(root, config.split)
     for note in notes:
         print(note)
-    with _progress(_num_bytes(root, shards)) as report:
+    with progress_bar("checked", _num_bytes(root, shards), unit="bytes") as bar:
         found = run_tasks(
             ShardVerifier(root),
             shards,
             num_workers=config.num_workers or len(os.sched_getaffinity(0)),
-            report=report,
+            report=bar.update,
             accept=_tell,
         )
     _summarise(found, time.monotonic() - started)
@@ -48,7 +43,7 @@ def verify_shards(config: "PrepareConfig") -> None:
         )
 
 
-def _num_bytes(root: Path, shards: list[Expected]) -> int:
+def _num_bytes(root: Path, shards: list[ExpectedFile]) -> int:
     paths = [root / shard.name for shard in shards]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
@@ -57,22 +52,6 @@ def _tell(found: Found) -> None:
     """At once, because checking may take hours."""
     for problem in found.problems:
         print(f"wrong: {found.expected.name}: {problem}", flush=True)
-
-
-@contextmanager
-def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, and silence elsewhere. Yields what is to be called with the bytes done."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns,
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # else what is wrong would go to the terminal, not into the user's file
-    ) as progress:
-        bar = progress.add_task("checked", total=num_bytes)
-        yield lambda num_done: progress.update(bar, completed=num_done)
 
 
 def _summarise(found: list[Found], seconds: float) -> None:

@@ -3,14 +3,10 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from pipeline.core.progress import progress_bar
 from pipeline.data.pictures import Encoding
 from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.opening import BUILTIN, open_source, read_classes
@@ -22,7 +18,7 @@ from pipeline.data.prepare.request import (
     note_source,
     plan_splits,
 )
-from pipeline.data.prepare.sources import Source
+from pipeline.data.prepare.sources import PictureSource
 from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.data.shards.manifest import Manifest
 
@@ -72,7 +68,7 @@ def prepare_shards(config: "PrepareConfig") -> None:
             source_digest=source_digest,
         )
         note_source(out, [plan.name for plan in plans], source_digest)
-        with _progress(sum(plan.num_samples for plan in plans)) as report:
+        with progress_bar("images", sum(plan.num_samples for plan in plans)) as bar:
             manifest, results = write_splits(
                 plans,
                 ShardWriter(out, source.read, encoding),
@@ -80,7 +76,7 @@ def prepare_shards(config: "PrepareConfig") -> None:
                 manifest,
                 num_workers=config.num_workers or len(os.sched_getaffinity(0)),
                 max_bad_fraction=config.max_bad_fraction,
-                report=report,
+                report=bar.update,
             )
     _summarise(out, manifest, results, time.monotonic() - start_seconds)
 
@@ -103,23 +99,13 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[s
     return request
 
 
-def _announce(source: Source, config: "PrepareConfig") -> None:
+def _announce(source: PictureSource, config: "PrepareConfig") -> None:
     """What was recognised, before the work starts."""
     origin = "as kind= says" if config.kind else "recognised"
     counts = ", ".join(f"{name} {len(images):,}" for name, images in sorted(source.splits.items()))
     print(f"Source {config.source}: {source.kind} ({origin}), {len(source.classes)} classes, images: {counts}.")
     for note in source.notes:
         print(note)
-
-
-@contextmanager
-def _progress(num_samples: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, and silence elsewhere. Yields what is to be called with the number done."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("images", total=num_samples)
-        yield lambda num_done: progress.update(bar, completed=num_done)
 
 
 def _summarise(out: Path, manifest: Manifest, results: list[WrittenShard], seconds: float) -> None:

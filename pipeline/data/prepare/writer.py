@@ -4,7 +4,7 @@ out/train-000000.tar ...      plain WebDataset tars: <key>.jpg, <key>.cls
 out/_info.json                what timm's reader of WebDataset wants to know
 out/train.index.npz           where every sample lies (table.py)
 out/manifest.json             written when everything else is complete
-out/.sources.json             which place each split came from, as a digest (planning.py)
+out/.sources.json             which place each split came from, as a digest (request.py)
 out/.prepare/<shard>.json     only while unfinished: which plan a finished shard is of, with its size and hash
 """
 
@@ -249,7 +249,7 @@ def _begin(out: Path, plans: Sequence[SplitPlan], manifest: Manifest | None) -> 
         for path in tars:
             if path.name not in planned:
                 path.unlink()
-        # Nobody else writes here (`planning.exclusive`), so whatever is half-made is left over.
+        # Nobody else writes here (`request.exclusive`), so whatever is half-made is left over.
         for pattern in (f"*.tar{TEMPORARY_MARK}*", f"*.json{TEMPORARY_MARK}*", f"*.npz{TEMPORARY_MARK}*"):
             for path in (*out.glob(pattern), *state.glob(pattern)):
                 path.unlink(missing_ok=True)

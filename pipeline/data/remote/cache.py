@@ -27,7 +27,7 @@ from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.core.files import fsync_directory, try_lock
 from pipeline.data.remote.cache_files import PART, evict, is_at, is_there, open_own, open_part, own_files, sweep
-from pipeline.data.remote.transfer import Patience
+from pipeline.data.remote.transfer import FetchBudget
 
 FAILED = b"squeezewire could not fetch this: "
 LOCK_NAME = "lock"
@@ -43,7 +43,7 @@ Produce = Callable[[BinaryIO, Path], object]
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """An object that the cache has or could have."""
 
     key: str
@@ -64,7 +64,7 @@ class CacheSettings:
 
     directory: Path
     num_bytes: int
-    patience: Patience
+    budget: FetchBudget
 
     @classmethod
     def of(cls, data: DataConfig) -> "CacheSettings":
@@ -74,7 +74,7 @@ class CacheSettings:
         """
         base = data.cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         directory = Path(base).expanduser() / "squeezewire"
-        return cls(directory, data.cache_bytes, Patience(data.fetch_timeout_seconds))
+        return cls(directory, data.cache_bytes, FetchBudget(data.fetch_timeout_seconds))
 
 
 class Cache:
@@ -89,9 +89,9 @@ class Cache:
 
     def __init__(self, settings: CacheSettings, origin: str) -> None:
         self.directory = settings.directory.absolute()
-        self._identity = [origin, settings.num_bytes, settings.patience.seconds]
+        self._identity = [origin, settings.num_bytes, settings.budget.seconds]
         self.num_bytes = settings.num_bytes
-        self.patience = settings.patience
+        self.budget = settings.budget
 
     def prepare(self) -> None:
         """Make the directory, prove that it is ours and can be written, and sweep what dead processes left."""
@@ -114,7 +114,7 @@ class Cache:
                         sweep(file.path)
 
     @contextmanager
-    def open(self, entry: Entry, produce: Produce, *, max_age_seconds: float | None = None) -> Iterator[int]:
+    def open(self, entry: CacheEntry, produce: Produce, *, max_age_seconds: float | None = None) -> Iterator[int]:
         """A descriptor of the object, to read from by offset; fetched before if it is not there.
 
         Args:
@@ -134,7 +134,7 @@ class Cache:
             os.close(descriptor)
 
     @contextmanager
-    def look(self, entry: Entry) -> Iterator[int | None]:
+    def look(self, entry: CacheEntry) -> Iterator[int | None]:
         """As `open`, without fetching: None if the object is not here. It counts as used."""
         with self._disk_errors():
             descriptor = self._find(entry, None)
@@ -144,7 +144,7 @@ class Cache:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def fetch_ahead(self, entry: Entry, produce: Produce) -> bool:
+    def fetch_ahead(self, entry: CacheEntry, produce: Produce) -> bool:
         """Fetch an object that is needed later. False if that must wait: another process is at it, or there is no room.
 
         One that is there counts as used now.
@@ -159,18 +159,18 @@ class Cache:
                 os.close(descriptor)
             return descriptor is not None
 
-    def release(self, entry: Entry) -> None:
+    def release(self, entry: CacheEntry) -> None:
         """Let an object go first: it is not needed soon. Being read again, it counts as used again."""
         with suppress(OSError):
             released = time.time() - RELEASED_SECONDS
             os.utime(self.path(entry), (released, released), follow_symlinks=False)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: CacheEntry) -> None:
         """Forget an object."""
         with self._disk_errors():
             self.path(entry).unlink(missing_ok=True)
 
-    def has(self, entry: Entry) -> bool:
+    def has(self, entry: CacheEntry) -> bool:
         """Whether the object is here."""
         return is_there(self.path(entry))
 
@@ -180,11 +180,11 @@ class Cache:
 
     # --- finding ---
 
-    def path(self, entry: Entry) -> Path:
+    def path(self, entry: CacheEntry) -> Path:
         """Where the object lies, if it is here."""
         return self.directory / entry.key
 
-    def _find(self, entry: Entry, max_age_seconds: float | None) -> int | None:
+    def _find(self, entry: CacheEntry, max_age_seconds: float | None) -> int | None:
         """A descriptor of the object, locked for reading and marked as used, or None."""
         path = self.path(entry)
         descriptor = open_own(path, os.O_RDONLY)
@@ -206,7 +206,7 @@ class Cache:
 
     # --- fetching ---
 
-    def _fetch(self, entry: Entry, produce: Produce, max_age_seconds: float | None, *, wait: bool) -> int | None:
+    def _fetch(self, entry: CacheEntry, produce: Produce, max_age_seconds: float | None, *, wait: bool) -> int | None:
         """Fetch the object under its lock; None if meanwhile something changed and it is to be looked for again.
 
         Raises:
@@ -238,7 +238,7 @@ class Cache:
             if not keep:
                 os.close(descriptor)
 
-    def _produce(self, entry: Entry, descriptor: int, part: Path, produce: Produce, *, wait: bool) -> None:
+    def _produce(self, entry: CacheEntry, descriptor: int, part: Path, produce: Produce, *, wait: bool) -> None:
         """Fill the locked `.part`. On failure it is removed, and holds the reason for those who wait for its lock."""
         try:
             os.ftruncate(descriptor, 0)
@@ -258,9 +258,9 @@ class Cache:
                     os.pwrite(descriptor, FAILED + json.dumps([self._identity, str(error)]).encode(), 0)
             raise
 
-    def _lock_part(self, descriptor: int, entry: Entry, *, wait: bool) -> None:
+    def _lock_part(self, descriptor: int, entry: CacheEntry, *, wait: bool) -> None:
         """Lock the `.part`, as long as its owner shows life by writing to it."""
-        longest = 2 * self.patience.seconds + GRACE_SECONDS if wait else 0.0
+        longest = 2 * self.budget.seconds + GRACE_SECONDS if wait else 0.0
         while not try_lock(descriptor, seconds=longest, while_changing=True):
             if not wait:
                 raise Busy
@@ -282,14 +282,14 @@ class Cache:
 
     # --- room ---
 
-    def _reserve(self, entry: Entry, descriptor: int, *, wait: bool) -> None:
+    def _reserve(self, entry: CacheEntry, descriptor: int, *, wait: bool) -> None:
         """Make room and take it, so that nobody else does and a full disk is known before the transfer."""
         num_bytes = entry.num_bytes or 0
         if num_bytes > self.num_bytes:
             raise DataError(
                 f"data.cache_bytes={self.num_bytes} holds not even {entry.name}, which has {num_bytes} bytes: raise it."
             )
-        deadline = time.monotonic() + self.patience.seconds
+        deadline = time.monotonic() + self.budget.seconds
         while True:
             with self._locked():
                 has_room = self._make_room(num_bytes, entry)
@@ -306,7 +306,7 @@ class Cache:
                 )
             time.sleep(POLL_SECONDS)
 
-    def _make_room(self, num_bytes: int, entry: Entry) -> bool:
+    def _make_room(self, num_bytes: int, entry: CacheEntry) -> bool:
         """Evict what was not used for longest until `num_bytes` more are within the bound. Not what is in use."""
         files = own_files(self.directory)
         excess = sum(file.num_bytes for file in files) + num_bytes - self.num_bytes

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pipeline.core.errors import DataError
-from pipeline.data.remote.cache import Cache, CacheSettings, Entry, Produce
+from pipeline.data.remote.cache import Cache, CacheEntry, CacheSettings, Produce
 from pipeline.data.remote.opening import open_store
 from pipeline.data.remote.store import Store
-from pipeline.data.remote.transfer import Expected, Patience, Pulse, fetch, head, names, no_pulse, say
+from pipeline.data.remote.transfer import Expected, FetchBudget, Pulse, fetch, head, names, no_pulse, say
 from pipeline.data.shards.foreign import INFO_NAMES, Info, shards_by_prefix
 from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from pipeline.data.shards.opened import OpenedSplit
@@ -55,7 +55,7 @@ class RemoteFiles:
     ) -> None:
         self.url, self.shards, self.cache, self.table = url, shards, cache, table
         self.validators = tuple(validators)
-        self._connection = Connection(url, cache.patience)
+        self._connection = Connection(url, cache.budget)
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """See ShardFiles; fetches the shard if it is not here.
@@ -82,11 +82,11 @@ class RemoteFiles:
         """See ShardFiles."""
         self._connection.close()
 
-    def entry(self, shard: int) -> Entry:
+    def entry(self, shard: int) -> CacheEntry:
         """A shard with a hash is known by it, wherever it came from; another by its address, size and tag."""
         file = self.shards[shard]
         key = file.sha256 or _key("shard", self.url, file.name, file.bytes, self.validators[shard])
-        return Entry(key, f"{file.name} of {self.url}", file.bytes)
+        return CacheEntry(key, f"{file.name} of {self.url}", file.bytes)
 
     def producer(self, shard: int, pulse: Pulse = no_pulse) -> Produce:
         """How a shard comes into the cache: whole, with the right hash, holding what the index says."""
@@ -95,8 +95,8 @@ class RemoteFiles:
 
         def produce(sink: BinaryIO, part: Path) -> None:
             expected = Expected(file.bytes, file.sha256, validator)
-            store, patience = self._connection.store, self.cache.patience
-            fetch(store, file.name, sink, expected=expected, patience=patience, pulse=pulse)
+            store, budget = self._connection.store, self.cache.budget
+            fetch(store, file.name, sink, expected=expected, budget=budget, pulse=pulse)
             if self.table is not None and not self.table.agrees_with(shard, scan_shard(part, file, f"at {self.url}")):
                 raise DataError(
                     f"Shard {file.name} at {self.url} does not hold the samples that the index lists: copy there again"
@@ -109,8 +109,8 @@ class RemoteFiles:
 class Connection:
     """The store of a URL, opened once in each process that uses it."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
-        self.url, self.patience = url, patience
+    def __init__(self, url: str, budget: FetchBudget) -> None:
+        self.url, self.budget = url, budget
         self._start_empty()
 
     @property
@@ -118,7 +118,7 @@ class Connection:
         """Made by the first thread that asks; a forked child makes its own."""
         with self._lock:
             if self._store is None or self._owner != os.getpid():
-                self._store, self._owner = open_store(self.url, self.patience.timeouts), os.getpid()
+                self._store, self._owner = open_store(self.url, self.budget.timeouts), os.getpid()
             return self._store
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Connection:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "patience": self.patience}
+        return {"url": self.url, "budget": self.budget}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -187,8 +187,8 @@ class _Place:
     def __init__(self, url: str, split: str, settings: CacheSettings) -> None:
         self.url, self.split = url.rstrip("/"), split
         self.cache = Cache(settings, self.url)
-        self.patience = settings.patience
-        self.connection = Connection(self.url, self.patience)
+        self.budget = settings.budget
+        self.connection = Connection(self.url, self.budget)
         assert self.connection.store  # a URL that means nothing is refused before a directory is made
         self.cache.prepare()
 
@@ -213,11 +213,11 @@ class _Place:
 
         def produce(file: BinaryIO, part: Path) -> None:
             del part
-            if head(self.connection.store, name, self.patience, is_optional=is_optional) is not None:
+            if head(self.connection.store, name, self.budget, is_optional=is_optional) is not None:
                 expected = Expected(most_bytes=MAX_MANIFEST_BYTES)
-                fetch(self.connection.store, name, file, expected=expected, patience=self.patience)
+                fetch(self.connection.store, name, file, expected=expected, budget=self.budget)
 
-        entry = Entry(_key(*key, self.url), f"{name} of {self.url}")
+        entry = CacheEntry(_key(*key, self.url), f"{name} of {self.url}")
         with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
             return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
@@ -236,7 +236,9 @@ class _Place:
             file.write(json.dumps(self._looked_up(found, part)).encode())
 
         told = info.splits if info else None
-        entry = Entry(_key("listing", self.url, self.split, told, *map(asdict, shards)), f"the listing of {self.url}")
+        entry = CacheEntry(
+            _key("listing", self.url, self.split, told, *map(asdict, shards)), f"the listing of {self.url}"
+        )
         with self.cache.open(entry, produce, max_age_seconds=FRESH_SECONDS) as descriptor:
             listed = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
         if not shards:
@@ -246,7 +248,7 @@ class _Place:
     def _foreign_names(self, info: Info | None) -> Sequence[str]:
         """As `foreign.find_split` finds them in a directory."""
         has_names = self.split.endswith(".tar")
-        everything = None if has_names else names(self.connection.store, self.patience)
+        everything = None if has_names else names(self.connection.store, self.budget)
         by_prefix = shards_by_prefix(self.split, everything or ())
         told = info.find(self.split, by_prefix) if info else None
         if told:
@@ -268,7 +270,7 @@ class _Place:
         """[(name, bytes, validator)], asked for side by side."""
         store = self.connection.store
         with threads(NUM_LISTING_THREADS) as pool:
-            stats = list(pool.map(lambda s: head(store, s.name, self.patience, lambda: os.utime(part)), shards))
+            stats = list(pool.map(lambda s: head(store, s.name, self.budget, lambda: os.utime(part)), shards))
         missing = [shard.name for shard, stat in zip(shards, stats, strict=True) if stat is None]
         if missing:
             shown = ", ".join(missing[:MAX_NAMES_SHOWN]) + (", ..." if len(missing) > MAX_NAMES_SHOWN else "")
@@ -295,7 +297,7 @@ class _Place:
             name, num_bytes, sha256 = described["name"], described["bytes"], described["sha256"]
             if name != index_name(self.split):
                 raise ValueError(name)
-            entry = Entry(sha256, f"{name} of {self.url}", int(num_bytes))
+            entry = CacheEntry(sha256, f"{name} of {self.url}", int(num_bytes))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.url}/{MANIFEST_NAME} describes the index of split {self.split!r} wrongly. Run `prepare` again."
@@ -305,7 +307,7 @@ class _Place:
         def produce(file: BinaryIO, part: Path) -> None:
             del part
             expected = Expected(num_bytes, sha256)
-            fetch(self.connection.store, name, file, expected=expected, patience=self.patience)
+            fetch(self.connection.store, name, file, expected=expected, budget=self.budget)
 
         with self.cache.open(entry, produce):
             return SampleTable.load(self.cache.path(entry), shards)
@@ -322,7 +324,7 @@ class _Place:
             _scanned(files, lambda: os.utime(part)).save(file)
 
         known = [files.entry(shard).key for shard in range(len(files.shards))]
-        entry = Entry(_key("index", SCHEMA, *known), f"the index of {self.url}")
+        entry = CacheEntry(_key("index", SCHEMA, *known), f"the index of {self.url}")
         with self.cache.open(entry, produce):
             return SampleTable.load(self.cache.path(entry), files.shards)
 

@@ -1,6 +1,6 @@
 """Objects brought here whole and proven, from servers that fail, stall, cut and lie; or an error that says why not.
 
-A transfer goes on where it was cut. It is given up when nothing good has come of it for `Patience.seconds`: waiting,
+A transfer resumes where it was cut. It is given up when nothing good has come of it for `FetchBudget.seconds`: waiting,
 failing and trickling count, a mebibyte received at a bearable speed begins the time anew.
 """
 
@@ -32,8 +32,8 @@ _random = SystemRandom()  # servers and ranks must not come back in step, and no
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long to wait for what."""
+class FetchBudget:
+    """How long a transfer may go without progress."""
 
     seconds: float
     """data.fetch_timeout_seconds: without any progress."""
@@ -70,44 +70,44 @@ def no_pulse() -> None:
 
 
 class Retries:
-    """The patience with one object.
+    """What is left of the budget for one object.
 
     Args:
         subject: the object and where it is, for messages.
     """
 
-    def __init__(self, patience: Patience, subject: str, pulse: Pulse) -> None:
-        self.patience, self.subject, self.pulse = patience, subject, pulse
+    def __init__(self, budget: FetchBudget, subject: str, pulse: Pulse) -> None:
+        self.budget, self.subject, self.pulse = budget, subject, pulse
         self.reasons: Counter[str] = Counter()
         self._has_spoken = False
         self._pauses = 0
         self._since = time.monotonic()
 
     def progress(self) -> None:
-        """Something good came: patience begins anew."""
+        """Note that something good came: the budget begins anew."""
         self._since, self._pauses = time.monotonic(), 0
 
     def failed(self, error: Transient) -> None:
         """Wait, longer each time, as long as the server asks for where it does.
 
         Raises:
-            DataError: the patience is at its end, or would be when the waiting is.
+            DataError: The budget is spent, or would be after the pause.
         """
         self.reasons[str(error)] += 1
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**self._pauses)
         pause = (error.retry_after_seconds or 0.0) + pause * _random.uniform(0.5, 1.0)
         self._pauses += 1
         spent = time.monotonic() - self._since
-        if spent + pause > self.patience.seconds:
+        if spent + pause > self.budget.seconds:
             asked = error.retry_after_seconds
             raise DataError(
-                f"{self.subject} could not be fetched in data.fetch_timeout_seconds={self.patience.seconds:g}:"
+                f"{self.subject} could not be fetched in data.fetch_timeout_seconds={self.budget.seconds:g}:"
                 f" {self.summary()}{f'; the server asks to wait {asked:g} s more' if asked else ''}."
                 " Look after the server and the network and run the same command again, or allow more seconds."
             )
         if spent > SAY_AFTER_SECONDS and not self._has_spoken:
             self._has_spoken = True
-            say(f"{self.subject}: {self.summary()}; it is tried for up to {self.patience.seconds:g} s")
+            say(f"{self.subject}: {self.summary()}; it is tried for up to {self.budget.seconds:g} s")
         self._pause(pause)
 
     def _pause(self, seconds: float) -> None:
@@ -133,7 +133,7 @@ def say(text: str) -> None:
 
 
 def head(
-    store: Store, name: str, patience: Patience, pulse: Pulse = no_pulse, *, is_optional: bool = False
+    store: Store, name: str, budget: FetchBudget, pulse: Pulse = no_pulse, *, is_optional: bool = False
 ) -> Stat | None:
     """What the server says of an object; None if there is none.
 
@@ -143,21 +143,21 @@ def head(
     Raises:
         DataError: the server refuses it, or does not answer in time.
     """
-    retries = Retries(patience, f"{name} of {store.url}", pulse)
+    retries = Retries(budget, f"{name} of {store.url}", pulse)
     try:
         return _persist(lambda: store.head(name), retries, is_optional=is_optional)
     except Missing:
         return None
 
 
-def names(store: Store, patience: Patience) -> list[str] | None:
+def names(store: Store, budget: FetchBudget) -> list[str] | None:
     """All objects under the store's URL; None if the server cannot tell.
 
     Raises:
         DataError: the server refuses it, or does not answer in time.
     """
     try:
-        return _persist(store.names, Retries(patience, f"The listing of {store.url}", no_pulse))
+        return _persist(store.names, Retries(budget, f"The listing of {store.url}", no_pulse))
     except Missing as error:
         raise DataError(f"{store.url} does not exist ({error}): correct data.root.") from None
 
@@ -189,7 +189,7 @@ def fetch(
     file: BinaryIO,
     *,
     expected: Expected = Expected(),
-    patience: Patience,
+    budget: FetchBudget,
     pulse: Pulse = no_pulse,
 ) -> None:
     """Write the object `name` to `file`, from its beginning, and prove that it is what was expected.
@@ -201,7 +201,7 @@ def fetch(
         DataError: it is missing, refused, not the one expected, or did not come in time.
         OSError: `file` cannot be written.
     """
-    transfer = _Transfer(store, name, file, expected, Retries(patience, f"{name} of {store.url}", pulse))
+    transfer = _Transfer(store, name, file, expected, Retries(budget, f"{name} of {store.url}", pulse))
     while not transfer.is_whole:
         transfer.attempt()
     transfer.retries.report()
@@ -279,7 +279,7 @@ class _Transfer:
             raise self._too_large(most)
         self._validator = body.stat.validator
         self.file.seek(self._position)
-        speed = _Speed(self.retries.patience.low_speed_seconds)
+        speed = _Speed(self.retries.budget.low_speed_seconds)
         while chunk := body.read():
             if total is not None and self._position + len(chunk) > total:
                 raise _WrongContent("more bytes than expected")

@@ -18,36 +18,36 @@ import pytest
 
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError
-from pipeline.data.remote.cache import PART, Cache, CacheSettings, Entry, Produce
-from pipeline.data.remote.transfer import Patience
+from pipeline.data.remote.cache import PART, Cache, CacheEntry, CacheSettings, Produce
+from pipeline.data.remote.transfer import FetchBudget
 from tests.shard_server import Rule, ShardServer, serving
 
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]
 CONTENTS = {name: np.random.default_rng(number).bytes(SIZE) for number, name in enumerate(NAMES)}
-ENTRIES = {name: Entry(hashlib.sha256(content).hexdigest(), name, SIZE) for name, content in CONTENTS.items()}
+ENTRIES = {name: CacheEntry(hashlib.sha256(content).hexdigest(), name, SIZE) for name, content in CONTENTS.items()}
 DEADLINE_SECONDS = 60.0
 
 READER = """
 import hashlib, os, sys
 from pathlib import Path
-from pipeline.data.remote.cache import Cache, CacheSettings, Entry
+from pipeline.data.remote.cache import Cache, CacheSettings, CacheEntry
 from pipeline.data.remote.opening import open_store
-from pipeline.data.remote.transfer import Expected, Patience, fetch
+from pipeline.data.remote.transfer import Expected, FetchBudget, fetch
 from pipeline.core.errors import DataError
 
 url, directory, bound, seconds, *wanted = sys.argv[1:]
-patience = Patience(float(seconds))
-cache = Cache(CacheSettings(Path(directory), int(bound), patience), url)
-store = open_store(url, patience.timeouts)
+budget = FetchBudget(float(seconds))
+cache = Cache(CacheSettings(Path(directory), int(bound), budget), url)
+store = open_store(url, budget.timeouts)
 cache.prepare()
 print("ready", flush=True)
 sys.stdin.readline()
 for item in wanted:
     name, size, sha256 = item.split(":")
-    entry = Entry(sha256, name, int(size))
+    entry = CacheEntry(sha256, name, int(size))
     def produce(file, part):
-        fetch(store, name, file, expected=Expected(entry.num_bytes, sha256), patience=patience)
+        fetch(store, name, file, expected=Expected(entry.num_bytes, sha256), budget=budget)
     try:
         with cache.open(entry, produce) as descriptor:
             content = os.pread(descriptor, 2**30, 0)
@@ -108,7 +108,7 @@ def server(running: ShardServer) -> ShardServer:
 
 
 def make(directory: Path, *, bound: int = 10**9, seconds: float = 20.0, origin: str = "here") -> Cache:
-    cache = Cache(CacheSettings(directory, bound, Patience(seconds)), origin)
+    cache = Cache(CacheSettings(directory, bound, FetchBudget(seconds)), origin)
     cache.prepare()
     return cache
 
@@ -173,7 +173,7 @@ def test_a_second_job_takes_what_the_first_has_left(server: ShardServer, tmp_pat
 
 
 def test_a_failure_is_shared_by_those_who_wait_for_it(server: ShardServer, tmp_path: Path) -> None:
-    """Each of them would otherwise spend the whole patience, one after another."""
+    """Each of them would otherwise spend the whole budget, one after another."""
     server.set_rules(Rule("status", status=503))
     readers = [Reader(server, tmp_path / "cache", NAMES[0], seconds=2) for _ in range(3)]
     for reader in readers:
@@ -362,7 +362,7 @@ def test_what_is_fetched_ahead_waits_for_nobody(tmp_path: Path) -> None:
 
 def test_an_old_object_is_fetched_anew_where_age_matters(tmp_path: Path) -> None:
     cache = make(tmp_path)
-    entry = Entry("0" * 64, "the listing")
+    entry = CacheEntry("0" * 64, "the listing")
 
     def read(told: bytes) -> bytes:
         with cache.open(entry, lambda file, part: file.write(told), max_age_seconds=30) as descriptor:
@@ -454,13 +454,13 @@ def test_the_cache_has_a_directory_of_its_own_below_the_one_that_is_given(
 FULL_DISK = """
 import os, sys
 from pathlib import Path
-from pipeline.data.remote.cache import Cache, CacheSettings, Entry
-from pipeline.data.remote.transfer import Patience
+from pipeline.data.remote.cache import Cache, CacheSettings, CacheEntry
+from pipeline.data.remote.transfer import FetchBudget
 from pipeline.core.errors import DataError
 
-cache = Cache(CacheSettings(Path(sys.argv[1]), 10**9, Patience(5.0)), "here")
+cache = Cache(CacheSettings(Path(sys.argv[1]), 10**9, FetchBudget(5.0)), "here")
 cache.prepare()
-entries = [Entry(str(n) * 64, f"shard {n}", 600_000) for n in range(3)]
+entries = [CacheEntry(str(n) * 64, f"shard {n}", 600_000) for n in range(3)]
 def produce(file, part):
     file.write(b"x" * 600_000)
 for entry in entries:  # the disk has room for one

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from pipeline.data.order import (
     PADDING,
     BatchOrder,
-    dropped_per_epoch,
     epoch_order,
     evaluation_stripe,
-    repeated_per_epoch,
     steps_per_epoch,
     stripe,
     used_in_epoch,
@@ -105,7 +103,6 @@ def test_steps_cover_each_epoch_once_and_drop_the_tail(
     num_samples = num_steps * global_batch + tail % global_batch
     order = BatchOrder(num_samples=num_samples, global_batch=global_batch, seed=seed, index_hash=HASH)
     assert order.steps_per_epoch == steps_per_epoch(num_samples, global_batch) == num_steps
-    assert dropped_per_epoch(num_samples, global_batch) == tail % global_batch
     for epoch in range(2):
         steps = range(epoch * num_steps, (epoch + 1) * num_steps)
         assert {order.epoch_of(step) for step in steps} == {epoch}
@@ -123,9 +120,7 @@ def test_a_padded_epoch_shows_every_sample_and_its_last_batch_again_some_of_the_
     order = BatchOrder(num_samples=num_samples, global_batch=global_batch, seed=seed, index_hash=HASH, tail="pad")
     num_steps = whole + bool(tail % global_batch)
     assert order.steps_per_epoch == steps_per_epoch(num_samples, global_batch, "pad") == num_steps
-    assert dropped_per_epoch(num_samples, global_batch, "pad") == 0
-    assert repeated_per_epoch(num_samples, global_batch) == 0
-    repeated = repeated_per_epoch(num_samples, global_batch, "pad")
+    repeated = -num_samples % global_batch
     assert repeated == num_steps * global_batch - num_samples
     for epoch in range(2):
         batches = [order.batch_samples(epoch * num_steps + place) for place in range(num_steps)]
@@ -211,7 +206,7 @@ def test_padding_shows_every_sample_and_none_twice_in_a_step_in_any_groups(
     assert {len(batch) for batch in batches} == {len(set(batch.tolist())) for batch in batches} == {global_batch}
     counts = np.bincount(np.concatenate(batches), minlength=num_samples)
     assert counts.min() == 1 and counts.max() <= 2
-    assert (counts == 2).sum() == repeated_per_epoch(num_samples, global_batch, "pad")
+    assert (counts == 2).sum() == -num_samples % global_batch
     of_group = [
         set(np.concatenate([b.reshape(groups, -1)[group] for b in batches]).tolist()) for group in range(groups)
     ]

@@ -24,7 +24,7 @@ from pipeline.data.order import BatchOrder
 from pipeline.data.prefetch import Prefetcher
 from pipeline.data.remote.cache import CacheSettings
 from pipeline.data.remote.shards import RemoteFiles, check_remote
-from pipeline.data.remote.transfer import Patience
+from pipeline.data.remote.transfer import FetchBudget
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
 from tests.s3_server import BUCKET, client_of, credentials, serving_s3, upload
@@ -48,7 +48,7 @@ def server(root: Path, tmp_path: Path) -> Iterator[ShardServer]:
 
 
 def settings(tmp_path: Path, *, cache: str = "cache", bound: int = 10**9, seconds: float = 10.0) -> CacheSettings:
-    return CacheSettings(tmp_path / cache, bound, Patience(seconds))
+    return CacheSettings(tmp_path / cache, bound, FetchBudget(seconds))
 
 
 def opened(server: ShardServer, tmp_path: Path, split: str = "train", verify: str = "size", **more: Any) -> ShardIndex:

@@ -11,7 +11,7 @@ from pipeline.core.errors import DataError
 from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.ilsvrc2012 import read_ground_truth, wnids_by_id
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
-from pipeline.data.prepare.sources import Kind, Source, tar_members
+from pipeline.data.prepare.sources import Kind, PictureSource, tar_members
 from tests.unit.data.pictures_on_disk import picture, pictures, tar_of, write_files
 
 COUNTS = {"cat": 3, "dog": 2}
@@ -27,11 +27,11 @@ def opened(
     split: str | None = None,
     classes: tuple[str, ...] | None = None,
     devkit: Path | None = None,
-) -> Source:
+) -> PictureSource:
     return open_source(str(source), kind=None, split=split, classes=classes, devkit=devkit, builtin=BUILTIN)
 
 
-def listed(source: Source) -> dict[str, dict[str, bytes]]:
+def listed(source: PictureSource) -> dict[str, dict[str, bytes]]:
     """Contents by split and name."""
     return {split: {image.name: source.read(image) for image in images} for split, images in source.splits.items()}
 

@@ -25,15 +25,15 @@ from cryptography.x509.oid import NameOID
 from pipeline.core.errors import DataError
 from pipeline.data.remote.opening import open_store
 from pipeline.data.remote.store import retry_after
-from pipeline.data.remote.transfer import Expected, Patience, fetch, head
+from pipeline.data.remote.transfer import Expected, FetchBudget, fetch, head
 from tests.shard_server import Rule, ShardServer, serving
 
 NAME = "train-000000.tar"
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 WHOLE = Expected(len(CONTENT), SHA256)
-SHORT = Patience(4.0)  # a second for a connection, for a silence, and to find a server too slow
-SHORTER = Patience(2.0)
+SHORT = FetchBudget(4.0)  # a second for a connection, for a silence, and to find a server too slow
+SHORTER = FetchBudget(2.0)
 SCHEDULING_SECONDS = 30.0  # what a loaded machine may add
 
 Serve = Callable[..., ShardServer]
@@ -61,9 +61,9 @@ def serve(running: ShardServer) -> Serve:
     return set_rules
 
 
-def got(server: ShardServer, name: str = NAME, *, expected: Expected = WHOLE, patience: Patience = SHORT) -> bytes:
+def got(server: ShardServer, name: str = NAME, *, expected: Expected = WHOLE, budget: FetchBudget = SHORT) -> bytes:
     file = io.BytesIO()
-    fetch(open_store(server.url, patience.timeouts), name, file, expected=expected, patience=patience)
+    fetch(open_store(server.url, budget.timeouts), name, file, expected=expected, budget=budget)
     return file.getvalue()
 
 
@@ -91,10 +91,10 @@ def test_twice_not_now_then_well_is_well_and_is_counted(
     assert f"{NAME} of {server.url} came after 2 failed attempts: HTTP {status} (twice)" in capsys.readouterr().err
 
 
-def test_never_well_ends_within_the_patience(serve: Serve) -> None:
+def test_never_well_ends_within_the_budget(serve: Serve) -> None:
     server = serve(Rule("status", status=503))
     began = time.monotonic()
-    sentence = refused(server, patience=SHORTER)
+    sentence = refused(server, budget=SHORTER)
     assert time.monotonic() - began < SHORTER.seconds + SCHEDULING_SECONDS
     found = re.search(r"data\.fetch_timeout_seconds=2: HTTP 503 \((\d+) times\)\. Look after the server", sentence)
     assert found and int(found[1]) == len(server.requests()) >= 3
@@ -156,7 +156,7 @@ def test_a_server_without_ranges_begins_anew(serve: Serve) -> None:
 def test_a_transfer_that_never_gets_further_ends(serve: Serve, fault: str) -> None:
     server = serve(Rule(fault, after_bytes=0))
     began = time.monotonic()
-    sentence = refused(server, patience=SHORTER)
+    sentence = refused(server, budget=SHORTER)
     assert time.monotonic() - began < SHORTER.seconds + SCHEDULING_SECONDS
     words = {"stall": "silence in the middle", "short": "cut short", "reset": "connection broken"}
     assert words[fault] in sentence and len(server.requests(r"\.tar$")) >= 2
@@ -165,7 +165,7 @@ def test_a_transfer_that_never_gets_further_ends(serve: Serve, fault: str) -> No
 def test_a_server_of_a_kilobyte_per_second_is_too_slow(serve: Serve) -> None:
     server = serve(Rule("slow", bytes_per_second=1000))
     began = time.monotonic()
-    assert re.search(r"slower than 10 kB/s \(\w+( times)?\)", refused(server, patience=SHORTER))
+    assert re.search(r"slower than 10 kB/s \(\w+( times)?\)", refused(server, budget=SHORTER))
     assert time.monotonic() - began < SHORTER.seconds + SCHEDULING_SECONDS
 
 
@@ -207,7 +207,7 @@ def test_content_that_changes_while_it_is_fetched(tmp_path: Path) -> None:
         def pulse() -> None:
             (tmp_path / NAME).write_bytes(CONTENT)
 
-        fetch(store, NAME, file, expected=WHOLE, patience=SHORT, pulse=pulse)
+        fetch(store, NAME, file, expected=WHOLE, budget=SHORT, pulse=pulse)
         assert file.getvalue() == CONTENT
         assert [(r.status, r.asked_range) for r in server.requests()] == [(200, None), (200, "bytes=1000-")]
         sentence = refused(server, expected=Expected(len(CONTENT), None, stat.validator))
@@ -273,7 +273,7 @@ def test_a_redirect_from_https_to_http_is_refused_before_a_password_is_sent_in_c
         try:
             store = open_store(f"https://127.0.0.1:{secure.server_port}", SHORT.timeouts)
             with pytest.raises(DataError, match="is refused: a redirect from HTTPS to HTTP"):
-                fetch(store, NAME, io.BytesIO(), expected=WHOLE, patience=SHORT)
+                fetch(store, NAME, io.BytesIO(), expected=WHOLE, budget=SHORT)
         finally:
             secure.shutdown()
             thread.join()
@@ -300,14 +300,14 @@ def test_nobody_listens(serve: Serve) -> None:
     with serving(Path("/nonexistent"), Path("/dev/null")) as server:
         pass
     began = time.monotonic()
-    assert "no connection (Connection refused)" in refused(server, patience=Patience(1.0))
+    assert "no connection (Connection refused)" in refused(server, budget=FetchBudget(1.0))
     assert time.monotonic() - began < 1.0 + SCHEDULING_SECONDS
 
 
 def test_a_name_that_no_host_has(serve: Serve) -> None:
     store = open_store("http://nobody.invalid/shards", SHORT.timeouts)
     with pytest.raises(DataError, match="the host's name cannot be resolved"):
-        fetch(store, NAME, io.BytesIO(), patience=Patience(1.0))
+        fetch(store, NAME, io.BytesIO(), budget=FetchBudget(1.0))
 
 
 def test_where_head_is_not_allowed_the_size_is_found_all_the_same(serve: Serve) -> None:
@@ -336,7 +336,7 @@ def test_a_proxy_of_the_environment_is_used(serve: Serve, monkeypatch: pytest.Mo
     monkeypatch.setenv("http_proxy", server.url)
     store = open_store("http://shards.invalid", SHORT.timeouts)
     file = io.BytesIO()
-    fetch(store, NAME, file, expected=WHOLE, patience=SHORT)
+    fetch(store, NAME, file, expected=WHOLE, budget=SHORT)
     assert file.getvalue() == CONTENT
     assert [r.path for r in server.requests()] == [f"http://shards.invalid/{NAME}"]
 

@@ -18,7 +18,7 @@ from pipeline.data.index import ShardIndex
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
 from pipeline.data.prepare.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
 from pipeline.data.prepare.request import exclusive, plan_splits
-from pipeline.data.prepare.sources import Source, SourceImage, open_folders
+from pipeline.data.prepare.sources import PictureSource, SourceImage, open_folders
 from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.data.shards.manifest import Manifest, Split
 from tests.shard_index import add_index
@@ -29,7 +29,7 @@ SHARD_BYTES = 12_000
 
 
 def write(
-    source: Source,
+    source: PictureSource,
     out: Path,
     *,
     num_workers: int = 1,
@@ -66,17 +66,17 @@ def write(
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> PictureSource:
     return open_folders(write_files(tmp_path / "animals", pictures(COUNTS)), None, None)
 
 
-def with_broken(source: Source, tmp_path: Path, content: bytes) -> Source:
+def with_broken(source: PictureSource, tmp_path: Path, content: bytes) -> PictureSource:
     """`source` with cat/0003.jpg replaced."""
     (tmp_path / "animals/cat/0003.jpg").write_bytes(content)
     return open_folders(tmp_path / "animals", None, None)
 
 
-def test_every_picture_once_with_its_label_and_its_own_bytes(source: Source, tmp_path: Path) -> None:
+def test_every_picture_once_with_its_label_and_its_own_bytes(source: PictureSource, tmp_path: Path) -> None:
     manifest, _ = write(source, tmp_path / "out")
     samples = stored_samples(tmp_path / "out", "train")
     expected = sorted((content, ["cat", "dog"].index(name[:3])) for name, content in pictures(COUNTS).items())
@@ -88,7 +88,7 @@ def test_every_picture_once_with_its_label_and_its_own_bytes(source: Source, tmp
     }
 
 
-def test_the_manifest_tells_the_truth(source: Source, tmp_path: Path) -> None:
+def test_the_manifest_tells_the_truth(source: PictureSource, tmp_path: Path) -> None:
     manifest, _ = write(source, tmp_path / "out")
     shards = manifest.split("train").shards
     assert len(shards) > 2
@@ -104,13 +104,13 @@ def test_the_manifest_tells_the_truth(source: Source, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", [Encoding(), Encoding(short_side=12, jpeg_quality=80)])
-def test_the_number_of_workers_leaves_no_trace(source: Source, tmp_path: Path, encoding: Encoding) -> None:
+def test_the_number_of_workers_leaves_no_trace(source: PictureSource, tmp_path: Path, encoding: Encoding) -> None:
     for num_workers in (1, 3):
         write(source, tmp_path / str(num_workers), num_workers=num_workers, encoding=encoding)
     assert contents_of(tmp_path / "1") == contents_of(tmp_path / "3")
 
 
-def test_the_order_is_random_and_fixed_by_the_seed(source: Source) -> None:
+def test_the_order_is_random_and_fixed_by_the_seed(source: PictureSource) -> None:
     images = list(source.splits["train"])
     order = shuffled(images, 0, "train")
     assert order == shuffled(reversed(images), 0, "train")
@@ -118,7 +118,7 @@ def test_the_order_is_random_and_fixed_by_the_seed(source: Source) -> None:
     assert order != shuffled(images, 1, "train") != shuffled(images, 1, "val")
 
 
-def test_a_shard_finished_before_is_kept_and_one_under_way_is_not_there(source: Source, tmp_path: Path) -> None:
+def test_a_shard_finished_before_is_kept_and_one_under_way_is_not_there(source: PictureSource, tmp_path: Path) -> None:
     """An attempt that stops after two shards and within the third."""
     write(source, tmp_path / "whole")
     out = tmp_path / "out"
@@ -143,7 +143,7 @@ def test_a_shard_finished_before_is_kept_and_one_under_way_is_not_there(source: 
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "cut", "record gone", "record broken", "source changed"])
-def test_a_finished_shard_is_only_kept_if_it_is_what_it_was(source: Source, tmp_path: Path, damage: str) -> None:
+def test_a_finished_shard_is_only_kept_if_it_is_what_it_was(source: PictureSource, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "out"
     write(source, tmp_path / "whole")
     stop_after_first_shard(source, out)
@@ -167,7 +167,7 @@ def test_a_finished_shard_is_only_kept_if_it_is_what_it_was(source: Source, tmp_
     assert contents_of(out) == contents_of(tmp_path / "whole")
 
 
-def stop_after_first_shard(source: Source, out: Path) -> None:
+def stop_after_first_shard(source: PictureSource, out: Path) -> None:
     """An attempt that ends with one finished shard."""
 
     def read(image: SourceImage) -> bytes:
@@ -179,7 +179,7 @@ def stop_after_first_shard(source: Source, out: Path) -> None:
         write(dataclasses.replace(source, read=read), out)
 
 
-def test_leftovers_of_a_dead_process_are_removed(source: Source, tmp_path: Path) -> None:
+def test_leftovers_of_a_dead_process_are_removed(source: PictureSource, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_after_first_shard(source, out)
     # A killed worker may be a zombie for a while: that its pid exists proves nothing.
@@ -190,7 +190,7 @@ def test_leftovers_of_a_dead_process_are_removed(source: Source, tmp_path: Path)
     assert not list(out.glob("*.tmp.*")) and not (out / "train-000099.tar").exists()
 
 
-def test_foreign_tars_are_not_touched(source: Source, tmp_path: Path) -> None:
+def test_foreign_tars_are_not_touched(source: PictureSource, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/train-000000.tar").write_bytes(b"somebody else's")
     with pytest.raises(DataError, match=r"train-000000\.tar, which is not of this run"):
@@ -208,7 +208,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
 def test_a_bad_picture_is_named_and_fatal_unless_allowed(
-    source: Source, tmp_path: Path, content: bytes, reason: str
+    source: PictureSource, tmp_path: Path, content: bytes, reason: str
 ) -> None:
     source = with_broken(source, tmp_path, content)
     out = tmp_path / "out"
@@ -232,13 +232,13 @@ def test_as_many_may_be_bad_as_the_number_says_that_is_written(tmp_path: Path) -
     assert manifest.split("train").num_samples == 71
 
 
-def test_bad_pictures_stop_worker_processes_too(source: Source, tmp_path: Path) -> None:
+def test_bad_pictures_stop_worker_processes_too(source: PictureSource, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cat/0003\.jpg: empty file"):
         write(with_broken(source, tmp_path, b""), tmp_path / "out", num_workers=2)
     assert not list((tmp_path / "out").glob("*.tmp.*"))
 
 
-def test_a_picture_that_vanishes_is_a_bad_one(source: Source, tmp_path: Path) -> None:
+def test_a_picture_that_vanishes_is_a_bad_one(source: PictureSource, tmp_path: Path) -> None:
     (tmp_path / "animals/cat/0003.jpg").unlink()
     with pytest.raises(DataError, match=r"cat/0003\.jpg: cannot be read"):
         write(source, tmp_path / "out")
@@ -285,7 +285,7 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         shard_jpeg(bytes(content), Encoding())
 
 
-def test_splits_are_merged_if_the_classes_are_the_same(source: Source, tmp_path: Path) -> None:
+def test_splits_are_merged_if_the_classes_are_the_same(source: PictureSource, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train, _ = write(source, out)
     before = contents_of(out)
@@ -303,7 +303,7 @@ def test_splits_are_merged_if_the_classes_are_the_same(source: Source, tmp_path:
         write(source, out, seed=1)
 
 
-def test_a_damaged_split_is_written_again(source: Source, tmp_path: Path) -> None:
+def test_a_damaged_split_is_written_again(source: PictureSource, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(source, out)
     before = contents_of(out)
