@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.comparison.conditions import footing_difference
+from pipeline.config.models import IMAGENET_TRAINING_PICTURES
 from pipeline.core.errors import ExitCode, LedgerError
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts
@@ -155,7 +156,7 @@ def egress(per_step: int | None, global_batch: int, epochs: float | None) -> dic
     image = epoch = training = None
     if per_step is not None:
         image = per_step / global_batch
-        if steps_per_epoch := zoo.IMAGENET_TRAINING_PICTURES // global_batch:
+        if steps_per_epoch := IMAGENET_TRAINING_PICTURES // global_batch:
             epoch = steps_per_epoch * per_step
             training = None if epochs is None else math.floor(epochs * steps_per_epoch) * per_step
     return {

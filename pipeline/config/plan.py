@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.models import IMAGENET_TRAINING_PICTURES
 from pipeline.core.typed import one_of, require
 from pipeline.core.units import bits_per_second
 
@@ -49,7 +50,7 @@ class PlanConfig:
     """Communication shows where it is exposed for more than this share of a step."""
     epochs: float = 90
     """Of the training whose time and cost are told."""
-    num_images: int = 1_281_167
+    num_images: int = IMAGENET_TRAINING_PICTURES
     """Of an epoch."""
     price_per_server_hour: float | None = None
     """In any currency."""

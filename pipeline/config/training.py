@@ -6,8 +6,8 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
+from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.secrets import refuse_secret
 from pipeline.core.typed import one_of, require
@@ -51,8 +51,9 @@ class ModelConfig:
     name: str
     num_classes: int | None = None
     """Outputs of the classifier. Null: as many as the shards have classes."""
-    metaparameters: dict[str, Any] = field(default_factory=dict)
-    """Passed to the builder; for SqueezeNet: base_e, incr_e, freq, pct3x3, sr, bypass, pool_after, dropout."""
+    metaparameters: dict[str, object] = field(default_factory=dict, metadata={"keys": SqueezeNetConfig})
+    """What makes a variant of the model. SqueezeNet's, with the defaults of squeezenet1_0, are listed here; some of the
+    other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual."""
     input: InputConfig = field(default_factory=InputConfig)
 
     def __post_init__(self) -> None:

@@ -5,34 +5,28 @@ python -m pipeline.COMMAND --help            what can be set
 python -m pipeline.COMMAND --cfg job         the composed configuration (as any Hydra application; also --multirun)
 """
 
-import ast
-import atexit
 import contextlib
-import dataclasses
-import inspect
 import os
 import stat
 import sys
-import textwrap
-import threading
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.core import secrets
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
-from pipeline.core.exits import leave_cause
+from pipeline.core.exits import leave, leave_cause, rank
+from pipeline.core.help import format_help
 from pipeline.core.overrides import quoted, split_override
+from pipeline.core.trees import dotted_keys
 from pipeline.core.typed import build, nearest, require
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
 # A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
 OPEN_KEYS = ("model.metaparameters.",)
-LONGEST_END_SECONDS = 60.0
-"""Of a rank that has finished: its result is durable by then, so that nothing is worth more waiting."""
 
 
 def run_command(
@@ -60,7 +54,7 @@ def run_command(
             _print_error(traceback.format_exc())
         code = int(ExitCode.DONE if is_cut_short else ExitCode.INTERNAL)
     leave_cause(code, has_lost_others=has_lost_others)
-    _leave(code)
+    leave(code)
 
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
@@ -80,34 +74,11 @@ def _only_tells(arguments: Sequence[str]) -> bool:
     return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit. A rank goes without the interpreter's teardown, which for a failed one waits for ranks that wait for it.
-
-    A finished rank does first what is left for the end (threads, files, W&B), in bounded time. In a teardown after that
-    a thread of gloo that drops a future's callback aborts the process, once in some hundred runs: 134 instead of 0, and
-    a requeue.
-    """
-    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
-        sys.exit(code)
-    if code == ExitCode.DONE:
-        patience = threading.Timer(LONGEST_END_SECONDS, os._exit, [code])
-        patience.daemon = True
-        patience.start()
-        with contextlib.suppress(Exception):  # what a library does at its end does not make a finished run fail
-            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-            atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-            stream.flush()
-    os._exit(code)
-
-
 def _print_error(text: str) -> None:
     """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
     text = secrets.redacted(text)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
-        print(text if rank == "0" else f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+        print(text if rank() in (None, "0") else f"[rank {rank()}] {text}", file=sys.stderr, flush=True)
 
 
 def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:
@@ -138,6 +109,8 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
             for override in choices:
                 _check_choice(*split_override(override), groups)
+            # Composed twice: which keys there are depends on the choices of groups alone, and only when they are known
+            # can a key be found wrong, or be opened; Hydra itself names no nearest key.
             base = OmegaConf.to_container(hydra_compose(command, choices))
             opened = [_open_or_check(override, base, groups) for override in overrides]
             composed = hydra_compose(command, opened)
@@ -153,12 +126,16 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
-    """Hydra groups (directories of conf/) and the choices in each."""
-    return {
-        directory.name: tuple(sorted(path.stem for path in directory.glob("*.yaml")))
-        for directory in sorted(CONF_DIRECTORY.iterdir())
-        if directory.is_dir()
-    }
+    """Return Hydra's groups (directories of conf/) and the choices in each: files, and what was registered."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    groups: dict[str, tuple[str, ...]] = {}
+    for directory in sorted(path for path in CONF_DIRECTORY.iterdir() if path.is_dir()):
+        registered = store.list(directory.name) if directory.name in store.repo else ()
+        files = {*registered, *(path.name for path in directory.glob("*.yaml"))}
+        groups[directory.name] = tuple(sorted(name.removesuffix(".yaml") for name in files))
+    return groups
 
 
 def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
@@ -176,7 +153,7 @@ def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]])
         return override
     if key.startswith(OPEN_KEYS):
         return f"++{override}"
-    known = set(_flat_keys(base))
+    known = set(dotted_keys(base))
     if key not in known:
         leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
         guess = nearest(key, [*known, *groups])
@@ -185,38 +162,16 @@ def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]])
     return override
 
 
-def _flat_keys(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every key, groups included."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield f"{prefix}{key}"
-            yield from _flat_keys(inner, f"{prefix}{key}.")
-
-
 def help_text(command: str, schema: type[Any]) -> str:
-    """What can be set: groups with their choices, then every key with its default and meaning."""
-    lines = [
-        f"python -m pipeline.{command} key=value ...",
-        "",
-        textwrap.fill(" ".join((schema.__doc__ or "").split()), 100),
-        "",
-    ]
-    container = _defaults(command)
-    used = [group for group in config_groups() if group in container or (group == "experiment" and command == "train")]
-    if used:
-        lines.append("Groups (GROUP=CHOICE):")
-        for group in used:
-            names = ", ".join(config_groups()[group])
-            lines.append(textwrap.fill(names, 100, initial_indent=f"  {group}: ", subsequent_indent="      "))
-        lines.append("")
-    lines.append("Keys (key=value):")
-    lines.extend(_help_of_fields(schema, container, ""))
-    lines += ["", "--cfg job prints the composed configuration; --multirun sweeps, as in any Hydra application."]
-    return "\n".join(lines)
+    """Return what `python -m pipeline.COMMAND --help` prints."""
+    values = _defaults(command)
+    takes = {group for group in config_groups() if group in values or (group == "experiment" and command == "train")}
+    groups = {group: choices for group, choices in config_groups().items() if group in takes}
+    return format_help(command, schema, groups, values)
 
 
 def _defaults(command: str) -> dict[str, Any]:
-    """The configuration without overrides, missing values included as `???`."""
+    """Return the configuration without overrides, missing values included as `???`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
@@ -225,45 +180,6 @@ def _defaults(command: str) -> dict[str, Any]:
         container = OmegaConf.to_container(hydra_compose(command), resolve=False)
     assert isinstance(container, dict)
     return typing.cast(dict[str, Any], container)
-
-
-def _help_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
-    hints, docs = typing.get_type_hints(schema), field_docs(schema)
-    for entry in dataclasses.fields(schema):
-        key, hint = f"{prefix}{entry.name}", hints[entry.name]
-        value = values.get(entry.name, entry.default) if isinstance(values, dict) else entry.default
-        if dataclasses.is_dataclass(hint):
-            yield from _help_of_fields(hint, value, f"{key}.")
-            continue
-        shown = "null" if value is None else "" if value is dataclasses.MISSING else value
-        yield f"  {key}={shown}"
-        if entry.name in docs:
-            yield textwrap.fill(docs[entry.name], 100, initial_indent="      ", subsequent_indent="      ")
-
-
-def field_docs(schema: Any) -> dict[str, str]:
-    """The string written under each field of a dataclass, inherited fields included."""
-    docs = {}
-    for base in reversed(schema.__mro__):
-        if dataclasses.is_dataclass(base):
-            docs |= _docs_of_body(base)
-    return docs
-
-
-def _docs_of_body(schema: Any) -> dict[str, str]:
-    """`field_docs` of what the class itself says."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
-    assert isinstance(tree, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = " ".join(str(following.value.value).split())
-    return docs
 
 
 def _run_hydra_application(

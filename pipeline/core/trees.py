@@ -1,6 +1,6 @@
 """Nested mappings, flattened to dotted keys and made plain."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 
@@ -16,6 +16,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = inner
     return leaves
+
+
+def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every key of nested mappings, inner nodes included."""
+    if isinstance(tree, Mapping):
+        for key, inner in tree.items():
+            yield f"{prefix}{key}"
+            yield from dotted_keys(inner, f"{prefix}{key}.")
 
 
 def plain(tree: Any) -> Any:

@@ -8,7 +8,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from pipeline.core.errors import ConfigError
 
@@ -30,6 +30,16 @@ def require(condition: bool, message: str) -> None:
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigError` naming the nearest allowed value unless `value` is one."""
     require(value in allowed, f"{key}={value!r} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether `value` is an int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether `value` is an int or a float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -80,9 +90,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     """A bool, int, float or str; an int is a float, a number is not a bool."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and is_whole(value):
         return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is str and is_number(value):
         return str(value)  # names such as 2026 arrive as numbers
     matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(matches, f"{key}={value!r} must be of type {hint.__name__}.")

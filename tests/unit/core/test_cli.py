@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.config.training import TrainConfig, TrainerConfig
-from pipeline.core.cli import CONF_DIRECTORY, compose, config_groups, field_docs, help_text
+from pipeline.core.cli import CONF_DIRECTORY, compose, config_groups, help_text
 from pipeline.core.errors import ConfigError
+from pipeline.core.help import field_docs
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]
@@ -77,7 +79,7 @@ def test_grammar_errors_are_configuration_errors() -> None:
 
 
 @pytest.mark.parametrize("model", config_groups()["model"])
-def test_every_model_file_composes(model: str) -> None:
+def test_every_model_composes(model: str) -> None:
     config = compose("train", TrainConfig, [*BASE, f"model={model}"])
     assert config.model.name == model
 
@@ -104,6 +106,8 @@ def test_help_lists_every_key_with_its_meaning() -> None:
         assert key in text
     for sentence in field_docs(TrainerConfig).values():
         assert sentence.split()[0] in text
+    for key, sentence in field_docs(SqueezeNetConfig).items():
+        assert f" model.metaparameters.{key}=" in text and sentence.split()[0] in text
 
 
 def test_exit_codes_and_one_sentence() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from pipeline.core.cli import compose, compose_container, config_groups
 from pipeline.models import zoo
@@ -95,8 +94,8 @@ def test_experiment_opens_with_its_record(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", GROUPS.get("model", ()))
 def test_model_exists_and_takes_its_metaparameters(choice: str) -> None:
-    settings = yaml.safe_load((CONF / f"model/{choice}.yaml").read_text())
+    settings = compose_container("train", [f"model={choice}", *needed("train")])["model"]
     assert settings["name"] in zoo.names()
     with torch.device("meta"):  # shapes without numbers: VGG is built in no time
-        model = zoo.build(settings["name"], num_classes=10, **settings.get("metaparameters", {}))
+        model = zoo.build(settings["name"], num_classes=10, **settings["metaparameters"])
     assert sum(parameter.numel() for parameter in model.parameters()) > 0

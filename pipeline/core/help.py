@@ -1,0 +1,84 @@
+"""The text of `--help`, made of a command's dataclasses: every key, its default, and the string under its field."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+WIDTH = 100
+
+
+def format_help(command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: Any) -> str:
+    """Return what can be set: groups with their choices, then every key with its default and meaning.
+
+    Args:
+        command: Name of the command.
+        schema: Dataclass of its configuration.
+        groups: Hydra groups that the command takes, and the choices in each.
+        values: The configuration without overrides.
+    """
+    lines = [
+        f"python -m pipeline.{command} key=value ...",
+        "",
+        textwrap.fill(" ".join((schema.__doc__ or "").split()), WIDTH),
+        "",
+    ]
+    if groups:
+        lines.append("Groups (GROUP=CHOICE):")
+        for group, choices in groups.items():
+            names = ", ".join(choices)
+            lines.append(textwrap.fill(names, WIDTH, initial_indent=f"  {group}: ", subsequent_indent="      "))
+        lines.append("")
+    lines.append("Keys (key=value):")
+    lines.extend(_lines_of_fields(schema, values, ""))
+    lines += ["", "--cfg job prints the composed configuration; --multirun sweeps, as in any Hydra application."]
+    return "\n".join(lines)
+
+
+def _lines_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
+    """Yield the lines of each field.
+
+    A field whose metadata hold `keys` is a dictionary; that dataclass says which keys it may have.
+    """
+    hints, docs = typing.get_type_hints(schema), field_docs(schema)
+    for entry in dataclasses.fields(schema):
+        key, hint = f"{prefix}{entry.name}", hints[entry.name]
+        value = values.get(entry.name, entry.default) if isinstance(values, dict) else entry.default
+        if dataclasses.is_dataclass(hint):
+            yield from _lines_of_fields(hint, value, f"{key}.")
+            continue
+        shown = "null" if value is None else "" if value is dataclasses.MISSING else value
+        shown = list(shown) if isinstance(shown, tuple) else shown
+        yield f"  {key}={shown}"
+        if entry.name in docs:
+            yield textwrap.fill(docs[entry.name], WIDTH, initial_indent="      ", subsequent_indent="      ")
+        if "keys" in entry.metadata:
+            yield from _lines_of_fields(entry.metadata["keys"], {}, f"{key}.")
+
+
+def field_docs(schema: Any) -> dict[str, str]:
+    """Return the string written under each field of a dataclass, inherited fields included."""
+    docs: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _docs_of_body(base)
+    return docs
+
+
+def _docs_of_body(schema: Any) -> dict[str, str]:
+    """Return `field_docs` of what the class itself says."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
