@@ -21,7 +21,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every key of nested mappings, inner nodes included."""
     if isinstance(tree, Mapping):
-        for key, inner in tree.items():
+        for key, inner in cast(Mapping[str, Any], tree).items():
             yield f"{prefix}{key}"
             yield from dotted_keys(inner, f"{prefix}{key}.")
 
