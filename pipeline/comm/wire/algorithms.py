@@ -27,13 +27,16 @@ from pipeline.comm.wire.gloo import Links, NotDerivable, data_links, ranks_by_se
 PLANS = ("ring", "hierarchical", "tree", "halving_doubling", "parameter_server")
 
 
-def links(
-    plan: str, payload_bytes: int, itemsize: int, server_of_rank: Sequence[int], num_parameter_servers: int = 1
-) -> Links | NotDerivable:
-    """The links of one all-reduce under `plan`, one of PLANS, or why it cannot be done that way.
+def links(plan: str, payload_bytes: int, itemsize: int, server_of_rank: Sequence[int]) -> Links | NotDerivable:
+    """Return the links of one all-reduce, or why it cannot be done that way.
 
-    server_of_rank[r]: rank r's server. Parameter servers are no ranks: they are nodes n, n + 1, ..., each alone on a
-    server of its own (`placed`).
+    A parameter server is no rank: it is node n, alone on a server of its own (`placed`).
+
+    Args:
+        plan: One of PLANS.
+        payload_bytes: Bytes of one rank's input.
+        itemsize: Bytes per element.
+        server_of_rank: Index of each rank's server, from 0.
     """
     num_ranks = len(server_of_rank)
     assert payload_bytes % itemsize == 0, (payload_bytes, itemsize)
@@ -47,29 +50,33 @@ def links(
         case "halving_doubling":
             return halving_doubling(payload_bytes, itemsize, num_ranks)
         case "parameter_server":
-            return parameter_server(
-                payload_bytes, itemsize, range(num_ranks), range(num_ranks, num_ranks + num_parameter_servers)
-            )
+            return parameter_server(payload_bytes, itemsize, range(num_ranks), [num_ranks])
         case _:
             raise AssertionError(plan)
 
 
-def placed(plan: str, server_of_rank: Sequence[int], num_parameter_servers: int = 1) -> tuple[int, ...]:
-    """server_of_rank with the servers that the plan adds at its end."""
+def placed(plan: str, server_of_rank: Sequence[int]) -> tuple[int, ...]:
+    """Return `server_of_rank` with the server of the parameter server, if the plan adds one, at its end."""
     if plan != "parameter_server":
         return tuple(server_of_rank)
-    first = max(server_of_rank) + 1
-    return (*server_of_rank, *range(first, first + num_parameter_servers))
+    return (*server_of_rank, max(server_of_rank) + 1)
 
 
 def egress_bytes_per_server(
-    plan: str, payload_bytes: int, itemsize: int, server_of_rank: Sequence[int], num_parameter_servers: int = 1
+    plan: str, payload_bytes: int, itemsize: int, server_of_rank: Sequence[int]
 ) -> list[int] | NotDerivable:
-    """Payload bytes that leave each server for another one, those that the plan adds last."""
-    found = links(plan, payload_bytes, itemsize, server_of_rank, num_parameter_servers)
+    """Add up the payload bytes that leave each server for another one; the one that the plan adds is the last.
+
+    Args:
+        plan: One of PLANS.
+        payload_bytes: Bytes of one rank's input.
+        itemsize: Bytes per element.
+        server_of_rank: Index of each rank's server, from 0.
+    """
+    found = links(plan, payload_bytes, itemsize, server_of_rank)
     if isinstance(found, NotDerivable):
         return found
-    return gloo.egress_bytes_per_server(found, placed(plan, server_of_rank, num_parameter_servers))
+    return gloo.egress_bytes_per_server(found, placed(plan, server_of_rank))
 
 
 # --- the plans ---------------------------------------------------------------------------------------------------
@@ -111,9 +118,9 @@ def tree(payload_bytes: int, num_ranks: int) -> Links:
 
 
 def halving_doubling(payload_bytes: int, itemsize: int, num_ranks: int) -> Links | NotDerivable:
-    """At distance 1, 2, 4, ... partners split what they share: each sends the half that the other goes on with.
+    """At distance 1, 2, 4, ... partners split what they share: each sends the half that the other keeps.
 
-    The way back is the same in reverse order, where each sends the half that it went on with.
+    The way back is the same in reverse order, where each sends the half that it kept.
     """
     if num_ranks & (num_ranks - 1):
         return NotDerivable("Recursive halving and doubling needs a power of two of ranks.")
@@ -123,7 +130,7 @@ def halving_doubling(payload_bytes: int, itemsize: int, num_ranks: int) -> Links
         low, high = 0, num_ranks  # the parts this rank still works on
         distance = 1
         while distance < num_ranks:
-            # One half on the way out and the other, which it goes on with, on the way back: together all it holds.
+            # One half on the way out and the other, which it keeps, on the way back: together all it holds.
             sent[rank, rank ^ distance] = ends[high] - ends[low]
             middle = (low + high) // 2
             low, high = (middle, high) if rank & distance else (low, middle)
@@ -147,13 +154,13 @@ def parameter_server(payload_bytes: int, itemsize: int, workers: Sequence[int], 
 
 
 def even_parts(payload_bytes: int, itemsize: int, num_parts: int) -> list[int]:
-    """Bytes of each of `num_parts` parts of whole elements."""
+    """Return the bytes of each of `num_parts` parts of whole elements."""
     each, longer = divmod(payload_bytes // itemsize, num_parts)
     return [(each + (part < longer)) * itemsize for part in range(num_parts)]
 
 
 def _circle(members: Sequence[int]) -> list[tuple[int, int]]:
-    """(member, the one after it), once around; nothing for a lone member."""
+    """Return (member, the one after it), once around; nothing for a lone member."""
     if len(members) == 1:
         return []
     return [(member, members[(position + 1) % len(members)]) for position, member in enumerate(members)]

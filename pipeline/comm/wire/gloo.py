@@ -14,7 +14,8 @@ them. Sources named below are files of gloo at commit 70dc360; that the gloo ins
 tests/distributed/test_meter_transport.py against the kernel's own counters.
 
 torch's object collectives (`all_gather_object`, `broadcast_object_list`, ...) are short sequences of these operations,
-sizes first, and need no formula of their own. NCCL is in wire_nccl.py, other ways to reduce are in wire_plans.py.
+sizes first, and need no formula of their own. NCCL is in nccl.py, other ways to reduce are in algorithms.py. The
+modules of this folder import the standard library and one another, nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,15 @@ class NotDerivable:
 
 
 def links(op: str, payload_bytes: int, itemsize: int, root: int, num_ranks: int, backend: str) -> Links | NotDerivable:
-    """The links of one collective, or why there are none.
+    """Return the links of one collective, or why they cannot be told.
 
-    payload_bytes: bytes of one rank's input, of the root's whole list for scatter. itemsize: bytes per element, of
-    which a complex number is two. root: -1 where the operation has none.
+    Args:
+        op: Operation, as the meter names it.
+        payload_bytes: Bytes of one rank's input, of the root's whole list for scatter.
+        itemsize: Bytes per element, of which a complex number is two.
+        root: Root rank; -1 where the operation has none.
+        num_ranks: Number of ranks.
+        backend: Backend of the process group.
     """
     if num_ranks == 1:
         return _NO_LINKS
@@ -92,7 +98,7 @@ _GLOO_REASONS = {
 
 
 def sent_bytes_per_rank(links: Links, num_ranks: int) -> list[int]:
-    """Bytes each rank hands to TCP, preambles included: data and its preambles outward, readiness notices backward."""
+    """Add up the bytes each rank hands to TCP, preambles included: data outward, readiness notices backward."""
     sent = [0] * num_ranks
     for (source, destination), link in links.items():
         sent[source] += link.data_bytes + SEND_OVERHEAD_BYTES * link.num_messages
@@ -101,9 +107,9 @@ def sent_bytes_per_rank(links: Links, num_ranks: int) -> list[int]:
 
 
 def egress_bytes_per_server(links: Links, server_of_rank: Sequence[int]) -> list[int]:
-    """Bytes that leave each server for another one, preambles included.
+    """Add up the bytes that leave each server for another one, preambles included.
 
-    server_of_rank[r] is the index of rank r's server, counted from 0. Traffic inside a server is not in the result.
+    `server_of_rank` holds the index of each rank's server, from 0. Traffic inside a server is not in the result.
     """
     egress = [0] * (max(server_of_rank) + 1)
     for (source, destination), link in links.items():
@@ -220,16 +226,16 @@ def gloo_reduce_scatter(payload_bytes: int, itemsize: int, num_ranks: int) -> Li
 
 @lru_cache(maxsize=1024)
 def gloo_scatter(payload_bytes: int, num_ranks: int, root: int) -> Links:
-    """The root sends everybody else its n-th part of the list (gloo/scatter.cc)."""
+    """The root sends each other rank its n-th part of the list (gloo/scatter.cc)."""
     return _frozen({(root, rank): Link(1, payload_bytes // num_ranks) for rank in range(num_ranks) if rank != root})
 
 
 @lru_cache(maxsize=1024)
 def gloo_all_to_all(split_bytes: tuple[tuple[int, ...], ...]) -> Links:
-    """Everybody sends everybody else one message, also an empty one (gloo/alltoall.cc, alltoallv.cc).
+    """Each rank sends each other one a message, also an empty one (gloo/alltoall.cc, alltoallv.cc).
 
-    split_bytes[r][d]: bytes from rank r to rank d; what a rank keeps for itself is not sent. gloo's list form takes
-    even parts only.
+    `split_bytes[r][d]` is the number of bytes from rank r to rank d; what a rank keeps for itself is not sent. gloo's
+    list form takes even parts only.
     """
     num_ranks = len(split_bytes)
     return _frozen(
@@ -242,17 +248,11 @@ def gloo_all_to_all(split_bytes: tuple[tuple[int, ...], ...]) -> Links:
     )
 
 
-@lru_cache(maxsize=1024)
-def gloo_send(payload_bytes: int, source: int, destination: int) -> Links:
-    """One message (ProcessGroupGloo.cpp, `send` and `recv`), also if the tensor is empty."""
-    return _frozen({(source, destination): Link(1, payload_bytes)})
-
-
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 
 def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> tuple[int, int]:
-    """(number of segments, bytes of a full segment) of gloo's ring all-reduce."""
+    """Return (number of segments, bytes of a full segment) of gloo's ring all-reduce."""
     max_segment_bytes = itemsize * max(1, MAX_SEGMENT_BYTES // itemsize)
     num_segments = round_up(max(ceil_div(payload_bytes, max_segment_bytes), 2 * num_ranks), num_ranks)
     return num_segments, round_up(ceil_div(payload_bytes, num_segments), itemsize)
@@ -261,7 +261,7 @@ def _all_reduce_segments(payload_bytes: int, itemsize: int, num_ranks: int) -> t
 def _ring_walk(
     payload_bytes: int, segment_bytes: int, num_segments: int, firsts: Sequence[int], num_steps: int
 ) -> Link:
-    """The link of a rank that sends `num_steps` consecutive segments (modulo all), starting at each of `firsts`.
+    """Return the link of a rank that sends `num_steps` consecutive segments (modulo all) from each of `firsts` on.
 
     Empty segments are no messages.
     """
@@ -278,17 +278,17 @@ def _ring_walk(
 
 
 def _frozen(messages: dict[tuple[int, int], Link]) -> Links:
-    """Read-only, for results live in a cache; pairs that exchange nothing are left out."""
+    """Make links read-only, for results live in a cache; pairs that exchange nothing are left out."""
     return MappingProxyType({pair: link for pair, link in messages.items() if link.num_messages})
 
 
 def data_links(data_bytes: Mapping[tuple[int, int], int]) -> Links:
-    """Links without preambles, from the bytes between each pair; pairs that exchange nothing are left out."""
+    """Make links without preambles from the bytes between each pair; pairs that exchange nothing are left out."""
     return MappingProxyType({pair: Link(0, size) for pair, size in data_bytes.items() if size})
 
 
 def ranks_by_server(server_of_rank: Sequence[int]) -> list[list[int]]:
-    """The ranks of each server, ascending; servers in order of their first rank."""
+    """Return the ranks of each server, ascending; servers in order of their first rank."""
     ranks: dict[int, list[int]] = {}
     for rank, server in enumerate(server_of_rank):
         ranks.setdefault(server, []).append(rank)
@@ -296,12 +296,12 @@ def ranks_by_server(server_of_rank: Sequence[int]) -> list[list[int]]:
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """Quotient, rounded up."""
+    """Divide and round up."""
     return -(-numerator // denominator)
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The next multiple, or value itself."""
+    """Return the next multiple, or the value itself where it is one."""
     return ceil_div(value, multiple) * multiple
 
 

@@ -52,7 +52,7 @@ class Protocol:
     """Data of a full chunk of a ring's all-reduce, by the default buffers (init.cc; enqueue.cc, `calcCollChunking`)."""
 
     def wire_bytes(self, data_bytes: int) -> int:
-        """Bytes on the wire of one send; also of a pipeline of them, as full chunks are made of full units."""
+        """Return the bytes on the wire of one send, or of a pipeline of them, as full chunks are made of full units."""
         return ceil_div(data_bytes, self.unit_data_bytes) * self.unit_wire_bytes
 
 
@@ -73,11 +73,18 @@ def links(
     algorithm: str,
     protocol: str,
 ) -> Links | NotDerivable:
-    """The links of one collective, without preambles, or why there are none.
+    """Return the links of one collective, without preambles, or why they cannot be told.
 
-    payload_bytes: bytes of one rank's input. itemsize: bytes per element. root: -1 where the operation has none.
-    server_of_rank[r]: rank r's server. algorithm: ring or tree; protocol: LL, LL128 or Simple; case does not matter.
     Only an all-reduce has a tree; under `tree` other operations use the ring, as `environment` pins them.
+
+    Args:
+        op: Operation, as the meter names it.
+        payload_bytes: Bytes of one rank's input.
+        itemsize: Bytes per element.
+        root: Root rank; -1 where the operation has none.
+        server_of_rank: Index of each rank's server, from 0.
+        algorithm: `ring` or `tree`, in any case.
+        protocol: `LL`, `LL128` or `Simple`, in any case.
     """
     num_ranks = len(server_of_rank)
     if algorithm.lower() not in ALGORITHMS:
@@ -138,13 +145,13 @@ def ring_all_reduce(payload_bytes: int, ring: Sequence[int], protocol: Protocol)
 
 
 def _circle(share_bytes: int, ring: Sequence[int], protocol: Protocol) -> Links:
-    """Everybody passes n - 1 shares on (device/all_gather.h and reduce_scatter.h, `runRing`)."""
+    """Each rank passes n - 1 shares on (device/all_gather.h and reduce_scatter.h, `runRing`)."""
     passed = (len(ring) - 1) * protocol.wire_bytes(share_bytes)
     return data_links({(rank, ring[(position + 1) % len(ring)]): passed for position, rank in enumerate(ring)})
 
 
 def _chain(payload_bytes: int, chain: Sequence[int], protocol: Protocol) -> Links:
-    """Everybody but the last passes everything on (device/broadcast.h and reduce.h, `runRing`)."""
+    """Each rank but the last passes everything on (device/broadcast.h and reduce.h, `runRing`)."""
     return data_links(dict.fromkeys(itertools.pairwise(chain), protocol.wire_bytes(payload_bytes)))
 
 
@@ -169,7 +176,7 @@ def tree_all_reduce(payload_bytes: int, itemsize: int, server_of_rank: Sequence[
 
 
 def double_tree(servers: Sequence[Sequence[int]]) -> tuple[dict[int, int], dict[int, int]]:
-    """Parent of every rank but the root, in both trees. servers: the ranks of each.
+    """Return the parent of every rank but the root, in both trees. `servers` holds the ranks of each.
 
     Inside a server the ranks are a chain, each below the one before it. The second tree over servers is the first one
     mirrored if their number is even, and shifted by one if it is odd, so that inner nodes of one are mostly leaves of
@@ -189,7 +196,10 @@ def double_tree(servers: Sequence[Sequence[int]]) -> tuple[dict[int, int], dict[
 
 
 def _binary_tree_parent(node: int, num_nodes: int) -> int:
-    """In a tree with root 0 where odd nodes are leaves (graph/trees.cc, `ncclGetBtree`). node > 0."""
+    """Return the parent of a node above 0, in a tree with root 0 where odd nodes are leaves.
+
+    Source: graph/trees.cc, `ncclGetBtree`.
+    """
     lowest_bit = node & -node
     parent = node ^ lowest_bit | lowest_bit << 1
     return parent if parent < num_nodes else node ^ lowest_bit
@@ -199,7 +209,7 @@ def _binary_tree_parent(node: int, num_nodes: int) -> int:
 
 
 def environment(algorithm: str, protocol: str) -> dict[str, str]:
-    """The variables that hold NCCL to one algorithm and protocol, for the environment of every rank.
+    """Return the variables that hold NCCL to one algorithm and protocol, for the environment of every rank.
 
     Only an all-reduce has a tree, so other operations stay with the ring (graph/tuning.cc, `parseList`). NCCL itself
     takes LL128 only where the hardware supports it; pinned, it is taken anywhere, and NVIDIA's manual warns that
@@ -215,6 +225,7 @@ class Choice:
     """What NCCL's log says of one collective."""
 
     op: str
+    """Operation, as the meter names it."""
     count_bytes: int
     """As NCCL counts: one rank's input, for reduce_scatter one rank's output."""
     algorithm: str
@@ -236,9 +247,9 @@ _LOGGED_OPS = {
 
 
 def read_choices(log: str) -> Iterator[Choice]:
-    """Every collective in the log of rank 0 under NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=TUNING, in order.
+    """Yield every collective in the log of rank 0 under NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=TUNING, in order.
 
-    Lines of anything else are passed over (enqueue.cc, `scheduleCollTasksToPlan`, writes those that are read here).
+    Other lines are ignored (enqueue.cc, `scheduleCollTasksToPlan`, writes those that are read here).
     """
     for line in log.splitlines():
         found = _LOG_LINE.search(line)

@@ -1,6 +1,8 @@
 """The wire formulas: published numbers, closed forms where they hold, and sums that must hold always."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -179,10 +181,6 @@ def test_a_large_reduce_sends_more_than_it_needs() -> None:
     assert sent("reduce", 4 * 1_048_577, root=1) == [5_243_460, 4_194_880]
 
 
-def test_send_is_one_message() -> None:
-    assert gloo.sent_bytes_per_rank(gloo.gloo_send(36, source=2, destination=0), 3) == [48, 0, 132]
-
-
 @given(st.sampled_from(OPERATIONS), st.integers(0, 3000), st.integers(0, 3000), ranks)
 def test_more_payload_is_never_less_traffic(op: str, few: int, more: int, num_ranks: int) -> None:
     """Over all ranks and in data alone: single ranks may send a short tail less, and preambles come in whole ones."""
@@ -254,3 +252,17 @@ def test_results_cannot_be_altered() -> None:
     links = links_of("all_reduce", 1000)
     with pytest.raises(TypeError):
         links[0, 1] = gloo.Link(0, 0)  # type: ignore[index]
+
+
+def test_the_formulas_need_the_standard_library_alone() -> None:
+    """They are imported where neither torch nor the rest of this program is."""
+    script = """
+import sys
+before = set(sys.modules)
+import pipeline.comm.wire.algorithms, pipeline.comm.wire.nccl
+new = set(sys.modules) - before - {"pipeline", "pipeline.comm"}
+print([name for name in new if not name.startswith("pipeline.comm.wire")
+       and name.partition(".")[0] not in sys.stdlib_module_names])
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -15,16 +15,13 @@ from pipeline.comm.wire import gloo, nccl
 OPERATIONS = ("all_reduce", "broadcast", "reduce", "all_gather", "reduce_scatter", "barrier")
 SQUEEZENET_BUCKETS = (2_048_000, 2_893_984)
 
-# NCCL 2.29.7 on two ranks, from github.com/eunomia-bpf/nccl-eBPF at 14f9bca: docs/tmp/default-suboptimal-search.md
-# (Broadcast) and docs/tmp/policy-effectiveness-research.md (AllReduce).
-CAPTURED_LOG = """\
-lab:3038984:3038984 [0] NCCL INFO     AllGather |     0.0/   0.0 |     0.0/   0.0 |    17.6/   3.6 |
-lab:3038984:3038984 [0] NCCL INFO Broadcast: 8192 Bytes -> Algo RING proto LL channel{Lo..Hi}={0..0}
-lab:3038984:3038984 [0] NCCL INFO Broadcast: 16384 Bytes -> Algo RING proto LL channel{Lo..Hi}={0..1}
-lab:3038984:3038984 [0] NCCL INFO Broadcast: 131072 Bytes -> Algo RING proto SIMPLE channel{Lo..Hi}={0..3}
-NCCL INFO AllReduce: 1024 Bytes -> Algo TREE proto SIMPLE channel{Lo..Hi}={0..0}
-NCCL INFO AllReduce: 32768 Bytes -> Algo TREE proto LL channel{Lo..Hi}={0..3}
-"""
+LOGGED_OPS = {
+    "AllReduce": "all_reduce",
+    "Broadcast": "broadcast",
+    "Reduce": "reduce",
+    "AllGather": "all_gather",
+    "ReduceScatter": "reduce_scatter",
+}
 
 operations = st.sampled_from(OPERATIONS)
 algorithms = st.sampled_from(nccl.ALGORITHMS)
@@ -264,14 +261,36 @@ def test_only_all_reduce_is_pinned_to_the_tree() -> None:
     assert links_of("broadcast", 400, [0, 1, 1], "tree") == links_of("broadcast", 400, [0, 1, 1], "ring")
 
 
-def test_choices_are_read_from_a_captured_log() -> None:
-    choices = list(nccl.read_choices(CAPTURED_LOG))
-    assert choices == [
-        nccl.Choice("broadcast", 8192, "ring", "ll", 1),
-        nccl.Choice("broadcast", 16384, "ring", "ll", 2),
-        nccl.Choice("broadcast", 131072, "ring", "simple", 4),
-        nccl.Choice("all_reduce", 1024, "tree", "simple", 1),
-        nccl.Choice("all_reduce", 32768, "tree", "ll", 4),
-    ]
+def log_line(op: str, size: int, algorithm: str, protocol: str, low: int, high: int) -> str:
+    """What rank 0 logs of a collective (enqueue.cc, `scheduleCollTasksToPlan`), by its format: no NCCL has run here."""
+    return f"NCCL INFO {op}: {size} Bytes -> Algo {algorithm} proto {protocol} channel{{Lo..Hi}}={{{low}..{high}}}"
+
+
+@given(
+    st.sampled_from(sorted(LOGGED_OPS)),
+    st.integers(1, 2**40),
+    algorithms,
+    protocols,
+    st.tuples(st.integers(0, 31), st.integers(0, 31)).map(sorted),
+)
+def test_a_choice_is_read_back_from_its_line(
+    op: str, size: int, algorithm: str, protocol: str, channels: list[int]
+) -> None:
+    low, high = channels
+    line = log_line(op, size, algorithm.upper(), protocol.upper(), low, high)
+    expected = nccl.Choice(LOGGED_OPS[op], size, algorithm, protocol.lower(), high - low + 1)
+    for written in (line, f"node3:417:431 [0] {line}", f"{line} cgaClusterSize 0"):
+        assert list(nccl.read_choices(written)) == [expected]
+
+
+def test_choices_are_read_in_order_among_other_lines() -> None:
+    lines = (
+        "node3:417:417 [0] NCCL INFO NCCL_ALGO set by environment to Ring",
+        log_line("AllReduce", 60, "RING", "LL", 0, 0),
+        log_line("SendRecv", 60, "RING", "LL", 0, 0),
+        log_line("Broadcast", 90, "RING", "SIMPLE", 1, 2),
+    )
+    choices = list(nccl.read_choices("\n".join(lines)))
+    assert [(choice.op, choice.count_bytes) for choice in choices] == [("all_reduce", 60), ("broadcast", 90)]
     for choice in choices:
         assert links_of(choice.op, choice.count_bytes, [0, 1], choice.algorithm, choice.protocol)

@@ -17,14 +17,14 @@ def contiguous(num_servers: int, ranks_per_server: int) -> list[int]:
     return [server for server in range(num_servers) for _ in range(ranks_per_server)]
 
 
-def links_of(plan: str, payload_bytes: int, server_of_rank: list[int], num_parameter_servers: int = 1) -> gloo.Links:
-    found = algorithms.links(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
+def links_of(plan: str, payload_bytes: int, server_of_rank: list[int]) -> gloo.Links:
+    found = algorithms.links(plan, payload_bytes, 4, server_of_rank)
     assert not isinstance(found, gloo.NotDerivable), found
     return found
 
 
-def egress(plan: str, payload_bytes: int, server_of_rank: list[int], num_parameter_servers: int = 1) -> list[int]:
-    found = algorithms.egress_bytes_per_server(plan, payload_bytes, 4, server_of_rank, num_parameter_servers)
+def egress(plan: str, payload_bytes: int, server_of_rank: list[int]) -> list[int]:
+    found = algorithms.egress_bytes_per_server(plan, payload_bytes, 4, server_of_rank)
     assert not isinstance(found, gloo.NotDerivable), found
     return found
 
@@ -90,7 +90,8 @@ def test_halving_doubling_step_by_step(elements: int, log2_ranks: int) -> None:
 def test_a_parameter_server_carries_everybody_in_and_out(elements: int, num_ranks: int, num_servers: int) -> None:
     """FireCaffe's argument: n payloads in and n out, over k servers."""
     payload_bytes = 4 * num_servers * elements
-    links = links_of("parameter_server", payload_bytes, list(range(num_ranks)), num_servers)
+    parameter_servers = range(num_ranks, num_ranks + num_servers)
+    links = algorithms.parameter_server(payload_bytes, 4, range(num_ranks), parameter_servers)
     for node in range(num_ranks + num_servers):
         sent = sum(link.data_bytes for (source, _), link in links.items() if source == node)
         received = sum(link.data_bytes for (_, destination), link in links.items() if destination == node)
@@ -176,22 +177,20 @@ def test_a_hierarchy_does_not_care_where_ranks_sit(
     )
 
 
-@given(plans, element_counts, servers_and_ranks, st.integers(1, 3), st.data())
-def test_sums(
-    plan: str, elements: int, servers_and_ranks: tuple[int, int], num_parameter_servers: int, data: st.DataObject
-) -> None:
+@given(plans, element_counts, servers_and_ranks, st.data())
+def test_sums(plan: str, elements: int, servers_and_ranks: tuple[int, int], data: st.DataObject) -> None:
     """Egress is part of what is sent; renaming servers renames the result; more payload is never less traffic."""
     num_servers, ranks_per_server = servers_and_ranks
     if plan == "halving_doubling":
         ranks_per_server = 2 ** math.ceil(math.log2(ranks_per_server))
         num_servers = 2 ** math.ceil(math.log2(num_servers))
     server_of_rank = contiguous(num_servers, ranks_per_server)
-    found = egress(plan, 4 * elements, server_of_rank, num_parameter_servers)
-    links = links_of(plan, 4 * elements, server_of_rank, num_parameter_servers)
+    found = egress(plan, 4 * elements, server_of_rank)
+    links = links_of(plan, 4 * elements, server_of_rank)
     assert sum(found) <= total(links)
-    assert total(links) <= total(links_of(plan, 4 * elements + 4, server_of_rank, num_parameter_servers))
+    assert total(links) <= total(links_of(plan, 4 * elements + 4, server_of_rank))
     names = data.draw(st.permutations(range(num_servers)))
-    renamed = egress(plan, 4 * elements, [names[server] for server in server_of_rank], num_parameter_servers)
+    renamed = egress(plan, 4 * elements, [names[server] for server in server_of_rank])
     assert sorted(renamed) == sorted(found)
     if num_servers == 1 and plan != "parameter_server":
         assert found == [0]
