@@ -22,7 +22,7 @@ sums, TCP) competes with that and adds what the measured run shows of it; afterw
     halving_doubling  2 log2(m) rounds between servers
     parameter_server  all workers to the server, then back: its card carries n payloads in, then n out
 
-n ranks on m servers. Bytes come from wire.py (gloo's ring) and wire_plans.py (the others), frame headers are added.
+n ranks on m servers. Bytes come from wire/gloo.py (ring) and wire/algorithms.py (the others), frame headers are added.
 What the model leaves out: other traffic on the links, congestion inside the switch, ranks that differ from one another.
 """
 
@@ -51,7 +51,7 @@ class Network:
     """One way, on top of what the measured run had."""
 
     def seconds(self, num_bytes: float) -> float:
-        """Of `num_bytes` handed to TCP, through one card in one direction, frames included."""
+        """Return the seconds that `num_bytes` handed to TCP take through one card in one direction, frames included."""
         if self.bandwidth_bits_per_second is None:
             return 0.0
         return 8 * num_bytes * (1 + HEADER_SHARE) / self.bandwidth_bits_per_second
@@ -62,9 +62,9 @@ class Host:
     """What an all-reduce costs beyond its bytes on the link."""
 
     seconds_per_byte: float = 0.0
-    """Of what the busiest rank hands on, while it also computes."""
+    """Seconds per byte that the busiest rank hands on while it also computes."""
     seconds_per_round: float = 0.0
-    """Of a message so small that only its way through two hosts counts."""
+    """Seconds of a message so small that only its way through two hosts counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,10 @@ class Bucket:
     """Gradients handed over together."""
 
     payload_bytes: int
-    """As they travel, after compression."""
+    """Bytes as they travel, after compression."""
     itemsize: int
     ready_seconds: float
-    """From the start of the step's last backward pass."""
+    """Seconds from the start of the step's last backward pass until the bucket is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +83,26 @@ class Step:
     """One rank's optimiser step without the network."""
 
     forward_seconds: float
-    """Of all micro-batches."""
+    """Seconds of the forward passes of all micro-batches."""
     backward_seconds: float
     other_seconds: float
-    """Optimiser, metrics, records: everything but passes, exchanges and the wait for data."""
+    """Seconds of the optimiser, metrics and records: everything but passes, exchanges and the wait for data."""
     buckets: tuple[Bucket, ...]
     num_micro_batches: int = 1
     blocking_all_reduces: int = 0
-    """Small exchanges that a step waits for: metrics."""
+    """Number of small all-reduces that a step waits for: metrics."""
     blocking_broadcasts: int = 0
-    """The same: buffers, Lightning's own."""
+    """Number of broadcasts that a step waits for: buffers, Lightning's own."""
     waiting_seconds: float = 0.0
-    """For them, and for ranks that are late, in the measured run."""
+    """Seconds that the measured run waited for those exchanges and for ranks that were late."""
 
     @property
     def compute_seconds(self) -> float:
-        """What one rank alone would take."""
+        """Seconds that one rank alone would take."""
         return self.forward_seconds + self.backward_seconds + self.other_seconds
 
     def scaled(self, factor: float) -> "Step":
-        """Computing `factor` times as long, the same bytes."""
+        """Return a step that computes `factor` times as long and sends the same bytes."""
         return replace(
             self,
             forward_seconds=self.forward_seconds * factor,
@@ -112,11 +112,11 @@ class Step:
         )
 
     def with_batch(self, factor: float) -> "Step":
-        """`factor` times as many pictures per micro-batch: passes grow in proportion, the rest of the step does not."""
+        """Return a step of `factor` times as many pictures: passes grow in proportion, the rest does not."""
         return replace(self.scaled(factor), other_seconds=self.other_seconds)
 
     def accumulating(self, num_micro_batches: int) -> "Step":
-        """So many micro-batches per optimiser step, of the measured size; gradients travel with the last one."""
+        """Return a step of so many micro-batches of the measured size; gradients travel with the last one."""
         factor = num_micro_batches / self.num_micro_batches
         return replace(
             self,
@@ -126,7 +126,7 @@ class Step:
         )
 
     def compressed(self, factor: float, itemsize: int) -> "Step":
-        """Buckets travel as elements of `itemsize` bytes, `factor` of their bytes; (de)compressing takes no time."""
+        """Return a step whose buckets travel as `factor` of their bytes; (de)compressing takes no time."""
         return replace(
             self,
             buckets=tuple(
@@ -142,9 +142,9 @@ class StepForecast:
 
     step_seconds: float
     exposed_seconds: float
-    """Waiting for buckets, small exchanges and late ranks."""
+    """Seconds spent waiting for buckets, small exchanges and late ranks."""
     communication_seconds: float
-    """Cards busy with buckets."""
+    """Seconds in which the cards are busy with buckets, and those spent waiting."""
     egress_bytes: int
     """Gradient bytes that the busiest server sends to others, gloo's message headers included for its ring."""
 
@@ -157,9 +157,18 @@ def forecast(
     host: Host,
     measured_ranks: int = 2,
 ) -> StepForecast | NotDerivable:
-    """The step of such a cluster, or why there is no such algorithm for it.
+    """Forecast the step on a cluster.
 
-    measured_ranks: how many ranks the run had from which `step` and `host` come.
+    Args:
+        step: The step without the network.
+        algorithm: One of ALGORITHMS.
+        server_of_rank: Index of each rank's server, from 0.
+        network: The servers' links.
+        host: What an all-reduce costs beyond its bytes.
+        measured_ranks: Number of ranks of the run from which `step` and `host` come.
+
+    Returns:
+        The forecast, or why the algorithm does not fit the cluster.
     """
     placement = tuple(server_of_rank)
     end, busy, egress = 0.0, 0.0, 0
@@ -183,7 +192,7 @@ def forecast(
 
 
 def _end(found: "AllReduce", start: float, last_ready: float, network: Network, host: Host) -> float:
-    """When an all-reduce is done that starts at `start`; until `last_ready` ranks compute as well."""
+    """Return when an all-reduce that starts at `start` is done; until `last_ready` ranks compute as well."""
     alone = found.seconds(network, host)
     together = alone + found.host_bytes * host.seconds_per_byte
     if start >= last_ready:
@@ -194,14 +203,14 @@ def _end(found: "AllReduce", start: float, last_ready: float, network: Network, 
 
 
 def _blocking_rounds(step: Step, algorithm: str, server_of_rank: Sequence[int]) -> int:
-    """Of a step's small exchanges: all-reduces by `algorithm`, broadcasts down a binomial tree."""
+    """Count the rounds of a step's small exchanges: all-reduces by `algorithm`, broadcasts down a binomial tree."""
     found = all_reduce(algorithm, 4, 4, tuple(server_of_rank))
     assert isinstance(found, AllReduce)  # buckets have gone this way before
     return step.blocking_all_reduces * found.num_messages + step.blocking_broadcasts * _depth(len(server_of_rank))
 
 
 def _depth(num_ranks: int) -> int:
-    """Of a binary tree over so many ranks: ceil(log2(num_ranks))."""
+    """Return the depth of a binary tree over so many ranks: ceil(log2(num_ranks))."""
     return (num_ranks - 1).bit_length()
 
 
@@ -213,23 +222,23 @@ class AllReduce:
     """What one all-reduce asks of cards and hosts."""
 
     card_bytes: int
-    """Through the busiest card in one direction, one phase after the other."""
+    """Bytes through the busiest card in one direction, one phase after the other."""
     egress_bytes: int
-    """Out of the busiest server."""
+    """Bytes out of the busiest server."""
     payload_bytes: int
     num_rounds: int
-    """That follow one another, between servers."""
+    """Number of rounds between servers that follow one another."""
     num_messages: int
-    """The same, those inside servers included."""
+    """Number of rounds, those inside servers included."""
     num_ranks: int
 
     @property
     def host_bytes(self) -> float:
-        """That the busiest rank hands on: what crosses its card, and no less than a ring's share of the payload."""
+        """Bytes that the busiest rank hands on: those across its card, no less than a ring's share of the payload."""
         return max(self.card_bytes, 2 * (self.num_ranks - 1) / self.num_ranks * self.payload_bytes)
 
     def seconds(self, network: Network, host: Host) -> float:
-        """From the first byte to the last, on hosts that do nothing else."""
+        """Return the seconds from the first byte to the last, on hosts that do nothing else."""
         return (
             network.seconds(self.card_bytes)
             + self.num_rounds * network.latency_seconds
@@ -241,7 +250,14 @@ class AllReduce:
 def all_reduce(
     algorithm: str, payload_bytes: int, itemsize: int, server_of_rank: tuple[int, ...]
 ) -> AllReduce | NotDerivable:
-    """One all-reduce of `payload_bytes` under `algorithm`, one of ALGORITHMS, or why it cannot be done that way."""
+    """Return what one all-reduce asks of cards and hosts, or why it cannot be done that way.
+
+    Args:
+        algorithm: One of ALGORITHMS.
+        payload_bytes: Bytes of one rank's input.
+        itemsize: Bytes per element.
+        server_of_rank: Index of each rank's server, from 0.
+    """
     num_ranks = len(server_of_rank)
     num_servers = len(set(server_of_rank))
     if num_ranks == 1:
@@ -273,7 +289,7 @@ def all_reduce(
 
 
 def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
-    """Payloads through the busiest card at each level of the tree that crosses servers, from the leaves up.
+    """Count the payloads through the busiest card at each level of the tree that crosses servers, from the leaves up.
 
     Rank r's parent is (r - 1) // 2; level k holds ranks 2^k - 1 to 2^(k+1) - 2.
     """
@@ -297,7 +313,7 @@ def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredBucket:
-    """Of one bucket, seconds from the start of the last backward pass."""
+    """One bucket of the measured run; times are seconds from the start of the last backward pass."""
 
     payload_bytes: int
     itemsize: int
@@ -313,12 +329,19 @@ def fit_host(
     network: Network,
     seconds_per_round: float,
 ) -> Host:
-    """What those all-reduces took beyond bytes and rounds on the measured run's own link that ended before the last
-    bucket was ready, by bytes: the hosts' work on them while they also compute.
+    """Fit the hosts' work on all-reduces while they also compute.
 
-    By bytes because charged to rounds, of which a ring of a thousand ranks has a thousand times as many, it would
-    forecast what nobody has measured.
-    Buckets under way at the same time share the card, so their time is that of all of them together.
+    It is what those all-reduces that ended before the last bucket was ready took beyond bytes and rounds on the link of
+    the measured run, by bytes: charged to rounds, of which a ring of a thousand ranks has a thousand times as many, it
+    would forecast what was never measured. Buckets under way at the same time share the card, so their time is that of
+    all of them together.
+
+    Args:
+        buckets: The measured run's buckets.
+        algorithm: By which they were reduced.
+        server_of_rank: Index of each rank's server in the measured run, from 0.
+        network: The measured run's links.
+        seconds_per_round: Seconds of a small message between two idle hosts.
     """
     placement = tuple(server_of_rank)
     busy, end, explained, num_bytes = 0.0, 0.0, 0.0, 0.0
@@ -338,10 +361,17 @@ def fit_host(
 def calibrated(
     step: Step, host: Host, server_of_rank: Sequence[int], network: Network, exposed_seconds: float
 ) -> tuple[Step, Host]:
-    """The two, such that the forecast of the measured run itself exposes `exposed_seconds`, as was measured.
+    """Return step and host such that the forecast of the measured run itself exposes what was measured.
 
     What buckets do not explain becomes the step's `waiting_seconds`. Where they explain too much, the hosts' work was
     seen on the first buckets alone and is less on the others.
+
+    Args:
+        step: The measured step without the network.
+        host: What `fit_host` found.
+        server_of_rank: Index of each rank's server in the measured run, from 0.
+        network: The measured run's links.
+        exposed_seconds: Seconds that the measured run waited for communication.
     """
 
     def explained(seconds_per_byte: float) -> float:

@@ -19,14 +19,14 @@ _SIOCETHTOOL, _ETHTOOL_GTSO, _ETHTOOL_GGSO = 0x8946, 0x1E, 0x23
 
 @dataclass(frozen=True, slots=True)
 class InterfaceCounts:
-    """Outgoing, since the interface exists. Without preamble, frame check sequence and gap of Ethernet."""
+    """What an interface has sent since it exists. Without preamble, frame check sequence and gap of Ethernet."""
 
     tx_bytes: int
     tx_packets: int
 
 
 def read_interface(name: str) -> InterfaceCounts | None:
-    """Of this process's network namespace; None if it has no such interface.
+    """Read an interface of this process's network namespace; None if it has no such interface.
 
     psutil reads /proc/net/dev, which is the process's own; /sys/class/net may belong to another namespace.
     """
@@ -35,7 +35,7 @@ def read_interface(name: str) -> InterfaceCounts | None:
 
 
 def interface_of_address(address: str) -> str | None:
-    """Name of the interface that carries a local address; None if no interface has it."""
+    """Return the name of the interface that carries a local address; None if no interface has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in addresses):
             return name
@@ -43,13 +43,13 @@ def interface_of_address(address: str) -> str | None:
 
 
 def segmentation_offload(name: str) -> bool | None:
-    """Whether the kernel leaves cutting into segments to this interface (TSO or GSO); None if it does not tell."""
+    """Tell whether the kernel leaves cutting into segments to this interface (TSO or GSO); None if it does not say."""
     answers = [_ethtool_value(name, command) for command in (_ETHTOOL_GTSO, _ETHTOOL_GGSO)]
     return None if None in answers else any(answers)
 
 
 def _ethtool_value(name: str, command: int) -> int | None:
-    """One `struct ethtool_value`, which the kernel fills in where the request points to."""
+    """Ask for one `struct ethtool_value`, which the kernel fills in where the request points to."""
     value = bytearray(struct.pack("II", command, 0))
     memory = (ctypes.c_char * len(value)).from_buffer(value)
     request = struct.pack("16sP16x", name.encode()[:15], ctypes.addressof(memory))

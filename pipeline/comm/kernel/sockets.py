@@ -1,7 +1,7 @@
 """What the kernel says about this process's own TCP connections: addresses, bytes handed over, retransmissions.
 
 Read with `getsockopt(TCP_INFO)` on the process's own descriptors, which needs neither rights nor a second program, and
-sees nobody else's traffic: neither data loading nor uploads of other processes.
+sees no other process's traffic: neither data loading nor uploads.
 """
 
 import socket
@@ -18,14 +18,14 @@ _OPTION_TIMESTAMPS = 1
 
 @dataclass(frozen=True, slots=True)
 class TcpCounts:
-    """One connection's outgoing half, since it was opened."""
+    """What one connection has sent since it was opened."""
 
     sent_bytes: int
-    """Handed to TCP: each byte once, those still in the socket's buffer included."""
+    """Bytes handed to TCP: each once, those still in the socket's buffer included."""
     retransmitted_bytes: int
-    """Sent again."""
+    """Bytes sent again."""
     unsent_bytes: int
-    """Of `sent_bytes`, still in the socket's buffer."""
+    """Bytes of `sent_bytes` that are still in the socket's buffer."""
     segments: int
     """Segments sent, acknowledgements without data included."""
     has_timestamps: bool
@@ -38,14 +38,14 @@ class Connection:
 
     descriptor: int
     inode: int
-    """Of the socket: a descriptor's number is used again, this is not."""
+    """Inode of the socket: a descriptor's number is used again, this is not."""
     family: int
     local: tuple[str, int]
     """(address, port); IPv4 addresses in IPv6 form are written as IPv4."""
     remote: tuple[str, int]
 
     def counts(self) -> TcpCounts | None:
-        """The kernel's counts now; None if the connection is gone or this kernel is too old to count bytes."""
+        """Read the kernel's counts; None if the connection is gone or this kernel is too old to count bytes."""
         try:
             handle = socket.socket(self.family, socket.SOCK_STREAM, 0, fileno=self.descriptor)
         except OSError:
@@ -59,7 +59,7 @@ class Connection:
 
 
 def parse_tcp_info(info: bytes) -> TcpCounts | None:
-    """`struct tcp_info` as the kernel returns it; None if it is too short to hold byte counts (before Linux 4.19).
+    """Read `struct tcp_info` as the kernel returns it; None if it is too short to hold byte counts (before Linux 4.19).
 
     tcpi_bytes_sent counts data octets, retransmitted ones again (RFC 4898, tcpEStatsPerfHCDataOctetsOut).
     """
@@ -78,7 +78,7 @@ def parse_tcp_info(info: bytes) -> TcpCounts | None:
 
 
 def own_connections() -> list[Connection]:
-    """This process's connected TCP sockets, each once however many descriptors it has."""
+    """Return this process's connected TCP sockets, each once however many descriptors it has."""
     found: dict[int, Connection] = {}
     for descriptor, inode in _socket_descriptors():
         if inode in found:
