@@ -89,14 +89,12 @@ class SqueezeNetConfig:
             require(
                 is_whole(value) and value >= lowest, f"{key}={value!r} must be a whole number of at least {lowest}."
             )
-        for key, rule, holds in (
-            ("pct3x3", "a share between 0 and 1, such as 0.5", lambda share: 0 < share < 1),
-            ("sr", "a ratio in (0, 1], such as 0.125", lambda ratio: 0 < ratio <= 1),
-            ("dropout", "a share in [0, 1), such as 0.5", lambda share: 0 <= share < 1),
-        ):
-            value = getattr(self, key)
-            require(is_number(value) and holds(value), f"{key}={value!r} must be {rule}.")
-        require(isinstance(self.final_relu, bool), f"final_relu={self.final_relu!r} must be true or false.")
+        within = is_number(self.pct3x3) and 0 < self.pct3x3 < 1
+        require(within, f"pct3x3={self.pct3x3!r} must be a share between 0 and 1, such as 0.5.")
+        require(is_number(self.sr) and 0 < self.sr <= 1, f"sr={self.sr!r} must be a ratio in (0, 1], such as 0.125.")
+        within = is_number(self.dropout) and 0 <= self.dropout < 1
+        require(within, f"dropout={self.dropout!r} must be a share in [0, 1), such as 0.5.")
+        require(type(self.final_relu) is bool, f"final_relu={self.final_relu!r} must be true or false.")
         require(
             isinstance(self.pool_after, list | tuple | set | frozenset)
             and all(is_whole(layer) and 1 <= layer <= NUM_DOWNSAMPLABLE_LAYERS for layer in self.pool_after)

@@ -51,7 +51,7 @@ class ModelConfig:
     name: str
     num_classes: int | None = None
     """Outputs of the classifier. Null: as many as the shards have classes."""
-    metaparameters: dict[str, object] = field(default_factory=dict, metadata={"keys": SqueezeNetConfig})
+    metaparameters: dict[str, object] = field(default_factory=dict[str, object], metadata={"keys": SqueezeNetConfig})
     """What makes a variant of the model. SqueezeNet's, with the defaults of squeezenet1_0, are listed here; some of the
     other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual."""
     input: InputConfig = field(default_factory=InputConfig)

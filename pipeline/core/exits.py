@@ -62,8 +62,8 @@ def leave(code: int) -> NoReturn:
         patience.daemon = True
         patience.start()
         with contextlib.suppress(Exception):  # what a library does at its end does not make a finished run fail
-            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-            atexit._run_exitfuncs()
+            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+            atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads any more
             stream.flush()

@@ -6,12 +6,12 @@ import inspect
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 WIDTH = 100
 
 
-def format_help(command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: Any) -> str:
+def format_help(command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: dict[str, Any]) -> str:
     """Return what can be set: groups with their choices, then every key with its default and meaning.
 
     Args:
@@ -38,7 +38,7 @@ def format_help(command: str, schema: type[Any], groups: Mapping[str, tuple[str,
     return "\n".join(lines)
 
 
-def _lines_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
+def _lines_of_fields(schema: Any, values: dict[str, Any], prefix: str) -> Iterator[str]:
     """Yield the lines of each field.
 
     A field whose metadata hold `keys` is a dictionary; that dataclass says which keys it may have.
@@ -46,13 +46,12 @@ def _lines_of_fields(schema: Any, values: Any, prefix: str) -> Iterator[str]:
     hints, docs = typing.get_type_hints(schema), field_docs(schema)
     for entry in dataclasses.fields(schema):
         key, hint = f"{prefix}{entry.name}", hints[entry.name]
-        value = values.get(entry.name, entry.default) if isinstance(values, dict) else entry.default
+        value: Any = values.get(entry.name, entry.default)
         if dataclasses.is_dataclass(hint):
-            yield from _lines_of_fields(hint, value, f"{key}.")
+            yield from _lines_of_fields(hint, cast(dict[str, Any], value) if isinstance(value, dict) else {}, f"{key}.")
             continue
         shown = "null" if value is None else "" if value is dataclasses.MISSING else value
-        shown = list(shown) if isinstance(shown, tuple) else shown
-        yield f"  {key}={shown}"
+        yield f"  {key}={list(cast(tuple[Any], shown)) if isinstance(shown, tuple) else shown}"
         if entry.name in docs:
             yield textwrap.fill(docs[entry.name], WIDTH, initial_indent="      ", subsequent_indent="      ")
         if "keys" in entry.metadata:

@@ -1,7 +1,7 @@
 """Hydra's override grammar, read and written: one set of rules for every command."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 
 def split_override(override: str) -> tuple[str, str]:
@@ -20,8 +20,12 @@ def quoted(override: str) -> str:
     is_special = "=" in value or ("{" in value and ".." in value) or not value.isascii() or "  " in value
     if not is_special or not value or value[0] in "'\"[{$" or "(" in value:
         return override
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}={_in_quotes(value)}"
+
+
+def _in_quotes(text: str) -> str:
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def literal(value: Any) -> str:
@@ -32,9 +36,9 @@ def literal(value: Any) -> str:
         case bool():
             return str(value).lower()
         case str():
-            return "'" + value.replace("'", "\\'") + "'" if not value.replace("_", "").isalnum() else value
+            return value if value.replace("_", "").isalnum() else _in_quotes(value)
         case list() | tuple():
-            return f"[{','.join(map(literal, value))}]"
+            return f"[{','.join(map(literal, cast(list[Any], value)))}]"
         case _:
             return str(value)
 
@@ -63,7 +67,8 @@ def _quote_list(argument: str) -> str:
 
 def split_outside_brackets(text: str) -> list[str]:
     """Split at the commas that are not inside [...]."""
-    items, depth, start = [], 0, 0
+    items: list[str] = []
+    depth = start = 0
     for position, character in enumerate(text):
         depth += {"[": 1, "]": -1}.get(character, 0)
         if character == "," and depth == 0:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.errors import ConfigError
 
@@ -120,11 +120,11 @@ def _refuse_files(directory: Path) -> None:
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """(dotted key, text) of every key and every string."""
     if isinstance(value, dict):
-        for name, inner in value.items():
+        for name, inner in cast(dict[Any, Any], value).items():
             yield f"{key}{name}", str(name)
             yield from _texts(inner, f"{key}{name}.")
     elif isinstance(value, list | tuple):
-        for inner in value:
+        for inner in cast(list[Any], value):
             yield from _texts(inner, key)
     elif isinstance(value, str):
         yield key.rstrip("."), value

@@ -1,6 +1,5 @@
-"""Weights made elsewhere: the Caffe-named `.npz` of SqueezeNet v1.0 and torchvision state dicts, loaded strictly."""
+"""Weights made elsewhere: the Caffe-named `.npz` of SqueezeNet v1.0, loaded strictly."""
 
-import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -48,29 +47,6 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is not a readable .npz file ({error}): copy it again.") from error
     _copy_strictly(arrays, targets, path)
-
-
-def load_torchvision_state(path: Path | str, model: nn.Module) -> None:
-    """Load a torchvision state dict (a `.pth` of tensors by name), strictly and without running code from the file.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or no plain state dict; a name is missing or unknown; a shape
-            differs; a value is not finite. The model is then unchanged.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: give the path of a state dict.") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path} cannot be read as a state dict ({reason}): copy it again, or save model.state_dict() only."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a state dict of tensors by name: save model.state_dict() only.")
-    _copy_strictly(state, model.state_dict(keep_vars=True), path)
 
 
 def _tensors_of(archive: "NpzFile") -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Foreign weights load completely or not at all, and the message names what does not fit."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torchvision
 
 from pipeline.core.errors import CheckpointError
 from pipeline.models import zoo
-from pipeline.models.caffe import load_npz, load_torchvision_state
+from pipeline.models.caffe import load_npz
 from pipeline.models.squeezenet import SqueezeNet
 
 SMALL = {"base_e": 16, "incr_e": 16}
@@ -46,11 +45,11 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def refused(path: Path, model: torch.nn.Module, load: Callable[[Path, torch.nn.Module], None] = load_npz) -> str:
+def refused(path: Path, model: torch.nn.Module) -> str:
     """The message; the model must not have changed."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
-        load(path, model)
+        load_npz(path, model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return str(caught.value)
 
@@ -108,7 +107,6 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.npz"
     path.write_bytes(content)
     assert "not a readable" in refused(path, small_model())
-    assert "cannot be read" in refused(path, small_model(), load_torchvision_state)
 
 
 def test_a_single_array_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -126,64 +124,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarra
 
 def test_a_missing_file_and_another_model_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "no.npz", small_model())
-    assert "does not exist" in refused(tmp_path / "no.pth", small_model(), load_torchvision_state)
     assert "do not fit AlexNet" in refused(tmp_path / "no.npz", torchvision.models.AlexNet())
-
-
-@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
-def test_a_torchvision_state_dict_loads(tmp_path: Path, name: str) -> None:
-    theirs = torchvision.models.get_model(name, weights=None)
-    path = tmp_path / "state.pth"
-    torch.save(theirs.state_dict(), path)
-    ours = zoo.build(name)
-    load_torchvision_state(path, ours)
-    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
-
-
-def test_batch_norms_buffers_load_too(tmp_path: Path) -> None:
-    theirs = torchvision.models.resnet18(num_classes=3)
-    state = theirs.state_dict()
-    state["bn1.running_var"].fill_(7.0)
-    state["bn1.num_batches_tracked"].fill_(12)
-    path = tmp_path / "state.pth"
-    torch.save(state, path)
-    ours = zoo.build("resnet18", 3)
-    load_torchvision_state(path, ours)
-    assert ours.state_dict()["bn1.num_batches_tracked"].item() == 12
-    assert ours.state_dict()["bn1.running_var"].eq(7.0).all()
-
-
-def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state.pth"
-    torch.save(zoo.build("squeezenet1_1", 10).state_dict(), path)
-    assert "lacks features.5.squeeze.weight" in refused(path, zoo.build("squeezenet1_0", 10), load_torchvision_state)
-    message = refused(path, zoo.build("squeezenet1_1", 11), load_torchvision_state)
-    assert "classifier.1.weight has shape (10, 512, 1, 1), the model (11, 512, 1, 1)" in message
-    assert "num_classes" in message
-
-
-@pytest.mark.parametrize("saved", [torch.zeros(3), {"state_dict": {}, "epoch": 3}, [1, 2]])
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, saved: object) -> None:
-    path = tmp_path / "state.pth"
-    torch.save(saved, path)
-    assert "is not a state dict" in refused(path, small_model(), load_torchvision_state)
-
-
-def test_code_in_a_state_dict_is_never_run(tmp_path: Path) -> None:
-    path = tmp_path / "state.pth"
-    torch.save(Trap(tmp_path / "sprung"), path)
-    assert "cannot be read as a state dict" in refused(path, small_model(), load_torchvision_state)
-    assert not (tmp_path / "sprung").exists()
-
-
-class Trap:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_the_published_deep_compressed_weights_load() -> None:
