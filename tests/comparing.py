@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tests.commands import rows
-from tests.small_runs import Pair
+from tests.making.pairs import Pair
 
 
 def load(run: Path) -> dict[str, Any]:

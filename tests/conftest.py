@@ -1,16 +1,17 @@
 """What holds for every test: no deadline by the clock, and in CI nothing skips that its machine could run."""
 
 import os
-import re
 import signal
-from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.small_runs import shards, two_ranks
+from tests.making.pairs import PAIR_OPTIONS, Pair, make_pair
+from tests.making.shards import write_shards
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
-__all__ = ["shards", "two_ranks"]  # fixtures that several folders share
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # pytest finds its hooks here
 
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 if not os.environ.get(
@@ -22,29 +23,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts its background jobs so, and what a test starts would inherit it: Ctrl-C could not be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Hardware that CI's machine may lack. Everything else (packages, root, data) it must have.
-HARDWARE = re.compile(r"\b(GPU|AMX|AVX512)")
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sound ones. Nobody changes them."""
+    return write_shards(tmp_path_factory.mktemp("small") / "shards")
 
 
-def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Turn a skipped report into a failed one, in CI, unless it names hardware."""
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail") and not HARDWARE.search(reason):
-        report.outcome = "failed"
-        report.longrepr = f"CI must run this test. {reason}"
+@pytest.fixture(scope="session")
+def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Everything at once: two ranks, two micro-batches a step, averaged weights, 1000 classes, the mirror offline.
 
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tests and fixtures that skip."""
-    report = yield
-    _refuse_skip(report)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Modules that skip as a whole."""
-    report = yield
-    _refuse_skip(report)
-    return report
+    The supervisor is killed when rank 1 is fed the second half of step 7, in the second epoch.
+    """
+    return make_pair(tmp_path_factory.mktemp("two"), shards, 2, "1 7 1 supervisor", *PAIR_OPTIONS)

@@ -3,11 +3,12 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import SlurmCluster
@@ -126,13 +127,6 @@ def started(slurm: "SlurmCluster", checkout: Path, *arguments: str, options: tup
     if "RECORDER_WAITS" in env:
         wait_until(lambda: len(list(checkout.glob("ready.*"))) == 2, "the ranks did not start")
     return job_id
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + JOB_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def log_of(checkout: Path, job_id: int) -> str:

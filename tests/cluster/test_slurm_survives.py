@@ -26,6 +26,7 @@ import torch
 from pipeline.core.files import write_text_atomic
 from tests.cluster.conftest import running_cluster
 from tests.comparing import committed, global_batches
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.cluster.conftest import SlurmCluster
@@ -132,13 +133,6 @@ def checkout(slurm: "SlurmCluster", tmp_path_factory: pytest.TempPathFactory) ->
     return made
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = JOB_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
 def processes_on(slurm: "SlurmCluster", node: str, is_meant: Callable[[str], bool]) -> list[psutil.Process]:
     """Those on a node, which has a network namespace of its own, whose command line is meant."""
     home = Path(f"/proc/{slurm.daemon(node).pid}/ns/net").readlink()
@@ -162,6 +156,7 @@ def assert_is_clear(slurm: "SlurmCluster", node: str) -> None:
     wait_until(
         lambda: not processes_on(slurm, node, lambda line: "train_paced.py" in line or line.startswith("slurmstepd")),
         f"something of the job before is still on {node}",
+        seconds=JOB_SECONDS,
     )
 
 
@@ -211,19 +206,27 @@ def put_through(slurm: "SlurmCluster", checkout: Checkout, name: str, events: li
     job_id = checkout.submit(slurm, name, nodes=nodes)
     for restarts, event in enumerate(events, 1):
         # The row of the last step is written with the next.
-        wait_until(lambda event=event: checkout.num_rows(name) >= event.step - 1, f"no step {event.step}")
+        wait_until(
+            lambda event=event: checkout.num_rows(name) >= event.step - 1, f"no step {event.step}", seconds=JOB_SECONDS
+        )
         time.sleep(0.5)  # all ranks are in that step now
         event.happens(job_id)
         if restarts < len(events):
             write_text_atomic(hold, str(events[restarts].step))
         else:
             hold.unlink()
-        wait_until(lambda restarts=restarts: int(slurm.job(job_id)["Restarts"]) >= restarts, "the job stays away")
+        wait_until(
+            lambda restarts=restarts: int(slurm.job(job_id)["Restarts"]) >= restarts,
+            "the job stays away",
+            seconds=JOB_SECONDS,
+        )
         event.recover()
         num_fed = checkout.num_fed(name)
-        wait_until(lambda: runs_again(slurm, job_id), "the job does not start again")
+        wait_until(lambda: runs_again(slurm, job_id), "the job does not start again", seconds=JOB_SECONDS)
         started = time.monotonic()
-        wait_until(lambda num_fed=num_fed: checkout.num_fed(name) > num_fed, "no step is made again")
+        wait_until(
+            lambda num_fed=num_fed: checkout.num_fed(name) > num_fed, "no step is made again", seconds=JOB_SECONDS
+        )
         print(f"{name}: from the start of a requeued job to its first step {time.monotonic() - started:.1f} s")
     job = slurm.wait(job_id, JOB_SECONDS, impatient=True)
     log = checkout.log(job_id)
@@ -386,7 +389,7 @@ def test_on_other_numbers_of_nodes_the_batches_stay(three: tuple["SlurmCluster",
     for nodes, step in ((2, 15), (3, 35)):
         hold.write_text(str(step))
         job_id = checkout.submit(slurm, "elastic", keys=keys, nodes=nodes)
-        wait_until(lambda step=step: checkout.num_rows("elastic") >= step - 1, "no steps")
+        wait_until(lambda step=step: checkout.num_rows("elastic") >= step - 1, "no steps", seconds=JOB_SECONDS)
         slurm.run("scancel", str(job_id))
         hold.unlink()
         assert slurm.wait(job_id, JOB_SECONDS)["JobState"] == "CANCELLED"

@@ -11,7 +11,8 @@ import torch
 import torchvision
 
 from tests.commands import run
-from tests.small_runs import NUM_VALIDATION, Pair, write_shards
+from tests.making.pairs import Pair
+from tests.making.shards import NUM_VALIDATION, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from webdataset.writer import TarWriter
 
 from tests.commands import SMALL, run, train
-from tests.small_runs import picture, write_shards
+from tests.making.pictures import coloured
+from tests.making.shards import write_shards, write_tar
 
 HERE = Path(__file__).parent
 
@@ -17,15 +17,15 @@ NAMES = ("set-train-000.tar", "set-train-001.tar", "set-validation-000.tar")
 def write_public(root: Path, sizes: tuple[int, int, int] = (30, 30, 13)) -> Path:
     """As public ImageNet comes: `.jpeg`, the label in `.json`, further members, timm's `_info.json`, no manifest."""
     root.mkdir(parents=True)
-    number = 0
+    first = 0
     for name, size in zip(NAMES, sizes, strict=True):
-        with TarWriter(str(root / name)) as tar:
-            for _ in range(size):
-                label = {"label": number % 4, "filename": f"{number}.JPEG", "width": 48}
-                tar.write(
-                    {"__key__": f"n{number % 4}/{number:05d}", "jpeg": picture(number), "json": label, "txt": "x"}
-                )
-                number += 1
+        samples = []
+        for number in range(first, first + size):
+            label = {"label": number % 4, "filename": f"{number}.JPEG", "width": 48}
+            jpeg = coloured(number, number % 4)
+            samples.append({"__key__": f"n{number % 4}/{number:05d}", "jpeg": jpeg, "json": label, "txt": "x"})
+        write_tar(root / name, samples)
+        first += size
     splits = {
         "train": {"filenames": NAMES[:2], "shard_lengths": sizes[:2], "num_samples": sum(sizes[:2]), "name": "train"},
         "validation": {"filenames": NAMES[2:], "shard_lengths": sizes[2:], "num_samples": sizes[2], "name": "x"},

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.commands import MARK, SMALL, Ended, clean_environment, marked, rows, run, train
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 60.0
@@ -51,13 +51,6 @@ def python(body: str, *arguments: object) -> list[str]:
 def record(root: Path) -> dict[str, Any]:
     """lab.json."""
     return json.loads((root / "lab/lab.json").read_text())
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # --- places, addresses, counters ---

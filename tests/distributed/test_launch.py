@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.core.errors import ConfigError
 from pipeline.run.launch.supervisor import Ended, Grace, RankCommand, exit_code_of, supervise, supervise_commands
+from tests.waiting import wait_until
 
 MARK = "SQUEEZEWIRE_TEST_MARK"
 DEADLINE_SECONDS = 30.0
@@ -37,7 +37,7 @@ def mark(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment = {**os.environ, MARK: str(tmp_path)}
     yield environment
     try:
-        wait_until(lambda: not marked(tmp_path), "processes left behind")
+        wait_until(lambda: not marked(tmp_path), "processes left behind", seconds=DEADLINE_SECONDS)
     finally:
         for pid in marked(tmp_path):
             os.kill(pid, signal.SIGKILL)
@@ -73,13 +73,6 @@ def test_an_end_that_another_thread_was_told_of_is_seen(mark: dict[str, str]) ->
     command = [sys.executable, "-c", textwrap.dedent(script)]
     ended = subprocess.run(command, env=mark, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert (ended.returncode, ended.stderr) == (3, "")
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def rank_command(out: Path, body: str) -> list[str]:
@@ -232,13 +225,13 @@ def test_ranks_do_not_survive_their_launcher(devices: int, tmp_path: Path, mark:
     assert len(marked(tmp_path)) == devices + 1
     launcher.kill()
     end(launcher)
-    wait_until(lambda: not marked(tmp_path), "ranks survived")
+    wait_until(lambda: not marked(tmp_path), "ranks survived", seconds=DEADLINE_SECONDS)
 
 
 def test_workers_of_a_rank_do_not_survive_it(tmp_path: Path, mark: dict[str, str]) -> None:
     body = 'import subprocess; subprocess.Popen(["sleep", "1000"]); ready(); all_ready(); sys.exit(2 * rank)'
     assert supervise(rank_command(tmp_path, body), 2, environment=mark, grace=Grace(peer_seconds=0.1)) == 2
-    wait_until(lambda: not marked(tmp_path), "workers survived")
+    wait_until(lambda: not marked(tmp_path), "workers survived", seconds=DEADLINE_SECONDS)
 
 
 def test_what_cannot_be_started_is_a_sentence(mark: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import Ended, fired, rows, train_recorded
 from tests.comparing import assert_same, differences, fed, load
-from tests.small_runs import PAIR_OPTIONS, Pair
+from tests.making.pairs import PAIR_OPTIONS, Pair
 
 LONGEST_SECONDS = 25.0  # Slurm kills 30 s after SIGTERM
 WORKERS = ("data.num_workers=2",)

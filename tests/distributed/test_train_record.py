@@ -11,7 +11,8 @@ import pytest
 from pipeline.comm.wire import gloo
 from pipeline.report import dashboards
 from tests.commands import TIMES, rows, train_recorded
-from tests.small_runs import NUM_VALIDATION, PAIR_OPTIONS, Pair
+from tests.making.pairs import PAIR_OPTIONS, Pair
+from tests.making.shards import NUM_VALIDATION
 from tests.wandb_file import records
 
 GRADIENT_BYTES = 4_941_984  # 1,235,496 parameters of squeezenet1_1, 4 bytes each

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import SMALL, assert_holds_no, run, sentences, train, train_recorded
-from tests.small_runs import PAIR_OPTIONS, Pair, write_shards
+from tests.making.pairs import PAIR_OPTIONS, Pair
+from tests.making.shards import write_shards
 
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")
 

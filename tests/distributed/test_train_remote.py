@@ -14,10 +14,10 @@ from pipeline.run.launch.ports import free_port
 from tests.commands import Ended, assert_holds_no, rows, sentences, train, train_recorded
 from tests.comparing import differences, fed, global_batches, load
 from tests.distributed.test_train_refusals import SHORT
+from tests.making.pairs import PAIR_OPTIONS, Pair
+from tests.making.shards import add_index, write_shards
 from tests.s3_server import BUCKET, KEY_ID, SECRET, credentials, serving_s3, upload
-from tests.shard_index import add_index
 from tests.shard_server import Rule, ShardServer, serving
-from tests.small_runs import PAIR_OPTIONS, Pair, write_shards
 
 PASSWORD = "correct-horse-battery"
 FAULTS = (
@@ -203,7 +203,7 @@ def cluster(root: Path, server: ShardServer, name: str, *options: str) -> list[E
 
 @pytest.mark.slow
 def test_each_server_fetches_the_shards_of_its_groups_alone(tmp_path: Path) -> None:
-    shards = add_index(write_shards(tmp_path / "shards", train=(8,) * 8), "train")
+    shards = add_index(write_shards(tmp_path / "shards", train=(8,) * 8, val=(25,)), "train")
     options = (
         *("data.shuffle_block=1", "data.shuffle_groups=2", "batch.global_size=8", "batch.max_per_rank=2"),
         *("trainer.max_steps=8", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=0"),

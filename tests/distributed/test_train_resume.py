@@ -9,7 +9,7 @@ import yaml
 
 from tests.commands import rows, train_recorded
 from tests.comparing import assert_same, differences, global_batches, load
-from tests.small_runs import Pair, make_pair
+from tests.making.pairs import Pair, make_pair
 
 
 def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:

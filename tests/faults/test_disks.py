@@ -15,7 +15,7 @@ from pipeline.run.checkpoint import find_latest
 from pipeline.run.record.metrics_log import read_rows
 from tests.commands import SMALL, TRAIN_RECORDED, fired, rows, run, sentences, train, train_recorded
 from tests.comparing import differences, load
-from tests.small_runs import PAIR_OPTIONS, Pair
+from tests.making.pairs import PAIR_OPTIONS, Pair
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=2")

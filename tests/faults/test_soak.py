@@ -11,9 +11,9 @@ import pytest
 from tests.commands import train_recorded
 from tests.comparing import assert_same
 from tests.faults.test_disks import small_disk
-from tests.shard_index import add_index
+from tests.making.pairs import Pair
+from tests.making.shards import add_index
 from tests.shard_server import Rule, ShardServer, serving
-from tests.small_runs import Pair
 
 DEVICES = 2
 DISK_BYTES = 64_000_000  # several checkpoints

@@ -10,7 +10,7 @@ import pytest
 
 from tests.commands import train_recorded
 from tests.comparing import assert_same
-from tests.small_runs import Pair
+from tests.making.pairs import Pair
 
 # A checkpoint after every step, so that the next attempt begins right where this one was killed. 5 steps are an epoch.
 OPTIONS = (

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from pipeline.core.errors import DataError
 from pipeline.data.remote.cache import PART, Cache, CacheEntry, CacheSettings, Produce
 from pipeline.data.remote.transfer import FetchBudget
 from tests.shard_server import Rule, ShardServer, serving
+from tests.waiting import wait_until
 
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]
@@ -142,13 +143,6 @@ def is_growing(directory: Path) -> bool:
     return any(any(part.read_bytes()[:1000]) for part in parts(directory))
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # --- once per server ---
 
 
@@ -240,7 +234,7 @@ def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(
     server.set_rules(Rule("slow", bytes_per_second=50_000, times=1))
     victim, heir = (Reader(server, directory, NAMES[0]) for _ in range(2))
     victim.begin()
-    wait_for(lambda: is_growing(directory))
+    wait_until(lambda: is_growing(directory))
     heir.begin()  # waits for the victim
     time.sleep(0.1)
     victim.kill()
@@ -255,7 +249,7 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server
     victim, living = (Reader(server, directory, name) for name in NAMES[:2])
     for reader in (victim, living):
         reader.begin()
-    wait_for(lambda: len(parts(directory)) == 2 and is_growing(directory))
+    wait_until(lambda: len(parts(directory)) == 2 and is_growing(directory))
     victim.kill()
     assert make(directory).used_bytes() == SIZE
     assert [part.name for part in parts(directory)] == [ENTRIES[NAMES[1]].key + PART]
@@ -566,7 +560,7 @@ def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(
     server.set_rules(Rule("slow", bytes_per_second=50_000))
     victim = Reader(server, directory, NAMES[0])
     victim.begin()
-    wait_for(lambda: is_growing(directory))
+    wait_until(lambda: is_growing(directory))
     victim.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(DataError, match=rf"Another process has been fetching {NAMES[0]} .* without a byte"):

@@ -25,7 +25,7 @@ from benchmarks.exactness_matrix import (
 from benchmarks.exactness_peers import Job
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import BatchOrder
-from tests.unit.data.small_shards import write_shards
+from tests.making.shards import write_shards
 
 SIZES = (20, 30, 24, 13)  # 3 batches of 24, and 15 samples that fill none
 

@@ -13,7 +13,7 @@ from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
 from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.foreign import MAX_SHARDS, expand, find_all
-from tests.unit.data.small_shards import samples_of, write_tar
+from tests.making.shards import samples_of, write_tar
 
 SIZES = {"imagenet-train-0000.tar": 4, "imagenet-train-0001.tar": 5, "imagenet-validation-00.tar": 3}
 

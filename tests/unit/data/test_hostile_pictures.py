@@ -4,13 +4,10 @@ Through the index and the datasets, as training and evaluation read them.
 """
 
 import io
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +20,8 @@ from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamp
 from pipeline.data.index import ShardIndex
 from pipeline.data.pictures import BadImageError, check_picture
 from pipeline.data.pixels import SampleError, decode
-from tests.unit.data.small_shards import CLASSES, write_manifest, write_tar
+from tests.making.pictures import blobs, encoded, jpeg_claiming, png_claiming
+from tests.making.shards import CLASSES, write_manifest, write_tar
 
 HEIGHT, WIDTH = 40, 56
 INPUT = InputConfig(size=24, resize_side=28)
@@ -37,14 +35,7 @@ ARITHMETIC = bytes.fromhex(
 
 
 def smooth(height: int = HEIGHT, width: int = WIDTH, mode: str = "RGB") -> Image.Image:
-    small_HWC = np.random.default_rng(height + width).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(small_HWC).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    return blobs((5, 5), (height, width), seed=height + width).convert(mode)
 
 
 def as_ycck(cmyk: bytes) -> bytes:
@@ -62,22 +53,6 @@ def rgb_of_ycck(cmyk: bytes) -> np.ndarray:
     rgb = np.stack([luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue], axis=2)
     # libjpeg makes ink of it, 255 - RGB, which is inverted once more: the ink is RGB itself.
     return (255 - rgb.clip(0, 255)) * stored[..., 3:] / 255
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG that holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def jpeg_claiming(width: int, height: int) -> bytes:
-    content = encoded(smooth())
-    place = content.index(b"\xff\xc0") + 5  # start of frame: length, precision, height, width
-    return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
 
 
 def rotated() -> bytes:
@@ -130,7 +105,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "JPEG 2000": (encoded(smooth(), "JPEG2000"), "but JPEG 2000"),
     "web page": (b"<html>404</html>", "but a web page or XML"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "but a Git LFS pointer"),
-    "JPEG bomb": (jpeg_claiming(20_000, 10_000), " pixels"),
+    "JPEG bomb": (jpeg_claiming(PLAIN, 20_000, 10_000), " pixels"),
     "PNG bomb": (png_claiming(20_000, 20_000), " pixels"),
 }
 

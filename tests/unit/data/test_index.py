@@ -19,9 +19,8 @@ from pipeline.data.index import MAX_FOREIGN_CLASSES, ShardIndex, open_split
 from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
-from tests.shard_index import add_index
-from tests.unit.data.pictures_on_disk import picture
-from tests.unit.data.small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
+from tests.making.pictures import picture
+from tests.making.shards import CLASSES, add_index, samples_of, write_manifest, write_shards, write_tar
 
 BLOCK = 512
 

@@ -1,7 +1,6 @@
 """The upper rows of a JPEG are those of the whole picture, bit for bit, or None."""
 
 import hashlib
-import io
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pipeline.config.training import AugmentConfig, InputConfig
 from pipeline.data import pixels
 from pipeline.data.jpeg_rows import upper_rows
 from pipeline.data.pixels import SampleError, decode, train_view
+from tests.making.pictures import blobs, encoded
 from tests.unit.data.draws import draw_of
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
@@ -26,12 +26,9 @@ SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 def photograph(height: int, width: int, seed: int = 0, **options: Any) -> bytes:
     """Blobs with some noise on them."""
     random = np.random.default_rng(seed)
-    small_HWC = random.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
-    blobs_HWC = np.asarray(Image.fromarray(small_HWC).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    blobs_HWC = np.asarray(blobs((height // 16 + 1, width // 16 + 1), (height, width), random), np.int16)
     noisy_HWC = np.clip(blobs_HWC + random.integers(-20, 20, blobs_HWC.shape), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noisy_HWC).convert(options.pop("mode", "RGB")).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(noisy_HWC).convert(options.pop("mode", "RGB")), **options)
 
 
 @given(

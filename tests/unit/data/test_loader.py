@@ -20,8 +20,8 @@ from pipeline.data.index import ShardIndex
 from pipeline.data.loader import Reader, evaluation_loader, training_loader
 from pipeline.data.order import BatchOrder
 from pipeline.data.workers import choose_num_workers
-from tests.unit.data.pictures_on_disk import picture
-from tests.unit.data.small_shards import samples_of, write_manifest, write_shards, write_tar
+from tests.making.pictures import picture
+from tests.making.shards import samples_of, write_manifest, write_shards, write_tar
 
 INPUT = InputConfig(size=16, resize_side=20)
 GLOBAL_BATCH = 12

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config.prepare import PrepareConfig
 from pipeline.data.shards.manifest import Manifest
 from pipeline.prepare import prepare
-from tests.unit.data.pictures_on_disk import stored_samples
+from tests.making.pictures import stored_samples
 
 DEADLINE_SECONDS = 120
 READER = Path(__file__).with_name("read_as_a_peer.py")

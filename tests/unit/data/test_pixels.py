@@ -1,10 +1,8 @@
 """Views are pure, are what torchvision would cut, and what cannot be decoded is an error with a reason."""
 
 import io
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +26,18 @@ from pipeline.data.pixels import (
     train_draws,
     train_view,
 )
+from tests.making import pictures
 from tests.unit.data.draws import draw_of
 
 
 def smooth_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Blobs and edges like a photograph's: random pixels would make every comparison one of JPEG noise."""
-    small_HWC = np.random.default_rng(seed).integers(
-        0, 256, (max(1, height // 16), max(1, width // 16), 3), dtype=np.uint8
-    )
-    return np.asarray(Image.fromarray(small_HWC).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(pictures.blobs((max(1, height // 16), max(1, width // 16)), (height, width), seed))
 
 
 def encoded(
     height: int = 120, width: int = 160, *, mode: str = "RGB", format: str = "JPEG", seed: int = 0, **options: Any
 ) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(smooth_pixels(height, width, seed)).convert(mode).save(buffer, format, **options)
-    return buffer.getvalue()
+    return pictures.encoded(Image.fromarray(smooth_pixels(height, width, seed)).convert(mode), format, **options)
 
 
 def pillow_pixels(content: bytes) -> np.ndarray:
@@ -109,22 +102,6 @@ def test_stray_bytes_do_no_harm() -> None:
     assert apart(decode(before_end), decode(content)) <= 1
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def jpeg_claiming(width: int, height: int) -> bytes:
-    content = encoded()
-    place = content.index(b"\xff\xc0") + 5  # start of frame: length, precision, height, width
-    return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
-
-
 BAD = {
     "empty": b"",
     "garbage": np.random.default_rng(0).bytes(3000),
@@ -136,9 +113,9 @@ BAD = {
     "PNG cut in half": encoded(format="PNG")[: len(encoded(format="PNG")) // 2],
     "GIF": encoded(format="GIF"),
     "TIFF": encoded(format="TIFF"),
-    "PNG bomb": png_of(20_000, 20_000),
-    "PNG just over the limit": png_of(10_000, MAX_PIXELS // 10_000 + 1),
-    "JPEG bomb": jpeg_claiming(20_000, 10_000),
+    "PNG bomb": pictures.png_claiming(20_000, 20_000),
+    "PNG just over the limit": pictures.png_claiming(10_000, MAX_PIXELS // 10_000 + 1),
+    "JPEG bomb": pictures.jpeg_claiming(encoded(), 20_000, 10_000),
 }
 
 

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ from PIL import Image
 
 from pipeline.core.errors import ExitCode
 from pipeline.data.shards.manifest import Manifest
-from tests.unit.data.pictures_on_disk import contents_of, picture, pictures, stored_samples, tar_of, write_files
+from tests.making.pictures import contents_of, picture, pictures, stored_samples, tar_of, write_files
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120
@@ -95,10 +94,10 @@ def test_killed_and_run_again_the_bytes_are_those_of_a_run_in_peace(tmp_path: Pa
     command = [sys.executable, "-m", "pipeline.prepare", *arguments, f"out={out}"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        wait_for(lambda: len(list(out.glob("*.tar"))) >= 3)
+        wait_until(lambda: len(list(out.glob("*.tar"))) >= 3)
         process.send_signal(signal.SIGKILL)
         process.wait(DEADLINE_SECONDS)
-        wait_for(lambda: not members_of_session(process.pid))  # the workers notice and leave
+        wait_until(lambda: not members_of_session(process.pid))  # the workers notice and leave
     finally:
         for pid in members_of_session(process.pid):
             os.kill(pid, signal.SIGKILL)
@@ -107,14 +106,6 @@ def test_killed_and_run_again_the_bytes_are_those_of_a_run_in_peace(tmp_path: Pa
     assert again.returncode == 0
     assert "shards of an earlier attempt were whole and kept" in again.stdout
     assert contents_of(out) == contents_of(tmp_path / "whole")
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll until it holds."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def members_of_session(session: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
 from pipeline.data.quarantine import BadSample, Quarantine
-from tests.unit.data.small_shards import write_shards
+from tests.making.shards import write_shards
 
 NUM_SAMPLES = 100
 

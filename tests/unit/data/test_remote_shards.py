@@ -27,10 +27,10 @@ from pipeline.data.remote.shards import RemoteFiles, check_remote
 from pipeline.data.remote.transfer import FetchBudget
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.table import INDEX_KEY, index_name
+from tests.making.shards import CLASSES, add_index, samples_of, write_manifest, write_shards, write_tar
 from tests.s3_server import BUCKET, client_of, credentials, serving_s3, upload
-from tests.shard_index import add_index
 from tests.shard_server import Rule, ShardServer, serving
-from tests.unit.data.small_shards import CLASSES, samples_of, write_manifest, write_shards, write_tar
+from tests.waiting import wait_until
 
 DEADLINE_SECONDS = 60.0
 
@@ -366,13 +366,6 @@ def small_order(index: ShardIndex, start_step: int = 0, **more: Any) -> TrainBat
     return TrainBatches(order, rank=0, world_size=1, num_micro_batches=1, start_step=start_step, num_steps=num_steps)
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def many(tmp_path: Path) -> Iterator[ShardServer]:
     root = add_index(write_shards(tmp_path / "many", train=(2,) * 12), "train")
@@ -383,7 +376,7 @@ def many(tmp_path: Path) -> Iterator[ShardServer]:
 def test_what_the_order_needs_is_fetched_before_it_is_asked_for(many: ShardServer, tmp_path: Path) -> None:
     index = opened(many, tmp_path)
     with Prefetcher(files_of(index), index.table.shard, small_order(index), range(1)):
-        wait_for(lambda: all(files_of(index).has(shard) for shard in range(12)))
+        wait_until(lambda: all(files_of(index).has(shard) for shard in range(12)))
     assert [index.read(i) for i in range(24)] == [samples_of(i, 1)[0]["jpg"] for i in range(24)]
     assert tars_of(many) == [f"train-{number:06d}.tar" for number in range(12)]
 
@@ -404,7 +397,7 @@ def test_it_looks_ahead_only_as_far_as_the_cache_has_room(start_step: int, many:
         for is_begun in (False, True):  # what the first step needs is not left behind when it is asked for
             if is_begun:
                 next(taken)
-            wait_for(lambda: len(tars_of(many)) >= 4)
+            wait_until(lambda: len(tars_of(many)) >= 4)
             time.sleep(0.5)
             assert set(tars_of(many)) == set(in_order[:4])  # of 5.2 that 0.8 of the cache hold: whole batches
         for ids in samples:  # read as it is handed out
@@ -418,7 +411,7 @@ def test_leaving_stops_a_transfer_and_leaves_nothing_half(many: ShardServer, tmp
     many.set_rules(Rule("slow", bytes_per_second=20_000))
     index = opened(many, tmp_path)
     with Prefetcher(files_of(index), index.table.shard, small_order(index), range(1)):
-        wait_for(lambda: list((tmp_path / "cache").glob("*.part")))
+        wait_until(lambda: list((tmp_path / "cache").glob("*.part")))
     assert not list((tmp_path / "cache").glob("*.part"))
 
 

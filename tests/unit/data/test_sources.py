@@ -12,7 +12,7 @@ from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.ilsvrc2012 import read_ground_truth, wnids_by_id
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
 from pipeline.data.prepare.sources import Kind, PictureSource, tar_members
-from tests.unit.data.pictures_on_disk import picture, pictures, tar_of, write_files
+from tests.making.pictures import picture, pictures, tar_of, write_files
 
 COUNTS = {"cat": 3, "dog": 2}
 BUILTIN = BuiltinPictures(seed=0, num_classes=10)

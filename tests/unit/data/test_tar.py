@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
 from pipeline.data.shards.tar import MAX_ZERO_BYTES, index_shard
-from tests.unit.data.pictures_on_disk import picture
-from tests.unit.data.small_shards import samples_of, write_tar
+from tests.making.pictures import picture
+from tests.making.shards import samples_of, write_tar
 
 BLOCK = 512
 PICKLE = b"cos\nsystem\n(S'touch harmed'\ntR."

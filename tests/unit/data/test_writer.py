@@ -21,8 +21,8 @@ from pipeline.data.prepare.request import exclusive, plan_splits
 from pipeline.data.prepare.sources import PictureSource, SourceImage, open_folders
 from pipeline.data.prepare.writer import ShardWriter, WrittenShard, write_splits
 from pipeline.data.shards.manifest import Manifest, Split
-from tests.shard_index import add_index
-from tests.unit.data.pictures_on_disk import contents_of, picture, pictures, stored_samples, write_files
+from tests.making.pictures import contents_of, picture, pictures, stored_samples, write_files
+from tests.making.shards import add_index
 
 COUNTS = {"cat": 13, "dog": 8}
 SHARD_BYTES = 12_000

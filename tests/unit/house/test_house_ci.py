@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +32,8 @@ def test_fine(): pass
 
 
 def outcomes(directory: Path, in_ci: bool) -> dict[str, int]:
-    """Counts in pytest's closing line for tests under the project's own conftest."""
+    """Counts in pytest's closing line for tests under the project's own hooks."""
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
-    # The conftest's copy finds what the project's tests share, and with it the project itself.
     environment["PYTHONPATH"] = str(REPOSITORY)
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | ({"CI": "true"} if in_ci else {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."]
@@ -45,7 +43,10 @@ def outcomes(directory: Path, in_ci: bool) -> dict[str, int]:
 
 
 def test_in_ci_only_hardware_may_skip(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "tests/conftest.py", tmp_path / "conftest.py")
+    hooks = "pytest_make_collect_report, pytest_runtest_makereport"
+    line = f"from tests.skips import {hooks}"
+    assert line in (REPOSITORY / "tests/conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(line)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_skipping.py").write_text(SKIPPING)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.skip('no data', allow_module_level=True)\n")

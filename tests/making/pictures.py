@@ -1,9 +1,11 @@
 """Small real pictures, folders and archives of them, and what lies in finished shards."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,12 +19,53 @@ class StoredSample(NamedTuple):
     label: int
 
 
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    """The file that Pillow writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
 def picture(seed: int, *, height: int = 24, width: int = 32, encoding: str = "JPEG", mode: str = "RGB") -> bytes:
     """An encoded picture of random pixels."""
     pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HWC).convert(mode).save(buffer, encoding)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels_HWC).convert(mode), encoding)
+
+
+def coloured(seed: int, label: int) -> bytes:
+    """A JPEG of random pixels around a colour of its class, of four."""
+    colour = np.array([(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60)][label])
+    noise_HWC = np.random.default_rng(seed).integers(-50, 50, (40, 48, 3))
+    return encoded(Image.fromarray(np.clip(colour + noise_HWC, 0, 255).astype(np.uint8)))
+
+
+def blobs(grid: tuple[int, int], size: tuple[int, int], seed: int | np.random.Generator) -> Image.Image:
+    """Blobs and edges like a photograph's: random pixels would make every comparison one of JPEG noise.
+
+    Args:
+        grid: Rows and columns of random colours.
+        size: Height and width in pixels over which they are spread.
+        seed: Of the colours.
+    """
+    small_HWC = np.random.default_rng(seed).integers(0, 256, (*grid, 3), dtype=np.uint8)
+    height, width = size
+    return Image.fromarray(small_HWC).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def jpeg_claiming(jpeg: bytes, width: int, height: int) -> bytes:
+    """The JPEG with another size in its header."""
+    place = jpeg.index(b"\xff\xc0") + 5  # start of frame: length, precision, height, width
+    return jpeg[:place] + struct.pack(">HH", height, width) + jpeg[place + 4 :]
 
 
 def pictures(counts: dict[str, int], *, height: int = 24, width: int = 32) -> dict[str, bytes]:
