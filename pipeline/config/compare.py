@@ -17,7 +17,7 @@ class CompareLabConfig:
     """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
     ranks_per_server: int = 1
     bandwidth: str | None = None
-    """Of each server's link: 1gbit, 100mbit. Null: as fast as the machine."""
+    """Rate of each server's link: 1gbit, 100mbit. Null: as fast as the machine."""
     placement: str = "contiguous"
     offloads: bool = False
 
@@ -79,10 +79,10 @@ class CompareConfig:
 
     @property
     def all_hooks(self) -> tuple[str, ...]:
-        """What every model is run with."""
+        """Compressions that every model is run with."""
         return self.hooks or (self.comm.hook,)
 
     @property
     def directory(self) -> Path:
-        """Where the comparison lies."""
+        """Directory of the comparison."""
         return Path(self.run_root) / self.name

@@ -21,7 +21,7 @@ class DashboardConfig:
     project: str = "squeezewire"
     """The W&B project whose runs are shown: tracking.project of the trainings."""
     entity: str | None = None
-    """The W&B user or team the project belongs to. Null: the default of whoever publishes."""
+    """The W&B user or team the project belongs to. Null: the default of the user who publishes."""
     publish: bool = False
     """Save both to the server. Needs a login: `wandb login`, or WANDB_API_KEY."""
 
@@ -33,5 +33,5 @@ class DashboardConfig:
 
     @property
     def directory(self) -> Path:
-        """Where the files lie."""
+        """Directory of the files."""
         return Path(self.run_root) / self.name

@@ -10,7 +10,7 @@ class Compression:
     itemsize: int | None
     """Bytes of a gradient's element on the wire, of 4 in memory; None: it depends on the layers' shapes."""
     words: str
-    """As a clause after the word "gradients"."""
+    """The compression as a clause after the word "gradients"."""
 
     @property
     def share(self) -> float | None:

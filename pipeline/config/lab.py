@@ -23,9 +23,9 @@ class LabConfig:
     servers: int = 2
     ranks_per_server: int = 1
     bandwidth: str | None = None
-    """Of each server's link, in each direction: 1gbit, 100mbit, 2.5gbit. Null: as fast as the machine."""
+    """Rate of each server's link, in each direction: 1gbit, 100mbit, 2.5gbit. Null: as fast as the machine."""
     placement: str = "contiguous"
-    """Of 4 ranks on 2 servers: `contiguous` 0,1 and 2,3; `interleaved` 0,2 and 1,3."""
+    """How ranks are dealt to servers. Of 4 ranks on 2 servers: `contiguous` 0,1 and 2,3; `interleaved` 0,2 and 1,3."""
     offloads: bool = False
     """True leaves TSO, GSO and GRO on: faster, but interfaces then count packets before segmentation, with one header
     for many frames."""

@@ -26,18 +26,18 @@ class PlanConfig:
     """Runs on one rank each, made side by side under the same conditions: their computing replaces that of `run`, and a
     step lasts as long as the slowest of them. For ranks that share cores."""
     measured_bandwidth: str | None = None
-    """Of a server's link in `run`, such as 10gbit, where the run does not know it itself (the lab's runs do)."""
+    """Rate of a server's link in `run`, such as 10gbit, where the run does not know it itself (the lab's runs do)."""
     servers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     ranks_per_server: tuple[int, ...] = ()
     """Empty: as in the run."""
     bandwidth: tuple[str, ...] = ()
-    """Of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run."""
+    """Rate of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run."""
     latency_seconds: float = 0.0
     """One way between servers, on top of what the run had: 0.00002 within a hall, 0.001 within a city."""
     round_seconds: float = 1e-4
-    """Of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
+    """Seconds of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
     algorithm: tuple[str, ...] = ("ring",)
-    """Of ring, hierarchical, tree, halving_doubling, parameter_server."""
+    """How an all-reduce travels: ring, hierarchical, tree, halving_doubling, parameter_server."""
     hook: tuple[str, ...] = ()
     """Gradient compression: none, fp16, bf16. Empty: as in the run."""
     batch_per_rank: int | None = None
@@ -49,11 +49,11 @@ class PlanConfig:
     exposed_share: float = 0.05
     """Communication shows where it is exposed for more than this share of a step."""
     epochs: float = 90
-    """Of the training whose time and cost are told."""
+    """Epochs of the training whose time and cost are reported."""
     num_images: int = IMAGENET_TRAINING_PICTURES
-    """Of an epoch."""
+    """Pictures of an epoch."""
     price_per_server_hour: float | None = None
-    """In any currency."""
+    """Price of a server for an hour, in any currency."""
     budget: float | None = None
     """Most that the training may cost; the forecast names the cluster that trains soonest for it."""
 
@@ -85,5 +85,5 @@ class PlanConfig:
 
     @property
     def directory(self) -> Path:
-        """Where the forecast lies."""
+        """Directory of the forecast."""
         return Path(self.run_root) / self.name

@@ -14,7 +14,7 @@ KINDS = ("folders", "tar", "ilsvrc2012", "builtin")
 class PrepareConfig:
     """Pictures to verified WebDataset shards: `<key>.jpg` and `<key>.cls` in plain tars, and a manifest.
 
-    The same input gives the same bytes whatever num_workers is; run again after a kill, it goes on; finished, it exits
+    The same input gives the same bytes whatever num_workers is; run again after a kill, it resumes; finished, it exits
     at once.
     """
 

@@ -359,7 +359,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareTrackingConfig(TrackingConfig):
-    """Of a comparison, which is one W&B run with its table and charts."""
+    """Weights & Biases for a comparison, which is one W&B run with its table and charts."""
 
     trainings: bool = False
     """Mirror each model's training too, as a W&B run of its own."""

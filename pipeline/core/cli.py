@@ -70,19 +70,19 @@ def _run(command: str, schema: type[T], body: Callable[[T], int | None], argumen
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:
-    """Whether nothing but printing was asked for."""
+    """Return whether the command line asks for nothing but printing."""
     return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
 
 
 def _print_error(text: str) -> None:
-    """To stderr, marked with the rank unless it is the first; URLs without what they may hold of secrets."""
+    """Print to stderr, marked with the rank unless it is rank 0; URLs without what they may hold of secrets."""
     text = secrets.redacted(text)
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
         print(text if rank() in (None, "0") else f"[rank {rank()}] {text}", file=sys.stderr, flush=True)
 
 
 def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:
-    """The typed configuration of `command` under `overrides` (Hydra's grammar).
+    """Return the typed configuration of `command` under `overrides` (Hydra's grammar).
 
     Raises:
         ConfigError: a key or a choice does not exist (the nearest is named), or a value is impossible.
@@ -91,7 +91,7 @@ def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:
 
 
 def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """`compose`, but the plain containers before they are typed."""
+    """Return what `compose` types: the composed configuration in plain containers."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -145,7 +145,7 @@ def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -
 
 
 def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]]) -> str:
-    """The override, made an addition below an open key; `ConfigError` if its key does not exist."""
+    """Return the override, made an addition below an open key; `ConfigError` if its key does not exist."""
     key, _ = split_override(override)
     if "=" not in override and not override.startswith("~"):
         raise ConfigError(f"{override!r} is not of the form key=value.")

@@ -51,12 +51,12 @@ class LedgerError(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank ended or fell silent. Its exit code tells why, so that of this one must not be a telling one."""
+    """Another rank ended or fell silent. Its exit code says why, so that of this rank must say nothing."""
 
     exit_code = ExitCode.INTERNAL
 
 
 class Preempted(UserError):
-    """The cluster wants the machine back; the state is saved and the same command goes on."""
+    """The cluster wants the machine back; the state is saved and the same command resumes."""
 
     exit_code = ExitCode.PREEMPTED

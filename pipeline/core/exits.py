@@ -29,9 +29,9 @@ LONGEST_END_SECONDS = 60.0
 class Causes:
     """What the ranks of a job said when they ended.
 
-    Args:
-        errors: exit codes of ranks that ended for a reason of their own, which would come again.
-        num_lost: ranks that only lost the others.
+    Attributes:
+        errors: Exit codes of ranks that ended for a reason of their own, which would come again.
+        num_lost: Number of ranks that only lost the others.
     """
 
     errors: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_cause(code: int, *, has_lost_others: bool) -> None:
-    """As a rank that ends with `code`. Never fails: who cannot write has said it in its log."""
+    """Leave the cause of a rank that ends with `code`. Never fails: a rank that cannot write has its log."""
     directory = os.environ.get(VARIABLE)
     if not directory or code in (ExitCode.DONE, ExitCode.PREEMPTED):
         return
@@ -81,7 +81,7 @@ def leave_cause(code: int, *, has_lost_others: bool) -> None:
 
 
 def read_causes(directory: str | None) -> Causes:
-    """What `leave_cause` left there; nothing if there is no such directory."""
+    """Return what `leave_cause` left in the directory; nothing if there is no such directory."""
     words = list(_words(Path(directory).glob("rank*"))) if directory else []
     return Causes(tuple(int(word) for word in words if word.isdigit()), words.count(_LOST))
 

@@ -5,13 +5,13 @@ from typing import Any, cast
 
 
 def split_override(override: str) -> tuple[str, str]:
-    """(key, value) of `+key=value`, `~key` and the like."""
+    """Return (key, value) of `+key=value`, `~key` and the like."""
     key, _, value = override.partition("=")
     return key.lstrip("+~").partition("@")[0], value
 
 
 def quoted(override: str) -> str:
-    """The override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
+    """Return the override, its value in quotes where it holds what Hydra's grammar takes in quotes only.
 
     Names of runs and of checkpoints hold a `=`: `name=sweep/lr=0.1`; names of shards hold a range in braces:
     `data.train_split=imagenet-train-{0000..1023}.tar`; a path may hold accents and several spaces in a row.
@@ -29,7 +29,7 @@ def _in_quotes(text: str) -> str:
 
 
 def literal(value: Any) -> str:
-    """A value in Hydra's override grammar."""
+    """Return a value in Hydra's override grammar."""
     match value:
         case None:
             return "null"

@@ -40,7 +40,7 @@ YAML_SUFFIXES = {".yaml", ".yml"}
 
 
 def redacted(text: str) -> str:
-    """`text` without what URLs in it may hold of secrets: `https://***@host/path?***`."""
+    """Return `text` without what URLs in it may hold of secrets: `https://***@host/path?***`."""
     return _URL_QUERY.sub(r"\1?***", _URL_USER.sub("***@", text))
 
 
@@ -59,7 +59,10 @@ def refuse_secret(key: str, value: str | None) -> None:
 def refuse_key(key: str, text: str, environment: Mapping[str, str]) -> None:
     """Raise `ConfigError`, which does not show it, if `text` looks like a key or password, or holds one of ours.
 
-    `environment`: its variables that are named like secrets are what nobody may repeat in a configuration.
+    Args:
+        key: Where the text stands, for the message.
+        text: The key or value of a configuration.
+        environment: Variables; the values of those that are named like secrets are refused too.
     """
     what = next((name for name, shape in _SHAPES_OF_SECRETS.items() if shape.search(text)), None)
     for name, value in environment.items():
@@ -118,7 +121,7 @@ def _refuse_files(directory: Path) -> None:
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every key and every string."""
+    """Yield (dotted key, text) for every key and every string."""
     if isinstance(value, dict):
         for name, inner in cast(dict[Any, Any], value).items():
             yield f"{key}{name}", str(name)
@@ -131,6 +134,6 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _shown(key: str) -> str:
-    """The key of an argument, as far as it is one."""
+    """Return the key of an argument; "An argument" where it does not look like a key."""
     name = key.lstrip("+~")
     return name if len(name) < 60 and all(part.isidentifier() for part in name.split(".")) else "An argument"

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest known word, or an empty string."""
+    """Return ` Did you mean 'x'?` for the closest known word, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
@@ -45,7 +45,10 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Make a dataclass of type `schema` from plain containers, recursively.
 
-    `path` prefixes the keys in messages.
+    Args:
+        schema: The dataclass.
+        values: Its fields by name.
+        path: Prefix of the keys in messages.
 
     Raises:
         ConfigError: unknown key, missing key, wrong type, or what `__post_init__` refuses.
@@ -62,7 +65,7 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, or `ConfigError` naming `key`."""
+    """Return `value` as the type `hint`, or raise `ConfigError` naming `key`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -89,7 +92,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
-    """A bool, int, float or str; an int is a float, a number is not a bool."""
+    """Return a bool, int, float or str; an int is taken as a float, a bool is no number."""
     if hint is float and is_whole(value):
         return float(value)
     if hint is str and is_number(value):

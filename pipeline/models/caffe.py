@@ -50,7 +50,7 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
 
 
 def _tensors_of(archive: "NpzFile") -> dict[str, Tensor]:
-    """Every array of an open archive; `TypeError` for one that is not of real numbers."""
+    """Return every array of an open archive; `TypeError` for one that is not of real numbers."""
     return {name: torch.from_numpy(archive[name]) for name in archive.files}
 
 

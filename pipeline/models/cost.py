@@ -38,9 +38,9 @@ class LayerCost:
     macs: int
     """Multiply-adds of one picture's forward pass; convolutions and linear layers only, biases not counted."""
     output_bytes: int
-    """What it hands on: bytes of its last output for the whole batch."""
+    """What the layer hands on: bytes of its last output for the whole batch."""
     activation_bytes: int
-    """What it keeps for the backward pass of the whole batch, counted where it is kept first."""
+    """What the layer keeps for the backward pass of the whole batch, counted where it is kept first."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class Footprint:
     inference_memory_bytes: int
     """Weights, buffers and the most activations alive at once, for one picture."""
     training_memory_bytes: int
-    """Of one rank: weights, buffers, gradients, one momentum, and the activations kept for the backward pass."""
+    """Memory of one rank: weights, buffers, gradients, one momentum, and the activations kept for the backward pass."""
 
 
 def footprint(model: nn.Module, image_size: int, batch_size: int) -> Footprint:
-    """What `model` takes in the dtype of its parameters; training with `batch_size` pictures at once.
+    """Return what `model` takes in the dtype of its parameters; training with `batch_size` pictures at once.
 
     Raises:
         ConfigError: pictures of this size do not survive the model's downsampling.

@@ -13,7 +13,7 @@ class ModelFacts:
 
     num_parameters: int
     parameter_bytes: int
-    """Of the trainable ones: what the ledger is checked against."""
+    """Bytes of the trainable parameters: what the ledger is checked against."""
     kinds: dict[str, str]
     """Kind of each layer that owns parameters, by its name in the ledger."""
     footprint: Footprint | None
@@ -21,7 +21,13 @@ class ModelFacts:
 
 
 def model_facts(spec: str, num_classes: int, image_size: int | None, batch_size: int | None) -> ModelFacts:
-    """Of a model for pictures of this crop and this many of them at once on a rank; null: not known.
+    """Return the facts of a model.
+
+    Args:
+        spec: The model, as `zoo.parse_spec` reads it.
+        num_classes: Outputs of the classifier.
+        image_size: Side of the crop in pixels; None: not known.
+        batch_size: Pictures at once on a rank; None: not known.
 
     Raises:
         ConfigError: unknown model, or impossible metaparameters.

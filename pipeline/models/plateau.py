@@ -32,7 +32,7 @@ class PlateauDetector:
         self._has_spoken = False
 
     def update(self, step: int, mean_loss: float, live_share: float | None = None) -> str | None:
-        """The advice, or None while there is nothing to say.
+        """Return the advice, or None while there is nothing to say.
 
         Args:
             step: optimiser steps done so far, this one included.
@@ -73,7 +73,7 @@ class PlateauDetector:
 
 
 def live_conv10_share(logits_BK: "Tensor") -> float:
-    """Share of the K classes whose logit is above 0 for at least one of the B pictures.
+    """Return the share of the K classes whose logit is above 0 for at least one of the B pictures.
 
     Behind conv10's ReLU a logit of 0 means that the whole map of that class is negative and passes no gradient. 0.0: no
     class does, the state that training cannot leave.

@@ -41,7 +41,7 @@ class Fire(nn.Module):
             self.bypass = nn.Conv2d(num_inputs, widths.e, kernel_size=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, num_inputs, H, W) to (B, e1x1 + e3x3, H, W)."""
+        """Map (B, num_inputs, H, W) to (B, e1x1 + e3x3, H, W)."""
         s_BCHW = self.squeeze_activation(self.squeeze(x_BCHW))
         e1x1_BCHW = self.expand1x1_activation(self.expand1x1(s_BCHW))
         e3x3_BCHW = self.expand3x3_activation(self.expand3x3(s_BCHW))
@@ -50,7 +50,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """The network of one `SqueezeNetConfig`."""
+    """SqueezeNet as one `SqueezeNetConfig` describes it."""
 
     def __init__(self, num_classes: int, config: SqueezeNetConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SqueezeNet(nn.Module):
         self.reset_parameters(config.init)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, H, W) to logits (B, K)."""
+        """Map normalised pictures (B, 3, H, W) to logits (B, K)."""
         return self.classifier(self.features(images_BCHW)).flatten(1)
 
     def reset_parameters(self, init: str = "torchvision") -> None:
@@ -99,13 +99,13 @@ class SqueezeNet(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The ten layers of the paper's Table 1 that own parameters: conv1, fire2 to fire9, conv10."""
+        """Yield the ten layers of the paper's Table 1 that own parameters: conv1, fire2 to fire9, conv10."""
         for layer, index in self._index_of_layer.items():
             yield (f"fire{layer}" if layer in FIRE_LAYERS else "conv1"), self.features[index]
         yield "conv10", self.classifier[1]
 
     def named_convolutions(self) -> Iterator[tuple[str, nn.Conv2d]]:
-        """Every convolution by its Caffe name: conv1, fire2/squeeze1x1, fire2/expand1x1, fire2/expand3x3, ..., conv10.
+        """Yield each convolution by Caffe name: conv1, fire2/squeeze1x1, fire2/expand1x1, fire2/expand3x3, ..., conv10.
 
         The convolution of a complex bypass is called fire2/bypass.
         """
@@ -122,5 +122,5 @@ class SqueezeNet(nn.Module):
 
 
 def _max_pool() -> nn.MaxPool2d:
-    """Caffe rounds the output side up, hence `ceil_mode`."""
+    """Return a 3x3 max-pool of stride 2. Caffe rounds the output side up, hence `ceil_mode`."""
     return nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def names() -> tuple[str, ...]:
-    """Every model that `build` knows, SqueezeNet first, then by family and size."""
+    """Return every model that `build` knows, SqueezeNet first, then by family and size."""
     return tuple(MODELS)
 
 
 def check(name: str, metaparameters: Iterable[str] = ()) -> None:
-    """Whether the registry has the model and the model takes these metaparameters; their values are not looked at.
+    """Refuse a model that is not in the table, or metaparameters that it does not take; values are not looked at.
 
     Raises:
         ConfigError: unknown model or metaparameter, with the nearest one that exists.
@@ -37,7 +37,7 @@ def check(name: str, metaparameters: Iterable[str] = ()) -> None:
 
 
 def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.Module":
-    """A freshly initialised network that maps normalised (B, 3, H, W) pictures to (B, num_classes) logits.
+    """Return a freshly initialised network that maps normalised (B, 3, H, W) pictures to (B, num_classes) logits.
 
     Weights are drawn from torch's global generator and made on torch's default device (`with torch.device("meta")`
     gives a network without memory).
@@ -63,7 +63,7 @@ def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.M
 
 
 def _check_values(name: str, metaparameters: Mapping[str, object]) -> None:
-    """Ranges of torchvision's arguments, which it does not check itself."""
+    """Check the ranges of torchvision's arguments, which it does not check itself."""
     for key, value in metaparameters.items():
         if key == "zero_init_residual":
             valid, rule = isinstance(value, bool), "true or false"
@@ -75,7 +75,7 @@ def _check_values(name: str, metaparameters: Mapping[str, object]) -> None:
 
 
 def published_accuracy(name: str) -> PublishedAccuracy | None:
-    """What others report for this model on ImageNet with its default metaparameters; None: nothing is published.
+    """Return what others report for this model on ImageNet with its default metaparameters; None: nothing is published.
 
     torchvision's figures are those of the first recipe of each model (V1), the ones closest to the papers.
 
@@ -87,7 +87,7 @@ def published_accuracy(name: str) -> PublishedAccuracy | None:
 
 
 def published_recipe(name: str) -> PublishedRecipe | None:
-    """For how long the model was trained to its published accuracy; None: no source was found.
+    """Return for how long the model was trained to its published accuracy; None: no source was found.
 
     Raises:
         ConfigError: unknown model.
@@ -97,7 +97,7 @@ def published_recipe(name: str) -> PublishedRecipe | None:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
-    """`squeezenet1_0:sr=0.5,pool_after=[1,2,3],bypass=simple` as a name and metaparameters for `build`.
+    """Return the name and metaparameters that `squeezenet1_0:sr=0.5,pool_after=[1,2,3],bypass=simple` stands for.
 
     A value is JSON where it is valid JSON (numbers, true, false, null, lists), otherwise a word.
 
@@ -119,7 +119,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
 
 
 def format_spec(name: str, metaparameters: Mapping[str, object]) -> str:
-    """The inverse of `parse_spec`, without spaces, metaparameters in alphabetical order."""
+    """Write the spec that `parse_spec` reads, without spaces, metaparameters in alphabetical order."""
     items = (
         f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
         for key, value in sorted(metaparameters.items())
