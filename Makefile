@@ -59,6 +59,7 @@ soak: venv ## one training under 50 faults, ten minutes: it ends as the unbroken
 lint: venv ## format, rules, types, the stair, scripts, words
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m ruff check --preview --select DOC102,DOC202,DOC403 pipeline
 	$(PY) -m pyright
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/shellcheck .ci/run slurm/environment.sh slurm/compare.sh slurm/preflight.sh slurm/prepare.sh slurm/train.sh

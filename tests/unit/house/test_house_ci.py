@@ -11,7 +11,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LINT = re.compile(
-    r"^\.venv/bin/(python -m (ruff|pyright)|lint-imports|shellcheck|codespell|pydoclint|check-jsonschema)\b.*$",
+    r"^\.venv/bin/(python -m (ruff|pyright)|lint-imports|shellcheck|codespell|check-jsonschema)\b.*$",
     re.MULTILINE,
 )
 
