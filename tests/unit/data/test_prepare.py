@@ -81,9 +81,7 @@ def test_a_tar_with_train_and_test(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(tar_of(files))
     done = prepare(f"source={tmp_path / 'set.tar'}", f"out={tmp_path / 'out'}", "num_workers=1")
     assert done.returncode == 0
-    assert (
-        "tar (recognised), 2 classes, images: train 4, val 4.\nThe folder test/ becomes the split 'val'." in done.stdout
-    )
+    assert "train 4, val 4" in done.stdout and "test/ becomes the split 'val'" in done.stdout
     assert set(Manifest.load(tmp_path / "out").splits) == {"train", "val"}
 
 

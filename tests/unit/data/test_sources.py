@@ -79,7 +79,8 @@ def test_without_split_folders_the_split_is_named_by_the_caller(tmp_path: Path) 
 
 def test_what_is_no_image_is_counted(tmp_path: Path) -> None:
     source = opened(write_files(tmp_path, {**pictures(COUNTS), "cat/notes.txt": b"x", "cat/.hidden.jpg": b"x"}))
-    assert source.notes == ("Ignored 2 files that are not .jpg .jpeg .png (first: cat/.hidden.jpg).",)
+    (note,) = source.notes
+    assert "2 files" in note and "cat/.hidden.jpg" in note
     assert len(source.splits["train"]) == 5
 
 

@@ -119,8 +119,8 @@ def test_one_that_is_silent_is_dead_and_its_place_is_taken_aloud(
     acquire(path)
     assert time.monotonic() - began >= 3
     said = capsys.readouterr().err
-    assert "was left by host elsewhere, pid 1; waiting 3 s for a sign of life" in said
-    assert "taken over from host elsewhere, pid 1, of which nothing was heard for 3 s" in said
+    assert "host elsewhere, pid 1; waiting 3 s" in said
+    assert "taken over from host elsewhere, pid 1" in said
 
 
 def test_one_that_ended_by_itself_is_not_waited_for(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_the_lock_of_an_earlier_start_of_the_same_job_is_waited_for(
         release.join()
         assert holder.wait(30) == -signal.SIGKILL, "it was not there until it was killed"
     (said,) = capsys.readouterr().err.splitlines()
-    assert "still locked by an earlier start of this job (host elsewhere, pid 1, job 77); waiting up to 180 s" in said
+    assert "(host elsewhere, pid 1, job 77); waiting up to 180 s" in said
 
 
 @pytest.mark.usefixtures("requeued")
