@@ -91,9 +91,9 @@ def test_commands_import_nothing_heavy_at_the_top(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["pipeline", "benchmarks"])
 def test_nothing_is_unpickled_or_run(folder: str) -> None:
-    """Every torch.load says weights_only=True, no array is loaded as objects, nothing else unpickles, no string is run.
+    """Every torch.load says weights_only=True, no array is loaded as objects, nothing is made that a string names.
 
-    Tests may: some show what would happen otherwise.
+    Beyond ruff's rules S102, S301, S302, S307, S506, S602, S604 and S605.
     """
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(syntax(path)):
@@ -104,9 +104,7 @@ def test_nothing_is_unpickled_or_run(folder: str) -> None:
             default = "unsaid" if function in ("torch.load", "load_state_dict_from_url") else "True"
             assert said.get("weights_only", default) == "True", where
             assert said.get("allow_pickle") in (None, "False"), where
-            assert function not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), where
-            assert function not in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"), where
-            assert function not in ("eval", "exec", "os.system", "os.popen") and said.get("shell") is None, where
+            assert function not in ("yaml.load_all", "yaml.unsafe_load", "yaml.full_load"), where
             assert function.rpartition(".")[2] not in ("instantiate", "get_class", "get_method"), where
 
 
