@@ -78,14 +78,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     import torch.distributed as dist
 
     from pipeline.comm.collectives import CollectiveMeter
+    from pipeline.comm.ddp import MeteredDDP, rebuild_buckets
     from pipeline.comm.hooks import HOOKS
-    from pipeline.comm.strategy import MeteredDDP, rebuild_buckets
     from pipeline.comm.timeline import Timeline
 
     aside = whole_group()
-    meter = CollectiveMeter()
+    timeline, hook = Timeline(dist.get_world_size()), HidingHook()
+    meter = CollectiveMeter(observers=[timeline])
     meter.attach()
-    timeline, hook = Timeline(meter), HidingHook()
     HOOKS["hiding"] = hook.reduce
     training = make_training(
         options.worker,

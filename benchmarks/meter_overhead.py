@@ -69,18 +69,17 @@ def make_copies(options: argparse.Namespace) -> tuple[Copy, Copy]:
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.comm.collectives import CollectiveMeter
+    from pipeline.comm.ddp import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
     from pipeline.comm.kernel.counter import SocketCounter
     from pipeline.comm.ledger.ledger import Ledger
     from pipeline.comm.ledger.reconcile import Reconciler
     from pipeline.comm.ledger.traffic import Placement
-    from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 
     world_size, rank = dist.get_world_size(), dist.get_rank()
     plain_group = whole_group()
-    meter = CollectiveMeter()
-    meter.attach()
     counter = SocketCounter(int(os.environ["MASTER_PORT"]))
-    meter.on_phase_end = counter.end_phase
+    meter = CollectiveMeter(observers=[counter])
+    meter.attach()
 
     def copy(wrap: Callable[[Any], Any]) -> tuple[Any, Any, Callable[[], Any]]:
         training = make_training(options.model, options.batch, options.size, wrap)

@@ -182,7 +182,7 @@ def measure(options: argparse.Namespace, world: "World", config: "TrainConfig") 
         )
         with mock.patch.object(steps, "make_training_loader", lambda _: loader):
             steps.fit(setup)
-    if not world.is_first:
+    if not world.is_rank_zero:
         return 0
     return report(options, world, {"ours": our_timings(options.steps), **loader.timings})
 

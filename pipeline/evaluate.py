@@ -6,29 +6,34 @@
 Every picture counts once, whatever the number of ranks. Left in `<run_root>/<name>/`: evaluation.json.
 """
 
-import sys
+from typing import TYPE_CHECKING
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.core.cli import run_command
 from pipeline.core.compute import choose_compute
 
+if TYPE_CHECKING:
+    from pipeline.run.launch.ranks import RankInfo
+
 
 def evaluate(config: EvaluateConfig) -> int:
     """Score the weights; returns the exit code."""
-    from pipeline.data.root import check_root
-    from pipeline.models import zoo
-    from pipeline.run.launch.ranks import find_ranks
-    from pipeline.run.launch.supervisor import supervise
+    from pipeline.run.launch.supervisor import as_ranks
 
     split = config.data.split or config.data.val_split
-    ranks = find_ranks(config.cluster.devices)
-    if ranks is None or ranks.source == "single":
+
+    def check() -> None:
+        from pipeline.data.root import check_root
+        from pipeline.models import zoo
+
         zoo.check(config.model.name, config.model.metaparameters)
         check_root(config.data, split)
-    if ranks is None:
-        command = [sys.executable, "-m", "pipeline.evaluate", *sys.argv[1:]]
-        return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
 
+    return as_ranks("evaluate", config.cluster, lambda ranks: evaluate_as(ranks, config, split), check=check)
+
+
+def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
+    """Score the weights as one of the ranks."""
     from pipeline.data.index import open_split
     from pipeline.training import scoring
     from pipeline.training.world import join_group

@@ -6,23 +6,25 @@
 Nothing is trained, and nothing is left behind. Exits with the code that the training would end with.
 """
 
-import sys
+from typing import TYPE_CHECKING
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import run_command
 from pipeline.core.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.run.launch.ranks import RankInfo
+
 
 def ready(config: TrainConfig) -> int:
     """Check, print a table, return the exit code of the first thing that is wrong, or 0."""
-    from pipeline.run.launch.ranks import find_ranks
-    from pipeline.run.launch.supervisor import supervise
+    from pipeline.run.launch.supervisor import as_ranks
 
-    ranks = find_ranks(config.cluster.devices)
-    if ranks is None:
-        command = [sys.executable, "-m", "pipeline.ready", *sys.argv[1:]]
-        return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
+    return as_ranks("ready", config.cluster, lambda ranks: ready_as(ranks, config))
 
+
+def ready_as(ranks: "RankInfo", config: TrainConfig) -> int:
+    """Check as one of the ranks."""
     from pipeline.training.readiness import Findings, check_alone, check_together, join_soon
 
     findings = Findings()

@@ -6,7 +6,6 @@ The same command again resumes the run; once it is finished, it exits 0 at once.
 """
 
 import contextlib
-import sys
 from typing import TYPE_CHECKING
 
 from pipeline.config.training import TrainConfig
@@ -20,24 +19,22 @@ if TYPE_CHECKING:
 def train(config: TrainConfig) -> int:
     """One run, or one further attempt at it. Returns the exit code."""
     from pipeline.run.launch.preempt import StopRequest
-    from pipeline.run.launch.ranks import find_ranks
-    from pipeline.run.launch.supervisor import supervise
+    from pipeline.run.launch.supervisor import as_ranks
+
+    def check() -> None:
+        from pipeline.training.preflight import check_before_ranks
+
+        check_before_ranks(config)
+
+    def train_as_rank(ranks: "RankInfo") -> int:
+        return train_as(ranks, config, stop)
 
     stop = StopRequest(config.cluster.preempt_grace_seconds)
-    with stop.listening():
-        ranks = find_ranks(config.cluster.devices)
-        if ranks is None or ranks.source == "single":
-            from pipeline.training.preflight import check_before_ranks
-
-            check_before_ranks(config)  # said once, by the parent, before any rank starts
-        if ranks is not None:
-            return train_as(ranks, config, stop)
-    command = [sys.executable, "-m", "pipeline.train", *sys.argv[1:]]
-    return supervise(command, config.cluster.devices, num_threads=config.cluster.num_threads)
+    return as_ranks("train", config.cluster, train_as_rank, check=check, listening=stop.listening())
 
 
 def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int:
-    """As one of the ranks."""
+    """Train as one of the ranks."""
     from pipeline.training import steps
 
     with steps.join(config, ranks, stop) as world:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.comm.strategy import gradient_bytes_by_parameter
+from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.models import zoo
 
 MakeRun = Callable[..., Path]

@@ -44,6 +44,16 @@ class Bucket:
     parameters: tuple[str, ...]
 
 
+class MeterObserver:
+    """Whoever is to see what a meter sees as it happens. Override what you need."""
+
+    def issued(self, call: Call) -> None:
+        """A collective is being issued, by the calling thread and under the meter's lock: be quick."""
+
+    def phase_changes(self, old: str, new: str) -> None:
+        """Phase `old` ends and `new` begins; no collective of this rank is under way."""
+
+
 class CollectiveMeter:
     """Counts the collectives of the default process group.
 
@@ -52,30 +62,36 @@ class CollectiveMeter:
 
     Threads: gradients are reduced from autograd's threads while the main thread waits in `backward()`. The phase is the
     run's and therefore shared; the origin belongs to whoever issues the operation and is kept per thread. Futures run
-    their callbacks in threads of the backend, which know of no origin: what those issue is of `callback_origin`.
+    their callbacks in threads of the backend, which know of no origin: what those issue comes from `other`, unless the
+    hook whose futures they are has claimed it (`origin(..., claims_callbacks=True)`).
+
+    Args:
+        enabled: whether `attach` does anything.
+        pinned: NCCL's (algorithm, protocol), where the configuration holds it to one.
+        observers: see every call as it is recorded, in order, and every change of phase.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        enabled: bool = True,
+        *,
+        pinned: tuple[str, str] | None = None,
+        observers: Sequence[MeterObserver] = (),
+    ) -> None:
         self.enabled = enabled
         self.world_size = 1
         self.backend = "none"
-        self.pinned: tuple[str, str] | None = None
-        """NCCL's (algorithm, protocol), where the configuration holds it to one."""
+        self.pinned = pinned
         self.buckets: dict[int, Bucket] = {}
         """DDP's present buckets by index, filled by the communication hook."""
-        self.callback_origin = "other"
-        """Origin of what is issued by threads that never named one: those that run the callbacks of futures."""
+        self._observers = tuple(observers)
+        self._callback_origin = "other"
         self._counts: Counter[Call] = Counter()
         self._gradient_bytes = 0
-        self._num_bucket_calls = 0
-        self.on_phase_end: Callable[[str], None] | None = None
-        """Told the phase that ends, before the next begins; no collective of this rank is under way then."""
         self._phase = "startup"
         self._local = _ThreadOrigin()
         self._lock = threading.Lock()
         self._group: dist.ProcessGroup | None = None
-        self.observer: Callable[[Call], None] | None = None
-        """Called with each operation as it is recorded, in order; by the thread that issues it, so be quick."""
 
     # --- the group ---
 
@@ -114,8 +130,9 @@ class CollectiveMeter:
         """Enter `phase` until further notice; returns the one left."""
         assert phase in PHASES, phase
         previous = self._phase
-        if phase != previous and self.on_phase_end is not None:
-            self.on_phase_end(previous)
+        if phase != previous:
+            for observer in self._observers:
+                observer.phase_changes(previous, phase)
         self._phase = phase
         return previous
 
@@ -129,12 +146,18 @@ class CollectiveMeter:
             self.set_phase(previous)
 
     @contextmanager
-    def origin(self, origin: str, *, only_if_unknown: bool = False) -> Iterator[None]:
+    def origin(self, origin: str, *, only_if_unknown: bool = False, claims_callbacks: bool = False) -> Iterator[None]:
         """Operations this thread issues inside come from `origin`, the innermost one.
 
-        only_if_unknown: keep an origin that is already set further out.
+        Args:
+            origin: one of ORIGINS.
+            only_if_unknown: keep an origin that is already set further out.
+            claims_callbacks: from here on, operations of threads that never named an origin come from this one too:
+                they run the callbacks of futures that are made inside.
         """
         assert origin in ORIGINS, origin
+        if claims_callbacks:
+            self._callback_origin = origin
         local = self._local
         previous, local.has_named_one = local.origin, True
         if not (only_if_unknown and previous != "other"):
@@ -151,7 +174,6 @@ class CollectiveMeter:
         if self._phase == "train":
             with self._lock:
                 self._gradient_bytes += num_bytes
-                self._num_bucket_calls += 1
         known = self.buckets.get(index)
         # DDP rebuilds its buckets during warm-up only; later a change would show in the size.
         if known is None or known.num_bytes != num_bytes or self._phase != "train":
@@ -162,14 +184,14 @@ class CollectiveMeter:
     def take(self) -> "Taken":
         """All that was recorded since the last `take`, which starts anew."""
         with self._lock:
-            taken = Taken(self._counts, self._gradient_bytes, self._num_bucket_calls)
-            self._counts, self._gradient_bytes, self._num_bucket_calls = Counter(), 0, 0
+            taken = Taken(self._counts, self._gradient_bytes)
+            self._counts, self._gradient_bytes = Counter(), 0
         return taken
 
     def _on_collective(self, args: Any) -> None:
         op = _OP_NAMES.get(args.name, "unknown")
         inputs, outputs = args.input_tensors, args.output_tensors
-        origin = self._local.origin if self._local.has_named_one else self.callback_origin
+        origin = self._local.origin if self._local.has_named_one else self._callback_origin
         calls = [
             Call(self._phase, origin, *issued, args.root)
             for issued in _issued(op, inputs, outputs, self.world_size, self.backend)
@@ -177,8 +199,8 @@ class CollectiveMeter:
         with self._lock:
             for call in calls:
                 self._counts[call] += 1
-                if self.observer is not None:
-                    self.observer(call)
+                for observer in self._observers:
+                    observer.issued(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +210,6 @@ class Taken:
     calls: Counter[Call]
     gradient_bytes: int
     """Bytes of the gradient buckets DDP handed over in phase `train`, before compression."""
-    num_bucket_calls: int
-    """How often the communication hook ran in phase `train`."""
 
 
 def _issued(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.comm.collectives import Call, CollectiveMeter
+from pipeline.comm.collectives import Call, MeterObserver
 from pipeline.comm.step_times import BucketMarks, Interval, MedianTimes, StepTimes, account
 
 NUM_TIMED_STEPS = 2000  # medians are of this many latest steps
@@ -124,37 +124,55 @@ class _InHook(threading.local):
     bucket: _OpenBucket | None = None
 
 
-class Timeline:
-    """Marks what a training step does, in phase `train` of `meter` only; a step ends with `take_step`.
+class Timeline(MeterObserver):
+    """Marks what a training step does, in phase `train` only; a step ends with `take_step`.
 
-    It needs the meter, which tells when a collective is issued, and records nothing in a world of one.
-    enabled=False: every call passes through; the switch for measuring what the timeline costs.
+    It observes the meter, which says when a collective is issued and when a phase begins, and records nothing in a
+    world of one.
 
     Threads: marks come from the main thread, from autograd's and from those that complete futures. They only append.
+
+    Args:
+        num_ranks: ranks of the process group.
+        clock: makes the marks; the host's by default.
+        metered: whether the meter that is observed records anything.
+        enabled: False lets every call pass through: the switch for measuring what the timeline costs.
     """
 
-    def __init__(self, meter: CollectiveMeter, clock: Clock | None = None, *, enabled: bool = True) -> None:
-        self._meter = meter
+    def __init__(
+        self, num_ranks: int, clock: Clock | None = None, *, metered: bool = True, enabled: bool = True
+    ) -> None:
+        self._num_ranks = num_ranks
         self._clock = clock or HostClock()
-        self._enabled = enabled and meter.enabled
+        self._metered, self._enabled = metered, enabled
+        self._recording = False
         self._step = _OpenStep(is_steady=False)
         self._steps: deque[tuple[bool, StepTimes]] = deque(maxlen=NUM_TIMED_STEPS)
         self._in_hook = _InHook()
-        if self._enabled:
-            meter.observer = self._on_call
 
     @property
     def why_off(self) -> str | None:
         """Why nothing is timed, or None where something is."""
-        if self._meter.world_size == 1:
+        if self._num_ranks == 1:
             return "A world of one exchanges nothing."
-        if not self._meter.enabled:
+        if not self._metered:
             return "Communication is timed with the meter, which was off (comm.meter=false)."
         return None if self._enabled else "The timeline was off (comm.timeline=false)."
 
-    @property
-    def _recording(self) -> bool:
-        return self._enabled and self._meter.world_size > 1 and self._meter.phase_name == "train"
+    # --- what the meter sees ---
+
+    def phase_changes(self, old: str, new: str) -> None:
+        """Only training is timed."""
+        self._recording = new == "train" and self.why_off is None
+
+    def issued(self, call: Call) -> None:
+        """Mark when a bucket's first collective was issued, by the thread that asks."""
+        if not self._recording or call.origin != "gradients":
+            return
+        self._step.payloads.append(call.payload_bytes)
+        bucket = self._in_hook.bucket
+        if bucket is not None and bucket.sent is None:
+            bucket.sent = self._clock.now()
 
     # --- marks ---
 
@@ -218,15 +236,6 @@ class Timeline:
 
         return future.then(done)
 
-    def _on_call(self, call: Call) -> None:
-        """A collective is being issued, by the thread that asks."""
-        if call.origin != "gradients" or call.phase != "train":
-            return
-        self._step.payloads.append(call.payload_bytes)
-        bucket = self._in_hook.bucket
-        if bucket is not None and bucket.sent is None:
-            bucket.sent = self._clock.now()
-
     # --- results ---
 
     def restart(self) -> None:
@@ -263,7 +272,7 @@ class Timeline:
                 for bucket in step.buckets
             ],
             payload_bytes=sum(step.payloads),
-            num_ranks=self._meter.world_size,
+            num_ranks=self._num_ranks,
         )
 
     def medians(self) -> MedianTimes | None:

@@ -1,163 +1,109 @@
-"""What a run leaves behind while it trains: one row per step, checkpoints, validation results, warnings.
+"""One attempt at a run: what happens when a step is done, when a validation is done, and when the attempt ends.
 
-Lightning calls a callback's hooks before the module's own; so the learner reports committed steps itself, through
-`Recorder.on_step`.
+An `Attempt` owns the accounts (ledger, timeline, clock), the record (metrics.jsonl and its mirror) and the saving.
+Lightning calls it as a callback; the hooks at the end of the class say when, the methods before them what happens.
 """
 
-import statistics
+import contextlib
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
+from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.ledger.ledger import Ledger
-from pipeline.comm.timeline import Timeline
-from pipeline.core.errors import Preempted
+from pipeline.comm.powersgd import PowerSGD
+from pipeline.core.errors import CheckpointError, Preempted
+from pipeline.core.files import write_json_atomic
 from pipeline.models.plateau import PlateauDetector
+from pipeline.run import checkpoint as checkpoints
+from pipeline.run.record.tracking import Tracker
+from pipeline.training import resume
 from pipeline.training.learner import Learner, StepResult
-from pipeline.training.plan import StepPlan
+from pipeline.training.lightning import validate_now
+from pipeline.training.setup import Setup
+from pipeline.training.timing import StepClock, TimedLoader
+from pipeline.training.watchdog import StepWatchdog
 
+LEDGER_EVERY_SECONDS = 30.0
+NO_STEP_TIMED = "No step of this attempt has been timed."
+STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 LARGEST_SHARE_OF_WAITING = 0.1  # above it, faster loading would make training faster by as much
-NUM_TIMED_STEPS = 2000  # percentiles are of this many latest steps
 Row = dict[str, float | int | None]
 
 
-class TimedLoader:
-    """A loader that knows how long its consumer waited for it.
+class Attempt(pl.Callback):
+    """Accounts for every step, records it once, saves when due, and leaves when asked to.
 
-    Timed around `next` rather than between Lightning's hooks, between which Lightning also waits for other ranks.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self.waited_seconds = 0.0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited_seconds += time.perf_counter() - started
-            yield batch
-
-    def take(self) -> float:
-        """Seconds waited since the last `take`."""
-        waited, self.waited_seconds = self.waited_seconds, 0.0
-        return waited
-
-
-class StepClock:
-    """Seconds per step, validation and checkpoints left out. Monotonic, so a clock set back does no harm."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self.step_seconds: deque[float] = deque(maxlen=NUM_TIMED_STEPS)
-        self.wait_seconds: deque[float] = deque(maxlen=NUM_TIMED_STEPS)
-
-    def restart(self) -> None:
-        """A step begins now."""
-        self._started = time.perf_counter()
-
-    def lap(self, waited_seconds: float) -> float:
-        """End the step; returns its seconds."""
-        now = time.perf_counter()
-        seconds, self._started = now - self._started, now
-        self.step_seconds.append(seconds)
-        self.wait_seconds.append(waited_seconds)
-        return seconds
-
-    def percentiles(self) -> tuple[float, float] | None:
-        """(p50, p90) of the step, or None before the first. The first step of an attempt is left out where possible."""
-        steady = list(self.step_seconds)[1:] or list(self.step_seconds)
-        if not steady:
-            return None
-        if len(steady) == 1:
-            return steady[0], steady[0]
-        return statistics.median(steady), statistics.quantiles(steady, n=10, method="inclusive")[8]
-
-    def mean_wait_seconds(self) -> float | None:
-        """Mean wait for data per step."""
-        return statistics.fmean(self.wait_seconds) if self.wait_seconds else None
-
-    def mean_wait_share(self) -> float | None:
-        """Share of the time of the steps that was waiting for data."""
-        total = sum(self.step_seconds)
-        return sum(self.wait_seconds) / total if total else None
-
-
-class Recorder(pl.Callback):
-    """Writes a row per step, and saves at the plan's steps.
+    A kill at any moment leaves no checkpoint that knows of a step which the files beside it lack: the record and the
+    ledger are written before every checkpoint.
 
     Args:
-        plan: which steps are validated and saved.
-        ledger: prices each step.
-        timeline: times each step's communication.
+        setup: what was settled before the first step.
+        learner: the model in training.
+        ledger: prices each step, and compares the ranks' counts.
+        powersgd: the compression whose state is saved; None without one.
+        tracker: takes one row per step, in order.
         loader: the timed training loader.
-        log: takes (step, row); rows come once per step, in order.
-        save: takes (step, score or None) and makes a checkpoint; called on all ranks alike.
-        plateau: watches the training loss.
-        best_score: of earlier attempts.
-        start_step: steps committed by earlier attempts.
-        owed_row: of `start_step`, where its validation was broken off: validated and written first.
+        watchdog: is patient while a checkpoint is written.
     """
 
     def __init__(
         self,
-        plan: StepPlan,
-        ledger: Ledger,
-        timeline: Timeline,
-        loader: TimedLoader,
+        setup: Setup,
+        learner: Learner,
         *,
-        log: Callable[[int, Row], None],
-        save: Callable[[int, float | None], None],
-        plateau: PlateauDetector,
-        best_score: float | None = None,
-        start_step: int = 0,
-        owed_row: Row | None = None,
+        ledger: Ledger,
+        powersgd: PowerSGD | None,
+        tracker: Tracker,
+        loader: TimedLoader,
+        watchdog: StepWatchdog,
     ) -> None:
-        self.plan, self.ledger, self.timeline, self.loader = plan, ledger, timeline, loader
-        self.write_row, self.save_state = log, save
-        self.plateau = plateau
-        self.best_score = best_score
+        self.config, self.world, self.plan, self.directory = setup.config, setup.world, setup.plan, setup.run
+        self.learner, self.ledger, self.powersgd = learner, ledger, powersgd
+        self.tracker, self.loader, self.watchdog = tracker, loader, watchdog
+        self.io = checkpoints.AtomicCheckpointIO(keep=self.config.trainer.keep_checkpoints, raises=False)
         self.clock = StepClock()
+        self.plateau = PlateauDetector(
+            setup.shards.num_classes, after_steps=max(200, 2 * self.config.recipe.warmup_steps)
+        )
+        self.shards_hash = setup.shards.training.index_hash
+        section = setup.start.section
+        self.best_score: float | None = section.get("best_score")
+        """Best validation top-1 of the run, earlier attempts included."""
         self.owed_row: Row | None = None
         """For the checkpoint: the row of its step, where validation was due and did not take place."""
-        self._pending: tuple[int, Row] | None = None if owed_row is None else (start_step, dict(owed_row))
-        self._saved_step = start_step
+        owed = section.get("owed_row")
+        # The row of a step whose validation is due but not done; at first, of one that an earlier attempt broke off.
+        self._pending: tuple[int, Row] | None = None if owed is None else (setup.start.step, dict(owed))
+        self._saved_step = setup.start.step
+        self._ledger_written = time.monotonic()
 
-    @property
-    def validation_is_owed(self) -> bool:
-        """Whether a row waits for its validation."""
-        return self._pending is not None
+    # --- the life of a step ---
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Time starts after the warm-up of the buckets."""
-        del trainer, pl_module
-        self.loader.take()
-        self._resume_time()
-
-    def on_step(self, result: StepResult) -> None:
-        """A step was committed: price it, write its row, save if due and no validation comes first."""
-        waited = self.loader.take()
-        seconds = self.clock.lap(waited)
-        self.flush()
-        self._pending = (result.step, self._row(result, seconds, waited))
-        warning = self.plateau.update(result.step, result.loss)
-        if warning:
+    def step_done(self, result: StepResult) -> None:
+        """A step was committed, on all ranks alike: account for it, record it, save it, leave if asked to."""
+        step, row = result.step, self._row(result)
+        if warning := self.plateau.update(step, result.loss):
             print(f"warning: {warning}", file=sys.stderr)
-        if not self.plan.validation_due(result.step):
-            self._save_if_due(result.step, None)
+        self._pending = (step, row)
+        if not self.plan.validation_due(step):  # else the row waits for its results, and the save for the score
+            self._write_pending()
+            self._save_if_due(step, None)
+        self._write_ledger(ended=False, only_if_old=True)
         if result.stop:
-            self.leave(result.step)
+            self.leave(step)
+
+    def validated(self, results: Mapping[str, float | int]) -> None:
+        """The weights of the last step were validated: complete its row, and save with the score."""
+        if self._pending is not None:
+            self._pending[1].update({f"val/{key}": results[key] for key in ("loss", "top1", "top5")})
+        self._save_if_due(self.learner.committed_steps, float(results["top1"]))
+        self._write_pending()
+        self._resume_time()
 
     def leave(self, step: int) -> None:
         """Save the state after `step` steps, if it is not saved, and end the attempt; after the last step, do nothing.
@@ -174,21 +120,49 @@ class Recorder(pl.Callback):
             raise Preempted(f"Asked to stop after step {step}. Nothing is saved: trainer.checkpoint_every_steps=0.")
         if self.plan.validation_due(step) and self._pending is not None:
             self.owed_row, self._pending = self._pending[1], None
-        self.flush()
+        self._write_pending()
         if self._saved_step != step:
             self._save(step, None)
         raise Preempted(f"Asked to stop: step {step} of {self.plan.num_steps} is saved. The same command goes on.")
 
-    def _row(self, result: StepResult, seconds: float, waited: float) -> Row:
-        traffic, times = self.ledger.commit_step(), self.timeline.take_step()
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """However the block ends, the last row and the ledger are written. What ended it is not hidden by a full disk.
+
+        Nothing is written any more where another process has taken the run over.
+
+        Raises:
+            LedgerError: after the last step, on every rank: bytes that nobody can explain.
+        """
+        try:
+            yield
+            verdict = self.ledger.compare()
+        except BaseException:
+            with contextlib.suppress(OSError, CheckpointError):
+                self.directory.check_owned()
+                self._write_pending()
+                self._write_ledger(ended=True)
+            raise
+        self._write_pending()
+        self._write_ledger(ended=True)
+        verdict.refuse()
+
+    # --- its parts ---
+
+    def _row(self, result: StepResult) -> Row:
+        """Time and price the step."""
+        waited = self.loader.take()
+        seconds = self.clock.lap(waited)
+        traffic, times = self.ledger.commit_step(), self.world.timeline.take_step()
+        global_size = self.plan.batch.global_size
         return {
-            "samples": result.step * self.plan.batch.global_size,
+            "samples": result.step * global_size,
             "epoch": result.step / self.plan.steps_per_epoch,
             "train/loss": result.loss,
             "train/top1": result.top1,
             "lr": result.lr,
             "train/grad_norm": result.grad_norm,
-            "perf/images_per_second": self.plan.batch.global_size / seconds,
+            "perf/images_per_second": global_size / seconds,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": waited,
             "perf/data_wait_share": min(1.0, waited / seconds),
@@ -196,43 +170,100 @@ class Recorder(pl.Callback):
             **({} if times is None else times.metrics(seconds)),
         }
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the results to the step's row; save with the score."""
-        del trainer
-        assert isinstance(pl_module, Learner)
-        results = pl_module.last_validation
-        assert results is not None
-        step = pl_module.committed_steps
+    def _write_pending(self) -> None:
         if self._pending is not None:
-            self._pending[1].update({f"val/{key}": results[key] for key in ("loss", "top1", "top5")})
-        score = float(results["top1"])
-        self._save_if_due(step, score)
-        self.flush()
-        self._resume_time()
+            self.tracker.log(*self._pending)
+            self._pending = None
+
+    def _resume_time(self) -> None:
+        """A pause is over: what happened in it belongs to no step."""
+        self.clock.restart()
+        self.world.timeline.restart()
 
     def _save_if_due(self, step: int, score: float | None) -> None:
         is_best = score is not None and (self.best_score is None or score > self.best_score)
         if is_best:
             self.best_score = score
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):
-            self.flush()
+            self._write_pending()
             self._save(step, score if is_best else None)
             self._resume_time()
 
-    def _save(self, step: int, score: float | None) -> None:
-        self.save_state(step, score)
+    def _save(self, step: int, best_score: float | None) -> None:
+        """The state after `step` steps, by all ranks alike; kept as best too where `best_score` is given.
+
+        Raises:
+            CheckpointError: on every rank, when rank 0 could not save, or another process has taken the run over.
+            LedgerError: on every rank, once all is saved: bytes that nobody can explain.
+        """
+        path = checkpoints.checkpoint_path(self.directory.checkpoints, step)
+        with self.watchdog.pause():
+            verdict = self.ledger.compare()
+            self._agree(self._sync_record)
+            # All ranks meet in there after rank 0 has written, so that a failure is kept for the next line.
+            self.learner.trainer.save_checkpoint(path)
+            self._agree(lambda: self._settle(path, best_score))
+            verdict.refuse()  # now that nothing can be lost
         self._saved_step = step
 
-    def _resume_time(self) -> None:
-        """A pause is over: what happened in it belongs to no step."""
-        self.clock.restart()
-        self.timeline.restart()
+    def _agree(self, work: Callable[[], None]) -> None:
+        with self.world.meter.phase("checkpoint"), self.world.exchanging("other"):
+            self.world.agree(work)
 
-    def flush(self) -> None:
-        """Write the row that waited for its validation results."""
-        if self._pending is not None:
-            self.write_row(*self._pending)
-            self._pending = None
+    def _sync_record(self) -> None:
+        self.directory.check_owned()
+        with self.directory.writing():
+            self.tracker.sync()
+            self._write_ledger(ended=False)
+
+    def _settle(self, path: Path, best_score: float | None) -> None:
+        self.io.raise_failure()
+        if best_score is not None and self.world.is_rank_zero:
+            self.io.keep_as_best(path, best_score, "val/top1")
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """What neither the weights nor the optimiser hold, in plain types. Collective."""
+        compression = None
+        if self.powersgd is not None:  # before the ledger's state: gathering it is traffic
+            with self.world.meter.phase("checkpoint"), self.world.meter.origin("gradients"):
+                compression = self.powersgd.state_dict()
+        return {
+            "step": self.learner.committed_steps,
+            "world_size": self.world.size,
+            "model": self.config.model.name,
+            "num_parameters": sum(parameter.numel() for parameter in self.learner.model.parameters()),
+            "num_classes": self.learner.num_classes,
+            "metaparameters": self.config.model.metaparameters,
+            "must_match": resume.must_match(self.config, self.shards_hash),
+            "free_fields": resume.free_fields(self.config),
+            "best_score": self.best_score,
+            "owed_row": self.owed_row,
+            "ledger": self.ledger.state_dict(),
+            "learner": self.learner.extra_state(),
+            "powersgd": compression,
+        }
+
+    def _write_ledger(self, *, ended: bool, only_if_old: bool = False) -> None:
+        """`ledger.json`, by rank 0. A killed attempt can only report what it wrote."""
+        now = time.monotonic()
+        if not self.world.is_rank_zero or (only_if_old and now - self._ledger_written < LEDGER_EVERY_SECONDS):
+            return
+        self._ledger_written = now
+        p50, p90 = self.clock.percentiles() or (None, None)
+        conditions = Conditions(
+            run=self.config.name,
+            model=self.config.model.name,
+            hook=self.config.comm.hook,
+            global_batch=self.config.batch.global_size,
+            step_seconds_p50=p50,
+            step_seconds_p90=p90,
+            data_wait_seconds=self.clock.mean_wait_seconds(),
+            communication=self.world.timeline.medians(),
+            why_untimed=self.world.timeline.why_off or NO_STEP_TIMED,
+        )
+        write_json_atomic(self.directory.ledger, self.ledger.to_json(conditions, ended=ended))
+
+    # --- when it is over ---
 
     def summary(self) -> dict[str, float | int | str | None]:
         """Results worth a line beside the run."""
@@ -252,8 +283,66 @@ class Recorder(pl.Callback):
         told = f"{rate:,.0f} pictures/s, {share:.1%} of the time waiting for data: "
         if share <= LARGEST_SHARE_OF_WAITING:
             return told + "the loader keeps up."
-        workers = getattr(self.loader.loader, "num_workers", 0)
         return told + (
-            f"the loader holds training back. Where cores are idle, raise data.num_workers= ({workers} per rank now);"
+            "the loader holds training back. Where cores are idle, raise data.num_workers="
+            f" ({self.loader.num_workers} per rank now);"
             " large pictures decode about twice as fast from shards prepared with short_side=256."
         )
+
+    # --- when Lightning calls ---
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Time starts after the warm-up of the buckets."""
+        del trainer, pl_module
+        self.loader.take()
+        self._resume_time()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something to save. A validation that a signal broke off comes first."""
+        del pl_module
+        self.world.stop.begin_training()
+        if self._pending is not None:
+            validate_now(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch is done, and with the last one the step."""
+        del trainer, pl_module, outputs, batch, batch_idx
+        result = self.learner.end_micro_batch(stop_asked=self.world.stop.asked)
+        if result is not None:
+            self.step_done(result)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation may be long, and a signal cannot wait for its end. Ranks have equally many micro-batches."""
+        del trainer, pl_module, outputs, batch, dataloader_idx
+        if (batch_idx + 1) % STOP_EVERY_BATCHES == 0 and self.learner.some_rank_says(self.world.stop.asked):
+            self.leave(self.learner.committed_steps)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All pictures are scored, over all ranks."""
+        del trainer, pl_module
+        self.validated(self.learner.last_validation)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add our facts to what Lightning saves; its own counts are of this attempt, the run's are absolute."""
+        del trainer, pl_module
+        step = self.learner.committed_steps
+        checkpoint["global_step"] = step
+        checkpoint["epoch"] = step // self.plan.steps_per_epoch
+        checkpoint[checkpoints.SECTION] = self.to_checkpoint()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is left to be broken off."""
+        del trainer, pl_module
+        self.world.stop.end_training()

@@ -28,7 +28,6 @@ from pipeline.data.batches import LoadedBatch
 from pipeline.models.scoring import ExactMetrics, Normalizer
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
-STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 Origin = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -80,6 +79,9 @@ class Learner(pl.LightningModule):
         origin: context that labels the collectives inside it.
     """
 
+    average: AveragedModel | None
+    """Exponential moving average of the weights; None without one (recipe.ema_decay=0)."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -107,13 +109,8 @@ class Learner(pl.LightningModule):
         self.activation_format = memory_format
         self.origin = origin
         self.num_classes = num_classes
-        self.on_step: Callable[[StepResult], None] = lambda _: None
-        """Told of every committed step. (Lightning calls callbacks before the module has counted it.)"""
-        self.stop_asked: Callable[[], bool] = lambda: False
-        """Whether this rank was asked to stop."""
-        self.on_stop_in_validation: Callable[[], None] = lambda: None
-        """Called on all ranks alike where a validation is to be broken off."""
-        self.last_validation: dict[str, float | int] | None = None
+        self.last_validation: dict[str, float | int] = {}
+        """Results of the last validation; empty before the first."""
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
         self._rank = rank
@@ -121,16 +118,16 @@ class Learner(pl.LightningModule):
         self._sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, pictures of this rank in this step
         self._sample_ids: list[Tensor] = []
         self._grad_norm = math.nan
-        # Kept from nn.Module's registry: DDP must not see a second set of weights.
-        self._average: list[AveragedModel] = []
+        average = None
         if recipe.ema_decay:
             average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
-            self._average.append(average)
+        # Past nn.Module's registry: DDP must not see a second set of weights.
+        object.__setattr__(self, "average", average)
 
     @property
     def averaged_model(self) -> nn.Module:
         """The exponential moving average of the weights, or the weights themselves without one."""
-        return self._average[0].module if self._average else self.model
+        return self.model if self.average is None else self.average.module
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD over all parameters, biases decayed too, as the Caffe solver does."""
@@ -151,8 +148,8 @@ class Learner(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """The average follows the weights to their device."""
-        for average in self._average:
-            average.to(self.device)
+        if self.average is not None:
+            self.average.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this micro-step and set the learning rate of this step."""
@@ -220,25 +217,28 @@ class Learner(pl.LightningModule):
             f" recipe.grad_clip_norm. Sample ids of rank {self._rank} in this step: {shown}."
         )
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last micro-batch: add the ranks' sums up and count the step as committed."""
-        del outputs, batch, batch_idx
+    def end_micro_batch(self, *, stop_asked: bool) -> StepResult | None:
+        """After the last micro-batch of a step: add the ranks' sums up and count the step as committed.
+
+        `stop_asked`: whether this rank was asked to stop. The wish travels with the sums, which are exchanged in any
+        case. Returns None amid a step. Collective at its end.
+        """
         self._micro += 1
         if self._micro < self.num_micro_batches:
-            return
+            return None
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
-        if self._average:
-            self._average[0].update_parameters(self.model)
-        # The wish to stop travels with the sums, which are exchanged in any case.
-        sums = torch.cat([self._sums, self._sums.new_full((1,), float(self.stop_asked()))])
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        sums = torch.cat([self._sums, self._sums.new_full((1,), float(stop_asked))])
         with self.origin("metrics"):
             if has_peers():
                 dist.all_reduce(sums)
+        # With `float(norm)` above: two waits for the device a step on a GPU; not measured on one yet.
         loss, correct, count, num_asked = sums.tolist()
         self.committed_steps += 1
         result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm, num_asked > 0)
         self._forget_step()
-        self.on_step(result)
+        return result
 
     def _forget_step(self) -> None:
         self._micro = 0
@@ -261,28 +261,26 @@ class Learner(pl.LightningModule):
         Running statistics come from each rank's own pictures; DDP broadcasts those of the model itself, and nobody
         those of its average, of which the checkpoint holds rank 0's.
         """
-        if self._average and has_peers():
+        if self.average is not None and has_peers():
             with self.origin("buffers"):
-                for buffer in self._average[0].module.buffers():
+                for buffer in self.average.module.buffers():
                     dist.broadcast(buffer, src=0)
 
     def validation_step(self, batch: LoadedBatch, batch_idx: int) -> None:
         """Add one micro-batch to the sums."""
+        del batch_idx
         network = self.averaged_model
         network.eval()
         logits_BK = network(self.normalizer(batch.images_BCHW, self.activation_format))
         self.validation.update(logits_BK, batch.labels_B, batch.sample_ids_B)
-        # Each rank has equally many micro-batches. A validation may be long, and who wants to stop cannot wait for it.
-        if (batch_idx + 1) % STOP_EVERY_BATCHES == 0 and self._some_rank_was_asked():
-            self.on_stop_in_validation()
 
-    def _some_rank_was_asked(self) -> bool:
-        """To stop. Collective."""
-        asked = torch.tensor(int(self.stop_asked()), device=self.device)
+    def some_rank_says(self, yes: bool) -> bool:
+        """Whether any rank says yes. Collective."""
+        answers = torch.tensor(int(yes), device=self.device)
         if has_peers():
             with self.origin("metrics"):
-                dist.all_reduce(asked)
-        return bool(asked)
+                dist.all_reduce(answers)
+        return bool(answers)
 
     def on_validation_epoch_end(self) -> None:
         """Add the ranks' sums up."""
@@ -291,7 +289,7 @@ class Learner(pl.LightningModule):
 
     def extra_state(self) -> dict[str, Any]:
         """What the weights and the optimiser do not hold; plain types and tensors only."""
-        return {"average": self._average[0].state_dict()} if self._average else {}
+        return {} if self.average is None else {"average": self.average.state_dict()}
 
     def restore(self, state_dict: dict[str, Tensor], optimizer_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take over a checkpoint. Call before the trainer starts.
@@ -306,10 +304,10 @@ class Learner(pl.LightningModule):
         }
         self.model.load_state_dict(weights)
         self.optimizer_state = optimizer_state
-        if self._average:
+        if self.average is not None:
             # A run that had no average before starts it from the weights it has now.
             source = extra.get("average")
             if source is None:
-                self._average[0].module.load_state_dict(weights)
+                self.average.module.load_state_dict(weights)
             else:
-                self._average[0].load_state_dict(source)
+                self.average.load_state_dict(source)

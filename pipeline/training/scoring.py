@@ -101,7 +101,7 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
         index, config.input, world.reader(config.data.num_workers), batch_size=config.batch_per_rank
     )
     bad: list[BadSample] = []
-    for loaded in track(loader, "evaluating", disable=not world.is_first, transient=True):
+    for loaded in track(loader, "evaluating", disable=not world.is_rank_zero, transient=True):
         bad.extend(loaded.bad)
         batch = loaded.to(world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):

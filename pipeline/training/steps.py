@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.comm.ledger.ledger import Ledger
+from pipeline.comm.ledger.reconcile import Reconciler
 from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.comm.strategy import gradient_bytes_by_parameter
 from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
@@ -23,7 +25,6 @@ from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.index import open_split
 from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.models import zoo
-from pipeline.models.plateau import PlateauDetector
 from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
@@ -31,14 +32,16 @@ from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe
 from pipeline.run.record.tracking import Tracker
-from pipeline.training import lightning, resume
-from pipeline.training import plan as startup
-from pipeline.training.attempt import Recorder, TimedLoader
+from pipeline.training import resume
+from pipeline.training.attempt import Attempt
+from pipeline.training.bad_samples import BadSamples
 from pipeline.training.learner import Learner
+from pipeline.training.lightning import BucketWarmUp, make_trainer, progress_bars
 from pipeline.training.notes import training_notes
-from pipeline.training.patience import Patience
-from pipeline.training.plan import StepPlan
+from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.setup import Setup, Shards, Start
+from pipeline.training.timing import TimedLoader
+from pipeline.training.watchdog import StepWatchdog
 from pipeline.training.world import World, join_group
 
 
@@ -133,7 +136,7 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
     """How many steps, and what is due when."""
 
     def plan() -> StepPlan:
-        made = startup.make_plan(
+        made = make_plan(
             config.trainer,
             config.batch,
             shards.training.num_samples,
@@ -141,7 +144,7 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
             validate=shards.validation is not None,
             tail=config.data.tail,
         )
-        startup.require_compression(config.comm, made, world.compute)
+        require_compression(config.comm, made, world.compute)
         return made
 
     return world.agree(plan)
@@ -240,65 +243,72 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
     return powersgd
 
 
+def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
+    """The ledger of this attempt, with what earlier attempts left in the checkpoint and in ledger.json. Collective."""
+    config, world = setup.config, setup.world
+    reconciler = None
+    if world.counter is not None:
+        strict = world.compute.backend == "gloo" if config.comm.strict is None else config.comm.strict
+        reconciler = Reconciler(world.counter, world.rank, world.placement, strict=strict)
+        reconciler.start()
+    owed = gradient_bytes_by_parameter(learner.model)
+    ledger = Ledger(
+        world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
+    )
+    if setup.start.content is not None:
+        previous = None
+        with contextlib.suppress(OSError, ValueError):
+            previous = json.loads(setup.run.ledger.read_text())
+        ledger.load_state_dict(setup.start.section["ledger"], previous)
+    return ledger
+
+
+def make_tracker(setup: Setup) -> Tracker:
+    """The record of this attempt, cut back to the rows that stand."""
+    config, world = setup.config, setup.world
+    return Tracker(
+        setup.run,
+        config.tracking,
+        rank=world.rank,
+        model=config.model.name,
+        config=_plain(dataclasses.asdict(config)),
+        notes=training_notes(config, world, setup.plan.batch),
+        resume_step=setup.start.num_recorded,
+    )
+
+
 def fit(setup: Setup) -> None:
     """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
 
     Raises:
         NonFiniteError, DataError, CheckpointError, LedgerError: as they say. What was recorded until then is kept.
     """
-    config, world, run, shards = setup.config, setup.world, setup.run, setup.shards
-    plan, start = setup.plan, setup.start
+    config, world, run = setup.config, setup.world, setup.run
     learner = make_learner(setup)
     powersgd = make_powersgd(setup)
-    attempt = begin_attempt(setup)
-    owed = gradient_bytes_by_parameter(learner.model)
-    reconciler = lightning.make_reconciler(config, world)
-    ledger = Ledger(
-        world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
-    )
-    if start.content is not None:
-        ledger.load_state_dict(start.section["ledger"], lightning.previous_ledger(run))
-    _announce(setup, sum(owed.values()))
-    with (
-        run.writing(),
-        Tracker(
-            run,
-            config.tracking,
-            rank=world.rank,
-            model=config.model.name,
-            config=_plain(dataclasses.asdict(config)),
-            notes=training_notes(config, world, plan.batch),
-            resume_step=start.num_recorded,
-        ) as tracker,
-    ):
+    ledger = make_ledger(setup, learner, begin_attempt(setup))
+    _announce(setup, ledger.gradient_bytes)
+    with run.writing(), make_tracker(setup) as tracker:
+        watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
-        persistence = lightning.Persistence(config, world, run, ledger, plan, powersgd, shards.training.index_hash)
-        bars = [bar] if world.is_first and (bar := lightning.progress_bar()) else []
-        patience = Patience(world, config.step_timeout_seconds)
-        saver = lightning.Saver(run, config.trainer.keep_checkpoints, tracker, persistence, world, patience)
-        recorder = Recorder(
-            plan,
-            ledger,
-            world.timeline,
-            loader,
-            log=tracker.log,
-            save=saver.save,
-            plateau=PlateauDetector(shards.num_classes, after_steps=max(200, 2 * config.recipe.warmup_steps)),
-            best_score=start.section.get("best_score"),
-            start_step=start.step,
-            owed_row=start.section.get("owed_row"),
+        attempt = Attempt(
+            setup, learner, ledger=ledger, powersgd=powersgd, tracker=tracker, loader=loader, watchdog=watchdog
         )
-        bad_samples = lightning.BadSamples(shards.training, config.data.max_bad_fraction, run.quarantine)
-        warm_up = lightning.BucketWarmUp(world, config.input.size)
-        callbacks = [patience, warm_up, persistence, recorder, lightning.Stopping(world, recorder), bad_samples, *bars]
-        trainer = lightning.make_trainer(config, world, plan, start.step, callbacks, saver.io, powersgd)
-        lightning.connect(trainer, learner, plan, recorder, persistence, saver)
-        with lightning.left_behind(recorder, persistence):
+        bad_samples = BadSamples(setup.shards.training, config.data.max_bad_fraction, run.quarantine)
+        # The order matters. The watchdog watches the warm-up's collectives and is patient before a checkpoint is
+        # written; the attempt's clock starts after the warm-up; a stop amid a validation comes before its verdict.
+        callbacks = [
+            watchdog,
+            BucketWarmUp(world, config.input.size),
+            *progress_bars(world.is_rank_zero),
+            attempt,
+            bad_samples,
+        ]
+        trainer = make_trainer(setup, learner, callbacks=callbacks, io=attempt.io, powersgd=powersgd)
+        with attempt.recorded():
             trainer.fit(learner, loader, make_validation_loader(setup))
-            verdict = ledger.compare()
-        verdict.refuse()
-        tracker.summarize(recorder.summary())
-    _close(setup, recorder, bad_samples)
+        tracker.summarize(attempt.summary())
+    _close(setup, attempt, bad_samples)
 
 
 def make_training_loader(setup: Setup) -> DataLoader[LoadedBatch]:
@@ -352,15 +362,15 @@ def _announce(setup: Setup, owed_bytes: int) -> None:
         local_world_size=world.ranks.local_world_size,
         world_size=world.size,
     )
-    for warning in filter(None, (interleaved, misfit) if world.is_first else ()):
+    for warning in filter(None, (interleaved, misfit) if world.is_rank_zero else ()):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _close(setup: Setup, recorder: Recorder, bad_samples: lightning.BadSamples) -> None:
+def _close(setup: Setup, attempt: Attempt, bad_samples: BadSamples) -> None:
     """The summary on stdout, and the report."""
-    if not setup.world.is_first:
+    if not setup.world.is_rank_zero:
         return
-    done = f"{setup.config.name}: {setup.plan.num_steps} steps done. {recorder.sentence()}\n{bad_samples.sentence()}"
+    done = f"{setup.config.name}: {setup.plan.num_steps} steps done. {attempt.sentence()}\n{bad_samples.sentence()}"
     with setup.run.writing():
         print(f"{done}  report      {write_run_report(setup.run.path)}", flush=True)
 

@@ -48,7 +48,7 @@ class World:
     placement: Placement
     num_threads: int
     counter: SocketCounter | None = None
-    """Of this rank's connections; None where nothing is exchanged, metered or counted by the kernel."""
+    """Counts what this rank's connections send; None where nothing is exchanged, metered or counted by the kernel."""
     timeout_seconds: float = 600.0
     """How long a collective may wait for the other ranks."""
     stop: StopRequest = field(default_factory=StopRequest)
@@ -56,7 +56,7 @@ class World:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return self.ranks.rank
 
     @property
@@ -65,13 +65,13 @@ class World:
         return self.ranks.world_size
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.ranks.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """Of this rank."""
+        """Device of this rank."""
         return (
             torch.device("cuda", torch.cuda.current_device())
             if self.compute.accelerator == "gpu"
@@ -102,7 +102,7 @@ class World:
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
-        if self.is_first:
+        if self.is_rank_zero:
             print(text, flush=True)
 
     def agree(self, work: Callable[[], T]) -> T:
@@ -134,9 +134,9 @@ class World:
         if self.size == 1:
             return work(True)
         result: list[T] = []
-        is_first = self.ranks.local_rank == 0
+        leads = self.ranks.local_rank == 0
         for whose_turn in (True, False):
-            mine = [_begun(functools.partial(work, whose_turn))] if whose_turn == is_first else []
+            mine = [_begun(functools.partial(work, whose_turn))] if whose_turn == leads else []
             while True:
                 wait(mine, self.timeout_seconds * SHARE_OF_TIMEOUT)
                 if all(self._gather(all(future.done() for future in mine))):
@@ -152,7 +152,7 @@ class World:
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
         result: list[Any] = [None]
-        if self.is_first:
+        if self.is_rank_zero:
             result = [self._try(work)]
         if self.size > 1:
             dist.broadcast_object_list(result, src=0, device=self.device)
@@ -249,16 +249,16 @@ def join_group(
         dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
     except dist.DistError as error:
         raise _not_met(ranks, error) from error
-    recorder = CollectiveMeter(enabled=comm.meter)
-    recorder.pinned = pinned
-    recorder.attach()
-    counter = _counter(recorder, ranks.master_port)
+    counter = _counter(ranks) if comm.meter else None
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
-    timeline = Timeline(recorder, clock, enabled=comm.timeline)
+    timeline = Timeline(ranks.world_size, clock, metered=comm.meter, enabled=comm.timeline)
+    observers = [timeline] if counter is None else [timeline, counter]
+    meter = CollectiveMeter(enabled=comm.meter, pinned=pinned, observers=observers)
+    meter.attach()
     try:
         placement = _placement(ranks)
         patience, stop = cluster.timeout_seconds, stop or StopRequest()
-        yield World(ranks, compute, recorder, timeline, placement, num_threads, counter, patience, stop)
+        yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop)
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise
@@ -270,8 +270,7 @@ def join_group(
             " what that rank said, here or in its own log."
         ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
-    recorder.on_phase_end = None
-    recorder.detach()
+    meter.detach()
     dist.destroy_process_group()
 
 
@@ -295,15 +294,12 @@ def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:
     return comm.nccl_algorithm, comm.nccl_protocol
 
 
-def _counter(meter: CollectiveMeter, store_port: int) -> SocketCounter | None:
-    """Begins to count this rank's connections, while all is silent, and is told when a phase ends."""
-    if not meter.enabled or meter.world_size == 1:
+def _counter(ranks: RankInfo) -> SocketCounter | None:
+    """Counts what this rank's connections send, from now on, while all is silent; None where the kernel does not."""
+    if ranks.world_size == 1:
         return None
-    counter = SocketCounter(store_port)
-    if not counter.available:
-        return None
-    meter.on_phase_end = counter.end_phase
-    return counter
+    counter = SocketCounter(ranks.master_port)
+    return counter if counter.available else None
 
 
 def _placement(ranks: RankInfo) -> Placement:

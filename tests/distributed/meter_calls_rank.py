@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.comm.collectives import Call, CollectiveMeter
-from pipeline.comm.strategy import MeteredDDP
+from pipeline.comm.collectives import Call, CollectiveMeter, MeterObserver
+from pipeline.comm.ddp import MeteredDDP
 from tests.distributed.meter_ddp_rank import SmallNet, make_batch, recorded
 from tests.distributed.meter_ranks import leave
 
@@ -82,22 +82,34 @@ def sparse_call(meter: CollectiveMeter) -> Call:
     return call
 
 
+class Calls(MeterObserver):
+    """Every call in order, while it listens."""
+
+    def __init__(self) -> None:
+        self.seen: list[Call] = []
+        self.listens = False
+
+    def issued(self, call: Call) -> None:
+        if self.listens:
+            self.seen.append(call)
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     trace = out / f"trace{dist.get_rank()}.json"
-    meter, calls = CollectiveMeter(), list[Call]()
+    calls = Calls()
+    meter = CollectiveMeter(observers=[calls])
     meter.attach()
-    meter.observer = calls.append
     dist.barrier()
     before = max(entry["record_id"] for entry in recorded())
-    calls.clear()
+    calls.listens = True
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         train(meter)
-    meter.observer = None
+    calls.listens = False
     profiler.export_chrome_trace(str(trace))
     found = {
-        "meter": [(call.op, call.payload_bytes) for call in calls],
-        "origins": [call.origin for call in calls],
+        "meter": [(call.op, call.payload_bytes) for call in calls.seen],
+        "origins": [call.origin for call in calls.seen],
         "flight recorder": flight_recorder_calls(before),
         "profiler": profiler_calls(trace),
         "counted": sum(meter.take().calls.values()),

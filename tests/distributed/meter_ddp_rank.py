@@ -13,8 +13,8 @@ import torchvision
 from torch import nn
 
 from pipeline.comm.collectives import Call, CollectiveMeter
+from pipeline.comm.ddp import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.ledger.document import Conditions
-from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
 from pipeline.core.errors import LedgerError
 from pipeline.core.schemas.ledger import LedgerJson
@@ -59,9 +59,9 @@ class Training:
         size: int = 10,
         **ddp: Any,
     ) -> None:
-        self.meter = CollectiveMeter(enabled=metered)
+        self.timeline = Timeline(dist.get_world_size(), metered=metered, enabled=timed)
+        self.meter = CollectiveMeter(enabled=metered, observers=[self.timeline])
         self.meter.attach()
-        self.timeline = Timeline(self.meter, enabled=timed)
         self.ddp = MeteredDDP(model, meter=self.meter, timeline=self.timeline, **ddp)
         self.ledger = unreconciled(self.meter, gradient_bytes_by_parameter(model))
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.ddp import gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.ledger.ledger import Ledger
-from pipeline.comm.strategy import MeteredDDPStrategy, gradient_bytes_by_parameter, rebuild_buckets
+from pipeline.training.lightning import MeteredDDPStrategy
 from tests.distributed.meter_ranks import leave, unreconciled
 
 NUM_STEPS = 6

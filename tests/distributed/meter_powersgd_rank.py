@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.comm.ddp import rebuild_buckets
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.comm.strategy import rebuild_buckets
 from pipeline.core.errors import CheckpointError
 from tests.distributed.meter_ddp_rank import SmallNet, Training
 from tests.distributed.meter_ranks import run_scenarios

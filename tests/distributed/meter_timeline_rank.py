@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.comm.collectives import CollectiveMeter
+from pipeline.comm.ddp import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.timeline import Timeline
 from tests.distributed.meter_ranks import leave, unreconciled
 
@@ -67,9 +67,9 @@ def measure(
     before_metrics: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train; returns what ledger.json would say, and the times of the last step."""
-    meter = CollectiveMeter()
+    timeline = Timeline(dist.get_world_size())
+    meter = CollectiveMeter(observers=[timeline])
     meter.attach()
-    timeline = Timeline(meter)
     net = Net(first, last, buffer, middle=compressed)
     hook = PowerSGD(rank=1, start_step=2, step=2, waiting=timeline.waiting) if compressed else "none"
     ddp = MeteredDDP(net, meter=meter, timeline=timeline, hook=hook, bucket_cap_mb=0.001, gradient_as_bucket_view=True)

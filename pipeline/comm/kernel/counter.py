@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipeline.comm.collectives import MeterObserver
 from pipeline.comm.kernel.interface import (
     InterfaceCounts,
     interface_of_address,
@@ -31,7 +32,7 @@ class _Watched:
     by_label: Counter[str] = field(default_factory=Counter[str])
 
 
-class SocketCounter:
+class SocketCounter(MeterObserver):
     """Bytes that each of this rank's connections has sent, by `label_of` what they belong to.
 
     Life: made right after the process group, when all ranks are still silent; `end_phase` whenever a phase ends;
@@ -60,6 +61,11 @@ class SocketCounter:
         """
         self._rescan(baseline_now=False)
         self._count(label_of(phase, committed=phase != "train"))
+
+    def phase_changes(self, old: str, new: str) -> None:
+        """What was sent in `old` is counted for it."""
+        del new
+        self.end_phase(old)
 
     def commit(self) -> int:
         """End a step, so that a committed step owns what it sent. Returns the bytes that it sent to other ranks.

@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.run.launch.ports import is_free, reserved_port
-from pipeline.run.launch.ranks import SPAWNED_MARK
+from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
 
 FORWARDED_SIGNALS = (
     signal.SIGTERM,
@@ -74,6 +75,37 @@ class Ended:
     """As subprocess gives it: -n for death by signal n."""
     told_to_stop: bool = False
     """The supervisor had told it to stop, because a peer had failed: its end is a consequence."""
+
+
+def as_ranks(
+    command: str,
+    cluster: ClusterConfig,
+    work: Callable[[RankInfo], int],
+    *,
+    check: Callable[[], None] = lambda: None,
+    listening: contextlib.AbstractContextManager[object] | None = None,
+) -> int:
+    """Do `work` as one of the ranks; or be their parent, which starts them with this process's arguments.
+
+    Args:
+        command: Name of the command, such as `train`.
+        cluster: How many ranks to start where no launcher did.
+        work: What a rank does; returns its exit code.
+        check: Raises what would be wrong on every rank alike; called once, before any rank that is started here.
+        listening: Entered while this process may be a rank; None: signals are not looked after. A parent takes them
+            itself.
+
+    Returns:
+        The exit code of the rank, or of all of them.
+    """
+    with listening or contextlib.nullcontext():
+        ranks = find_ranks(cluster.devices)
+        if ranks is None or ranks.source == "single":
+            check()
+        if ranks is not None:
+            return work(ranks)
+    argv = [sys.executable, "-m", f"pipeline.{command}", *sys.argv[1:]]
+    return supervise(argv, cluster.devices, num_threads=cluster.num_threads)
 
 
 def supervise(

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.collectives import ORIGINS, PHASES, Bucket, Call, CollectiveMeter
+from pipeline.comm.ddp import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.comm.ledger.attempts import Attempt, measured_totals, predicted_totals
 from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.measured import InterfaceRow, Measured, Row
 from pipeline.comm.ledger.traffic import Placement, Sent, StepTraffic, price
 from pipeline.comm.step_times import BucketTimes, MedianTimes
-from pipeline.comm.strategy import MeteredDDP, gradient_bytes_by_parameter, rebuild_buckets
 from pipeline.core.errors import LedgerError
 from pipeline.core.missing import Missing
 from pipeline.core.schemas.ledger import LedgerJson

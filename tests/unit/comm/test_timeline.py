@@ -198,18 +198,16 @@ class Event:
 class Steps:
     """A timeline that is led through steps by hand, on a device that works when it is told."""
 
-    def __init__(self, *, enabled: bool = True, metered: bool = True) -> None:
-        self.meter = CollectiveMeter(enabled=metered)
-        self.meter.world_size = 2
+    def __init__(self, num_ranks: int = 2, *, enabled: bool = True, metered: bool = True) -> None:
         self.device = Device()
-        self.timeline = Timeline(self.meter, CudaClock(self.device.event), enabled=enabled)
+        self.timeline = Timeline(num_ranks, CudaClock(self.device.event), metered=metered, enabled=enabled)
+        self.meter = CollectiveMeter(enabled=metered, observers=[self.timeline])
 
     def work(self, milliseconds: float) -> None:
         self.device.asked += milliseconds
 
     def issue(self, num_bytes: int) -> None:
-        if self.meter.observer is not None:
-            self.meter.observer(Call(self.meter.phase_name, "gradients", "all_reduce", num_bytes, 4, -1))
+        self.timeline.issued(Call(self.meter.phase_name, "gradients", "all_reduce", num_bytes, 4, -1))
 
     def reduce(self, done_after: float) -> torch.futures.Future[torch.Tensor]:
         """Two milliseconds of compression, then an all-reduce."""
@@ -330,8 +328,7 @@ def test_medians_are_of_the_latest_steps() -> None:
     ],
 )
 def test_where_nothing_is_timed_the_reason_is_told(options: dict[str, bool], world_size: int, reason: str) -> None:
-    steps = Steps(**options).finish()
-    steps.meter.world_size = world_size
+    steps = Steps(world_size, **options).finish()
     assert steps.step() is None and steps.timeline.medians() is None
     assert reason in str(steps.timeline.why_off)
     assert Steps().timeline.why_off is None

@@ -98,7 +98,6 @@ class Steps:
         self.learner = learner
         self.optimizer = learner.configure_optimizers()
         self.results: list[StepResult] = []
-        learner.on_step = self.results.append
         learner.optimizers = lambda *_, **__: self.optimizer  # type: ignore[method-assign]  the trainer's answer
 
     def take(self, micro_batches: list[LoadedBatch]) -> StepResult:
@@ -110,7 +109,9 @@ class Steps:
                 self.learner.on_before_optimizer_step(self.optimizer)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.learner.on_train_batch_end(loss, loaded, number)
+            result = self.learner.end_micro_batch(stop_asked=False)
+            assert (result is not None) == (number == len(micro_batches) - 1)
+            self.results += [] if result is None else [result]
         return self.results[-1]
 
 

@@ -36,8 +36,9 @@ def world() -> World:
     ranks = find_ranks(1, {})
     assert ranks is not None
     compute = choose_compute(accelerator="cpu", precision="fp32")
-    meter = CollectiveMeter()
-    return World(ranks, compute, meter, Timeline(meter), Placement.assumed(1), num_threads=1)
+    timeline = Timeline(1)
+    meter = CollectiveMeter(observers=[timeline])
+    return World(ranks, compute, meter, timeline, Placement.assumed(1), num_threads=1)
 
 
 def write_tar(path: Path, labels: list[str]) -> Shard:

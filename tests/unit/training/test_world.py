@@ -223,7 +223,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 def test_a_world_of_one_needs_nobody(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (alone.rank, alone.size, alone.is_first, str(alone.device)) == (0, 1, True, "cpu")
+    assert (alone.rank, alone.size, alone.is_rank_zero, str(alone.device)) == (0, 1, True, "cpu")
     assert alone.agree(lambda: 7) == alone.first_decides(lambda: 7) == 7
     assert alone.locally_first(lambda is_first: is_first) is True
     assert len(alone.gather_hosts()) == 1

@@ -61,19 +61,19 @@ class Watch:
                 self._condition.wait(None if left == math.inf else left)
 
 
-class Patience(pl.Callback):
+class StepWatchdog(pl.Callback):
     """Keeps the group's timeout and the watch in step with where the training is.
 
     Args:
         world: its `timeout_seconds` hold outside of steps.
+        learner: says which step is under way.
         step_timeout_seconds: holds between steps.
     """
 
-    def __init__(self, world: World, step_timeout_seconds: float) -> None:
-        self.world, self.step_timeout_seconds = world, step_timeout_seconds
+    def __init__(self, world: World, learner: Learner, step_timeout_seconds: float) -> None:
+        self.world, self.learner, self.step_timeout_seconds = world, learner, step_timeout_seconds
         self._watch: Watch | None = None
-        self._in_steps = False
-        self._learner: Learner | None = None
+        self._has_begun = self._in_steps = False
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -85,9 +85,8 @@ class Patience(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first step may take long."""
-        del trainer
-        assert isinstance(pl_module, Learner)
-        self._learner = pl_module
+        del trainer, pl_module
+        self._has_begun = True
         self._watch = Watch(self._say_where)
         self._hold(in_steps=False)
 
@@ -104,7 +103,7 @@ class Patience(pl.Callback):
         self._hold(in_steps=False)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        """It goes on."""
+        """The validation advances."""
         self._hold(in_steps=False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,10 +132,10 @@ class Patience(pl.Callback):
             self._watch.expect(SHARE_BEFORE_STACKS * seconds)
 
     def _where(self) -> str:
-        if self._learner is None:
+        if not self._has_begun:
             return "before the first step"
         pausing = "" if self._in_steps else ", or in a pause before it"
-        return f"in step {self._learner.committed_steps + 1}{pausing}"
+        return f"in step {self.learner.committed_steps + 1}{pausing}"
 
     def _say_where(self, seconds: float) -> None:
         print(
