@@ -54,7 +54,8 @@ class TrainBatches(Sampler[list[TrainItem]]):
 
     Args:
         order: the global batches.
-        rank, world_size: the stripe.
+        rank: rank that is fed.
+        world_size: number of ranks.
         num_micro_batches: micro-batches per step; world_size * num_micro_batches divides the global batch.
         start_step: first step to yield.
         num_steps: steps of the whole run, earlier attempts included; the last one yielded is num_steps - 1.

@@ -164,7 +164,7 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _end_with_rank() -> None:
-    """torch's own watch is on the process that forked the worker. That is the fork server, which waits for its workers.
+    """End with the rank. The watch of torch is on the process that forked the worker: the fork server, which waits.
 
     The rank holds the other end of the pipe that is joined here; a rank that is killed lets go of it too.
     """

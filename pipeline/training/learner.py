@@ -70,12 +70,12 @@ class Learner(pl.LightningModule):
         recipe: optimiser and schedule.
         input_config: pixel normalisation.
         num_classes: K.
-        seed: of everything random in a step.
+        seed: seed of everything random in a step.
         num_steps: optimiser steps of the whole run.
         start_step: steps already committed by earlier attempts.
-        rank: of this process.
+        rank: rank of this process.
         num_micro_batches: micro-batches per optimiser step.
-        memory_format: of the activations.
+        memory_format: memory layout of the activations.
         origin: context that labels the collectives inside it.
     """
 
@@ -296,7 +296,7 @@ class Learner(pl.LightningModule):
 
         Args:
             state_dict: Lightning's, keys starting with `model.`.
-            optimizer_state: of SGD, as saved.
+            optimizer_state: state of SGD, as saved.
             extra: what `extra_state` returned.
         """
         weights = {

@@ -205,10 +205,12 @@ class MeteredDDPStrategy(DDPStrategy):
     # --- set-up ---
 
     def setup_environment(self) -> None:
+        """Attach the meter as soon as the process group exists."""
         super().setup_environment()
         self.meter.attach()
 
     def setup(self, trainer: pl.Trainer) -> None:
+        """Count the distribution of the parameters, and claim Lightning's broadcast before every micro-batch."""
         # Outside fitting, Lightning broadcasts the module's state here; inside, DDP's constructor does.
         with self.meter.origin("parameters"):
             super().setup(trainer)
@@ -247,48 +249,58 @@ class MeteredDDPStrategy(DDPStrategy):
             yield
 
     def barrier(self, name: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Count Lightning's own barrier as such."""
         # Lightning waits for all ranks after a checkpoint, outside `save_checkpoint`; the name tells.
         phase = "checkpoint" if name == "Trainer.save_checkpoint" else self.meter.phase_name
         with self.meter.phase(phase), self._lightnings_own():
             super().barrier(name, *args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Count Lightning's own broadcast as such."""
         with self._lightnings_own():
             return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Count Lightning's own reduction as such."""
         with self._lightnings_own():
             return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        """Count Lightning's own gathering as such."""
         with self._lightnings_own():
             return super().all_gather(tensor, group, sync_grads)
 
     # --- the step ---
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Time the forward pass."""
         with self.timeline.forward():
             return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Time the backward pass."""
         with self.timeline.backward():
             return super().backward(closure_loss, *args, **kwargs)
 
     # --- phases ---
 
     def on_train_start(self) -> None:
+        """Begin the phase `train`."""
         super().on_train_start()
         self.meter.set_phase("train")
 
     def on_train_end(self) -> None:
+        """End the phase `train`."""
         self.meter.set_phase("startup")
         super().on_train_end()
 
     def on_validation_start(self) -> None:
+        """Begin the phase `validation`."""
         self._phase_before_validation = self.meter.set_phase("validation")
         super().on_validation_start()
 
     def on_validation_end(self) -> None:
+        """Return to the phase before, with the buffers to be synchronised again."""
         super().on_validation_end()
         self.meter.set_phase(self._phase_before_validation)
         if isinstance(self.model, MeteredDDP):
@@ -297,5 +309,6 @@ class MeteredDDPStrategy(DDPStrategy):
             self.model.require_forward_param_sync = True
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save in the phase `checkpoint`."""
         with self.meter.phase("checkpoint"):
             super().save_checkpoint(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What changed between a checkpoint and the attempt that goes on from it: refused, or said.
+"""What changed between a checkpoint and the attempt that resumes from it: refused, or reported.
 
 A field that decides which pictures meet which weights must match. Every other field takes its new value, and the change
 is said and kept in `attempts.jsonl`: a learning rate that was edited, a package that was upgraded, other ranks.
@@ -26,8 +26,10 @@ def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, An
     """Compare what must match.
 
     Args:
-        shards_hash: of the training split's index.
-        section: ours of the checkpoint at `path`.
+        config: of the attempt that resumes.
+        shards_hash: hash of the training split's index.
+        section: our part of the checkpoint at `path`.
+        path: of the checkpoint.
 
     Raises:
         CheckpointError: a field differs; all that do are named, with both values.
@@ -47,8 +49,10 @@ def changes(
     """A clause for each free field, package and number of ranks that differs from the checkpoint's.
 
     Args:
-        section: ours of the checkpoint. What an older one does not tell is not compared.
-        made_with: its package versions.
+        config: of the attempt that resumes.
+        world_size: its number of ranks.
+        section: our part of the checkpoint. What an older one does not tell is not compared.
+        made_with: package versions of the checkpoint.
     """
     saved = section.get("free_fields")
     fields = [] if saved is None else _differences(saved, free_fields(config))
