@@ -47,6 +47,15 @@ test: venv ## the tests but the slow ones, as CI runs them
 	$(PY) -m pytest -m "not slow" -n $$(nproc) --maxprocesses 8 --dist loadfile tests/unit; code=$$?; \
 	$(PY) -m pytest -m "not slow" --ignore=tests/unit || exit; exit $$code
 
+# Half of the unit tests' time is in those that start processes; pyright has a core to itself meanwhile.
+.PHONY: quick
+quick: venv ## lint, and the unit tests that start no process: for the loop of whoever works here
+	$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint quick-tests
+
+.PHONY: quick-tests
+quick-tests: venv ## those unit tests alone
+	$(PY) -m pytest -q -m "not slow and not processes" -n 2 --dist loadfile tests/unit
+
 .PHONY: test-all
 test-all: venv ## every test, an hour and a half; what came out goes into the table of tests/README.md
 	$(PY) -m pytest --junit-xml=test-all.xml; code=$$?; $(PY) -m tests.fault_table test-all.xml; exit $$code

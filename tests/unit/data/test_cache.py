@@ -23,6 +23,8 @@ from pipeline.data.remote.transfer import FetchBudget
 from tests.shard_server import Rule, ShardServer, serving
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.processes
+
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]
 CONTENTS = {name: np.random.default_rng(number).bytes(SIZE) for number, name in enumerate(NAMES)}

@@ -24,6 +24,8 @@ from pipeline.forecasting.source import Source, read_source
 from pipeline.report.runs import read_run
 from tests.handmade_runs import handmade_run, timed_run
 
+pytestmark = pytest.mark.processes
+
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.plan", f"run_root={directory}", *overrides]

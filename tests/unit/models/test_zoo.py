@@ -28,6 +28,7 @@ def meta(name: str, num_classes: int = 1000, **metaparameters: Any) -> torch.nn.
         return zoo.build(name, num_classes, **metaparameters)
 
 
+@pytest.mark.processes
 def test_names_specs_and_figures_need_no_torch() -> None:
     code = (
         "import sys; from pipeline.models import zoo; zoo.names(); zoo.published_accuracy('alexnet');"

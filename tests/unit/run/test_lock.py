@@ -19,6 +19,8 @@ from pipeline.core.errors import ConfigError, ExitCode, Preempted
 from pipeline.run import lock
 from pipeline.run.lock import RunLock, this_process
 
+pytestmark = pytest.mark.processes
+
 RACER = """
 import sys, time
 from pathlib import Path

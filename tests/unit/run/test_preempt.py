@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 DEADLINE_SECONDS = 60.0
 PREAMBLE = """
 import os, signal, subprocess, sys, threading, time
