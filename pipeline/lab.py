@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.config.lab import LabConfig
 from pipeline.core.cli import run_command
+from pipeline.core.schemas.lab import LabInterfaceJson, LabJson
 from pipeline.core.typed import require
 
 SCHEMA = 1
@@ -43,11 +44,21 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
         started = time.monotonic()
         exit_code = supervise_commands(cluster.commands(command, os.environ, config.num_threads))
         seconds = time.monotonic() - started
-        interfaces = [asdict(counters) for counters in cluster.counters()]
+        interfaces = [LabInterfaceJson(**asdict(counters)) for counters in cluster.counters()]
 
-    promise = {key: value for key, value in layout.promise().items() if key != "interface"}
-    ran = {"command": list(command), "exit_code": exit_code, "seconds": seconds, "interfaces": interfaces}
-    record = {"schema": SCHEMA, **promise, **ran}
+    record: LabJson = {
+        "schema": SCHEMA,
+        "servers": layout.servers,
+        "ranks_per_server": layout.ranks_per_server,
+        "placement": layout.placement,
+        "server_of_rank": layout.server_of_rank,
+        "bandwidth_bits_per_second": layout.bandwidth_bits_per_second,
+        "offloads": layout.offloads,
+        "command": list(command),
+        "exit_code": exit_code,
+        "seconds": seconds,
+        "interfaces": interfaces,
+    }
     path = Path(config.run_root) / config.name / "lab.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, record)
@@ -57,7 +68,7 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(this command's own, the command after the first `--`)."""
+    """Return (this command's own arguments, the command after the first `--`)."""
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     return list(arguments[:end]), list(arguments[end + 1 :])
 

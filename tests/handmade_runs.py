@@ -4,13 +4,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
 
 from pipeline.comm.ddp import gradient_bytes_by_parameter
+from pipeline.comparison.rows import KEYS
+from pipeline.core.schemas.comparison import ComparisonJson, ModelRowJson
 from pipeline.models import zoo
 
 MakeRun = Callable[..., Path]
@@ -190,6 +192,17 @@ def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **cha
     run.environment["lab"] = {"bandwidth_bits_per_second": bandwidth, "offloads": False}
     run.ledger |= changes
     return run
+
+
+def handmade_row(model: str = "squeezenet1_0", **values: Any) -> ModelRowJson:
+    """Return a row of comparison.json: null but for what is given."""
+    row = dict.fromkeys(KEYS) | {"model": model, "hook": "none", "label": model, "num_parameters": 0} | values
+    return cast(ModelRowJson, row)
+
+
+def handmade_comparison(*rows: ModelRowJson, baseline: str = "squeezenet1_0") -> ComparisonJson:
+    """Return comparison.json with these rows and nothing said about them."""
+    return {"schema": 1, "baseline": baseline, "conditions": {}, "models": [*rows], "runs": {}, "null_reasons": {}}
 
 
 @pytest.fixture

@@ -5,24 +5,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.comparison.launcher import Launcher, choose_launcher
-from pipeline.comparison.result import choose_baseline, label_of
+from pipeline.comparison.result import choose_baseline, label_with_hook
 from pipeline.config.compare import CompareConfig
 from pipeline.config.lab import LabConfig
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import DataError
 from pipeline.core.overrides import literal
+from pipeline.core.trees import flat
 from pipeline.core.typed import require
 from pipeline.data.root import check_root
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
-from pipeline.report.runs import flat
 from pipeline.run.directory import validate_name
 
-# Of the plain steps that PowerSGD starts with, the fewest that torch's hook takes.
+# Fewest plain steps before PowerSGD's first that torch's hook takes.
 _FEWEST_PLAIN_STEPS = 2
 
 
@@ -35,23 +34,23 @@ class Candidate:
     label: str
     facts: ModelFacts
     overrides: tuple[str, ...]
-    """Of `pipeline.train`, without the shards."""
+    """Overrides of `pipeline.train`, without the shards."""
     alone_overrides: tuple[str, ...]
-    """Of the plain model on one rank with the same batch per rank, without the number of threads."""
+    """Overrides for the plain model on one rank with the same batch per rank, without the number of threads."""
 
     @property
     def slug(self) -> str:
-        """Its directory below the comparison's: the label in the characters a run's name may have."""
+        """Directory of the run below the comparison's: the label in the characters a run's name may have."""
         return slug_of(self.label)
 
     @property
     def alone_slug(self) -> str:
-        """That of the run on one rank, which all compressions of the model share."""
+        """Directory of the run on one rank, which all compressions of the model share."""
         return f"alone/{slug_of(self.model)}"
 
 
 def slug_of(label: str) -> str:
-    """`alexnet + bf16` -> `alexnet+bf16`; `squeezenet1_0:sr=0.5` -> `squeezenet1_0@sr=0.5`."""
+    """Return a label as a directory's name: `alexnet+bf16` of `alexnet + bf16`, `net@sr=0.5` of `net:sr=0.5`."""
     spec = label.replace(" ", "").replace(":", "@", 1)
     return "".join(character if character.isalnum() or character in "._-=,@+" else "_" for character in spec)
 
@@ -60,7 +59,7 @@ def slug_of(label: str) -> str:
 
 
 def check_candidates(config: CompareConfig) -> list[Candidate]:
-    """Every model with every hook, known to exist, to accept its metaparameters and to be trainable here.
+    """Return every model with every hook, known to exist, to accept its metaparameters and to be trainable here.
 
     Raises:
         ConfigError: unknown model or metaparameter, impossible conditions, or a directory that is already in use.
@@ -81,20 +80,19 @@ def check_candidates(config: CompareConfig) -> list[Candidate]:
 
 
 def log_path(directory: Path) -> Path:
-    """Beside the run, not in it: the run directory is made by the training command."""
+    """Return where a run's output goes: beside its directory, which the training command makes."""
     return directory.with_name(f"{directory.name}.log")
 
 
 def _of_model(config: CompareConfig, launcher: Launcher, spec: str) -> list[Candidate]:
-    """The model once per hook."""
-    name, metaparameters = zoo.parse_spec(spec)
-    model = zoo.format_spec(name, metaparameters)
-    alone = _alone_overrides(config, launcher, f"{config.name}/alone/{slug_of(model)}", name, metaparameters)
+    """Return the model once per hook."""
+    model = zoo.format_spec(*zoo.parse_spec(spec))
+    alone = _alone_overrides(config, launcher, model)
     facts: ModelFacts | None = None
     candidates = []
     for hook in config.all_hooks:
-        label = label_of(model, hook, config.hooks)
-        overrides = _overrides(config, launcher, f"{config.name}/{slug_of(label)}", name, metaparameters, hook)
+        label = label_with_hook(model, hook, config.hooks)
+        overrides = _overrides(config, launcher, f"{config.name}/{slug_of(label)}", model, hook)
         train = _check_overrides(config, launcher, overrides)
         batch = train.batch.split(launcher.num_ranks)
         facts = facts or model_facts(model, config.num_classes, train.input.size, batch.per_rank)
@@ -103,7 +101,7 @@ def _of_model(config: CompareConfig, launcher: Launcher, spec: str) -> list[Cand
 
 
 def _check_overrides(config: CompareConfig, launcher: Launcher, overrides: Sequence[str]) -> TrainConfig:
-    """The training's configuration, if it and the lab's are possible."""
+    """Return the training's configuration, if it and the lab's are possible."""
     train = compose("train", TrainConfig, [*overrides, "data.root=checked-later"])
     validate_name(train.name)
     if launcher.kind == "lab":
@@ -112,14 +110,20 @@ def _check_overrides(config: CompareConfig, launcher: Launcher, overrides: Seque
 
 
 def where_of(config: CompareConfig, name: str) -> list[str]:
-    """name and run_root of a run, as overrides."""
+    """Return name and run_root of a run, as overrides."""
     return [f"name={literal(name)}", f"run_root={literal(config.run_root)}"]
 
 
-def _overrides(
-    config: CompareConfig, launcher: Launcher, run: str, name: str, metaparameters: dict[str, Any], hook: str
-) -> list[str]:
-    """The training command's overrides: the comparison's own conditions, nothing left to a default that may differ."""
+def _overrides(config: CompareConfig, launcher: Launcher, run: str, model: str, hook: str) -> list[str]:
+    """Return the training command's overrides: the comparison's conditions, nothing left to a default that may differ.
+
+    Args:
+        config: Conditions of the comparison.
+        launcher: How the training is started.
+        run: Name of the run.
+        model: Name of the model, with its metaparameters.
+        hook: Compression of the run.
+    """
     groups = {key: asdict(getattr(config, key)) for key in ("data", "batch", "cluster", "comm")}
     groups["data"].pop("root")
     groups["cluster"]["devices"] = launcher.devices
@@ -128,6 +132,7 @@ def _overrides(
         groups["comm"]["powersgd_start_step"] = powersgd_start_step(config)
     groups["tracking"] = asdict(config.tracking)
     is_tracked, mode = groups["tracking"].pop("trainings"), groups["tracking"].pop("mode")
+    name, metaparameters = zoo.parse_spec(model)
     values = {
         "name": run,
         "run_root": config.run_root,
@@ -144,20 +149,19 @@ def _overrides(
     return [f"model={name}", tracking, *(f"{key}={literal(value)}" for key, value in values.items())]
 
 
-def _alone_overrides(
-    config: CompareConfig, launcher: Launcher, run: str, name: str, metaparameters: dict[str, Any]
-) -> list[str]:
-    """One rank with what each rank has in the comparison."""
+def _alone_overrides(config: CompareConfig, launcher: Launcher, model: str) -> list[str]:
+    """Return the overrides for the plain model on one rank, with what each rank has in the comparison."""
     per_rank = config.batch.global_size // launcher.num_ranks
     single = replace(
         config, batch=replace(config.batch, global_size=per_rank), data=replace(config.data, shuffle_groups=1)
     )
-    overrides = _overrides(single, replace(launcher, kind="local", num_ranks=1), run, name, metaparameters, "none")
+    run = f"{config.name}/alone/{slug_of(model)}"
+    overrides = _overrides(single, replace(launcher, kind="local", num_ranks=1), run, model, "none")
     return [override for override in overrides if not override.startswith("cluster.num_threads=")]
 
 
 def powersgd_start_step(config: CompareConfig) -> int:
-    """Plain steps before PowerSGD's first: those asked for, or the fewest there can be if none would be compressed.
+    """Return the plain steps before PowerSGD's first: as asked, or the fewest possible if none would be compressed.
 
     Raises:
         ConfigError: the steps do not suffice even so.
@@ -175,7 +179,7 @@ def powersgd_start_step(config: CompareConfig) -> int:
 
 
 def shards_for(config: CompareConfig) -> str:
-    """Where the shards are: those asked for; without any, the built-in ones, made once under run_root.
+    """Return where the shards are: those asked for; without any, the built-in ones, made once under run_root.
 
     Raises:
         DataError: they are not there, or could not be made.

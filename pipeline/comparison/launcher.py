@@ -39,13 +39,13 @@ class Launcher:
     num_ranks: int
     num_machines: int = 1
     cpus_per_rank: int | None = None
-    """Under Slurm."""
+    """Processors of a rank under Slurm; None elsewhere."""
     lab: tuple[str, ...] = ()
-    """The lab's overrides, without name and run_root."""
+    """Overrides of the lab, without name and run_root."""
 
     @property
     def ranks_per_machine(self) -> int:
-        """Of the machine that has most."""
+        """Ranks of the machine that has most."""
         return -(-self.num_ranks // self.num_machines)
 
     @property
@@ -54,9 +54,12 @@ class Launcher:
         return self.num_ranks if self.kind == "local" else 1
 
     def command(self, overrides: Sequence[str], where: Sequence[str], *, alone: bool) -> list[str]:
-        """The command line of one training.
+        """Return the command line of one training.
 
-        where: name and run_root, for the lab. alone: on one rank, which needs neither a lab nor other nodes.
+        Args:
+            overrides: Overrides of `pipeline.train`.
+            where: Overrides of the lab: name and run_root.
+            alone: On one rank, which needs neither a lab nor other nodes.
         """
         train = [sys.executable, "-m", "pipeline.train", *overrides]
         if self.kind == "slurm":
@@ -67,7 +70,11 @@ class Launcher:
         return train
 
     def run(self, command: Sequence[str], log: Path) -> int:
-        """Run it to its end, its output in `log`. Returns the exit code. An exception here ends the run too."""
+        """Run a command to its end, its output in `log`. An exception here ends the command too.
+
+        Returns:
+            The exit code, negative where a signal ended the command.
+        """
         with (
             log.open("w") as output,
             subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment()) as process,
@@ -83,7 +90,7 @@ class Launcher:
                 raise
 
     def environment(self) -> dict[str, str]:
-        """This process's, without ranks that are not the run's own."""
+        """Return this process's environment, without ranks that are not the run's own."""
         kept = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
         if self.kind == "slurm":
             return {**_SRUN_DEFAULTS, **kept}
@@ -91,7 +98,11 @@ class Launcher:
 
 
 def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None = None) -> Launcher:
-    """What `launcher` and `lab` come to here. environment: default os.environ.
+    """Decide how trainings are started here, from `launcher` and `lab`.
+
+    Args:
+        config: Configuration of the comparison.
+        environment: Variables; None: this process's.
 
     Raises:
         ConfigError: Slurm is asked for outside of a job or together with a lab, or there is a single rank.

@@ -13,17 +13,18 @@ from pathlib import Path
 from pipeline.comparison.candidates import Candidate, log_path, where_of
 from pipeline.comparison.conditions import footing_difference, refuse_to_mix
 from pipeline.comparison.launcher import choose_launcher
-from pipeline.comparison.result import choose_baseline, label_of
-from pipeline.comparison.rows import Outcome, metered_gradient_bytes
+from pipeline.comparison.outcome import Outcome, metered_gradient_bytes
+from pipeline.comparison.result import choose_baseline, label_with_hook
 from pipeline.config.compare import CompareConfig
 from pipeline.config.training import BatchConfig
 from pipeline.core.compute import choose_accelerator
 from pipeline.core.errors import ConfigError, ExitCode, LedgerError, UserError
 from pipeline.core.overrides import literal
+from pipeline.core.progress import progress_bar
 from pipeline.core.typed import require
 from pipeline.models import zoo
 from pipeline.models.facts import model_facts
-from pipeline.report.runs import RunRecord, flat, read_run
+from pipeline.report.runs import RunRecord, read_run
 from pipeline.run.memory import available_memory, refusal
 
 LONGEST_REASON = 300  # characters of a run's last words
@@ -35,24 +36,23 @@ _NOT_GIVEN = "No run on a single rank was given: alone_runs=[...]."
 
 
 def measure(config: CompareConfig, candidates: Sequence[Candidate], shards: str) -> list[Outcome]:
-    """The training runs, one after another. A failure is an outcome with its reason."""
+    """Run the trainings, one after another. A failure is an outcome with its reason.
+
+    Args:
+        config: Conditions of the comparison.
+        candidates: What `check_candidates` accepted.
+        shards: Directory of the shards.
+    """
     # A comparison told to stop takes its run along: leaving by an exception ends the run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
     outcomes: list[Outcome] = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(candidates))
+    with progress_bar("", len(candidates), unit="runs") as bar:
         runner = _Runner(config, shards)
         for candidate in candidates:
-            progress.update(task, description=candidate.label)
+            bar.update(len(outcomes), candidate.label)
             outcomes.append(runner.measure(candidate))
-            progress.advance(task)
-            ended = "failed" if outcomes[-1].reason else "done"
-            progress.console.print(f"{candidate.label}: {ended}", highlight=False, markup=False)
+            bar.update(len(outcomes))
+            bar.print(f"{candidate.label}: {'failed' if outcomes[-1].reason else 'done'}")
     return outcomes
 
 
@@ -66,7 +66,7 @@ class _Runner:
         self._alone: dict[str, RunRecord | str] = {}
 
     def measure(self, candidate: Candidate) -> Outcome:
-        """The candidate's run, and the single-rank run that belongs to it."""
+        """Make the candidate's run, and the single-rank run that belongs to it."""
         outcome = Outcome(candidate.model, candidate.facts, candidate.hook, candidate.label, command=_command_line())
         if reason := self._impossible(candidate):
             return replace(outcome, reason=reason, exit_code=ExitCode.CONFIG)
@@ -77,7 +77,7 @@ class _Runner:
         return replace(outcome, why_not_alone=found) if isinstance(found, str) else replace(outcome, alone=found)
 
     def _impossible(self, candidate: Candidate) -> str:
-        """Why nothing needs to be started; empty if something may."""
+        """Return why nothing needs to be started; empty if something may."""
         taken = candidate.facts.footprint
         if taken is None:
             return candidate.facts.why_no_footprint
@@ -85,11 +85,11 @@ class _Runner:
         return refusal(taken.training_memory_bytes, self._launcher.ranks_per_machine, available)
 
     def _run_alone(self, candidate: Candidate, run: RunRecord) -> RunRecord | str:
-        """The model on one rank with as many threads as each rank of `run` has, or why there is none."""
+        """Return the model's run on one rank with as many threads as each rank of `run` has, or why there is none."""
         if not self._config.alone:
             return _NOT_WANTED
         if candidate.model not in self._alone:
-            num_threads = run.environment.get("num_threads_per_rank")
+            num_threads = run.recorded("num_threads_per_rank")
             overrides = [*candidate.alone_overrides, f"cluster.num_threads={literal(num_threads)}"]
             outcome = self._run(Outcome(candidate.model, candidate.facts), candidate.alone_slug, overrides, alone=True)
             if outcome.reason:
@@ -99,7 +99,7 @@ class _Runner:
         return self._alone[candidate.model]
 
     def _run(self, outcome: Outcome, slug: str, overrides: Sequence[str], *, alone: bool = False) -> Outcome:
-        """The outcome with the reason, if the training failed."""
+        """Start a training and wait for its end. Returns the outcome with the reason, if the training failed."""
         directory = self._directory(slug)
         if directory.exists():  # of an earlier comparison of this name, as checked: what is reported is measured now
             shutil.rmtree(directory)
@@ -116,7 +116,7 @@ class _Runner:
 
 
 def with_run(outcome: Outcome, directory: Path) -> Outcome:
-    """The outcome with its run, if there is one and its ledger stands up to the model's parameters."""
+    """Return the outcome with its run, if there is one and its ledger carries what the model's parameters owe."""
     if outcome.reason:
         return outcome
     try:
@@ -128,7 +128,7 @@ def with_run(outcome: Outcome, directory: Path) -> Outcome:
 
 
 def _reason(returncode: int, log: Path) -> str:
-    """Why a training command failed: its own last error sentence, else the exception, else its last line."""
+    """Return why a training command failed: its own last error sentence, else the exception, else its last line."""
     number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
     if number in set(signal.Signals):
         name = signal.Signals(number).name
@@ -151,15 +151,18 @@ def _command_line() -> str:
 
 
 def read_outcomes(config: CompareConfig) -> list[Outcome]:
-    """The runs of `config.runs`.
+    """Read the runs of `config.runs`.
 
     Raises:
-        DataError: one is not a run. ConfigError: two of the same model and compression, or different conditions.
+        DataError: one is not a run.
+        ConfigError: two are of the same model and compression, or the conditions differ.
         LedgerError: one's ledger does not carry what its model owes.
     """
     records = [read_run(Path(directory)) for directory in config.runs]
     models = [model_of(record) for record in records]
-    labels = [label_of(model, run.ledger["hook"], config.hooks) for model, run in zip(models, records, strict=True)]
+    labels = [
+        label_with_hook(model, run.ledger["hook"], config.hooks) for model, run in zip(models, records, strict=True)
+    ]
     for label in labels:
         require(labels.count(label) == 1, f"runs=[...] holds {label} more than once: keep one run of each model.")
     choose_baseline(config.baseline, models)
@@ -177,13 +180,11 @@ def read_outcomes(config: CompareConfig) -> list[Outcome]:
 
 
 def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None) -> Outcome:
-    settings = flat(run.config)
-    size = settings.get("data.size") or settings.get("model.input.size")
     batch = BatchConfig(
         global_size=run.ledger["global_batch"],
-        max_per_rank=settings.get("batch.max_per_rank") or run.ledger["global_batch"],
+        max_per_rank=run.setting("batch.max_per_rank") or run.ledger["global_batch"],
     ).split(run.ledger["world_size"])
-    facts = model_facts(model, settings.get("model.num_classes") or 1000, size, batch.per_rank)
+    facts = model_facts(model, run.setting("model.num_classes") or 1000, run.crop, batch.per_rank)
     outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
     outcome = with_run(outcome, run.directory)
     if outcome.exit_code == ExitCode.LEDGER:
@@ -201,6 +202,6 @@ def _read_alone(directories: Sequence[str]) -> dict[str, RunRecord]:
 
 
 def model_of(record: RunRecord) -> str:
-    """A run's model as a spec: its name and what its metaparameters add to it."""
+    """Return a run's model as a spec: its name and what its metaparameters add to it."""
     told = record.config.get("model") or {}
     return zoo.format_spec(told.get("name", record.ledger["model"]), told.get("metaparameters") or {})

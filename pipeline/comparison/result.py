@@ -1,50 +1,57 @@
 """From measured runs to `comparison.json` and the files beside it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline.comparison import break_even
+from pipeline.comparison.break_even import Baseline
 from pipeline.comparison.conditions import refuse_to_mix, shared_conditions
-from pipeline.comparison.rows import Outcome, make_row, null_reasons
+from pipeline.comparison.outcome import Outcome
+from pipeline.comparison.rows import make_row
 from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.missing import to_json
+from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.core.typed import nearest, require
 
 SCHEMA = 1
 
 
-def compare_outcomes(outcomes: Sequence[Outcome], baseline: str | None, directory: Path) -> dict[str, Any]:
-    """The content of `comparison.json`.
+def compare_outcomes(outcomes: Sequence[Outcome], baseline: str | None, directory: Path) -> ComparisonJson:
+    """Return the content of `comparison.json`.
 
-    directory: where it will lie; the runs are named relative to it.
+    Args:
+        outcomes: A row's each, in order.
+        baseline: Model that the others are multiples of; None: see `choose_baseline`.
+        directory: Where the file will lie; the runs are named relative to it.
 
     Raises:
         ConfigError: the baseline is not among the models, or the runs were made under different conditions.
     """
-    baseline = choose_baseline(baseline, [outcome.model for outcome in outcomes])
+    model = choose_baseline(baseline, [outcome.model for outcome in outcomes])
     runs = {outcome.name: outcome.run for outcome in outcomes if outcome.run}
-    hooks = list(dict.fromkeys(outcome.hook for outcome in outcomes))
-    refuse_to_mix(runs, hooks_may_differ=len(hooks) > 1)
-    rows = [make_row(outcome) for outcome in outcomes]
-    alone = next((outcome.alone for outcome in outcomes if outcome.alone), None)
-    conditions = shared_conditions(runs, alone)
-    conditions["command"] = next((outcome.command for outcome in outcomes if outcome.command), "")
-    base = _base_row(rows, baseline)
-    # Both fill their values in.
-    compared = _fill_times_baseline(rows, base) | break_even.fill(rows, outcomes, base)
-    return {
-        "schema": SCHEMA,
-        "baseline": baseline,
-        "conditions": conditions,
-        "models": rows,
-        "runs": {label: os.path.relpath(run.directory, directory) for label, run in runs.items()},
-        "null_reasons": compared | null_reasons(rows, outcomes),
-    }
+    refuse_to_mix(runs, hooks_may_differ=len({outcome.hook for outcome in outcomes}) > 1)
+    base = Baseline(_base(outcomes, model))
+    content, reasons = to_json(
+        {
+            "schema": SCHEMA,
+            "baseline": model,
+            "conditions": {
+                **shared_conditions(runs, next((outcome.alone for outcome in outcomes if outcome.alone), None)),
+                "command": next((outcome.command for outcome in outcomes if outcome.command), ""),
+            },
+            "models": [make_row(outcome, base) for outcome in outcomes],
+            "runs": {label: os.path.relpath(run.directory, directory) for label, run in runs.items()},
+        }
+    )
+    return ComparisonJson(**content, null_reasons=reasons)
 
 
 def choose_baseline(baseline: str | None, models: Sequence[str]) -> str:
-    """The baseline asked for, which must be one of the models; else squeezenet1_0, else the first."""
+    """Return the baseline asked for, which must be one of the models; else squeezenet1_0, else the first.
+
+    Raises:
+        ConfigError: the baseline asked for is not among the models.
+    """
     if baseline is None:
         return "squeezenet1_0" if "squeezenet1_0" in models else models[0]
     require(
@@ -53,33 +60,28 @@ def choose_baseline(baseline: str | None, models: Sequence[str]) -> str:
     return baseline
 
 
-def label_of(model: str, hook: str, hooks: Sequence[str]) -> str:
-    """`alexnet + bf16` where compressions are compared (`hooks` names them), `alexnet` where none is or it is plain."""
+def label_with_hook(model: str, hook: str, hooks: Sequence[str]) -> str:
+    """Name a row: `alexnet + bf16` where compressions are compared, `alexnet` where none is or it is plain.
+
+    Args:
+        model: Name of the model.
+        hook: Its compression.
+        hooks: Compressions that are compared; empty: none is.
+    """
     return f"{model} + {hook}" if hooks and hook != "none" else model
 
 
-def _base_row(rows: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any]:
-    """The baseline's row: without compression, or with the first there is."""
-    of_baseline = [row for row in rows if row["model"] == baseline]
-    return next((row for row in of_baseline if row["hook"] == "none"), of_baseline[0])
-
-
-def _fill_times_baseline(rows: Sequence[dict[str, Any]], base: Mapping[str, Any]) -> dict[str, str]:
-    """Payload over the baseline's. Returns why one is missing, by its path."""
-    reasons = {}
-    for index, row in enumerate(rows):
-        if row["payload_bytes_per_step"] and base["payload_bytes_per_step"]:
-            row["times_baseline"] = row["payload_bytes_per_step"] / base["payload_bytes_per_step"]
-        elif not row.get("reason"):
-            reasons[f"models.{index}.times_baseline"] = f"The baseline {base['label']} was not measured."
-    return reasons
+def _base(outcomes: Sequence[Outcome], model: str) -> Outcome:
+    """Return the baseline's outcome: without compression, or with the first there is."""
+    of_baseline = [outcome for outcome in outcomes if outcome.model == model]
+    return next((outcome for outcome in of_baseline if outcome.hook == "none"), of_baseline[0])
 
 
 # --- files ---
 
 
-def write_files(result: Mapping[str, Any], directory: Path) -> None:
-    """comparison.json, comparison.csv, and each figure as .png and .svg; of figures not drawn now, none is left."""
+def write_files(result: ComparisonJson, directory: Path) -> None:
+    """Write comparison.json and .csv, and each figure as .png and .svg; of figures not drawn now, none is left."""
     from pipeline.report import comparison_figures, figures
     from pipeline.report.comparison_tables import comparison_csv
 

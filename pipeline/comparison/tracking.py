@@ -3,11 +3,12 @@
 Like every mirror it may fail in any way: the comparison's files are complete before it begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.training import CompareTrackingConfig
+from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson, ModelRowJson
 from pipeline.report.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
 from pipeline.run.record.tracking import kept_id
 from pipeline.run.record.wandb_mirror import WandbMirror
@@ -16,14 +17,20 @@ GROUP = "comparison"
 JOB_TYPE = "compare"
 ID_FILE = "comparison_wandb_id"
 """Not `wandb_id`: a comparison may lie in the directory of a training, which is another W&B run."""
-UNTOLD = ("command", "hosts", "shards")
+UNREPORTED = ("command", "hosts", "shards")
 """Conditions that stay in comparison.json: they name paths and machines."""
 
 
-def mirror_comparison(result: Mapping[str, Any], name: str, directory: Path, tracking: CompareTrackingConfig) -> None:
+def mirror_comparison(result: ComparisonJson, name: str, directory: Path, tracking: CompareTrackingConfig) -> None:
     """Log the content of `comparison.json` to the comparison's W&B run, the same one whenever it is repeated.
 
     Bounded in time; a failure of W&B's is a warning.
+
+    Args:
+        result: Content of `comparison.json`.
+        name: Name of the comparison.
+        directory: Where its files lie.
+        tracking: Whether and where W&B mirrors it.
     """
     if tracking.mode == "disabled":
         return
@@ -37,7 +44,7 @@ def mirror_comparison(result: Mapping[str, Any], name: str, directory: Path, tra
         project=tracking.project,
         entity=tracking.entity,
         tags=tracking.tags,
-        config={"baseline": result["baseline"], "conditions": told_conditions(result)},
+        config={"baseline": result["baseline"], "conditions": reported_conditions(result)},
         notes=comparison_notes(result),
         record="comparison.json",
     )
@@ -45,32 +52,32 @@ def mirror_comparison(result: Mapping[str, Any], name: str, directory: Path, tra
     mirror.finish()
 
 
-def told_conditions(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The comparison's conditions without what names paths and machines."""
-    return {key: value for key, value in result["conditions"].items() if key not in UNTOLD}
+def reported_conditions(result: ComparisonJson) -> dict[str, ConditionJson]:
+    """Return the comparison's conditions without what names paths and machines."""
+    return {key: value for key, value in result["conditions"].items() if key not in UNREPORTED}
 
 
-def comparison_notes(result: Mapping[str, Any]) -> str:
-    """What was compared under which conditions, in words."""
+def comparison_notes(result: ComparisonJson) -> str:
+    """Return what was compared under which conditions, in words."""
     models = ", ".join(row["model"] for row in result["models"])
-    conditions = "; ".join(f"{key}: {value}" for key, value in told_conditions(result).items())
+    conditions = "; ".join(f"{key}: {value}" for key, value in reported_conditions(result).items())
     return f"{models} under the same conditions, as multiples of {result['baseline']}. {conditions}."
 
 
-def scalar_columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Keys whose value is a number, a text or null in every row, in order of appearance."""
+def scalar_columns(rows: Sequence[ModelRowJson]) -> list[str]:
+    """Return the keys whose value is a number, a text or null in every row, in order of appearance."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return [key for key in keys if all(isinstance(row.get(key), int | float | str | None) for row in rows)]
 
 
-def _media(result: Mapping[str, Any], picture: Path) -> dict[str, Any]:
+def _media(result: ComparisonJson, picture: Path) -> dict[str, Any]:
+    """Return what W&B shows, by key. Its own classes have no types."""
     import wandb
 
     rows = result["models"]
-    columns = scalar_columns(rows)
-    media: dict[str, Any] = {COMPARISON_TABLE: _table(columns, rows)}
+    media: dict[str, Any] = {COMPARISON_TABLE: _table(scalar_columns(rows), rows)}
     for key, (column, title) in COMPARISON_BARS.items():
-        measured = [row for row in rows if row[column] is not None]
+        measured = [row for row in rows if row.get(column) is not None]
         if measured:
             media[key] = wandb.plot.bar(_table(["model", column], measured), "model", column, title=title)
     if picture.is_file():
@@ -78,8 +85,8 @@ def _media(result: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     return media
 
 
-def _table(columns: list[Any], rows: list[dict[str, Any]]) -> Any:
+def _table(columns: Sequence[str], rows: Iterable[ModelRowJson]) -> Any:
     import wandb
 
     data = [[row.get(column) for column in columns] for row in rows]
-    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+    return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)

@@ -3,23 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.hooks import HOOKS
+from pipeline.config.lab import LabCluster
 from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig, DataConfig
 from pipeline.core.typed import one_of, require
 
-HOOKS = ("none", "fp16", "bf16", "powersgd")
-
 
 @dataclass(frozen=True, kw_only=True)
-class CompareLabConfig:
+class CompareLabConfig(LabCluster):
     """Whether each training runs on a cluster of network namespaces, as `pipeline.lab` makes one."""
 
     servers: int | None = None
     """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
-    ranks_per_server: int = 1
-    bandwidth: str | None = None
-    """Rate of each server's link: 1gbit, 100mbit. Null: as fast as the machine."""
-    placement: str = "contiguous"
-    offloads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

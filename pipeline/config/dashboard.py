@@ -6,8 +6,6 @@ from pathlib import Path
 from pipeline.core.typed import require
 
 FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
-
-
 LONGEST_PROJECT = 128
 
 

@@ -25,5 +25,5 @@ COMPRESSIONS = {
     "powersgd": Compression(None, "compressed by powersgd"),
 }
 HOOKS = tuple(COMPRESSIONS)
-SCALED_HOOKS = tuple(name for name, compression in COMPRESSIONS.items() if compression.itemsize is not None)
-"""Those whose bytes follow from the plain ones, so that they can be forecast."""
+ITEMSIZES = {name: one.itemsize for name, one in COMPRESSIONS.items() if one.itemsize is not None}
+"""Bytes of a gradient's element on the wire, of the hooks whose bytes follow from the plain ones: those forecast."""

@@ -10,17 +10,10 @@ PLACEMENTS = ("contiguous", "interleaved")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabConfig:
-    """Run the command that follows `--` on every rank of a cluster made of network namespaces.
+class LabCluster:
+    """Cluster of network namespaces, whether `lab` runs a command on it or `compare` its trainings."""
 
-    Needs iproute2 and ethtool, and root or a kernel that lets ordinary users make user namespaces. The ranks reach one
-    another and nothing else; processors, memory and disks are the machine's own, shared by all.
-    """
-
-    name: str = "lab"
-    """The directory of lab.json under run_root. It may be that of the training."""
-    run_root: str = "runs"
-    servers: int = 2
+    servers: int | None
     ranks_per_server: int = 1
     bandwidth: str | None = None
     """Rate of each server's link, in each direction: 1gbit, 100mbit, 2.5gbit. Null: as fast as the machine."""
@@ -29,6 +22,26 @@ class LabConfig:
     offloads: bool = False
     """True leaves TSO, GSO and GRO on: faster, but interfaces then count packets before segmentation, with one header
     for many frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LabRecord:
+    """Where lab.json lies; a base of its own, so that these keys stand first in `--help`."""
+
+    name: str = "lab"
+    """The directory of lab.json under run_root. It may be that of the training."""
+    run_root: str = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabConfig(LabCluster, _LabRecord):
+    """Run the command that follows `--` on every rank of a cluster made of network namespaces.
+
+    Needs iproute2 and ethtool, and root or a kernel that lets ordinary users make user namespaces. The ranks reach one
+    another and nothing else; processors, memory and disks are the machine's own, shared by all.
+    """
+
+    servers: int = 2
     num_threads: int | None = None
     """Compute threads per rank. Null: OMP_NUM_THREADS, else the cores divided by all ranks."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.hooks import ITEMSIZES
 from pipeline.config.models import IMAGENET_TRAINING_PICTURES
 from pipeline.core.typed import one_of, require
 from pipeline.core.units import bits_per_second
@@ -58,13 +59,12 @@ class PlanConfig:
     """Most that the training may cost; the forecast names the cluster that trains soonest for it."""
 
     def __post_init__(self) -> None:
-
         for rate in self.bandwidth:
             bits_per_second(rate)
         for algorithm in self.algorithm:
             one_of("algorithm", algorithm, ALGORITHMS)
         for hook in self.hook:
-            one_of("hook", hook, ("none", "fp16", "bf16"))
+            one_of("hook", hook, tuple(ITEMSIZES))
         for key in ("servers", "ranks_per_server"):
             require(
                 all(count >= 1 for count in getattr(self, key)), f"{key}={list(getattr(self, key))}: at least 1 each."

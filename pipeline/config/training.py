@@ -7,6 +7,7 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 import dataclasses
 from dataclasses import dataclass, field
 
+from pipeline.config.hooks import HOOKS
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.secrets import refuse_secret
@@ -329,7 +330,7 @@ class CommConfig:
         if self.nccl_algorithm is not None and self.nccl_protocol is not None:
             one_of("comm.nccl_algorithm", self.nccl_algorithm, ("ring", "tree"))
             one_of("comm.nccl_protocol", self.nccl_protocol, ("simple", "ll"))
-        one_of("comm.hook", self.hook, ("none", "fp16", "bf16", "powersgd"))
+        one_of("comm.hook", self.hook, HOOKS)
         for key, least in (("powersgd_rank", 1), ("powersgd_start_step", 2)):
             require(getattr(self, key) >= least, f"comm.{key}={getattr(self, key)} must be at least {least}.")
         require(

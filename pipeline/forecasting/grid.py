@@ -3,27 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from math import exp, log
-from typing import TYPE_CHECKING, Any
+from math import exp, inf, log
 
 from pipeline.comm import forecast as pure
 from pipeline.comm.wire import gloo
 from pipeline.comm.wire.gloo import NotDerivable
+from pipeline.config.hooks import ITEMSIZES
+from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
+from pipeline.core.missing import Missing, known, to_json
+from pipeline.core.schemas.forecast import ErrorJson, ForecastBucketJson, ForecastJson, PointJson, SourceJson
 from pipeline.core.typed import require
 from pipeline.core.units import bits_per_second
-from pipeline.forecasting.source import ITEMSIZES, Source
-
-if TYPE_CHECKING:
-    from pipeline.config.plan import PlanConfig
+from pipeline.forecasting.source import Source
 
 SCHEMA = 1
 LOWEST, HIGHEST = 1e6, 1e14  # bit/s, between which a bandwidth is looked for
 # What the forecast was compared with (python -m benchmarks.forecast); outside of it a point says so.
 VALIDATED_BANDWIDTHS = (100e6, 2e9)
 VALIDATED_SERVERS = (2, 4)
-VALIDATED_ERRORS = {"bandwidth": 0.052, "servers": 0.059}
-"""Mean absolute error of the step time, as a fraction, over other bandwidths and other numbers of servers."""
+VALIDATED_ERRORS: ErrorJson = {"bandwidth": 0.052, "servers": 0.059}
+"""What that comparison found."""
 
 ASSUMPTIONS = (
     "Every server has one link to a switch that is never the limit, and nothing else is on it.",
@@ -43,7 +43,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is asked about."""
+    """A cluster that the forecast is asked about, and how the model is trained on it."""
 
     num_servers: int
     ranks_per_server: int
@@ -51,11 +51,12 @@ class Cluster:
     algorithm: str
     hook: str
     batch_per_rank: int
+    """Pictures of one micro-batch on a rank."""
     num_micro_batches: int
 
     @property
     def server_of_rank(self) -> tuple[int, ...]:
-        """Consecutive ranks on each server."""
+        """Index of each rank's server: consecutive ranks share one."""
         return tuple(rank // self.ranks_per_server for rank in range(self.num_servers * self.ranks_per_server))
 
     @property
@@ -65,7 +66,7 @@ class Cluster:
 
 
 def step_on(source: Source, cluster: Cluster) -> pure.StepForecast | NotDerivable:
-    """The run's step on that cluster."""
+    """Forecast the run's step on that cluster."""
     step = source.step.accumulating(cluster.num_micro_batches).with_batch(
         cluster.batch_per_rank / source.batch_per_rank
     )
@@ -77,7 +78,7 @@ def step_on(source: Source, cluster: Cluster) -> pure.StepForecast | NotDerivabl
 
 
 def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
-    """What the busiest server sends in a step: gradients by the algorithm, all else by gloo's own, exactly."""
+    """Return what the busiest server sends in a step: gradients by the algorithm, all else by gloo's own, exactly."""
     placement = cluster.server_of_rank
     num_ranks = len(placement)
     if num_ranks == 1:
@@ -103,7 +104,13 @@ def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
 
 
 def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float) -> float | None:
-    """Bits per second above which at most `exposed_share` of the step is exposed; None if no bandwidth is enough."""
+    """Return the bits per second above which at most `exposed_share` of the step is exposed; None: no bandwidth is.
+
+    Args:
+        source: The measured run.
+        cluster: The cluster, whose own bandwidth does not count.
+        exposed_share: Fraction of the step.
+    """
 
     def share(bandwidth: float | None) -> float:
         found = step_on(source, replace(cluster, network=replace(cluster.network, bandwidth_bits_per_second=bandwidth)))
@@ -119,28 +126,28 @@ def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float)
     return exp(high)
 
 
-def break_even_bandwidth(light: Source, heavy: Source) -> tuple[float | None, str | None]:
-    """(bits per second, None): below it `light`, which sends less, trains faster per picture, above it `heavy` does.
+def break_even_bandwidth(light: Source, heavy: Source) -> float | Missing:
+    """Return the bits per second below which `light`, which sends less, trains faster per picture, and above `heavy`.
 
-    Both on as many servers as they were measured on, with gloo's ring. (None, sentence): one is faster on every link.
+    Both on as many servers as they were measured on, with gloo's ring. Missing: one is faster on every link.
     """
 
     def lead(bandwidth: float | None) -> float:
         return _images_per_second(light, bandwidth) - _images_per_second(heavy, bandwidth)
 
     if lead(None) >= 0:
-        return None, f"{light.model} trains faster per picture on every link."
+        return Missing(f"{light.model} trains faster per picture on every link.")
     if lead(LOWEST) <= 0:
-        return None, f"{heavy.model} trains faster per picture on every link from {LOWEST / 1e6:g} Mbit/s."
+        return Missing(f"{heavy.model} trains faster per picture on every link from {LOWEST / 1e6:g} Mbit/s.")
     low, high = log(LOWEST), log(HIGHEST)
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if lead(exp(middle)) > 0 else (low, middle)
-    return exp(low), None
+    return exp(low)
 
 
 def _images_per_second(source: Source, bandwidth: float | None) -> float:
-    """Of the measured cluster with other links."""
+    """Forecast the pictures per second of the measured cluster with other links."""
     cluster = Cluster(
         num_servers=source.num_ranks // source.ranks_per_server,
         ranks_per_server=source.ranks_per_server,
@@ -158,8 +165,8 @@ def _images_per_second(source: Source, bandwidth: float | None) -> float:
 # --- the grid ---
 
 
-def clusters(config: "PlanConfig", source: Source) -> Iterator[Cluster]:
-    """Every combination that was asked for; what is left open is as in the measured run."""
+def clusters(config: PlanConfig, source: Source) -> Iterator[Cluster]:
+    """Yield every combination that was asked for; what is left open is as in the measured run."""
     rates: Sequence[float | None] = [bits_per_second(rate) for rate in config.bandwidth]
     grid = product(
         rates or [source.network.bandwidth_bits_per_second],
@@ -174,46 +181,9 @@ def clusters(config: "PlanConfig", source: Source) -> Iterator[Cluster]:
         if config.global_batch is not None:
             batch, rest = divmod(config.global_batch, servers * per_server * num_micro_batches)
             if rest or not batch:
-                continue  # no such batch exists; `plan` says how many were left out
+                continue  # no such batch exists
         network = pure.Network(rate, config.latency_seconds)
         yield Cluster(servers, per_server, network, algorithm, hook, batch, num_micro_batches)
-
-
-def point(config: "PlanConfig", source: Source, cluster: Cluster) -> dict[str, Any]:
-    """One entry of `points` in forecast.json."""
-    row: dict[str, Any] = {
-        "model": source.model,
-        "num_servers": cluster.num_servers,
-        "ranks_per_server": cluster.ranks_per_server,
-        "bandwidth_bits_per_second": cluster.network.bandwidth_bits_per_second,
-        "latency_seconds": cluster.network.latency_seconds,
-        "algorithm": cluster.algorithm,
-        "hook": cluster.hook,
-        "batch_per_rank": cluster.batch_per_rank,
-        "accumulate": cluster.num_micro_batches,
-        "global_batch": cluster.global_batch,
-    }
-    found, egress = step_on(source, cluster), egress_bytes(source, cluster)
-    for impossible in (found, egress):
-        if isinstance(impossible, NotDerivable):
-            return {**row, **dict.fromkeys(POINT_VALUES), "reason": impossible.reason}
-    assert isinstance(found, pure.StepForecast)
-    alone = found.step_seconds - found.exposed_seconds
-    training_seconds = config.num_images * config.epochs / cluster.global_batch * found.step_seconds
-    price = config.price_per_server_hour
-    return {
-        **row,
-        "server_egress_bytes_per_step": egress,
-        "step_seconds": found.step_seconds,
-        "exposed_seconds": found.exposed_seconds,
-        "communication_seconds": found.communication_seconds,
-        "scaling_efficiency": alone / found.step_seconds,
-        "images_per_second": cluster.global_batch / found.step_seconds,
-        "sufficient_bandwidth_bits_per_second": sufficient_bandwidth(source, cluster, config.exposed_share),
-        "training_seconds": training_seconds,
-        "training_cost": None if price is None else price * cluster.num_servers * training_seconds / 3600,
-        "validated": is_validated(source, cluster),
-    }
 
 
 POINT_VALUES = (
@@ -228,10 +198,61 @@ POINT_VALUES = (
     "training_cost",
     "validated",
 )
+"""What is forecast, of the keys of a point."""
+
+
+def make_point(config: PlanConfig, source: Source, cluster: Cluster) -> dict[str, object]:
+    """Return what is to become a `PointJson`, each `Missing` still in its place.
+
+    Args:
+        config: What was asked for.
+        source: The measured run.
+        cluster: The cluster of this point.
+    """
+    rate = cluster.network.bandwidth_bits_per_second
+    asked: dict[str, object] = {
+        "model": source.model,
+        "num_servers": cluster.num_servers,
+        "ranks_per_server": cluster.ranks_per_server,
+        "bandwidth_bits_per_second": rate,
+        "latency_seconds": cluster.network.latency_seconds,
+        "algorithm": cluster.algorithm,
+        "hook": cluster.hook,
+        "batch_per_rank": cluster.batch_per_rank,
+        "accumulate": cluster.num_micro_batches,
+        "global_batch": cluster.global_batch,
+    }
+    found, egress = step_on(source, cluster), egress_bytes(source, cluster)
+    for impossible in (found, egress):
+        if isinstance(impossible, NotDerivable):
+            return {**asked, **dict.fromkeys(POINT_VALUES, Missing(impossible.reason)), "reason": impossible.reason}
+    assert isinstance(found, pure.StepForecast)
+    alone = found.step_seconds - found.exposed_seconds
+    training_seconds = config.num_images * config.epochs / cluster.global_batch * found.step_seconds
+    price = config.price_per_server_hour
+    return {
+        **asked,
+        "bandwidth_bits_per_second": known(rate, "As in the measured run, whose links limited nothing."),
+        "server_egress_bytes_per_step": egress,
+        "step_seconds": found.step_seconds,
+        "exposed_seconds": found.exposed_seconds,
+        "communication_seconds": found.communication_seconds,
+        "scaling_efficiency": alone / found.step_seconds,
+        "images_per_second": cluster.global_batch / found.step_seconds,
+        "sufficient_bandwidth_bits_per_second": known(
+            sufficient_bandwidth(source, cluster, config.exposed_share),
+            f"Latency and the hosts' own work alone expose more than {config.exposed_share:.0%} of a step.",
+        ),
+        "training_seconds": training_seconds,
+        "training_cost": known(
+            price and price * cluster.num_servers * training_seconds / 3600, "No price_per_server_hour was given."
+        ),
+        "validated": is_validated(source, cluster),
+    }
 
 
 def is_validated(source: Source, cluster: Cluster) -> bool:
-    """Whether the point lies inside what was compared with measurements."""
+    """Return whether the point lies inside what was compared with measurements."""
     rate = cluster.network.bandwidth_bits_per_second
     return (
         cluster.algorithm == "ring"
@@ -245,28 +266,36 @@ def is_validated(source: Source, cluster: Cluster) -> bool:
     )
 
 
-def forecast(config: "PlanConfig", sources: Sequence[Source]) -> dict[str, Any]:
-    """The content of forecast.json.
+def forecast(config: PlanConfig, sources: Sequence[Source]) -> ForecastJson:
+    """Return the content of forecast.json.
 
     Raises:
         ConfigError: no cluster of the grid has the global batch that was asked for, or two runs are of one model.
     """
     models = [source.model for source in sources]
     require(len(set(models)) == len(models), f"Two runs are of the same model ({', '.join(models)}): give one of each.")
-    points = [point(config, source, cluster) for source in sources for cluster in clusters(config, source)]
+    points = [make_point(config, source, cluster) for source in sources for cluster in clusters(config, source)]
     if not points:
         raise ConfigError(
             f"global_batch={config.global_batch} divides evenly among none of servers={list(config.servers)}: choose a"
             " multiple of the ranks."
         )
-    best = best_for_budget(points, config.budget) if config.budget is not None else None
-    return {
+    content, reasons = to_json(
+        {
+            "points": points,
+            "best_for_budget": Missing("No budget was given.") if config.budget is None else None,
+        }
+    )
+    result: ForecastJson = {
         "schema": SCHEMA,
         "source_run": sources[0].name,
-        "sources": [_told(source) for source in sources],
+        "sources": [_source_json(source) for source in sources],
         "settings": {
-            key: getattr(config, key)
-            for key in ("exposed_share", "epochs", "num_images", "price_per_server_hour", "budget")
+            "exposed_share": config.exposed_share,
+            "epochs": config.epochs,
+            "num_images": config.num_images,
+            "price_per_server_hour": config.price_per_server_hour,
+            "budget": config.budget,
         },
         "assumptions": list(ASSUMPTIONS),
         "validation": {
@@ -275,14 +304,16 @@ def forecast(config: "PlanConfig", sources: Sequence[Source]) -> dict[str, Any]:
             "error": VALIDATED_ERRORS,
             "command": "python -m benchmarks.forecast",
         },
-        "points": points,
-        "best_for_budget": best,
-        "null_reasons": _null_reasons(config, points),
+        "points": content["points"],
+        "best_for_budget": content["best_for_budget"],
+        "null_reasons": reasons,
     }
+    if config.budget is not None:
+        result["best_for_budget"] = best_for_budget(result["points"], config.budget)
+    return result
 
 
-def _told(source: Source) -> dict[str, Any]:
-    """What the forecast took from a run."""
+def _source_json(source: Source) -> SourceJson:
     return {
         "run": source.name,
         "model": source.model,
@@ -295,32 +326,11 @@ def _told(source: Source) -> dict[str, Any]:
         "waiting_seconds": source.step.waiting_seconds,
         "host_seconds_per_round": source.host.seconds_per_round,
         "host_seconds_per_byte": source.host.seconds_per_byte,
-        "buckets": [asdict(bucket) for bucket in source.step.buckets],
+        "buckets": [ForecastBucketJson(**asdict(bucket)) for bucket in source.step.buckets],
     }
 
 
-def _null_reasons(config: "PlanConfig", points: Sequence[dict[str, Any]]) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    for index, row in enumerate(points):
-        if "reason" in row:
-            reasons |= {f"points.{index}.{key}": row["reason"] for key in POINT_VALUES}
-            continue
-        if row["bandwidth_bits_per_second"] is None:
-            reasons[f"points.{index}.bandwidth_bits_per_second"] = (
-                "As in the measured run, whose links limited nothing."
-            )
-        if row["sufficient_bandwidth_bits_per_second"] is None:
-            reasons[f"points.{index}.sufficient_bandwidth_bits_per_second"] = (
-                f"Latency and the hosts' own work alone expose more than {config.exposed_share:.0%} of a step."
-            )
-        if row["training_cost"] is None:
-            reasons[f"points.{index}.training_cost"] = "No price_per_server_hour was given."
-    if config.budget is None:
-        reasons["best_for_budget"] = "No budget was given."
-    return reasons
-
-
-def best_for_budget(points: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | None:
-    """The point that trains soonest among those that cost no more than `budget`; None: none does."""
+def best_for_budget(points: Sequence[PointJson], budget: float) -> PointJson | None:
+    """Return the point that trains soonest among those that cost no more than `budget`; None: none does."""
     affordable = [row for row in points if row["training_cost"] is not None and row["training_cost"] <= budget]
-    return min(affordable, key=lambda row: row["training_seconds"], default=None)
+    return min(affordable, key=lambda row: row["training_seconds"] or inf, default=None)

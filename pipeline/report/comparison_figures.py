@@ -1,11 +1,12 @@
 """The figures of a comparison: bytes, time, layers, and accuracy against bytes. Each says by itself what it shows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.schemas.comparison import ComparisonJson, ModelLayerJson, ModelRowJson
 from pipeline.core.units import format_bytes, format_percent, format_rate, format_seconds
-from pipeline.report.comparison_tables import label_of
+from pipeline.report.comparison_tables import row_label
 from pipeline.report.figures import (
     BLUE,
     GREY,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
+_NOT_SPLIT = "not split: communication was not timed"
 _HATCHES = {"convolution": "", "fully connected": "////", "other": ""}
 _COLOURS = {"convolution": BLUE, "fully connected": ORANGE, "other": GREY}
 
@@ -36,12 +37,10 @@ class Drawing:
     caption: str
 
 
-def draw_all(comparison: Mapping[str, Any]) -> dict[str, Drawing | None]:
-    """By the name of the file: None where no row has what the figure shows."""
+def draw_all(comparison: ComparisonJson) -> dict[str, Drawing | None]:
+    """Draw every figure, by the name of its file: None where no row has what the figure shows."""
     rows = [row for row in comparison["models"] if row["gradient_bytes"]]
-    timed = [row for row in rows if row["step_seconds"]]
-    layered = one_of_each_model([row for row in rows if row.get("layers")])
-    rated = [row for row in rows if row.get("hook") in (None, "none") and _both_published(row)]
+    timed, layered, rated = _timed(rows), _layered(rows), _rated(rows)
     baseline = comparison["baseline"]
     return {
         "comparison": Drawing(model_bytes_figure(rows, baseline), _bytes_caption(rows, baseline)) if rows else None,
@@ -51,16 +50,64 @@ def draw_all(comparison: Mapping[str, Any]) -> dict[str, Drawing | None]:
     }
 
 
-def one_of_each_model(rows: Sequence[Row]) -> list[Row]:
-    """The first row of each model: layers know no compression."""
-    return [row for index, row in enumerate(rows) if row["model"] not in {other["model"] for other in rows[:index]}]
+@dataclass(frozen=True)
+class Timed:
+    """The time of a row's step."""
+
+    label: str
+    step_seconds: float
+    exposed_seconds: float | None
+    """None: communication was not timed."""
+    images_per_second: float | None
 
 
-def _both_published(row: Row) -> bool:
-    return row.get("published_top1") is not None and row.get("server_egress_bytes_per_training") is not None
+@dataclass(frozen=True)
+class Layered:
+    """The layers of a model."""
+
+    model: str
+    layers: Sequence[ModelLayerJson]
 
 
-def _bytes_caption(rows: Sequence[Row], baseline: str) -> str:
+@dataclass(frozen=True)
+class Rated:
+    """The published accuracy of a model, and what its training sends."""
+
+    num_bytes: float
+    """Bytes out of the busiest server to the end of the published recipe."""
+    top1: float
+    """Top-1, a fraction."""
+    model: str
+
+
+def _timed(rows: Sequence[ModelRowJson]) -> list[Timed]:
+    return [
+        Timed(row_label(row), seconds, row["exposed_seconds"], row["images_per_second"])
+        for row in rows
+        if (seconds := row["step_seconds"])
+    ]
+
+
+def _layered(rows: Sequence[ModelRowJson]) -> list[Layered]:
+    """Return the layers of the first row of each model: they know no compression."""
+    by_model: dict[str, Layered] = {}
+    for row in rows:
+        if layers := row.get("layers"):
+            by_model.setdefault(row["model"], Layered(row["model"], layers))
+    return list(by_model.values())
+
+
+def _rated(rows: Sequence[ModelRowJson]) -> list[Rated]:
+    """Return what is published of the models without compression."""
+    rated = []
+    for row in rows:
+        num_bytes, top1 = row.get("server_egress_bytes_per_training"), row.get("published_top1")
+        if row.get("hook") in (None, "none") and num_bytes is not None and top1 is not None:
+            rated.append(Rated(num_bytes, top1, row["model"]))
+    return rated
+
+
+def _bytes_caption(rows: Sequence[ModelRowJson], baseline: str) -> str:
     compressed = any(row.get("hook") not in (None, "none") for row in rows)
     return (
         f"What one optimiser step sums over the ranks, {'as carried' if compressed else 'as metered'}, and its multiple"
@@ -83,29 +130,28 @@ _ACCURACY_CAPTION = (
 )
 
 
-def step_time_figure(rows: Sequence[Row]) -> "Figure":
-    """Seconds of a median step, computing and exposed communication stacked; fastest on top.
+def step_time_figure(rows: Sequence[Timed]) -> "Figure":
+    """Draw seconds of a median step, computing and exposed communication stacked; fastest on top.
 
-    rows: as in comparison.json, with step_seconds. Without exposed_seconds the bar is whole and grey.
+    Where communication was not timed the bar is whole and grey.
     """
-    rows = sorted(rows, key=lambda row: -row["step_seconds"])
+    rows = sorted(rows, key=lambda row: -row.step_seconds)
 
     def paint(axes: "Axes") -> None:
         for position, row in enumerate(rows):
-            step, exposed = row["step_seconds"], row["exposed_seconds"]
+            step, exposed = row.step_seconds, row.exposed_seconds
             waits = min(exposed or 0.0, step)
-            first = {"computing": BLUE} if exposed is not None else {"not split: communication was not timed": GREY}
-            ((name, colour),) = first.items()
+            name, colour = ("computing", BLUE) if exposed is not None else (_NOT_SPLIT, GREY)
             axes.barh(position, step - waits, color=colour, height=0.62, label=name)
             if exposed is not None:
                 style: dict[str, Any] = {"color": ORANGE, "hatch": "////", "edgecolor": PAPER, "linewidth": 0}
                 axes.barh(position, waits, left=step - waits, height=0.62, label="exposed communication", **style)
-            parts = [format_seconds(step), f"{format_rate(row['images_per_second'])} pictures/s"]
+            parts = [format_seconds(step), f"{format_rate(row.images_per_second)} pictures/s"]
             if exposed is not None:
                 parts.append(f"{format_percent(waits / step)} exposed")
             label_bar(axes, " · ".join(parts), step, position)
-        axes.set_xlim(0, rows[0]["step_seconds"] * 1.7)
-        axes.set_yticks(range(len(rows)), [label_of(row) for row in rows])
+        axes.set_xlim(0, rows[0].step_seconds * 1.7)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_xlabel("seconds per optimiser step")
         axes.xaxis.grid(True)
         _legend(axes)
@@ -113,24 +159,21 @@ def step_time_figure(rows: Sequence[Row]) -> "Figure":
     return draw(9.2, 1.3 + 0.42 * len(rows), paint)
 
 
-def layer_shares_figure(rows: Sequence[Row]) -> "Figure":
-    """One bar of 100 % per model, its layers as segments in the model's order.
-
-    rows: as in comparison.json, with layers: [{name, kind, bytes}].
-    """
+def layer_shares_figure(rows: Sequence[Layered]) -> "Figure":
+    """Draw one bar of 100 % per model, its layers as segments in the model's order."""
     rows = list(reversed(rows))
 
     def paint(axes: "Axes") -> None:
         for position, row in enumerate(rows):
-            total, left = sum(layer["bytes"] for layer in row["layers"]), 0.0
-            for layer in row["layers"]:
+            total, left = sum(layer["bytes"] for layer in row.layers), 0.0
+            for layer in row.layers:
                 share = layer["bytes"] / total
                 axes.barh(position, share, left=left, height=0.62, **_segment(layer["kind"]))
                 left += share
-            label_bar(axes, layers_label(row["layers"]), 1.0, position)
+            label_bar(axes, layers_label(row.layers), 1.0, position)
         axes.set_xlim(0, 1.75)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        axes.set_yticks(range(len(rows)), [row.model for row in rows])
         axes.set_xlabel("share of the gradient bytes, from the first layer to the last")
         axes.xaxis.label.set_horizontalalignment("left")
         axes.xaxis.label.set_x(0.0)
@@ -145,8 +188,8 @@ def _segment(kind: str) -> dict[str, Any]:
     return {**style, "hatch": _HATCHES[kind]} if _HATCHES[kind] else style
 
 
-def layers_label(layers: Sequence[Mapping[str, Any]]) -> str:
-    """`classifier.1 41.2 %` of the largest layer, and the share of the fully connected ones if there are any."""
+def layers_label(layers: Sequence[ModelLayerJson]) -> str:
+    """Return `classifier.1 41.2 %` of the largest layer, and the share of the fully connected ones if there are any."""
     total = sum(layer["bytes"] for layer in layers)
     largest = max(layers, key=lambda layer: layer["bytes"])
     label = f"{largest['name']} {format_percent(largest['bytes'] / total)}"
@@ -154,14 +197,9 @@ def layers_label(layers: Sequence[Mapping[str, Any]]) -> str:
     return label + (f" · fully connected {format_percent(connected / total)}" if connected else "")
 
 
-def accuracy_figure(rows: Sequence[Row]) -> "Figure":
-    """Published top-1 over egress per training, each model a labelled point.
-
-    rows: as in comparison.json, with published_top1 and server_egress_bytes_per_training.
-    """
-    points = sorted(
-        (row["server_egress_bytes_per_training"], row["published_top1"] * 100, row["model"]) for row in rows
-    )
+def accuracy_figure(rows: Sequence[Rated]) -> "Figure":
+    """Draw published top-1 over egress per training, each model a labelled point."""
+    points = sorted((row.num_bytes, row.top1 * 100, row.model) for row in rows)
     best = best_models(rows)
 
     def paint(axes: "Axes") -> None:
@@ -189,7 +227,7 @@ def accuracy_figure(rows: Sequence[Row]) -> "Figure":
 
 
 def _label_rises(points: Sequence[tuple[float, float, str]]) -> list[float]:
-    """How far each label is moved upwards, in points of print: down, where another is as high and near to the left."""
+    """Return the rise of each label in points of print: down, where another is as high and near to the left."""
     rises = []
     for index, (num_bytes, top1, _) in enumerate(points):
         near = [other for other in points[:index] if abs(other[1] - top1) < 1.2 and num_bytes / other[0] < 10]
@@ -197,19 +235,18 @@ def _label_rises(points: Sequence[tuple[float, float, str]]) -> list[float]:
     return rises
 
 
-def best_models(rows: Sequence[Row]) -> set[str]:
-    """Those for which no other model is at least as accurate for fewer bytes."""
+def best_models(rows: Sequence[Rated]) -> set[str]:
+    """Return those for which no other model is at least as accurate for fewer bytes."""
     best, highest = set(), -1.0
-    by_bytes = sorted(rows, key=lambda row: (row["server_egress_bytes_per_training"], -row["published_top1"]))
-    for row in by_bytes:
-        if row["published_top1"] > highest:
-            best.add(row["model"])
-            highest = row["published_top1"]
+    for row in sorted(rows, key=lambda row: (row.num_bytes, -row.top1)):
+        if row.top1 > highest:
+            best.add(row.model)
+            highest = row.top1
     return best
 
 
 def _legend(axes: "Axes") -> None:
-    """Each kind of bar once, above the plot."""
+    """Explain each kind of bar once, above the plot."""
     handles, labels = axes.get_legend_handles_labels()
     first = dict(zip(labels, handles, strict=True))
     axes.legend(

@@ -2,9 +2,10 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+from pipeline.core.schemas.comparison import ComparisonJson, ModelRowJson
 from pipeline.core.units import (
     MISSING,
     format_accuracy,
@@ -16,7 +17,7 @@ from pipeline.core.units import (
     format_seconds,
     format_times,
 )
-from pipeline.report.tables import Column, Row, Table, make_table
+from pipeline.report.tables import Column, Table, make_table
 
 OPEN, UNMEASURED = "*", "?"
 """After the name of a row whose ledger does not close, or was not measured."""
@@ -117,11 +118,13 @@ _CSV_KEYS = (
 )
 
 
-def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """By subject: bytes, time, model. A column that nobody has a value for is left out (the page says why)."""
+def comparison_tables(comparison: ComparisonJson) -> list[Table]:
+    """Return the tables by subject: bytes, time, model. A column without any value is left out (the page says why)."""
     rows = comparison["models"]
     by_model = list({row["model"]: row for row in reversed(rows)}.values())[::-1]  # a model's facts know no compression
-    models = [{**row, "label": row["model"], "reason": "", "ledger_closed": None} for row in by_model]
+    models: list[ModelRowJson] = [
+        {**row, "label": row["model"], "reason": "", "ledger_closed": None} for row in by_model
+    ]
     return [
         _table("Bytes", _BYTES, rows, comparison["baseline"]),
         _table("Time", _TIME, rows, comparison["baseline"]),
@@ -129,58 +132,63 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     ]
 
 
-def terminal_table(comparison: Mapping[str, Any]) -> Table:
-    """What fits into 80 columns. A name ends with a mark where the row's ledger is not closed."""
-    rows = [{**row, "label": label_of(row) + _mark_of(row)} for row in comparison["models"]]
+def terminal_table(comparison: ComparisonJson) -> Table:
+    """Return what fits into 80 columns. A name ends with a mark where the row's ledger is not closed."""
+    rows: list[ModelRowJson] = [{**row, "label": row_label(row) + _mark_of(row)} for row in comparison["models"]]
     marks = {_mark_of(row).strip() for row in comparison["models"]}
     meanings = {OPEN: "the ledger does not close", UNMEASURED: "the bytes sent were not measured"}
     caption = " · ".join(f"{mark} {meaning}" for mark, meaning in meanings.items() if mark in marks)
-    return _table("", _TERMINAL[1:], rows, comparison["baseline"], caption)
+    table = _table("", _TERMINAL[1:], rows, comparison["baseline"])
+    return replace(table, caption=caption)
 
 
-def label_of(row: Row) -> str:
-    """Names a row: the model, and its compression where those are compared."""
+def row_label(row: ModelRowJson) -> str:
+    """Return the name of a row: the model, and its compression where those are compared."""
     return row.get("label") or row["model"]
 
 
-def is_baseline(row: Row, baseline: str) -> bool:
-    """Whether the others are multiples of this row: the baseline's, and of its compressions the first or none."""
+def is_baseline(row: ModelRowJson, baseline: str) -> bool:
+    """Return whether the others are multiples of this row: the baseline's, and of its compressions the first or none.
+
+    Args:
+        row: A row of the comparison.
+        baseline: Name of the baseline's model.
+    """
     return row["model"] == baseline and row.get("times_baseline") == 1
 
 
-def _mark_of(row: Row) -> str:
+def _mark_of(row: ModelRowJson) -> str:
     if row.get("ledger_closed") is False:
         return f" {OPEN}"
     return f" {UNMEASURED}" if row.get("ledger_closed") is None and not row.get("reason") else ""
 
 
-def _table(title: str, columns: Sequence[Column], rows: Sequence[Row], baseline: str, caption: str = "") -> Table:
+def _table(title: str, columns: Sequence[Column], rows: Sequence[ModelRowJson], baseline: str) -> Table:
     shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
-    def mark(row: Row) -> str:
+    def mark(row: ModelRowJson) -> str:
         if row.get("reason"):
             return "failed"
         if row.get("ledger_closed") is False:
             return "open"
         return "baseline" if is_baseline(row, baseline) else ""
 
-    table = make_table(title, (_LABEL, *shown), [{**row, "label": label_of(row)} for row in rows], mark)
-    return Table(table.title, table.columns, table.rows, caption)
+    labelled: list[ModelRowJson] = [{**row, "label": row_label(row)} for row in rows]
+    return make_table(title, (_LABEL, *shown), labelled, mark)
 
 
-def sources(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(what of which models, source) of everything published, each source once."""
+def sources(comparison: ComparisonJson) -> list[tuple[str, str]]:
+    """Return (what of which models, source) of everything published, each source once."""
     found: dict[str, dict[str, None]] = {}
-    for what in ("top1", "epochs"):
-        name = {"top1": "top-1", "epochs": "epochs"}[what]
+    for name, key in (("top-1", "published_top1_source"), ("epochs", "published_epochs_source")):
         for row in comparison["models"]:
-            if source := row.get(f"published_{what}_source"):
+            if source := row.get(key):
                 found.setdefault(f"{name}: {source}", {})[row["model"]] = None
     return [(", ".join(models), source) for source, models in found.items()]
 
 
-def comparison_csv(comparison: Mapping[str, Any]) -> str:
-    """The same rows, exact and unformatted; an empty field was not measured."""
+def comparison_csv(comparison: ComparisonJson) -> str:
+    """Return the same rows, exact and unformatted; an empty field was not measured."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, _CSV_KEYS, lineterminator="\n")
     writer.writeheader()
@@ -188,6 +196,6 @@ def comparison_csv(comparison: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _exact(value: Any) -> Any:
-    """As in JSON."""
+def _exact(value: object) -> object:
+    """Return the value as in JSON."""
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else value

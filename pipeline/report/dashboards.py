@@ -12,7 +12,7 @@ SAMPLES = "samples"
 """Pictures seen so far: where models trained with different batches can be compared."""
 TOTAL_GIGABYTES = "comm/total_gigabytes"
 BEST_TOP1 = "best_val_top1"
-"""In the summary of a run that validated."""
+"""Key in the summary of a run that validated."""
 MODEL_GROUP = "group"
 """W&B's attribute that holds the model; see run/tracking.py."""
 NOISY = 0.6
@@ -35,17 +35,17 @@ class Lines:
     title: str
     metrics: tuple[str, ...]
     unit: str = ""
-    """Of the y-axis."""
+    """Unit of the y-axis."""
     x: str = STEP
     log_x: bool = False
     log_y: bool = False
-    """For what spans decades between models."""
+    """Logarithmic y-axis, where models lie decades apart."""
     smoothing: float = 0.0
     """Weight of the exponential running mean, 0 to 1; the original stays visible."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics it needs."""
+        """Metrics that the panel needs."""
         return (self.x, *self.metrics)
 
 
@@ -59,7 +59,7 @@ class Bars:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics it needs."""
+        """Metrics that the panel needs."""
         return (self.metric,)
 
 
@@ -74,7 +74,7 @@ class Points:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics it needs."""
+        """Metrics that the panel needs."""
         return (self.x, self.y)
 
 
@@ -204,7 +204,7 @@ A curve that is missing was not measured. It is not zero, and `null_reasons` in 
 
 
 def metric_names() -> set[str]:
-    """Every metric that a panel needs: of a run's history, or of its summary."""
+    """Return every metric that a panel needs: of a run's history, or of its summary."""
     return set(_names())
 
 

@@ -7,13 +7,15 @@ light or dark setting; `save` writes plain files for papers and slides.
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.files import write_bytes_atomic
+from pipeline.core.schemas.comparison import ModelRowJson
+from pipeline.core.schemas.ledger import LayerJson
 from pipeline.core.units import format_bytes, format_percent, format_times
-from pipeline.report.comparison_tables import is_baseline, label_of
+from pipeline.report.comparison_tables import is_baseline, row_label
 from pipeline.report.runs import RunRecord
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ _STYLE: Any = {
 
 
 def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figure, list[Axes]]":
-    """An Agg figure of `width` x `height` inches that needs no display and no pyplot state."""
+    """Return an Agg figure of `width` x `height` inches that needs no display and no pyplot state."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,8 +76,15 @@ def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figu
     return figure, list(axes)
 
 
-def draw(width: float, height: float, paint: Any, num_panels: int = 1) -> "Figure":
-    """A figure of `width` x `height` inches whose axes `paint` fills."""
+def draw(width: float, height: float, paint: Callable[..., None], num_panels: int = 1) -> "Figure":
+    """Return a figure whose axes `paint` fills.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        paint: Takes the axes of every panel.
+        num_panels: Panels side by side.
+    """
     from matplotlib import rc_context
 
     with rc_context(_STYLE):
@@ -85,56 +94,57 @@ def draw(width: float, height: float, paint: Any, num_panels: int = 1) -> "Figur
 
 
 def byte_tick(value: float, _: float) -> str:
-    """A byte count on an axis: `10 MB`."""
+    """Return a byte count as it stands on an axis: `10 MB`."""
     return format_bytes(value).replace(".00", "") if value else "0"
 
 
 def label_bar(axes: "Axes", label: str, value: float, position: float) -> None:
-    """The bar's number to its right, on paper, so that no grid line runs through it."""
+    """Write a bar's number to its right, on paper, so that no grid line runs through it.
+
+    Args:
+        axes: Axes of the bar.
+        label: The number in words.
+        value: Where the bar ends.
+        position: Which bar, on the y-axis.
+    """
     box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
     axes.annotate(label, (value, position), (6, 0), textcoords="offset points", va="center", bbox=box)
 
 
-def model_bytes_figure(rows: Sequence[Mapping[str, Any]], baseline: str) -> "Figure":
-    """Gradient bytes per step of each row on a log axis, smallest on top, with its multiple of the baseline.
+def model_bytes_figure(rows: Sequence[ModelRowJson], baseline: str) -> "Figure":
+    """Draw gradient bytes per step of each row on a log axis, smallest on top, with its multiple of the baseline.
 
-    rows: as in comparison.json; those without gradient_bytes are left out. Compressed ones show what was carried.
+    Rows without gradient_bytes are left out. Compressed ones show what was carried.
     """
-
-    def size(row: Mapping[str, Any]) -> float:
-        return row.get("payload_bytes_per_step") or row["gradient_bytes"]
-
-    rows = sorted((row for row in rows if row["gradient_bytes"]), key=lambda row: -size(row))
-    assert rows, "a figure needs at least one measured model"
+    bars = [(row.get("payload_bytes_per_step") or owed, row) for row in rows if (owed := row["gradient_bytes"])]
+    bars.sort(key=lambda bar: -bar[0])
+    assert bars, "a figure needs at least one measured model"
 
     def paint(axes: "Axes") -> None:
-        values = [size(row) for row in rows]
-        colours = [ORANGE if is_baseline(row, baseline) else BLUE for row in rows]
-        left = 10 ** (len(str(int(min(values)))) - 1) / 2
-        axes.barh(range(len(rows)), [value - left for value in values], left=left, color=colours, height=0.62)
-        for position, row in enumerate(rows):
+        sizes = [size for size, _ in bars]
+        colours = [ORANGE if is_baseline(row, baseline) else BLUE for _, row in bars]
+        left = 10 ** (len(str(int(min(sizes)))) - 1) / 2
+        axes.barh(range(len(bars)), [size - left for size in sizes], left=left, color=colours, height=0.62)
+        for position, (size, row) in enumerate(bars):
             times = row["times_baseline"]
-            label = format_bytes(size(row))
+            label = format_bytes(size)
             if is_baseline(row, baseline):
                 label += " · baseline"
             elif times is not None:
                 label += f" · {format_times(times)}"
-            label_bar(axes, label, size(row), position)
+            label_bar(axes, label, size, position)
         axes.set_xscale("log")
-        axes.set_xlim(left, max(values) * (max(values) / left) ** 0.28)
-        axes.set_yticks(range(len(rows)), [label_of(row) for row in rows])
+        axes.set_xlim(left, max(sizes) * (max(sizes) / left) ** 0.28)
+        axes.set_yticks(range(len(bars)), [row_label(row) for _, row in bars])
         axes.set_xlabel("gradient bytes per optimiser step (log scale)")
         axes.xaxis.set_major_formatter(byte_tick)
         axes.xaxis.grid(True)
 
-    return draw(9.2, 0.9 + 0.42 * len(rows), paint)
+    return draw(9.2, 0.9 + 0.42 * len(bars), paint)
 
 
-def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12) -> "Figure":
-    """Gradient bytes of the largest layers of one model, largest on top; the others are summed in the last bar.
-
-    layers: as in ledger.json, {name, bytes, share}.
-    """
+def layer_bytes_figure(layers: Sequence[LayerJson], num_shown: int = 12) -> "Figure":
+    """Draw gradient bytes of the largest layers of one model, largest on top; the others are summed in the last bar."""
     ordered = sorted(layers, key=lambda layer: -layer["bytes"])
     shown, rest = ordered[:num_shown], ordered[num_shown:]
     bars = [(layer["name"], layer["bytes"], layer["share"]) for layer in shown]
@@ -160,7 +170,7 @@ def layer_bytes_figure(layers: Sequence[Mapping[str, Any]], num_shown: int = 12)
 
 
 def learning_figure(run: RunRecord) -> "Figure | None":
-    """Loss and top-1 over steps, training as a line (each step faint, a running mean strong), validation as marks."""
+    """Draw loss and top-1 over steps: training faint, its running mean strong, validation as marks."""
     steps, _ = run.series("train/loss")
     if not steps:
         return None
@@ -193,7 +203,7 @@ def learning_figure(run: RunRecord) -> "Figure | None":
 
 
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
-    """Mean over up to `radius` neighbours on each side."""
+    """Return the mean over up to `radius` neighbours on each side, for each value."""
     means = []
     for position in range(len(values)):
         window = values[max(0, position - radius) : position + radius + 1]
@@ -202,7 +212,7 @@ def _running_mean(values: Sequence[float], radius: int) -> list[float]:
 
 
 def traffic_figure(run: RunRecord) -> "Figure | None":
-    """Gigabytes sent between servers since the start, over steps; None where nothing was sent."""
+    """Draw gigabytes sent between servers since the start, over steps; None where nothing was sent."""
     steps, gigabytes = run.series("comm/total_gigabytes")
     if not steps or not gigabytes[-1]:
         return None
@@ -236,7 +246,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def to_svg(figure: "Figure", name: str) -> str:
-    """The figure as an `<svg>` element: CSS variables for colours, ids that start with `name`, no metadata."""
+    """Return the figure as an `<svg>` element: CSS variables for colours, ids that start with `name`, no metadata."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

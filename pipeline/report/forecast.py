@@ -3,10 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.schemas.forecast import ForecastJson, PointJson
 from pipeline.core.units import (
     MISSING,
     format_bandwidth,
@@ -18,14 +20,13 @@ from pipeline.core.units import (
 )
 from pipeline.report import figures
 from pipeline.report.page import Page, render
-from pipeline.report.sections import Fact, ForecastView, PageFigure, not_measured, svg_figure
-from pipeline.report.tables import Column, Table, make_table
+from pipeline.report.sections import Fact, ForecastView, not_measured, svg_figure
+from pipeline.report.tables import Column, Row, Table, make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
 SHOWN_LINES = 12
 # Okabe and Ito's colours and a mark for each algorithm, dashes for each link: told apart in print as well.
 COLOURS = {
@@ -35,7 +36,6 @@ COLOURS = {
     "hierarchical": (figures.GREY, "D"),
     "halving doubling": (figures.INK, "v"),
 }
-ERROR_NAMES = {"bandwidth": "bandwidths", "servers": "numbers of servers"}
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1, 2)))
 
 
@@ -89,21 +89,25 @@ SAID_IN_TITLE = {
 }
 
 
-def _shown(row: Row) -> dict[str, Any]:
-    """With what the table prints beside the bare values."""
-    rate = row["bandwidth_bits_per_second"]
-    latency = f" + {format_seconds(row['latency_seconds'])}" if row["latency_seconds"] else ""
-    return {
-        **row,
-        "algorithm": row["algorithm"].replace("_", " "),
-        "link": ("as measured" if rate is None else format_bandwidth(rate)) + latency,
-        "standing": {True: "yes", False: "outside", None: ""}[row["validated"]],
-    }
+def _algorithm(row: PointJson) -> str:
+    """Return the algorithm in words."""
+    return row["algorithm"].replace("_", " ")
 
 
-def forecast_table(result: Mapping[str, Any]) -> Table:
-    """Every point; what is the same of all is said in the title, and columns that say nothing are left out."""
-    rows = [_shown(row) for row in result["points"]]
+def _link(row: PointJson) -> str:
+    """Return a server's link in words."""
+    rate, latency = row["bandwidth_bits_per_second"], row["latency_seconds"]
+    more = f" + {format_seconds(latency)}" if latency else ""
+    return ("as measured" if rate is None else format_bandwidth(rate)) + more
+
+
+def forecast_table(result: ForecastJson) -> Table:
+    """Show every point; what is the same of all is said in the title, and columns that say nothing are left out."""
+    standing = {True: "yes", False: "outside", None: ""}
+    rows: list[Row] = [
+        {**row, "algorithm": _algorithm(row), "link": _link(row), "standing": standing[row["validated"]]}
+        for row in result["points"]
+    ]
     same = {key: word for key, word in SAID_IN_TITLE.items() if len({row[key] for row in rows}) == 1}
     title = ", ".join(word.format(rows[0][key]) for key, word in same.items())
     always = {"num_servers", "step_seconds"}
@@ -115,8 +119,8 @@ def forecast_table(result: Mapping[str, Any]) -> Table:
     return make_table(title or "Every cluster", shown, rows)
 
 
-def forecast_csv(result: Mapping[str, Any]) -> str:
-    """The points, exact and unformatted."""
+def forecast_csv(result: ForecastJson) -> str:
+    """Return the points, exact and unformatted."""
     keys = list(dict.fromkeys(key for row in result["points"] for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, keys, lineterminator="\n")
@@ -125,62 +129,61 @@ def forecast_csv(result: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _largest(points: Sequence[Row]) -> str | None:
-    """What is left of each model's scaling on the largest cluster, under the first algorithm and link asked for."""
+def _largest(points: Sequence[PointJson]) -> str | None:
+    """Return what is left of each model's scaling on the largest cluster, under the first algorithm and link."""
     possible = [row for row in points if "reason" not in row]
     if not possible:
         return None
     most = max(row["num_servers"] for row in possible)
-    by_model: dict[str, Row] = {}
+    by_model: dict[str, PointJson] = {}
     for row in possible:
         if row["num_servers"] == most:
             by_model.setdefault(row["model"], row)
-    first = _shown(next(iter(by_model.values())))
+    first = next(iter(by_model.values()))
     shares = [f"{model} {format_percent(row['scaling_efficiency'])}" for model, row in by_model.items()]
     return (
-        f"On {most:,} servers ({first['algorithm']}, {first['link']}) the share of a step that is not spent waiting for"
+        f"On {most:,} servers ({_algorithm(first)}, {_link(first)}) the share of a step that is not spent waiting for"
         f" other ranks is: {', '.join(shares)}."
     )
 
 
-def forecast_sentences(result: Mapping[str, Any]) -> list[str]:
-    """What the table does not say by itself."""
+def forecast_sentences(result: ForecastJson) -> list[str]:
+    """Return what the table does not say by itself."""
     points, settings = result["points"], result["settings"]
-    told = [sentence for sentence in (_largest(points),) if sentence is not None]
+    sentences = [sentence for sentence in (_largest(points),) if sentence is not None]
     outside = sum(row["validated"] is False for row in points)
     low, high = result["validation"]["bandwidth_bits_per_second"]
     fewest, most = result["validation"]["num_servers"]
     if outside:
-        told.append(
+        sentences.append(
             f"{outside} of {len(points)} points lie outside what was compared with measurements (gloo's ring, {fewest}"
             f" to {most} servers, {format_bandwidth(low)} to {format_bandwidth(high)}): they are extrapolated."
         )
     impossible = sorted({row["reason"] for row in points if "reason" in row})
-    told.extend(f"Left out: {reason}" for reason in impossible)
+    sentences.extend(f"Left out: {reason}" for reason in impossible)
     best = result["best_for_budget"]
     if best is not None:
-        told.append(
+        sentences.append(
             f"Soonest within a budget of {settings['budget']:,g}: {best['num_servers']:,} servers,"
             f" {_hours(best['training_seconds'])}, at a cost of {_money(best['training_cost'])}."
         )
     elif settings["budget"] is not None:
-        told.append(f"No cluster of the table trains within a budget of {settings['budget']:,g}.")
-    return told
+        sentences.append(f"No cluster of the table trains within a budget of {settings['budget']:,g}.")
+    return sentences
 
 
 # --- pictures ---
 
 
-def _line_name(row: Row) -> str:
-    """What a line of a picture stands for, beside its model."""
-    link = _shown(row)["link"]
+def _line_name(row: PointJson) -> str:
+    """Return what a line of a picture stands for, beside its model."""
     hook = "" if row["hook"] == "none" else f", {row['hook']}"
-    return f"{_shown(row)['algorithm']}, {link}{hook}"
+    return f"{_algorithm(row)}, {_link(row)}{hook}"
 
 
-def _lines(points: Sequence[Row], model: str) -> dict[str, list[Row]]:
-    """The model's possible points by line, in order of servers; of several ranks per server the first."""
-    lines: dict[str, list[Row]] = {}
+def _lines(points: Sequence[PointJson], model: str) -> dict[str, list[PointJson]]:
+    """Return the model's possible points by line, in order of servers; of several ranks per server the first."""
+    lines: dict[str, list[PointJson]] = {}
     for row in points:
         if row["model"] == model and "reason" not in row:
             lines.setdefault(_line_name(row), []).append(row)
@@ -193,22 +196,34 @@ def _lines(points: Sequence[Row], model: str) -> dict[str, list[Row]]:
     }
 
 
-def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: bool) -> "Figure | None":
-    """`key` over the number of servers, one panel per model; filled marks were validated. None for a single count."""
+@dataclass(frozen=True)
+class _Curves:
+    """A picture: one value of the points over the number of servers."""
+
+    key: Literal["scaling_efficiency", "step_seconds", "communication_seconds"]
+    title: str
+    caption: str
+    is_share: bool = False
+    """A fraction, shown in percent; else seconds on a log axis."""
+
+    def of(self, row: PointJson) -> float:
+        """Return the value as drawn; the point is a possible one."""
+        return (row[self.key] or 0.0) * (100 if self.is_share else 1)
+
+
+def _draw_curves(points: Sequence[PointJson], curves: _Curves) -> "Figure | None":
+    """Draw one panel per model; filled marks were validated. None for a single number of servers."""
     if len({row["num_servers"] for row in points if "reason" not in row}) < 2:
         return None
     models = list(dict.fromkeys(row["model"] for row in points))[:3]
+    links = list(dict.fromkeys(_link(row) for row in points))
 
-    links = list(dict.fromkeys(_shown(row)["link"] for row in points))
-
-    def draw(*panels: "Axes") -> None:
+    def paint(*panels: "Axes") -> None:
         for axes, model in zip(panels, models, strict=True):
             for name, rows in _lines(points, model).items():
-                shown = _shown(rows[0])
-                colour, marker = COLOURS[shown["algorithm"]]
-                dash = DASHES[links.index(shown["link"]) % len(DASHES)]
-                x = [row["num_servers"] for row in rows]
-                y = [row[key] * (100 if percent else 1) for row in rows]
+                colour, marker = COLOURS[_algorithm(rows[0])]
+                dash = DASHES[links.index(_link(rows[0])) % len(DASHES)]
+                x, y = [row["num_servers"] for row in rows], [curves.of(row) for row in rows]
                 axes.plot(x, y, color=colour, linestyle=dash, label=name)
                 for row, across, up in zip(rows, x, y, strict=True):
                     face = colour if row["validated"] else figures.PAPER
@@ -218,57 +233,59 @@ def _curves(points: Sequence[Row], key: str, title: str, *, percent: bool, log: 
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.set_xlabel("servers")
             axes.yaxis.grid(True)
-            if percent:
+            if curves.is_share:
                 axes.set_ylim(0, 105)
-            if log:
+            else:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g} s")
                 axes.tick_params(axis="y", which="minor", length=0)
-        panels[0].set_ylabel(title)
+        panels[0].set_ylabel(curves.title)
         handles, labels = panels[0].get_legend_handles_labels()
         panels[0].figure.legend(
             handles, labels, loc="outside lower center", ncols=3, fontsize=8, labelcolor=figures.INK
         )  # fmt: skip
 
-    return figures.draw(9.2, 3.6, draw, num_panels=len(models))
+    return figures.draw(9.2, 3.6, paint, num_panels=len(models))
 
 
-def pictures(result: Mapping[str, Any]) -> dict[str, tuple["Figure", str]]:
-    """(figure, caption) by the name it is saved under."""
-    points = result["points"]
-    marks = "Filled marks lie inside what was compared with measurements; hollow ones are extrapolated."
-    made = {
-        "scaling": (
-            _curves(points, "scaling_efficiency", "scaling efficiency (%)", percent=True, log=False),
-            f"How much of its work a rank still does when it has to wait for the others. {marks}",
-        ),
-        "step": (
-            _curves(points, "step_seconds", "step", percent=False, log=True),
-            f"One optimiser step, without the wait for data (log scale). {marks}",
-        ),
-        "communication": (
-            _curves(
-                [row for row in points if row.get("communication_seconds")],
-                "communication_seconds",
-                "communication per step",
-                percent=False,
-                log=True,
-            ),
-            "Time in which a server's card carries gradients, hidden behind the backward pass or not (log scale). A"
-            " lone parameter server carries every rank's payload in and out; a tree carries it once per level; a ring"
-            " hardly more than twice, however many ranks there are.",
-        ),
-    }
-    return {name: (figure, caption) for name, (figure, caption) in made.items() if figure is not None}
+_MARKS = "Filled marks lie inside what was compared with measurements; hollow ones are extrapolated."
+_PICTURES = {
+    "scaling": _Curves(
+        "scaling_efficiency",
+        "scaling efficiency (%)",
+        f"How much of its work a rank still does when it has to wait for the others. {_MARKS}",
+        is_share=True,
+    ),
+    "step": _Curves("step_seconds", "step", f"One optimiser step, without the wait for data (log scale). {_MARKS}"),
+    "communication": _Curves(
+        "communication_seconds",
+        "communication per step",
+        "Time in which a server's card carries gradients, hidden behind the backward pass or not (log scale). A"
+        " lone parameter server carries every rank's payload in and out; a tree carries it once per level; a ring"
+        " hardly more than twice, however many ranks there are.",
+    ),
+}
+
+
+def pictures(result: ForecastJson) -> dict[str, tuple["Figure", str]]:
+    """Return (figure, caption) by the name it is saved under."""
+    drawn = {}
+    for name, curves in _PICTURES.items():
+        # One rank alone exchanges nothing, and zero has no place on a log axis.
+        points = [row for row in result["points"] if name != "communication" or row.get("communication_seconds")]
+        figure = _draw_curves(points, curves)
+        if figure is not None:
+            drawn[name] = (figure, curves.caption)
+    return drawn
 
 
 # --- files ---
 
 
-def write_forecast(result: Mapping[str, Any], directory: Path) -> Path:
-    """forecast.json, .csv, the pictures, and report.html, whose path is returned."""
+def write_forecast(result: ForecastJson, directory: Path) -> Path:
+    """Write forecast.json, .csv, the pictures, and report.html, whose path is returned."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(directory / "forecast.json", dict(result))
+    write_json_atomic(directory / "forecast.json", result)
     write_text_atomic(directory / "forecast.csv", forecast_csv(result))
     drawn = pictures(result)
     for name, (figure, _) in drawn.items():
@@ -278,41 +295,27 @@ def write_forecast(result: Mapping[str, Any], directory: Path) -> Path:
     return path
 
 
-def _page(name: str, result: Mapping[str, Any], drawn: Mapping[str, tuple["Figure", str]]) -> Page:
-    sources = result["sources"]
-    conditions = [
-        Fact(
-            f"measured: {source['model']}",
-            f"run {source['run']}, {source['num_ranks']} ranks, {source['batch_per_rank']} pictures each, "
-            + (
-                "no limit on the link"
-                if (rate := source["bandwidth_bits_per_second"]) is None
-                else format_bandwidth(rate)
-            ),
-        )
-        for source in sources
-    ]
-    errors = result["validation"]["error"]
-    for what, error in errors.items():
-        told = MISSING if error is None else f"{format_percent(error)} of the step, on average"
-        conditions.append(Fact(f"error over other {ERROR_NAMES[what]}", told))
+def _page(name: str, result: ForecastJson, drawn: Mapping[str, tuple["Figure", str]]) -> Page:
+    sources, errors = result["sources"], result["validation"]["error"]
+    conditions = []
+    for source in sources:
+        rate = source["bandwidth_bits_per_second"]
+        link = "no limit on the link" if rate is None else format_bandwidth(rate)
+        ranks = f"{source['num_ranks']} ranks, {source['batch_per_rank']} pictures each"
+        conditions.append(Fact(f"measured: {source['model']}", f"run {source['run']}, {ranks}, {link}"))
+    for others, error in (("bandwidths", errors["bandwidth"]), ("numbers of servers", errors["servers"])):
+        conditions.append(Fact(f"error over other {others}", f"{format_percent(error)} of the step, on average"))
     return Page(
         title=name,
         kicker=f"forecast for {', '.join(source['model'] for source in sources)}",
         headline=" ".join(forecast_sentences(result)),
         figures_of_merit=[],
         conditions=conditions,
-        command=result.get("command", ""),
+        command="",
         forecast=ForecastView(
-            [_figure(figure, name, caption) for name, (figure, caption) in drawn.items()],
+            [svg_figure(figure, f"forecast-{name}", caption) for name, (figure, caption) in drawn.items()],
             [forecast_table(result)],
-            list(result["assumptions"]),
+            result["assumptions"],
         ),
-        not_measured=not_measured(
-            {path.split(".", 2)[-1]: reason for path, reason in result["null_reasons"].items()}
-        ),
-    )  # fmt: skip
-
-
-def _figure(figure: "Figure", name: str, caption: str) -> PageFigure:
-    return svg_figure(figure, f"forecast-{name}", caption)
+        not_measured=not_measured({path.split(".", 2)[-1]: reason for path, reason in result["null_reasons"].items()}),
+    )

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_text_atomic
+from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.report import comparison_figures
 from pipeline.report.comparison_tables import comparison_tables, sources
 from pipeline.report.runs import RunRecord, is_run, read_run
@@ -72,22 +73,25 @@ def write_run_report(run_directory: Path) -> Path:
 
 def write_comparison_report(
     directory: Path,
-    comparison: Mapping[str, Any],
+    comparison: ComparisonJson,
     runs: Mapping[str, RunRecord],
     training_run: RunRecord | None = None,
 ) -> Path:
     """Write `report.html` into `directory`.
 
-    comparison: the content of comparison.json. runs: the run behind each of its rows, by label; failed rows have none.
-    training_run: a training whose curves are shown too; null: the run in `directory` itself, if there is one.
+    Args:
+        directory: Directory of the comparison.
+        comparison: Content of comparison.json.
+        runs: The run behind each of its rows, by label; failed rows have none.
+        training_run: A training whose curves are shown too; None: the run in `directory` itself, if there is one.
     """
     if training_run is None and is_run(directory):
         training_run = read_run(directory)
     return _write(directory, _comparison_page(directory.name, comparison, runs, training_run))
 
 
-def read_comparison(directory: Path) -> tuple[dict[str, Any], dict[str, RunRecord]] | None:
-    """The comparison in `directory` and the runs behind it, as far as they still exist; None: there is none."""
+def read_comparison(directory: Path) -> tuple[ComparisonJson, dict[str, RunRecord]] | None:
+    """Return the comparison in `directory` and the runs behind it, as far as they still exist; None: there is none."""
     path = directory / "comparison.json"
     if not path.is_file():
         return None
@@ -98,7 +102,7 @@ def read_comparison(directory: Path) -> tuple[dict[str, Any], dict[str, RunRecor
         raise DataError(
             f"{path} is not a comparison of this program ({error!r}): repeat `pipeline.compare`."
         ) from error
-    return comparison, {label: read_run(run) for label, run in located.items() if is_run(run)}
+    return cast(ComparisonJson, comparison), {label: read_run(run) for label, run in located.items() if is_run(run)}
 
 
 def _write(directory: Path, page: Page) -> Path:
@@ -108,7 +112,7 @@ def _write(directory: Path, page: Page) -> Path:
 
 
 def render(page: Page) -> str:
-    """The page as HTML. Everything but our own figures, style and script is escaped."""
+    """Return the page as HTML. Everything but our own figures, style and script is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -126,7 +130,7 @@ def render(page: Page) -> str:
 
 
 def _comparison_page(
-    name: str, comparison: Mapping[str, Any], runs: Mapping[str, RunRecord], training_run: RunRecord | None
+    name: str, comparison: ComparisonJson, runs: Mapping[str, RunRecord], training_run: RunRecord | None
 ) -> Page:
     conditions = dict(comparison["conditions"])
     command = conditions.pop("command", "")

@@ -1,14 +1,15 @@
 """A run directory, read back: what the report and the comparison are made from."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from pipeline.core.errors import DataError
+from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.core.trees import flat
 from pipeline.core.units import format_bandwidth, median
 
 STEP = "trainer/step"
@@ -19,21 +20,46 @@ class RunRecord:
     """What one run left behind. A missing file is an empty mapping or list; without a ledger it is no run."""
 
     directory: Path
-    ledger: dict[str, Any]
+    ledger: LedgerJson
     config: dict[str, Any]
+    """config.yaml, of whichever version of the program; see `setting`."""
     environment: dict[str, Any]
-    rows: list[dict[str, Any]]
-    """metrics.jsonl, by step."""
+    """environment.json, of whichever version of the program; see `recorded`."""
+    rows: list[dict[str, float | None]]
+    """Rows of metrics.jsonl, by step."""
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a dotted key of the configuration; None where the run has none."""
+        return flat(self.config).get(key)
+
+    def recorded(self, key: str) -> Any:
+        """Return the value of a dotted key of the environment; None where the run has none."""
+        return flat(self.environment).get(key)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric, where it was recorded."""
-        found = [(row[STEP], row[key]) for row in self.rows if row.get(key) is not None and STEP in row]
-        return [step for step, _ in found], [float(value) for _, value in found]
+        """Return (steps, values) of a metric, where it was recorded."""
+        steps, values = [], []
+        for row in self.rows:
+            step, value = row.get(STEP), row.get(key)
+            if step is not None and value is not None:
+                steps.append(int(step))
+                values.append(float(value))
+        return steps, values
 
     def last(self, key: str) -> float | None:
-        """The metric's latest value."""
+        """Return the metric's latest value."""
         values = self.series(key)[1]
         return values[-1] if values else None
+
+    @property
+    def crop(self) -> int | None:
+        """Side in pixels of the pictures that the model was given."""
+        return self.setting("data.size") or self.setting("model.input.size")
+
+    @property
+    def arithmetic(self) -> str | None:
+        """Precision in words, as recorded, else as configured."""
+        return self.recorded("arithmetic") or self.setting("trainer.precision")
 
     @property
     def step_seconds(self) -> float | None:
@@ -52,7 +78,7 @@ class RunRecord:
 
     @property
     def link(self) -> str | None:
-        """Of each server, in words; None where no lab promised one."""
+        """Link of each server in words; None where no lab promised one."""
         lab = self.environment.get("lab")
         if not lab:
             return None
@@ -82,7 +108,7 @@ class RunRecord:
         A whole number is an int. None where `wire_gradient_bytes` is.
         """
         mean, num_steps = self.wire_gradient_bytes, self.ledger["num_steps"]
-        num_plain = (self.config.get("comm") or {}).get("powersgd_start_step")
+        num_plain = self.setting("comm.powersgd_start_step")
         if mean is not None and self.ledger["hook"] == "powersgd" and num_plain is not None and num_plain < num_steps:
             mean = (mean * num_steps - num_plain * self.ledger["gradient_bytes"]) / (num_steps - num_plain)
         return int(mean) if mean is not None and mean.is_integer() else mean
@@ -95,7 +121,7 @@ class RunRecord:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run left its ledger here."""
+    """Return whether a run left its ledger here."""
     return (directory / "ledger.json").is_file()
 
 
@@ -113,7 +139,7 @@ def read_run(directory: Path) -> RunRecord:
     environment = directory / "environment.json"
     return RunRecord(
         directory=directory,
-        ledger=ledger,
+        ledger=cast(LedgerJson, ledger),
         config=_read_yaml(directory / "config.yaml"),
         environment=_read_json(environment) if environment.is_file() else {},
         rows=_read_rows(directory / "metrics.jsonl"),
@@ -139,26 +165,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows by step. A last line without its end is a write cut short by a kill and is left out."""
+def _read_rows(path: Path) -> list[dict[str, float | None]]:
+    """Return rows by step. A last line without its end is a write cut short by a kill and is left out."""
     if not path.is_file():
         return []
     *whole, _cut_short = path.read_text().split("\n")
-    rows = []
+    rows: list[dict[str, float | None]] = []
     for number, line in enumerate(whole, start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise DataError(f"{path} line {number} is not JSON ({error}): the file was changed by hand.") from error
-    return sorted(rows, key=lambda row: row.get(STEP, 0))
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; anything else is a leaf."""
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping) and inner:
-            found.update(flat(inner, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = inner
-    return found
+    return sorted(rows, key=lambda row: row.get(STEP) or 0)

@@ -4,8 +4,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline.core.schemas.comparison import ComparisonJson
+from pipeline.core.trees import flat
 from pipeline.core.units import (
     MISSING,
     format_accuracy,
@@ -16,8 +18,11 @@ from pipeline.core.units import (
     format_times,
 )
 from pipeline.report import figures
-from pipeline.report.runs import RunRecord, flat
+from pipeline.report.runs import RunRecord
 from pipeline.report.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,13 @@ class Fact:
 class PageFigure:
     """A drawing (safe markup of our own making) and its caption."""
 
-    svg: Any
+    svg: str
     caption: str
 
 
 @dataclass(frozen=True)
 class LedgerView:
-    """One run's ledger, unfolded."""
+    """The ledger of a run, unfolded."""
 
     title: str
     summary: str
@@ -69,25 +74,23 @@ class ForecastView:
     assumptions: list[str]
 
 
-def comparison_sentence(comparison: Mapping[str, Any]) -> str:
-    """The biggest saving, in one sentence."""
-    measured = [row for row in comparison["models"] if row["gradient_bytes"]]
+def comparison_sentence(comparison: ComparisonJson) -> str:
+    """Return the biggest saving, in one sentence."""
+    measured = [(num_bytes, row["model"]) for row in comparison["models"] if (num_bytes := row["gradient_bytes"])]
     if not measured:
         return "No model could be measured; the reasons are in the table."
-    small = min(measured, key=lambda row: row["gradient_bytes"])
-    large = max(measured, key=lambda row: row["gradient_bytes"])
-    small_bytes = format_bytes(small["gradient_bytes"])
+    small = min(measured, key=lambda found: found[0])
+    large = max(measured, key=lambda found: found[0])
     if small is large:
-        return f"{small['model']} exchanges {small_bytes} of gradients in every step."
-    factor = large["gradient_bytes"] / small["gradient_bytes"]
+        return f"{small[1]} exchanges {format_bytes(small[0])} of gradients in every step."
     return (
-        f"{small['model']} exchanges {small_bytes} of gradients in every step; "
-        f"{large['model']} exchanges {format_bytes(large['gradient_bytes'])}, {format_times(factor)} as much."
+        f"{small[1]} exchanges {format_bytes(small[0])} of gradients in every step; "
+        f"{large[1]} exchanges {format_bytes(large[0])}, {format_times(large[0] / small[0])} as much."
     )
 
 
 def run_sentence(run: RunRecord) -> str:
-    """What was trained and what it cost on the wire, in one or two sentences."""
+    """Return what was trained and what it cost on the wire, in one or two sentences."""
     ledger = run.ledger
     steps = f"{ledger['num_steps']:,} steps of {ledger['global_batch']:,} pictures"
     if ledger["world_size"] == 1:
@@ -108,7 +111,7 @@ def run_sentence(run: RunRecord) -> str:
 
 
 def merit(run: RunRecord) -> list[Fact]:
-    """The few numbers of a run that stand large at the top."""
+    """Return the few numbers of a run that stand large at the top."""
     val_top1, total = run.last("val/top1"), run.last("comm/total_gigabytes")
     facts = [
         Fact("validation top-1", format_accuracy(val_top1)) if val_top1 is not None else None,
@@ -120,9 +123,8 @@ def merit(run: RunRecord) -> list[Fact]:
 
 
 def run_conditions(run: RunRecord) -> list[Fact]:
-    """What a reader must know before believing a number."""
-    ledger, config = run.ledger, flat(run.config)
-    size = config.get("data.size") or config.get("model.input.size")
+    """Return what a reader must know before believing a number."""
+    ledger, size = run.ledger, run.crop
     facts = {
         "model": ledger["model"],
         "pictures per step": format_count(ledger["global_batch"]),
@@ -132,22 +134,22 @@ def run_conditions(run: RunRecord) -> list[Fact]:
         "link of a server": run.link,
         "backend": " ".join(filter(None, (ledger["backend"], ledger["algorithm"]))),
         "gradient compression": ledger["hook"],
-        "arithmetic": run.environment.get("arithmetic") or config.get("trainer.precision"),
+        "arithmetic": run.arithmetic,
         "steps": format_count(ledger["num_steps"]),
-        "shards": config.get("data.root"),
-        "seed": config.get("seed"),
+        "shards": run.setting("data.root"),
+        "seed": run.setting("seed"),
     }
     return [Fact(label, plain(value)) for label, value in facts.items() if value is not None]
 
 
 def command_of(run: RunRecord) -> str:
-    """The command that made the run, if its environment tells."""
-    command = run.environment.get("command") or run.environment.get("argv") or ""
+    """Return the command that made the run, if its environment tells."""
+    command = run.recorded("command") or run.recorded("argv") or ""
     return command if isinstance(command, str) else shlex.join(str(word) for word in command)
 
 
 def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
-    """Curves and their last values below `sentence`; None for a run without recorded steps."""
+    """Return curves and their last values below `sentence`; None for a run without recorded steps."""
     curves = figures.learning_figure(run)
     if curves is None:
         return None
@@ -186,7 +188,13 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
 
 
 def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
-    """One ledger. `name` starts the ids of its figure and is unique on the page."""
+    """Return the ledger of a run, unfolded.
+
+    Args:
+        run: The run.
+        title: Words above the ledger.
+        name: Start of the ids of its figure, unique on the page.
+    """
     ledger = run.ledger
     layers = figures.layer_bytes_figure(ledger["layers"])
     largest = max(ledger["layers"], key=lambda layer: layer["bytes"])
@@ -224,22 +232,22 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
 
 
 def environment_facts(environment: Mapping[str, Any]) -> list[Fact]:
-    """Everything recorded but the command, which stands at the top."""
+    """Return everything recorded but the command, which stands at the top."""
     return [
         Fact(key, plain(value)) for key, value in flat(environment).items() if key not in ("command", "argv", "schema")
     ]
 
 
 def not_measured(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Reasons that are the same are given once, for all they explain; a value missing of every model is named once."""
+    """Return (values, reason): the same reason is given once, and a value missing of every model is named once."""
     by_reason: dict[str, dict[str, None]] = {}
     for path, reason in reasons.items():
         by_reason.setdefault(reason, {})[re.sub(r"^models\.\d+\.", "", path)] = None
     return [(", ".join(paths), reason) for reason, paths in by_reason.items()]
 
 
-def plain(value: Any) -> str:
-    """Any plain value in words."""
+def plain(value: object) -> str:
+    """Return any plain value in words."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -258,7 +266,7 @@ def _bytes_exact(value: int | None) -> str:
 
 
 def _per_rank(values: Sequence[int] | None) -> str:
-    """Exact bytes; equal ones said once."""
+    """Return exact bytes; equal ones are said once."""
     if not values:
         return MISSING
     if len(set(values)) == 1:
@@ -267,8 +275,14 @@ def _per_rank(values: Sequence[int] | None) -> str:
     return ", ".join(shown) + (f", … ({len(values)} in all)" if len(values) > 8 else "") + " bytes"
 
 
-def svg_figure(figure: Any, name: str, caption: str) -> PageFigure:
-    """`figure` for the page; `name` starts its ids. What `to_svg` returns is ours and escaped by matplotlib."""
+def svg_figure(figure: "Figure", name: str, caption: str) -> PageFigure:
+    """Return a figure for the page. What `to_svg` returns is ours and escaped by matplotlib.
+
+    Args:
+        figure: The drawing.
+        name: Start of its ids, unique on the page.
+        caption: Words below it.
+    """
     from markupsafe import Markup
 
     return PageFigure(Markup(figures.to_svg(figure, name)), caption)

@@ -3,20 +3,24 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.core.schemas.lab import LabJson
+from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.units import MISSING, format_bytes, format_count
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]
+"""A row of a table: values by the keys of its columns."""
+R = TypeVar("R", bound=Row)
 LOST = "train, lost"  # the phase of training that no committed step owns
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: which key of a row, under which heading, printed how."""
+    """A column: which key of a row, under which heading, printed how."""
 
     key: str
     title: str
@@ -32,8 +36,8 @@ class Column:
         """Whether the column holds numbers."""
         return self.show is not None
 
-    def text(self, value: Any) -> str:
-        """The cell as printed."""
+    def text(self, value: object) -> str:
+        """Return the cell as printed."""
         if self.show is not None:
             return self.show(value)
         return MISSING if value is None or value == "" else str(value)
@@ -41,10 +45,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: as printed, and the exact value it is sorted by (None last)."""
+    """A cell: as printed, and the exact value it is sorted by (None last)."""
 
     text: str
-    value: Any
+    value: object
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,15 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
     caption: str = ""
-    """Below the table in the terminal."""
+    """Line below the table in the terminal."""
 
     @property
     def notes(self) -> list[tuple[str, str]]:
-        """(heading, meaning) of the columns that need words."""
+        """Heading and meaning of the columns that need words."""
         return [(column.title, column.note) for column in self.columns if column.note]
 
     def to_rich(self) -> "RichTable":
-        """For the terminal."""
+        """Return the table for the terminal."""
         from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -101,9 +105,16 @@ class Table:
 
 
 def make_table(
-    title: str, columns: Sequence[Column], rows: Iterable[Row], mark: Callable[[Row], str] | None = None
+    title: str, columns: Sequence[Column], rows: Iterable[R], mark: Callable[[R], str] | None = None
 ) -> Table:
-    """Format `rows`. A row with a `reason` failed: it shows its first cell and the reason."""
+    """Format rows. A row with a `reason` failed: it shows its first cell and the reason.
+
+    Args:
+        title: Words above the table; empty: none.
+        columns: Columns from the left.
+        rows: Rows from the top.
+        mark: Returns a row's style class, see `TableRow`.
+    """
     made = []
     for row in rows:
         cells = tuple(Cell(column.text(row.get(column.key)), row.get(column.key)) for column in columns)
@@ -111,8 +122,8 @@ def make_table(
     return Table(title, tuple(columns), tuple(made))
 
 
-def collectives_table(ledger: Mapping[str, Any]) -> Table:
-    """What a run issued, by operation, origin and phase; attempts are shown only if there were several.
+def collectives_table(ledger: LedgerJson) -> Table:
+    """Show what a run issued, by operation, origin and phase; attempts are shown only if there were several.
 
     Training of steps that were lost to a kill and done again stands apart.
     """
@@ -127,17 +138,21 @@ def collectives_table(ledger: Mapping[str, Any]) -> Table:
     if len({row["attempt"] for row in rows}) > 1:
         columns.insert(0, Column("attempt", "attempt", format_count))
     order = {"train": 0, LOST: 1, "validation": 2, "checkpoint": 3, "startup": 4}
-    shown = [{**row, "phase": row["phase"] if row.get("committed", True) else LOST} for row in rows]
-    shown.sort(key=lambda row: (row["attempt"], order.get(row["phase"], 9), -row["payload_bytes"]))
-    return make_table("", columns, shown, lambda row: "" if row["phase"] == "train" else "outside")
+    phases = [(row["phase"] if row.get("committed", True) else LOST, row) for row in rows]
+    phases.sort(key=lambda found: (found[1]["attempt"], order.get(found[0], 9), -found[1]["payload_bytes"]))
+    return make_table("", columns, [{**row, "phase": phase} for phase, row in phases], _mark_of_phase)
 
 
-def reconciliation_table(ledger: Mapping[str, Any]) -> Table:
-    """Predicted beside measured bytes, by attempt and phase, over all ranks; the residual is the worst rank's."""
-    several = len(ledger["attempts"]) > 1
-    rows = []
+def _mark_of_phase(row: Row) -> str:
+    return "" if row["phase"] == "train" else "outside"
+
+
+def reconciliation_table(ledger: LedgerJson) -> Table:
+    """Show predicted beside measured bytes, by attempt and phase, over all ranks; the residual is the worst rank's."""
+    rows: list[Row] = []
     for attempt in ledger["attempts"]:
-        for row in (attempt.get("measured") or {}).get("rows", ()):
+        measured = attempt.get("measured")
+        for row in measured["rows"] if measured else ():
             predicted, residual = row["predicted_bytes_per_rank"], row["residual_bytes_per_rank"]
             rows.append(
                 {
@@ -155,18 +170,18 @@ def reconciliation_table(ledger: Mapping[str, Any]) -> Table:
         Column("measured", "measured", _exact, "what the kernel counted on the connections between ranks, all ranks"),
         Column("residual", "residual", _exact, "measured minus predicted, of the rank where it is largest"),
     ]
-    if several:
+    if len(ledger["attempts"]) > 1:
         columns.insert(0, Column("attempt", "attempt", format_count))
     if any(row["egress"] is not None for row in rows):
         columns.append(Column("egress", "out of a server", _exact, "measured, of the server that sends most"))
-    return make_table("", columns, rows, lambda row: "" if row["phase"] == "train" else "outside")
+    return make_table("", columns, rows, _mark_of_phase)
 
 
-def cards_table(ledger: Mapping[str, Any]) -> Table:
-    """The servers' network cards beside the connections that use them, in the present attempt."""
-    cards = (ledger["attempts"][-1].get("measured") or {}).get("interfaces", ())
+def cards_table(ledger: LedgerJson) -> Table:
+    """Show the servers' network cards beside the connections that use them, in the present attempt."""
+    measured = ledger["attempts"][-1].get("measured")
+    cards = measured["interfaces"] if measured else []
     unit = {False: "frames", True: "super-packets", None: "unknown"}
-    rows = [{**card, "unit": unit[card["segmentation_offload"]]} for card in cards]
     columns = (
         Column("server", "server", format_count),
         Column("interface", "interface"),
@@ -176,15 +191,11 @@ def cards_table(ledger: Mapping[str, Any]) -> Table:
         Column("header_bytes", "headers", _exact, "Ethernet, IP and TCP, of every packet"),
         Column("residual_fraction", "unexplained", lambda share: MISSING if share is None else f"{share:+.4%}"),
     )
-    return make_table("", columns, rows)
+    return make_table("", columns, [{**card, "unit": unit[card["segmentation_offload"]]} for card in cards])
 
 
-def _exact(value: int | None) -> str:
-    return MISSING if value is None else f"{value:,}"
-
-
-def buckets_table(ledger: Mapping[str, Any]) -> Table:
-    """DDP's gradient buckets in the order they are reduced."""
+def buckets_table(ledger: LedgerJson) -> Table:
+    """Show DDP's gradient buckets in the order they are reduced."""
     columns = (
         Column("index", "bucket"),
         Column("bytes", "bytes", format_bytes),
@@ -193,8 +204,12 @@ def buckets_table(ledger: Mapping[str, Any]) -> Table:
     return make_table("", columns, ledger.get("buckets") or [])
 
 
-def lab_table(record: Mapping[str, Any]) -> Table:
-    """What each server's interface counted, from a `lab.json`. Bytes are exact: they are compared with predictions."""
+def _exact(value: int | None) -> str:
+    return MISSING if value is None else f"{value:,}"
+
+
+def lab_table(record: LabJson) -> Table:
+    """Show what each server's interface counted. Bytes are exact: they are compared with predictions."""
     counted = "as whole packets before segmentation" if record["offloads"] else "as frames of the wire"
     columns = (
         Column("server", "server"),

@@ -29,7 +29,7 @@ WIDE = 24
 
 
 def build_workspace(project: str, entity: str | None) -> "ws.Workspace":
-    """A section per part of the dashboards; runs are grouped by model."""
+    """Return the workspace: a section per part of the dashboards, runs grouped by model."""
     sections = [
         ws.Section(
             name=section.title,
@@ -54,7 +54,7 @@ def build_workspace(project: str, entity: str | None) -> "ws.Workspace":
 
 
 def build_report(project: str, entity: str | None) -> "wr.Report":
-    """The same panels on a page, with words on how to read them."""
+    """Return the same panels on a page, with words on how to read them."""
     trainings = _runset("Trainings, by model", "train", [dashboards.MODEL_GROUP])
     blocks: list[Any] = [
         wr.MarkdownBlock(text=dashboards.REPORT_INTRODUCTION),
@@ -78,7 +78,7 @@ def build_report(project: str, entity: str | None) -> "wr.Report":
 
 
 def specification(page: "ws.Workspace | wr.Report") -> dict[str, Any]:
-    """Plain JSON values: where the page belongs, and its `spec` in the words in which W&B's server stores it."""
+    """Return plain JSON values: where the page belongs, and its `spec` in the words in which W&B's server stores it."""
     model = page._to_model()
     kind = "workspace" if isinstance(page, ws.Workspace) else "report"
     return {
@@ -98,7 +98,7 @@ def _runset(name: str, job_type: str, groupby: list[str]) -> "wr.Runset":
 
 
 def _identifier(title: str) -> str:
-    """The library draws a random one, with which no two specifications would be the same."""
+    """Return an identifier; the library draws a random one, with which no two specifications are the same."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
@@ -133,7 +133,7 @@ def _panel(panel: Panel) -> "wr.LinePlot | wr.BarPlot | wr.ScatterPlot":
 
 
 def _comparison_panels() -> Iterator["PanelTypes"]:
-    """Of the comparison's own runs: their table, their bars and their picture."""
+    """Yield the panels of the comparison's own runs: their table, their bars and their picture."""
     table = wr.WeavePanelSummaryTable(table_name=dashboards.COMPARISON_TABLE, layout=wr.Layout(w=WIDE, h=8))
     table._id = _identifier(dashboards.COMPARISON_TABLE)
     yield table

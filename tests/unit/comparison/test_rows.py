@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.compare import compare
+from pipeline.comparison.outcome import Outcome
 from pipeline.comparison.result import compare_outcomes
-from pipeline.comparison.rows import Outcome, egress
+from pipeline.comparison.rows import egress
 from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.core.missing import Missing
 from pipeline.core.overrides import quote_models
 from pipeline.models.facts import model_facts
 from tests.handmade_runs import MakeRun, timed_run
@@ -65,13 +67,15 @@ def test_steps_are_whole(per_step: int, global_batch: int, epochs: float) -> Non
     steps_per_epoch = 1_281_167 // global_batch
     assert sent["server_egress_bytes_per_epoch"] == steps_per_epoch * per_step
     training = sent["server_egress_bytes_per_training"]
-    assert training is not None and training <= epochs * steps_per_epoch * per_step * (1 + 1e-12)
+    assert isinstance(training, int) and training <= epochs * steps_per_epoch * per_step * (1 + 1e-12)
     assert training >= (epochs * steps_per_epoch - 1) * per_step * (1 - 1e-12)
 
 
 def test_a_batch_larger_than_imagenet_has_no_epoch() -> None:
-    assert egress(100, 2_000_000, 90)["server_egress_bytes_per_epoch"] is None
-    assert egress(None, 16, 90) == dict.fromkeys(egress(1, 16, 90))
+    sent = egress(100, 2_000_000, 90)
+    too_large = Missing("The global batch is larger than ImageNet.")
+    assert sent["server_egress_bytes_per_epoch"] == sent["server_egress_bytes_per_training"] == too_large
+    assert set(egress(Missing("why"), 16, 90).values()) == {Missing("why")}
 
 
 def test_a_variant_has_no_recipe_and_says_so(make_run: MakeRun, tmp_path: Path) -> None:

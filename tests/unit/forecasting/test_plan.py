@@ -11,6 +11,8 @@ import pytest
 
 from pipeline.comm.forecast import Network, StepForecast
 from pipeline.core.errors import ConfigError
+from pipeline.core.missing import Missing
+from pipeline.core.schemas.forecast import ForecastJson
 from pipeline.core.units import bits_per_second
 from pipeline.forecasting.grid import (
     VALIDATED_BANDWIDTHS,
@@ -23,6 +25,7 @@ from pipeline.forecasting.grid import (
 from pipeline.forecasting.source import Source, read_source
 from pipeline.report.runs import read_run
 from tests.handmade_runs import handmade_run, timed_run
+from tests.json_shape import mismatches
 
 pytestmark = pytest.mark.processes
 
@@ -56,6 +59,7 @@ def test_every_file_is_there(forecast: Path) -> None:
 
 def test_the_contract_of_forecast_json(forecast: Path) -> None:
     result = json.loads((forecast / "forecast.json").read_text())
+    assert not mismatches(result, ForecastJson)
     assert (result["schema"], result["source_run"]) == (1, "handmade")
     assert len(result["points"]) == 2 * 2 * 3 * 11
     contract = {
@@ -159,9 +163,8 @@ def source_of(tmp_path: Path, model: str, passes_seconds: float) -> Source:
 
 def test_a_lighter_model_that_computes_longer_wins_below_some_bandwidth(tmp_path: Path) -> None:
     light, heavy = source_of(tmp_path, "squeezenet1_0", 0.30), source_of(tmp_path, "alexnet", 0.06)
-    bandwidth, reason = break_even_bandwidth(light, heavy)
-    assert bandwidth is not None
-    assert reason is None
+    bandwidth = break_even_bandwidth(light, heavy)
+    assert isinstance(bandwidth, float)
 
     def lead(rate: float) -> float:
         light_step, heavy_step = (
@@ -176,7 +179,7 @@ def test_a_lighter_model_that_computes_longer_wins_below_some_bandwidth(tmp_path
 
 def test_a_lighter_model_that_computes_faster_too_has_no_break_even(tmp_path: Path) -> None:
     light, heavy = source_of(tmp_path, "squeezenet1_0", 0.06), source_of(tmp_path, "alexnet", 0.30)
-    assert break_even_bandwidth(light, heavy) == (None, "squeezenet1_0 trains faster per picture on every link.")
+    assert break_even_bandwidth(light, heavy) == Missing("squeezenet1_0 trains faster per picture on every link.")
 
 
 def alone(directory: Path, seconds: list[float], **changes: Any) -> Path:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.schemas.ledger import LayerJson
 from pipeline.report import figures
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun
+from tests.handmade_runs import MakeRun, handmade_row
 
 ROWS = [
-    {"model": "squeezenet1_0", "gradient_bytes": 4_993_696, "times_baseline": 1.0},
-    {"model": "alexnet", "gradient_bytes": 244_403_360, "times_baseline": 244_403_360 / 4_993_696},
-    {"model": "failed", "gradient_bytes": None, "times_baseline": None},
+    handmade_row(gradient_bytes=4_993_696, times_baseline=1.0),
+    handmade_row("alexnet", gradient_bytes=244_403_360, times_baseline=244_403_360 / 4_993_696),
+    handmade_row("failed"),
 ]
 
 
@@ -33,7 +34,9 @@ def test_a_single_model_can_be_drawn() -> None:
 
 
 def test_small_layers_are_summed_not_dropped() -> None:
-    layers = [{"name": f"layer{i}", "bytes": 1000 * (i + 1), "share": (i + 1) / 210} for i in range(20)]
+    layers: list[LayerJson] = [
+        {"name": f"layer{i}", "bytes": 1000 * (i + 1), "share": (i + 1) / 210} for i in range(20)
+    ]
     shown = texts(figures.to_svg(figures.layer_bytes_figure(layers, num_shown=5), "layers"))
     assert "15 smaller layers" in shown
     assert "120.00 kB · 57.1 %" in shown
@@ -70,5 +73,5 @@ def test_files_for_papers_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["<b>&", '"quoted"'])
 def test_names_are_escaped_in_figures(name: str) -> None:
-    rows = [{**ROWS[0], "model": name}]
+    rows = [handmade_row(name, gradient_bytes=1)]
     assert name in texts(figures.to_svg(figures.model_bytes_figure(rows, "other"), "models"))

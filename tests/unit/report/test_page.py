@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import DataError
+from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.report.page import write_comparison_report, write_run_report
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun
+from tests.handmade_runs import MakeRun, handmade_comparison, handmade_row
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -58,32 +59,27 @@ def check(path: Path) -> Checker:
     return checker
 
 
-def comparison_of(models: dict[str, Path]) -> dict:
+def comparison_of(models: dict[str, Path]) -> ComparisonJson:
     rows = []
     for model, directory in models.items():
         size = read_run(directory).ledger["gradient_bytes"]
-        rows.append(
-            {
-                "model": model,
-                "num_parameters": size // 4,
-                "gradient_bytes": size,
-                "server_egress_bytes_per_step": size + 1256,
-                "times_baseline": size / 4_993_696,
-                "step_seconds": 0.25,
-                "exposed_seconds": None,
-                "images_per_second": 64.0,
-                "scaling_efficiency": None,
-                "published_top1": 0.58092,
-            }
-        )
-    return {
-        "schema": 1,
-        "baseline": "squeezenet1_0",
-        "conditions": {"pictures per step": 16, "command": "python -m pipeline.compare name=c"},
-        "models": rows,
-        "runs": {model: f"../{directory.name}" for model, directory in models.items()},
-        "null_reasons": {f"models.{i}.exposed_seconds": "Communication was not timed." for i in range(len(rows))},
+        measured = {
+            "num_parameters": size // 4,
+            "gradient_bytes": size,
+            "server_egress_bytes_per_step": size + 1256,
+            "times_baseline": size / 4_993_696,
+            "step_seconds": 0.25,
+            "images_per_second": 64.0,
+            "published_top1": 0.58092,
+        }
+        rows.append(handmade_row(model, **measured))
+    comparison = handmade_comparison(*rows)
+    comparison["conditions"] = {"pictures per step": 16, "command": "python -m pipeline.compare name=c"}
+    comparison["runs"] = {model: f"../{directory.name}" for model, directory in models.items()}
+    comparison["null_reasons"] = {
+        f"models.{i}.exposed_seconds": "Communication was not timed." for i in range(len(rows))
     }
+    return comparison
 
 
 def test_a_run_report_holds_curves_ledger_and_reasons(make_run: MakeRun) -> None:
@@ -127,7 +123,7 @@ def test_the_table_says_what_the_json_says(make_run: MakeRun, tmp_path: Path) ->
             cells.setdefault(row[0][1].strip(), []).extend(row[1:])
     for row in comparison["models"]:
         shown = [value for value, _ in cells[row["model"]]]
-        exact = [value for key, value in row.items() if key != "model" and value is not None]
+        exact = [value for value in row.values() if isinstance(value, int | float)]
         assert sorted(float(value) for value in shown if value) == sorted(map(float, exact))
     assert [text for _, text in cells["resnet18"]][:2] == ["46.76 MB", "9.36×"]
 
@@ -135,8 +131,7 @@ def test_the_table_says_what_the_json_says(make_run: MakeRun, tmp_path: Path) ->
 def test_a_failed_model_is_a_row_with_its_reason(make_run: MakeRun, tmp_path: Path) -> None:
     models = {"squeezenet1_0": make_run("squeezenet1_0")}
     comparison = comparison_of(models)
-    failed = dict.fromkeys(comparison["models"][0]) | {"model": "vgg16", "reason": "The run was killed <by> SIGKILL."}
-    comparison["models"].append(failed)
+    comparison["models"].append(handmade_row("vgg16", reason="The run was killed <by> SIGKILL."))
     (tmp_path / "c").mkdir()
     path = write_comparison_report(tmp_path / "c", comparison, {m: read_run(d) for m, d in models.items()})
     assert any("The run was killed <by> SIGKILL." in text for row in check(path).rows for _, text in row)

@@ -2,50 +2,52 @@
 
 import csv
 import io
+from typing import cast
 
 from rich.console import Console
 
+from pipeline.core.schemas.comparison import ModelRowJson
+from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.report.comparison_tables import comparison_csv, comparison_tables, terminal_table
 from pipeline.report.tables import collectives_table
+from tests.handmade_runs import handmade_comparison, handmade_row, handmade_run
 
-ROW = {
-    "model": "squeezenet1_0",
-    "hook": "none",
-    "label": "squeezenet1_0",
-    "num_parameters": 1_248_424,
-    "gradient_bytes": 4_993_696,
-    "payload_bytes_per_step": 4_993_696,
-    "server_egress_bytes_per_step": 4_994_952,
-    "times_baseline": 1.0,
-    "step_seconds": 0.2104,
-    "exposed_seconds": None,
-    "images_per_second": 76.04,
-    "scaling_efficiency": None,
-    "published_top1": 0.58092,
-    "ledger_closed": True,
+ROW = handmade_row(
+    num_parameters=1_248_424,
+    gradient_bytes=4_993_696,
+    payload_bytes_per_step=4_993_696,
+    server_egress_bytes_per_step=4_994_952,
+    times_baseline=1.0,
+    step_seconds=0.2104,
+    images_per_second=76.04,
+    published_top1=0.58092,
+    ledger_closed=True,
+)
+LARGE: ModelRowJson = {
+    **ROW,
+    "model": "vgg16",
+    "label": "shufflenet_v2_x0_5 + powersgd",
+    "server_egress_bytes_per_step": 553_507_632,
+    "payload_bytes_per_step": 553_430_176,
+    "gradient_bytes": 553_430_176,
+    "ledger_closed": False,
+    "times_baseline": 110.8257,
+    "step_seconds": 10.23,
+    "images_per_second": 0.392,
+    "scaling_efficiency": 0.914,
+    "exposed_seconds": 8.75,
 }
-LARGE = ROW | {"model": "vgg16", "label": "shufflenet_v2_x0_5 + powersgd", "server_egress_bytes_per_step": 553_507_632}
-LARGE |= {"payload_bytes_per_step": 553_430_176, "gradient_bytes": 553_430_176, "ledger_closed": False}
-LARGE |= {"times_baseline": 110.8257, "step_seconds": 10.23, "images_per_second": 0.392, "scaling_efficiency": 0.914}
-LARGE |= {"exposed_seconds": 8.75}
-FAILED = dict.fromkeys(ROW) | {"model": "[red]odd[/red]", "reason": "It failed."}
-UNMEASURED = ROW | {"model": "alexnet", "label": "alexnet", "ledger_closed": None}
-COMPARISON = {"baseline": "squeezenet1_0", "models": [ROW, LARGE, FAILED, UNMEASURED]}
+FAILED = handmade_row("[red]odd[/red]", reason="It failed.")
+UNMEASURED: ModelRowJson = {**ROW, "model": "alexnet", "label": "alexnet", "ledger_closed": None}
+COMPARISON = handmade_comparison(ROW, LARGE, FAILED, UNMEASURED)
 
 
 def test_lost_work_stands_apart_from_the_steps_that_count() -> None:
-    row = {
-        "op": "all_reduce",
-        "origin": "gradients",
-        "phase": "train",
-        "attempt": 1,
-        "num_calls": 4,
-        "payload_bytes": 80,
-    }
+    ledger = handmade_run().ledger
+    row = ledger["collectives"][2]
     lost = row | {"committed": False, "num_calls": 2, "payload_bytes": 40}
-    table = collectives_table(
-        {"collectives": [lost, row | {"committed": True}, row | {"attempt": 2, "committed": True}]}
-    )
+    ledger["collectives"] = [lost, row, row | {"attempt": 2}]
+    table = collectives_table(cast(LedgerJson, ledger))
     assert [[cell.value for cell in shown.cells[:2]] for shown in table.rows] == [
         [1, "train"],
         [1, "train, lost"],
