@@ -22,7 +22,7 @@ def compare(config: CompareConfig) -> int:
     from rich.console import Console
 
     from pipeline.comparison import candidates, measure, tracking
-    from pipeline.comparison import result as comparison
+    from pipeline.comparison.result import compare_outcomes, write_files
     from pipeline.report.comparison_tables import terminal_table
     from pipeline.report.page import write_comparison_report
     from pipeline.report.runs import read_run
@@ -34,9 +34,9 @@ def compare(config: CompareConfig) -> int:
         checked = candidates.check_candidates(config)  # every mistake in the command is found before the first run
         shards = candidates.shards_for(config)
         outcomes = measure.measure(config, checked, shards)
-    result = comparison.compare_outcomes(outcomes, config.baseline, config.directory)
+    result = compare_outcomes(outcomes, config.baseline, config.directory)
 
-    comparison.write_files(result, config.directory)
+    write_files(result, config.directory)
     training_run = read_run(Path(config.training_run)) if config.training_run else None
     runs = {outcome.name: outcome.run for outcome in outcomes if outcome.run}
     report = write_comparison_report(config.directory, result, runs, training_run)

@@ -16,15 +16,15 @@ def plan(config: PlanConfig) -> int:
     """Read the runs, forecast every cluster, write the report. Returns the exit code."""
     from rich.console import Console
 
-    from pipeline.forecasting import grid
-    from pipeline.forecasting import source as measured_step
+    from pipeline.forecasting.grid import forecast
+    from pipeline.forecasting.source import read_source
     from pipeline.report.forecast import forecast_sentences, forecast_table, write_forecast
     from pipeline.report.runs import read_run
 
     compute = [read_run(Path(directory)) for directory in config.compute_runs]
     runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]
-    sources = [measured_step.read_source(run, config.measured_bandwidth, compute, config.round_seconds) for run in runs]
-    result = grid.forecast(config, sources)
+    sources = [read_source(run, config.measured_bandwidth, compute, config.round_seconds) for run in runs]
+    result = forecast(config, sources)
     report = write_forecast(result, config.directory)
 
     Console().print(forecast_table(result).to_rich())

@@ -1,5 +1,6 @@
 """The conditions of a training in words, for the notes of its W&B run."""
 
+from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.units import format_bandwidth
 from pipeline.run.launch.ranks import lab_conditions
@@ -9,12 +10,12 @@ from pipeline.training.world import World
 def training_notes(config: TrainConfig, world: World, batch: BatchSplit) -> str:
     """Where it runs and what a step is, in two sentences. No path, host or command: they are nobody's business."""
     comm = config.comm
-    hook = {"none": "uncompressed", "powersgd": f"compressed by powersgd of rank {comm.powersgd_rank}"}
+    hook = COMPRESSIONS[comm.hook].words + (f" of rank {comm.powersgd_rank}" if comm.hook == "powersgd" else "")
     return (
         f"{config.model.name} on {_counted(world.size, 'rank')}, {_servers(world)}, over {world.compute.backend}."
         f" A step is {batch.global_size} pictures ({_counted(batch.num_micro_batches, 'micro-batch', 'es')} of"
         f" {batch.per_rank} per rank), {world.compute.arithmetic}, gradients"
-        f" {hook.get(comm.hook, f'sent as {comm.hook}')} (comm.hook={comm.hook})."
+        f" {hook} (comm.hook={comm.hook})."
     )
 
 
