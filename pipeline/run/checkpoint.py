@@ -15,9 +15,9 @@ Saving, by one process (rank 0, which holds the run's lock):
 8. Remove older checkpoints, keeping at least two that verify. The file goes before its sidecar.
 
 Loading: of all checkpoints, `best.ckpt` included, the newest by step (not by date: clocks jump) whose bytes match its
-sidecar. Each newer one that fails is named aloud with the reason. If there are checkpoints and none verifies, loading
-refuses: a run never starts from scratch in silence. Files are only ever read with `weights_only=True`, which builds
-tensors and plain values and executes nothing.
+sidecar. Each newer one that fails is named in a warning with the reason. If there are checkpoints and none verifies,
+loading refuses: a run never starts from scratch in silence. Files are only ever read with `weights_only=True`, which
+builds tensors and plain values and executes nothing.
 """
 
 import contextlib
@@ -38,8 +38,12 @@ from pipeline.core.files import TEMPORARY_MARK, fsync_directory, sweep_temporari
 from pipeline.run.checkpoint_files import (
     BEST_NAME,
     POINTER_NAME,
+    SECTION,
     STEP_NAME,
     CheckpointInfo,
+    Content,
+    SectionJson,
+    SidecarFactsJson,
     checkpoint_path,
     find_best,
     find_latest,
@@ -60,6 +64,8 @@ __all__ = [
     "SECTION",
     "AtomicCheckpointIO",
     "CheckpointInfo",
+    "Content",
+    "SectionJson",
     "checkpoint_path",
     "find_best",
     "find_latest",
@@ -71,8 +77,6 @@ __all__ = [
     "verify",
 ]
 
-# Plain facts about a run that the caller puts into a checkpoint, under this key; the sidecar repeats some of them.
-SECTION = "squeezewire"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -80,9 +84,9 @@ class AtomicCheckpointIO(CheckpointIO):
     """The protocol above, as Lightning's way to files. Only rank 0 saves and removes; every rank may load.
 
     Args:
-        keep: newest checkpoints to keep that verify; at least 2, for the newest may turn out damaged.
-        raises: let `save_checkpoint` raise its failure. False: keep it for `raise_failure`. Lightning lets all ranks
-            meet after a save, where a rank 0 that had raised would be missing.
+        keep: How many of the newest checkpoints that verify to keep; at least 2, for the newest may be damaged.
+        raises: Whether `save_checkpoint` raises its failure. False: keep it for `raise_failure`. Lightning lets all
+            ranks meet after a save, where a rank 0 that had raised would be missing.
     """
 
     def __init__(self, keep: int = 2, *, raises: bool = True) -> None:
@@ -95,14 +99,17 @@ class AtomicCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: Content, path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Save under a name of `checkpoint_path`.
+        """Save a checkpoint.
 
-        `checkpoint["squeezewire"]`, if there, may hold `step`, `world_size`, `model`, `num_parameters` for the sidecar.
+        Args:
+            checkpoint: What to save; the sidecar repeats some facts of its section SECTION, if it has one.
+            path: A name of `checkpoint_path`.
+            storage_options: Not used.
 
         Raises:
-            CheckpointError: the disk is full or fails. What was there before is untouched.
+            CheckpointError: The disk is full or fails. What was there before is untouched.
         """
         assert storage_options is None, "not used"
         try:
@@ -116,13 +123,13 @@ class AtomicCheckpointIO(CheckpointIO):
         """Raise what the last save kept, once.
 
         Raises:
-            CheckpointError: as `save_checkpoint` would have.
+            CheckpointError: What `save_checkpoint` would have raised.
         """
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
-    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _save(self, checkpoint: Content, path: Path) -> None:
         named = STEP_NAME.fullmatch(path.name)
         assert named, f"{path.name} is not a name of checkpoint_path"
         section = checkpoint.get(SECTION, {})
@@ -137,23 +144,40 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise writer.error or error from error
             return writer.sha256
 
-        facts = {key: section.get(key) for key in ("world_size", "model", "num_parameters")}
+        facts: SidecarFactsJson = {
+            "step": int(named[1]),
+            "world_size": section.get("world_size"),
+            "model": section.get("model"),
+            "num_parameters": section.get("num_parameters"),
+        }
         with _as_checkpoint_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._commit(path, write, {"step": int(named[1]), **facts})
+            self._commit(path, write, facts)
             pointer = {"file": path.name, "step": int(named[1])}
             write_json_atomic(path.with_name(POINTER_NAME), pointer)
         self._retain(path.parent)
 
     def keep_as_best(self, path: Path, score: float, metric: str) -> None:
-        """Keep the saved checkpoint at `path` as `best.ckpt` too, whatever retention does to it.
+        """Keep a saved checkpoint as `best.ckpt` too, whatever retention does to it.
+
+        Args:
+            path: The checkpoint.
+            score: Validation result that it is kept for.
+            metric: Name of that result.
 
         Raises:
-            CheckpointError: it does not verify, or the disk is full or fails.
+            CheckpointError: It does not verify, or the disk is full or fails.
         """
         info = verify(path)
         best = path.with_name(BEST_NAME)
-        facts = {key: getattr(info, key) for key in ("step", "world_size", "model", "num_parameters")}
+        facts: SidecarFactsJson = {
+            "step": info.step,
+            "world_size": info.world_size,
+            "model": info.model,
+            "num_parameters": info.num_parameters,
+            "score": score,
+            "metric": metric,
+        }
 
         def copy(file: BinaryIO) -> str:
             # A second name costs nothing, and no file of ours is ever changed in place; not every disk has it.
@@ -168,16 +192,24 @@ class AtomicCheckpointIO(CheckpointIO):
             return info.sha256
 
         with _as_checkpoint_error(best):
-            self._commit(best, copy, {**facts, "score": score, "metric": metric})
+            self._commit(best, copy, facts)
 
     @override
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """`load`, whatever the arguments ask for: CPU tensors and plain values, nothing executed.
+    ) -> Content:
+        """Load a checkpoint to CPU tensors and plain values; nothing in it is executed.
+
+        Args:
+            path: The checkpoint.
+            map_location: Not used.
+            weights_only: Not used: always true.
+
+        Returns:
+            The content.
 
         Raises:
-            CheckpointError: it does not verify.
+            CheckpointError: It does not verify.
         """
         del map_location, weights_only
         return load(Path(path))
@@ -196,15 +228,15 @@ class AtomicCheckpointIO(CheckpointIO):
     def sweep(self, directory: Path) -> None:
         """Remove temporary files, and sidecars whose checkpoint never came or is gone.
 
-        At start, by the process that holds the run's lock: whatever is half written was a dead one's.
+        Called at start by the process that holds the run's lock: whatever is half written was a dead one's.
         """
         sweep_temporaries(directory, is_guarded=True)
         for sidecar in directory.glob("*.ckpt.json"):
             if not sidecar.with_suffix("").exists():
                 sidecar.unlink(missing_ok=True)
 
-    def _commit(self, path: Path, write: Callable[[BinaryIO], str], facts: dict[str, Any]) -> None:
-        """Steps 1 to 6. `write` fills the temporary file and returns the SHA-256 of what it meant to write."""
+    def _commit(self, path: Path, write: Callable[[BinaryIO], str], facts: SidecarFactsJson) -> None:
+        """Do steps 1 to 6. `write` fills the temporary file and returns the SHA-256 of what it meant to write."""
         temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
         # A leftover of a dead process that had our pid may be a second name of a checkpoint: never written through.
         temporary.unlink(missing_ok=True)
@@ -229,7 +261,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self._proven[path] = (status.st_size, status.st_mtime_ns)
 
     def _retain(self, directory: Path) -> None:
-        """Step 8. Damaged files newer than the oldest one kept stay, to be looked at or saved over."""
+        """Do step 8. Damaged files newer than the oldest one kept stay, to be looked at or saved over."""
         num_valid = 0
         for path in sorted(filter(is_ours, directory.glob("step=*.ckpt")), key=step_of, reverse=True):
             if num_valid >= self.keep:
@@ -259,7 +291,7 @@ class _HashingWriter:
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
-        """As a binary file's."""
+        """Write as a binary file does."""
         try:
             num_bytes = self._file.write(content)
         except OSError as error:
@@ -269,12 +301,12 @@ class _HashingWriter:
         return num_bytes
 
     def flush(self) -> None:
-        """As a binary file's."""
+        """Flush as a binary file does."""
         self._file.flush()
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal, of all that was written."""
+        """Hexadecimal SHA-256 of all that was written."""
         return self._digest.hexdigest()
 
 
@@ -304,6 +336,6 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _as_json(info: CheckpointInfo) -> dict[str, Any]:
+def _as_json(info: CheckpointInfo) -> dict[str, object]:
     names = info.__dataclass_fields__.keys() - {"path"}
     return {name: getattr(info, name) for name in sorted(names)}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,48 @@ from pipeline.core.files import sha256_of_file
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"
 POINTER_NAME = "last.json"
+
+
+SECTION = "squeezewire"
+"""Key of the facts about a run that we put into a checkpoint, beside what Lightning puts there."""
+
+Content = dict[str, Any]
+"""A checkpoint or state dict as it is read: tensors and plain values by name."""
+
+
+class SectionJson(TypedDict):
+    """What a checkpoint holds under SECTION. What older ones lack is not required."""
+
+    step: int
+    """Optimiser steps committed."""
+    world_size: int
+    model: str
+    num_parameters: int
+    num_classes: int
+    metaparameters: dict[str, Any]
+    must_match: dict[str, Any]
+    """Fields that a resumed run may not change, by dotted key."""
+    free_fields: NotRequired[dict[str, Any]]
+    """Fields that it may change, by dotted key."""
+    best_score: float | None
+    owed_row: NotRequired[dict[str, float | int | None] | None]
+    """Row of a step whose validation was broken off."""
+    ledger: dict[str, Any]
+    learner: dict[str, Any]
+    """What neither the weights nor the optimiser hold: averaged weights, moments of a plateau."""
+    powersgd: NotRequired[dict[str, Any] | None]
+    """Matrices and error memories of the compression, where the run has it."""
+
+
+class SidecarFactsJson(TypedDict, total=False):
+    """What is known of a checkpoint before it is written."""
+
+    step: int
+    world_size: int | None
+    model: str | None
+    num_parameters: int | None
+    score: float
+    metric: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +74,37 @@ class CheckpointInfo:
     model: str | None = None
     num_parameters: int | None = None
     score: float | None = None
-    """Of `best.ckpt`: the validation result it is kept for."""
+    """Validation result that `best.ckpt` is kept for."""
     metric: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` committed steps lies."""
+    """Return the path of the checkpoint after `step` committed steps."""
     return directory / f"step={step:09d}.ckpt"
 
 
 def sidecar_path(path: Path) -> Path:
-    """Of the checkpoint at `path`."""
+    """Return the path of the sidecar of the checkpoint at `path`."""
     return path.with_name(f"{path.name}.json")
 
 
 def print_warning(text: str) -> None:
+    """Print a warning on standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """Prove that the file at `path` is the one its sidecar describes.
+    """Prove that a file is the one its sidecar describes.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        What the sidecar says of it.
 
     Raises:
-        CheckpointError: it is not, or there is no file or no readable sidecar.
+        CheckpointError: It is another file, or there is no file or no readable sidecar.
     """
     try:
         num_bytes = path.stat().st_size
@@ -78,12 +127,17 @@ def verify(path: Path) -> CheckpointInfo:
 
 
 def find_latest(directory: Path, warn: Callable[[str], None] = print_warning) -> CheckpointInfo | None:
-    """The newest checkpoint by step that verifies; None where nothing was ever saved.
+    """Find the newest checkpoint by step that verifies.
 
-    Each one that is passed over is told to `warn`, with the reason.
+    Args:
+        directory: The run's directory of checkpoints.
+        warn: Called for each checkpoint that is skipped, with the reason.
+
+    Returns:
+        The checkpoint; None where nothing was ever saved.
 
     Raises:
-        CheckpointError: there are checkpoints, or a pointer to one, and none verifies.
+        CheckpointError: There are checkpoints, or a pointer to one, and none verifies.
     """
     for path in sorted(directory.glob("*.ckpt")):
         if not is_ours(path):
@@ -103,35 +157,53 @@ def find_latest(directory: Path, warn: Callable[[str], None] = print_warning) ->
 
 
 def find_best(directory: Path) -> CheckpointInfo | None:
-    """The checkpoint kept for its validation result; None where there is none.
+    """Find the checkpoint kept for its validation result.
+
+    Args:
+        directory: The run's directory of checkpoints.
+
+    Returns:
+        The checkpoint; None where there is none.
 
     Raises:
-        CheckpointError: it does not verify.
+        CheckpointError: It does not verify.
     """
     path = directory / BEST_NAME
     return verify(path) if path.exists() else None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours, to CPU tensors and plain values, after proving it.
+def load(path: Path) -> Content:
+    """Read a checkpoint of ours, after proving it.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        CPU tensors and plain values.
 
     Raises:
-        CheckpointError: it does not verify, or holds anything else.
+        CheckpointError: It does not verify, or holds anything else.
     """
     return load_proven(path)[1]
 
 
-def load_proven(path: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """`load`, and what was proven of the file."""
+def load_proven(path: Path) -> tuple[CheckpointInfo, Content]:
+    """Read a checkpoint as `load` does; return what was proven of the file, and its content."""
     info = verify(path)
     return info, load_foreign(path)
 
 
-def load_foreign(path: Path) -> dict[str, Any]:
+def load_foreign(path: Path) -> Content:
     """Read a state dict or checkpoint of any origin, which nothing vouches for. Nothing in it is executed.
 
+    Args:
+        path: A file that torch.save wrote.
+
+    Returns:
+        CPU tensors and plain values.
+
     Raises:
-        CheckpointError: it cannot be read, is damaged, or holds more than tensors and plain values.
+        CheckpointError: It cannot be read, is damaged, or holds more than tensors and plain values.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -156,9 +228,14 @@ def require_same_model(
     model: str,
     found_model: str | None = None,
 ) -> None:
-    """Raise `CheckpointError` unless the state dicts have the same keys and shapes.
+    """Raise `CheckpointError` unless two state dicts have the same keys and shapes.
 
-    `model` names what is being built, `found_model` what the checkpoint says it holds, if it does.
+    Args:
+        expected: State dict of the model that is built.
+        found: State dict of the checkpoint.
+        path: The checkpoint.
+        model: Name of the model that is built.
+        found_model: Name of the model the checkpoint says it holds; None where it says nothing.
     """
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
@@ -184,11 +261,12 @@ def _shape(tensor: Tensor) -> str:
 
 
 def is_ours(path: Path) -> bool:
+    """Whether the name is one that a run gives a checkpoint."""
     return path.name == BEST_NAME or STEP_NAME.fullmatch(path.name) is not None
 
 
 def step_of(path: Path) -> int:
-    """By its name, or for `best.ckpt` by its sidecar; -1 if that cannot be read."""
+    """Return the step of a checkpoint: by its name, or for `best.ckpt` by its sidecar; -1 if that cannot be read."""
     named = STEP_NAME.fullmatch(path.name)
     if named:
         return int(named[1])
@@ -199,10 +277,16 @@ def step_of(path: Path) -> int:
 
 
 def read_records(path: Path) -> list[CheckpointInfo]:
-    """What the sidecar of `path` says: of the file now meant to be there, then of the one it replaces.
+    """Read the sidecar of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        What is said of the file now meant to be there, then of the one it replaces.
 
     Raises:
-        CheckpointError: no sidecar, or not one of ours.
+        CheckpointError: There is no sidecar, or not one of ours.
     """
     sidecar = sidecar_path(path)
     try:

@@ -7,9 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.files import (
@@ -19,7 +18,7 @@ from pipeline.core.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from pipeline.run.lock import RunLock, this_process
+from pipeline.run.lock import ProcessJson, RunLock, this_process
 
 SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 MAX_SEGMENT_LENGTH = 200
@@ -43,13 +42,30 @@ REMEDIES = {
 }
 
 
+class AttemptJson(ProcessJson):
+    """A row of attempts.jsonl: one start of the run, and the process that writes for it."""
+
+    attempt: int
+    """Number of the start, from 1."""
+    started: str
+    world_size: int
+    start_step: int
+    """Optimiser steps committed before."""
+    changed: list[str]
+    """Clauses that say what differs from the attempt before."""
+
+
 class RunDirectory:
     """Paths of a run, and the right to write there.
 
     Making the object touches nothing: every rank has one. Rank 0 alone calls `open`, and `close` at the end.
 
+    Args:
+        run_root: Directory of all runs.
+        name: Name of the run: its directory below `run_root`.
+
     Raises:
-        ConfigError: the name is not one or more plain path segments.
+        ConfigError: The name is not one or more plain path segments.
     """
 
     def __init__(self, run_root: str | Path, name: str) -> None:
@@ -70,11 +86,12 @@ class RunDirectory:
     def open(self, patience_seconds: float = math.inf) -> None:
         """Make the directory, take its lock, remove leftovers of dead writers, prove that it can be written.
 
-        patience_seconds: as in `RunLock.acquire`.
+        Args:
+            patience_seconds: As in `RunLock.acquire`.
 
         Raises:
-            ConfigError: it cannot be made or written, or another process owns it. Preempted: an earlier start of this
-            Slurm job still does.
+            ConfigError: It cannot be made or written, or another process owns it.
+            Preempted: An earlier start of this Slurm job still owns it.
         """
         assert not self._lock.is_held, "already open"
         try:
@@ -93,19 +110,22 @@ class RunDirectory:
             raise
 
     def check_owned(self) -> None:
-        """Before a save. Harmless on a rank that does not own the directory.
+        """Check before a save. Does nothing on a rank that does not own the directory.
 
         Raises:
-            CheckpointError: another process has taken it over.
+            CheckpointError: Another process has taken the directory over.
         """
         self._lock.check_owned()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """A disk that fails under a run which has begun is a sentence, and a checkpoint's matter: exit code 4.
+        """Turn a disk that fails under a run which has begun into one sentence, with a checkpoint's exit code 4.
+
+        Yields:
+            Nothing.
 
         Raises:
-            CheckpointError: in place of the system's error.
+            CheckpointError: In place of the system's error.
         """
         try:
             yield
@@ -120,22 +140,30 @@ class RunDirectory:
             ) from error
 
     def close(self) -> None:
-        """Give the lock back. Harmless when there is none."""
+        """Release the lock. Does nothing where it is not held."""
         self._lock.release()
 
-    def begin_attempt(self, **conditions: Any) -> int:
-        """Record one more start of this run, durably. Returns its number, 1 for the first.
+    def begin_attempt(self, *, world_size: int, start_step: int, changed: Sequence[str] = ()) -> int:
+        """Record one more start of this run, durably.
 
-        `conditions`: plain values worth keeping, such as the world size and the step it starts from.
+        Args:
+            world_size: Ranks of this start.
+            start_step: Optimiser steps committed before.
+            changed: Clauses that say what differs from the attempt before.
+
+        Returns:
+            Number of the start, 1 for the first.
         """
         assert self._lock.is_held, "only the owner counts attempts"
         before = self.attempts.read_bytes() if self.attempts.exists() else b""
         number = sum(1 for line in before.splitlines() if line.strip()) + 1
-        record = {
+        record: AttemptJson = {
             "attempt": number,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **this_process(),
-            **conditions,
+            "world_size": world_size,
+            "start_step": start_step,
+            "changed": list(changed),
         }
         # A line cut short by a crash was a start too; it is ended, not overwritten.
         separator = b"" if before.endswith(b"\n") or not before else b"\n"
@@ -147,11 +175,11 @@ class RunDirectory:
         return number
 
     def write_config(self, text: str) -> None:
-        """The resolved configuration, as YAML text."""
+        """Write the resolved configuration, as YAML text."""
         write_text_atomic(self.config, text)
 
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """What `provenance.describe` returned."""
+    def write_environment(self, environment: Mapping[str, object]) -> None:
+        """Write what `provenance.describe` returned, and what the command adds."""
         write_json_atomic(self.environment, dict(environment))
 
 
@@ -167,6 +195,6 @@ def validate_name(name: str) -> None:
 
 
 def _sentence(path: Path, error: OSError) -> str:
-    """What is wrong with the place, and what to do."""
+    """Say what is wrong with the place, and what to do."""
     remedy = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: set run_root= to a place that can be written")
     return f"Cannot write the run directory {path}: {remedy}."

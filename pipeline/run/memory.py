@@ -21,15 +21,21 @@ class Available:
 
     num_bytes: int
     source: str
-    """Who says so, for the message."""
+    """Where the number comes from, for the message."""
     per_rank: bool = False
     """Each rank has as much to itself: a GPU."""
 
 
 def refusal(training_memory_bytes: int, num_ranks: int, available: Available | None) -> str:
-    """Why `num_ranks` ranks of one machine cannot hold the training; empty if they may. Pure.
+    """Say why the ranks of one machine cannot hold the training. Pure.
 
-    training_memory_bytes: of one rank, what it certainly needs. available: None where nothing is known.
+    Args:
+        training_memory_bytes: What one rank certainly needs.
+        num_ranks: Ranks of the machine.
+        available: Memory there is; None where nothing is known.
+
+    Returns:
+        A sentence, empty where the training may fit.
     """
     if available is None:
         return ""
@@ -45,7 +51,7 @@ def refusal(training_memory_bytes: int, num_ranks: int, available: Available | N
 
 
 def available_memory(accelerator: str) -> Available | None:
-    """Of this machine: the GPU with least free memory, or what the kernel and the cgroup leave to the CPU's ranks."""
+    """Return this machine's memory: of the GPU with least free, or what kernel and cgroup leave to the CPU's ranks."""
     if accelerator == "gpu":
         return _free_of_gpus()
     system = Available(psutil.virtual_memory().available, "MemAvailable")
@@ -64,9 +70,16 @@ def _free_of_gpus() -> Available | None:
 
 
 def cgroup_available(root: Path, membership: Path) -> Available | None:
-    """What the tightest memory limit of this process's cgroup and its ancestors leaves; None: there is no limit.
+    """Return what the tightest memory limit of a process's cgroup and its ancestors leaves.
 
-    root: where cgroups are mounted. membership: /proc/self/cgroup. Pages of files count as free: they can be dropped.
+    Pages of files count as free: they can be dropped.
+
+    Args:
+        root: Where cgroups are mounted.
+        membership: The process's file of memberships, such as /proc/self/cgroup.
+
+    Returns:
+        Bytes, and where they come from; None without a limit.
     """
     left = []
     for controllers, path in _memberships(membership):
@@ -84,7 +97,7 @@ def cgroup_available(root: Path, membership: Path) -> Available | None:
 
 
 def _memberships(file: Path) -> list[tuple[str, str]]:
-    """(controllers, path) of each line `id:controllers:path`."""
+    """Return (controllers, path) of each line `id:controllers:path`."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -93,7 +106,7 @@ def _memberships(file: Path) -> list[tuple[str, str]]:
 
 
 def _left_in(group: Path, limit: str, used: str, cache: str) -> list[int]:
-    """Bytes below this cgroup's own limit, if it has one."""
+    """Return the bytes below this cgroup's own limit, if it has one."""
     try:
         most = (group / limit).read_text().strip()
         if not most.isdigit() or int(most) >= 2**60:  # `max`, or version 1's way to say so

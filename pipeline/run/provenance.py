@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from pipeline.run.launch.ranks import RankInfo, lab_conditions
+from pipeline.run.launch.ranks import LabJson, RankInfo, lab_conditions
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 10.0
@@ -34,10 +34,55 @@ PACKAGES = (
 CPU_FLAGS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512_vnni", "avx512f", "avx2", "f16c")
 
 
-def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads: int | None = None) -> dict[str, Any]:
-    """Plain values for environment.json. Of the environment's variables the lab's alone: others hold secrets.
+class GitJson(TypedDict):
+    """The code's commit. Without a checkout all but `reason` are None."""
 
-    `hosts`: host name of every rank, default this one alone. `num_threads`: compute threads per rank, default torch's.
+    commit: str | None
+    dirty: bool | None
+    diff_sha256: str | None
+    reason: str | None
+    """Why nothing is known."""
+
+
+class CpuJson(TypedDict):
+    """The processor of this machine."""
+
+    model: str
+    num_cores: int | None
+    """Cores this process may use."""
+    flags: list[str]
+    """Those of CPU_FLAGS that it has."""
+
+
+class EnvironmentJson(TypedDict):
+    """environment.json, to which a command adds what it alone knows."""
+
+    schema: int
+    git: GitJson
+    python: str
+    executable_prefix: str
+    packages: dict[str, str | None]
+    platform: str
+    hosts: list[str]
+    ranks: dict[str, Any]
+    """`RankInfo` of rank 0."""
+    lab: LabJson | None
+    cpu: CpuJson
+    num_threads_per_rank: int
+    devices: list[str]
+    cuda: str | None
+
+
+def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads: int | None = None) -> EnvironmentJson:
+    """Describe code, packages and machine. Of the environment's variables only the lab's is read: others hold secrets.
+
+    Args:
+        ranks: Place of this process.
+        hosts: Host name of every rank; None: this host alone.
+        num_threads: Compute threads per rank; None: torch's.
+
+    Returns:
+        Plain values for environment.json.
     """
     import torch
 
@@ -60,21 +105,21 @@ def describe(ranks: RankInfo, *, hosts: Sequence[str] | None = None, num_threads
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python, of squeezewire and of every package that is installed of those that matter."""
+    """Return the versions of Python, of squeezewire and of those packages that matter and are installed."""
     installed = {name: package_version(name) for name in ("squeezewire", *PACKAGES)}
     return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
 
 
 def package_version(name: str) -> str | None:
-    """Installed version, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def describe_cpu() -> dict[str, Any]:
-    """Model, cores this process may use, and the instruction sets that matter here."""
+def describe_cpu() -> CpuJson:
+    """Describe the processor: model, cores this process may use, and the instruction sets that matter here."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -91,11 +136,11 @@ def describe_cpu() -> dict[str, Any]:
     }
 
 
-def describe_git(root: Path) -> dict[str, Any]:
-    """Commit of the checkout at `root`, and a hash of what differs from it.
+def describe_git(root: Path) -> GitJson:
+    """Describe the commit of the checkout at `root`, and hash what differs from it.
 
-    `{commit, dirty, diff_sha256, reason}`: without a checkout all but `reason` are None. The hash covers the diff
-    of tracked files and the names and contents of untracked ones, so equal hashes mean equal code.
+    The hash covers the diff of tracked files and the names and contents of untracked ones, so equal hashes mean equal
+    code.
     """
     try:
         if Path(_git(root, "rev-parse", "--show-toplevel").decode().strip()) != root:
@@ -129,5 +174,5 @@ def _git(root: Path, *arguments: str) -> bytes:
     return subprocess.run(command, capture_output=True, check=True, timeout=GIT_SECONDS, env=environment).stdout
 
 
-def _no_git(reason: str) -> dict[str, Any]:
+def _no_git(reason: str) -> GitJson:
     return {"commit": None, "dirty": None, "diff_sha256": None, "reason": reason}

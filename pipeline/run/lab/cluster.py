@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import ConfigError
 from pipeline.run.lab import namespaces
-from pipeline.run.launch.ranks import LAB_VARIABLE
+from pipeline.run.launch.ranks import LAB_VARIABLE, LabJson
 from pipeline.run.launch.supervisor import RankCommand, threads_of_a_rank
 
 INTERFACE = "eth0"
@@ -55,19 +54,19 @@ class Layout:
     servers: int
     ranks_per_server: int
     placement: str = "contiguous"
-    """Of 4 ranks on 2 servers: `contiguous` 0,1|2,3; `interleaved` 0,2|1,3."""
+    """How ranks are dealt out. 4 ranks on 2 servers: `contiguous` 0,1|2,3; `interleaved` 0,2|1,3."""
     bandwidth_bits_per_second: int | None = None
-    """Of each link, in each direction. None: as fast as the machine."""
+    """Bandwidth of each link, in each direction. None: as fast as the machine."""
     offloads: bool = False
     """Whether packets leave a server whole (TSO, GSO, GRO) and are counted so, instead of as the frames of a wire."""
 
     @property
     def world_size(self) -> int:
-        """Ranks of all servers."""
+        """Number of ranks of all servers."""
         return self.servers * self.ranks_per_server
 
     def place(self, rank: int) -> tuple[int, int]:
-        """(server, local rank) of a rank, both from 0."""
+        """Return (server, local rank) of a rank, both from 0."""
         if self.placement == "interleaved":
             return rank % self.servers, rank // self.servers
         return divmod(rank, self.ranks_per_server)
@@ -77,8 +76,8 @@ class Layout:
         """The server of every rank."""
         return [self.place(rank)[0] for rank in range(self.world_size)]
 
-    def promise(self) -> dict[str, Any]:
-        """What a rank may rely on, as told in SQUEEZEWIRE_LAB and recorded in lab.json."""
+    def promise(self) -> LabJson:
+        """Return what a rank may rely on, as SQUEEZEWIRE_LAB and lab.json have it."""
         return {
             "servers": self.servers,
             "ranks_per_server": self.ranks_per_server,
@@ -90,7 +89,7 @@ class Layout:
         }
 
     def variables(self, rank: int) -> dict[str, str]:
-        """What tells a rank its place, as torchrun does."""
+        """Return the variables that give a rank its place, as torchrun does."""
         server, local_rank = self.place(rank)
         return {
             "RANK": str(rank),
@@ -133,10 +132,18 @@ class Lab:
     def commands(
         self, command: Sequence[str], environment: Mapping[str, str], num_threads: int | None
     ) -> list[RankCommand]:
-        """`command` on every rank, in the order of the ranks. `python` is the interpreter of this process.
+        """Make the command of every rank.
+
+        Args:
+            command: What to run; `python` is the interpreter of this process.
+            environment: Variables of the ranks, beside those that give them their place.
+            num_threads: Compute threads per rank; None: as `threads_of_a_rank` chooses.
+
+        Returns:
+            The commands in the order of the ranks.
 
         Raises:
-            ConfigError: there is no such program.
+            ConfigError: There is no such program.
         """
         program = sys.executable if command[0] == "python" else shutil.which(command[0])
         if program is None:
@@ -152,8 +159,10 @@ class Lab:
         ]
 
     def counters(self) -> list[Counters]:
-        """Of every server's interface, as soon as they stand still: closed connections have a word to say after their
-        processes have ended, and a slow link has its queue. At the latest after SETTLE_SECONDS."""
+        """Read every server's interface, as soon as the counts stand still, at the latest after SETTLE_SECONDS.
+
+        Closed connections send a last packet after their processes have ended, and a slow link has its queue.
+        """
         deadline = time.monotonic() + SETTLE_SECONDS
         now = self._read()
         while True:
@@ -170,8 +179,14 @@ class Lab:
 def open_lab(layout: Layout) -> Iterator[Lab]:
     """Build the cluster; it is gone after the block, or with this process. A process can do so once.
 
+    Args:
+        layout: Servers, ranks and links.
+
+    Yields:
+        The cluster, ready to run commands.
+
     Raises:
-        ConfigError: a tool is missing, or the kernel lacks something or does not permit it.
+        ConfigError: A tool is missing, or the kernel lacks something or does not permit it.
     """
     if sys.platform != "linux":
         raise ConfigError(f"The lab is made of Linux network namespaces, which {sys.platform} does not have.")
@@ -195,7 +210,7 @@ def open_lab(layout: Layout) -> Iterator[Lab]:
 
 
 def check_tools(layout: Layout) -> None:
-    """Raises ConfigError naming the packages of missing command line tools."""
+    """Raise ConfigError naming the packages of missing command line tools."""
     unneeded = {"tc"} if layout.bandwidth_bits_per_second is None else set()
     unneeded |= {"ethtool"} if layout.offloads else set()
     missing = [tool for tool in PACKAGES if tool not in unneeded and shutil.which(tool) is None]
@@ -205,17 +220,17 @@ def check_tools(layout: Layout) -> None:
 
 
 def address_of(server: int) -> str:
-    """Of a server's interface."""
+    """Return the address of a server's interface."""
     return f"{SUBNET}.{server + 1}"
 
 
 def name_of(server: int) -> str:
-    """What its address resolves to inside the lab."""
+    """Return the host name of a server inside the lab."""
     return f"server{server}"
 
 
 def _name_servers(layout: Layout) -> None:
-    """/etc/hosts of the lab. torch asks for every peer's name, by its address as IPv6 has it, and warns without."""
+    """Write the lab's /etc/hosts. torch asks for every peer's name by its address as IPv6 has it, and warns without."""
     if HOSTS.exists():
         names = [(address_of(server), name_of(server)) for server in range(layout.servers)]
         lines = [f"{prefix}{address} {name}" for address, name in names for prefix in ("", "::ffff:")]
@@ -227,7 +242,7 @@ def _hardware_address(server: int) -> str:
 
 
 def _connect(server: int, keeper: namespaces.Keeper, layout: Layout) -> None:
-    """One server's link to the bridge."""
+    """Make one server's link to the bridge."""
     port, inside = f"port{server}", _enter(keeper)
     new_link = f"link add {port} type veth peer name {INTERFACE} address {_hardware_address(server)}"
     _build(f"{new_link} netns {keeper.pid}", "the kernel needs its veth module", "ip")
@@ -248,7 +263,7 @@ def _connect(server: int, keeper: namespaces.Keeper, layout: Layout) -> None:
 
 
 def _bucket(rate: int, offloads: bool) -> str:
-    """tbf's parameters for a rate in bits per second."""
+    """Return the parameters of tbf for a rate in bits per second."""
     burst_bytes = max(
         round(rate / 8 * BURST_SECONDS), LEAST_BURST_BYTES_WITH_OFFLOADS if offloads else LEAST_BURST_BYTES
     )
@@ -257,7 +272,7 @@ def _bucket(rate: int, offloads: bool) -> str:
 
 
 def _build(arguments: str, remedy: str, *tool: str, lines: Sequence[str] = ()) -> None:
-    """Run one step, with `lines` to read. Raises ConfigError with the tool's own words and the remedy."""
+    """Run one step, with `lines` on standard input. Raises ConfigError with the tool's own words and the remedy."""
     done = subprocess.run([*tool, *arguments.split()], input="\n".join(lines), capture_output=True, text=True)
     if done.returncode != 0:
         said = " ".join(done.stderr.split())
@@ -265,7 +280,7 @@ def _build(arguments: str, remedy: str, *tool: str, lines: Sequence[str] = ()) -
 
 
 def _enter(keeper: namespaces.Keeper) -> list[str]:
-    """The words before a command that is to run on a keeper's server. They end in exec: the pid stays."""
+    """Return the words before a command that is to run on a keeper's server. They end in exec: the pid stays."""
     return ["nsenter", f"--net=/proc/{keeper.pid}/ns/net", "--"]
 
 

@@ -4,7 +4,7 @@
    standard input to end. Only this process holds the other end, so it ends with this process, however that ends.
 2. The process that keeps the process table is its number 1: when it goes, the kernel kills whatever is still there,
    daemons included. Where no such table can be had, a process that waits in the same way kills them instead.
-3. Without root the namespaces belong to a user namespace in which this user is root, and nobody else is anybody.
+3. Without root the namespaces belong to a user namespace in which this user is root and no other user exists.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ _moved: list[int] = []  # this process's id, once it has a network of its own
 def enter_network() -> None:
     """Give this process an empty network and mounts of its own, for good; through a user namespace if it is not root.
 
-    Mounts made here are seen by nobody else; those that the machine makes later are seen here too. Must be called while
+    Mounts made here are invisible outside; those that the machine makes later are seen here too. Must be called while
     there is one thread.
 
     Raises:
-        ConfigError: the kernel does not let this user, or it has happened already: a second process table is refused.
+        ConfigError: The kernel does not let this user, or it has happened already: a second process table is refused.
     """
     if os.getpid() in _moved:
         raise ConfigError("One process makes one lab: run the command once per value, instead of --multirun.")
@@ -79,10 +79,13 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def keep_network() -> Keeper:
-    """A new network namespace: /proc/<its keeper's pid>/ns/net. `release` ends it.
+    """Make a network namespace: /proc/<its keeper's pid>/ns/net. `release` ends it.
+
+    Returns:
+        The process that keeps it.
 
     Raises:
-        ConfigError: the kernel does not allow one more.
+        ConfigError: The kernel does not allow one more.
     """
 
     def prepare() -> None:
@@ -144,7 +147,7 @@ def _keeper(
 
 
 def _unshare(flags: int) -> None:
-    """unshare(2), which Python has from 3.12 on."""
+    """Call unshare(2), which Python has from 3.12 on."""
     if ctypes.CDLL(None, use_errno=True).unshare(flags) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -18,7 +18,7 @@ PAUSE_SECONDS = 0.02
 
 
 def processes_in(networks: Collection[str]) -> list[int]:
-    """Living processes in these namespaces, each as /proc/<pid>/ns/net names it: `net:[4026532255]`."""
+    """Return the living processes in these namespaces, each as /proc/<pid>/ns/net names it: `net:[4026532255]`."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended, or another user's
@@ -28,7 +28,7 @@ def processes_in(networks: Collection[str]) -> list[int]:
 
 
 def sweep(networks: Collection[str]) -> None:
-    """Until none is left: one that is killed may just have started another."""
+    """Kill until none is left: one that is killed may just have started another."""
     while found := processes_in(networks):
         for pid in found:
             with contextlib.suppress(ProcessLookupError):

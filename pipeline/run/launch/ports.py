@@ -15,10 +15,13 @@ NUM_ATTEMPTS = 200
 
 
 def free_port() -> int:
-    """A port of `SERVICE_PORTS` on which nothing listens now.
+    """Find a port on which nothing listens now.
+
+    Returns:
+        A port of `SERVICE_PORTS`.
 
     Raises:
-        ConfigError: none was found.
+        ConfigError: None was found.
     """
     with reserved_port() as port:
         return port
@@ -26,7 +29,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """`free_port`, kept from every other caller of this function on the machine until the block ends.
+    """Find a free port and keep it from every other caller on the machine until the block ends.
 
     The reservation is a socket name in Linux's abstract namespace: it belongs to the same network namespace as the port
     itself, and the kernel drops it with its process, so nothing stale can be left.

@@ -1,4 +1,4 @@
-"""Signals as a wish: somebody wants this process to stop soon, and it decides when that is safe.
+"""Signals as a wish: this process is asked to stop soon, and decides when that is safe.
 
 1. The signals are blocked in every thread and taken by one thread of ours, which waits for them. No handler interrupts
    a collective or a save, and a wish is heard while the main thread is stuck inside one. What this process starts (data
@@ -37,16 +37,16 @@ def block_early() -> None:
 
 
 class StopRequest:
-    """Whether somebody wants this process to stop.
+    """Whether this process is asked to stop.
 
     Args:
-        grace_seconds: from the first signal while training until the process leaves by itself.
+        grace_seconds: Time from the first signal while training until the process leaves by itself.
     """
 
     def __init__(self, grace_seconds: float = 120.0) -> None:
         self.grace_seconds = grace_seconds
         self.signal: signal.Signals | None = None
-        """The first that came while training."""
+        """The first signal that came while training."""
         self._phase = "idle"
         self._lock = threading.RLock()  # a signal that a library unblocked may come while this thread holds it
         self._timer: threading.Timer | None = None
@@ -58,12 +58,12 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Of the signal, for sentences; of one that another rank got, `a signal`."""
+        """Name of the signal, for sentences; `a signal` where another rank got it."""
         return "a signal" if self.signal is None else self.signal.name
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Signals are heard inside, and blocked from then on: after the block they wait for whoever takes them next.
+        """Hear signals inside the block. They stay blocked after it, and wait for the next one who takes them.
 
         Call in the main thread, before any other thread exists.
         """
@@ -84,17 +84,17 @@ class StopRequest:
         finally:
             self._set_phase("closed")
             assert thread.ident is not None
-            signal.pthread_kill(thread.ident, next(iter(heard)))  # wakes it, and nobody else
+            signal.pthread_kill(thread.ident, next(iter(heard)))  # wakes it alone
             thread.join()
             for number in heard:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def begin_training(self) -> None:
-        """From here on a signal is a flag."""
+        """Enter training: from here on a signal is a flag."""
         self._set_phase("training")
 
     def end_training(self) -> None:
-        """All steps are done: signals change nothing any more."""
+        """Leave training: signals change nothing any more."""
         self._set_phase("over")
         if self._timer is not None:
             self._timer.cancel()
@@ -132,7 +132,7 @@ class StopRequest:
                 )
 
     def _leave(self, text: str) -> None:
-        """The end of the process, whatever its other threads do."""
+        """End the process, whatever its other threads do."""
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         os.write(sys.stderr.fileno(), f"preempted: [rank {rank}] {text}\n".encode())
         os._exit(int(ExitCode.PREEMPTED))

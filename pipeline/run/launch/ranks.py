@@ -1,4 +1,4 @@
-"""Which rank this process is: told by torchrun-style variables, by a Slurm step, or not at all.
+"""Which rank this process is: by torchrun-style variables, by a Slurm step, or alone.
 
 Nothing here imports torch: the parent that only starts ranks must stay small and single-threaded.
 """
@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from pipeline.core.errors import ConfigError
 from pipeline.run.launch.ports import SERVICE_PORTS, free_port
@@ -20,6 +20,20 @@ LAB_VARIABLE = "SQUEEZEWIRE_LAB"
 # Slurm numbers its own pseudo-steps (batch shell, interactive shell, extern) downwards from 0xfffffffd; real steps
 # count up from 0.
 FIRST_SPECIAL_STEP_ID = 0xFFFFFFF0
+
+
+class LabJson(TypedDict):
+    """What `pipeline.lab` promises its ranks, in LAB_VARIABLE."""
+
+    servers: int
+    ranks_per_server: int
+    placement: str
+    """`contiguous` or `interleaved`."""
+    server_of_rank: list[int]
+    bandwidth_bits_per_second: int | None
+    """Bandwidth of each link in each direction; None: unshaped."""
+    offloads: bool
+    interface: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,14 @@ class RankInfo:
         A scheduler that binds one device to each task shows each process a single device 0; otherwise every process
         sees all devices of the node and takes the one of its local rank.
 
+        Args:
+            num_visible_devices: Devices torch sees in this process.
+
+        Returns:
+            The index, from 0.
+
         Raises:
-            ConfigError: more ranks on this node than devices.
+            ConfigError: There are more ranks on this node than devices.
         """
         if num_visible_devices == 1 and self.source == "slurm":
             return 0
@@ -74,14 +94,21 @@ class RankInfo:
 
 
 def find_ranks(devices: int, environment: Mapping[str, str] | None = None) -> RankInfo | None:
-    """Read this process's rank from `environment` (default: `os.environ`).
+    """Read this process's rank from the environment.
 
     First torchrun-style variables, then the variables of a Slurm step started by `srun`. With neither, one rank is
     this process itself; for `devices` > 1 the answer is None: the ranks are still to be started (`supervise`). A Slurm
     step of a single task also starts its own ranks when `devices` > 1.
 
+    Args:
+        devices: Ranks that the configuration asks for on this machine.
+        environment: Variables to read; None: `os.environ`.
+
+    Returns:
+        The place of this process; None where it has to start the ranks.
+
     Raises:
-        ConfigError: the variables are incomplete or contradict one another.
+        ConfigError: The variables are incomplete or contradict one another.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment:
@@ -161,16 +188,22 @@ def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
-    """A port every rank computes alike, and which two steps or two neighbouring jobs of a node do not share."""
+    """Return a port every rank computes alike, and which two steps or neighbouring jobs of a node do not share."""
     job, step = _integer(environment, "SLURM_JOB_ID"), _integer(environment, "SLURM_STEP_ID")
     return SERVICE_PORTS.start + (job + 7919 * step) % len(SERVICE_PORTS)
 
 
 def first_host(node_list: str) -> str:
-    """First host of a Slurm node list: `gpu[03-05,9],cpu1` -> `gpu03`; zero padding stays.
+    """Return the first host of a Slurm node list: `gpu[03-05,9],cpu1` -> `gpu03`; zero padding stays.
+
+    Args:
+        node_list: The list as Slurm writes it.
+
+    Returns:
+        A host name.
 
     Raises:
-        ConfigError: not a node list.
+        ConfigError: This is not a node list.
     """
     outside_brackets = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)", node_list.strip())
     first = re.sub(r"\[(\d+)[^\[\]]*\]", r"\1", outside_brackets.group()) if outside_brackets else ""
@@ -180,10 +213,16 @@ def first_host(node_list: str) -> str:
 
 
 def expand_tasks_per_node(text: str) -> list[int]:
-    """Slurm's compressed counts: `2(x3),1` -> [2, 2, 2, 1].
+    """Expand Slurm's compressed counts: `2(x3),1` -> [2, 2, 2, 1].
+
+    Args:
+        text: The counts as Slurm writes them.
+
+    Returns:
+        Tasks of each node.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: The text is not of that form.
     """
     counts: list[int] = []
     for entry in text.split(","):
@@ -194,8 +233,8 @@ def expand_tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def lab_conditions(environment: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """What `pipeline.lab` promises this rank (servers, bandwidth_bits_per_second, ...); None outside of a lab."""
+def lab_conditions(environment: Mapping[str, str] | None = None) -> LabJson | None:
+    """Return what `pipeline.lab` promises this rank; None outside of a lab."""
     promised = (os.environ if environment is None else environment).get(LAB_VARIABLE)
     return json.loads(promised) if promised else None
 

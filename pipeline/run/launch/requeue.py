@@ -9,20 +9,32 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.files import fsync_directory
 
 # What a shell reports of a program that a signal ended is this and the signal: a rank was killed (out of memory, or by
-# somebody), or died of a fault of the machine. A rank that fails by itself says why with a code below it.
+# a user), or died of a fault of the machine. A rank that fails by itself says why with a code below it.
 KILLED = 128
 _NOT_BACK = "the job is not put back into the queue."
 
 
+class RequeueJson(TypedDict):
+    """A row of requeues.jsonl."""
+
+    job: str
+    exit_code: int
+    step: int
+    """Of the newest checkpoint."""
+    in_vain: int
+    """How many times in a row the job has come back without a newer checkpoint."""
+    time: str
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done, and why."""
+    """Whether to requeue a job, and why."""
 
     requeue: bool
     reason: str
@@ -32,10 +44,18 @@ class Decision:
 def decide(
     directory: Path, exit_code: int, *, job: str, limit: int, rank_error: int | None = None, num_lost: int = 0
 ) -> Decision:
-    """Whether `job`, whose ranks ended with `exit_code`, is to be put back; if so, this is remembered first.
+    """Decide whether a job is to be put back into the queue; if so, this is recorded first.
 
-    directory: of the run; made if there is none yet. limit: how many times in a row in vain. rank_error: the exit code
-    of a rank that ended for a reason of its own, whatever others ended with. num_lost: ranks that only lost the others.
+    Args:
+        directory: Directory of the run; made if there is none yet.
+        exit_code: Exit code of the job's ranks.
+        job: Slurm's number of the job.
+        limit: How many times in a row the job may come back in vain.
+        rank_error: Exit code of a rank that ended for a reason of its own, whatever others ended with.
+        num_lost: Ranks that ended only because they lost the others.
+
+    Returns:
+        The decision with its reason.
     """
     if rank_error is not None:
         return Decision(
@@ -57,7 +77,7 @@ def decide(
             f" step {step}): it ends here. Look for the cause above; cluster.max_fruitless_requeues={limit} is the"
             " limit.",
         )
-    record = {
+    record: RequeueJson = {
         "job": job,
         "exit_code": exit_code,
         "step": step,
@@ -77,13 +97,13 @@ def decide(
 
 
 def last_step(directory: Path) -> int:
-    """Of the newest checkpoint by name; 0 without one. Whether it is sound is for the next attempt to say."""
+    """Return the step of the newest checkpoint by name; 0 without one. Its content is verified by the next attempt."""
     steps = (path.stem.removeprefix("step=") for path in (directory / "checkpoints").glob("step=*.ckpt"))
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
-def _last_record(path: Path, job: str) -> dict[str, Any] | None:
-    """The newest of this job; of earlier submissions, and lines cut short by a crash, nothing is taken."""
+def _last_record(path: Path, job: str) -> RequeueJson | None:
+    """Read the newest row of this job; rows of other jobs and lines cut short by a crash are skipped."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -94,11 +114,11 @@ def _last_record(path: Path, job: str) -> dict[str, Any] | None:
         except ValueError:
             continue
         if isinstance(record, dict) and record.get("job") == job:
-            return record
+            return cast(RequeueJson, record)
     return None
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
+def _append(path: Path, record: RequeueJson) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_bytes() if path.exists() else b""
     with path.open("ab") as file:

@@ -29,7 +29,15 @@ class MetricsLog:
         self.truncate_to(None)
 
     def append(self, step: int, row: Row) -> dict[str, float | int | None]:
-        """Write the one row of `step`, larger than every step so far. Returns it as written, without the step."""
+        """Write the one row of a step.
+
+        Args:
+            step: Optimiser steps committed; larger than every step so far.
+            row: Values by metric name.
+
+        Returns:
+            The row as written, without the step.
+        """
         assert step > self.last_step, f"step {step} after step {self.last_step}"
         clean = {key: self._finite(key, value) for key, value in row.items()}
         self._write(json.dumps({STEP_KEY: step, **clean}, allow_nan=False).encode() + b"\n")
@@ -68,7 +76,7 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def _write(self, line: bytes) -> None:
-        """At the end of the file, whole or not at all: past any buffer, which would write again when it is closed."""
+        """Append the line, whole or not at all: past any buffer, which would write again when it is closed."""
         descriptor = self._file.fileno()
         end = os.fstat(descriptor).st_size
         try:
@@ -79,7 +87,7 @@ class MetricsLog:
             raise
 
     def close(self) -> None:
-        """`sync`, and no more rows. Harmless when closed."""
+        """Make the rows durable and accept no more. Does nothing when closed."""
         if not self._file.closed:
             self.sync()
             self._file.close()
@@ -95,7 +103,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that is no row is passed over."""
+    """Yield the rows of a metrics.jsonl; a line that is no row is skipped."""
     with path.open("rb") as file:
         for line in file:
             if _step_of(line) is not None:
@@ -103,7 +111,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a row; None for what is no row."""
+    """Return the step of a row; None for what is no row."""
     try:
         row = json.loads(line)
     except ValueError:

@@ -6,7 +6,6 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.training import TrackingConfig
 from pipeline.core.files import write_text_atomic
@@ -19,14 +18,13 @@ class Tracker:
     """The record of one attempt at a run. On every rank but the first it does nothing.
 
     Args:
-        run: its directory, open on rank 0.
-        tracking: where the mirror goes.
-        rank: of this process.
-        model: the mirror's group, so that runs of one model stand together.
-        job_type: `train`, `evaluate`, ...
-        config: plain values shown beside the mirrored run.
-        notes: its conditions in words.
-        resume_step: committed steps of the checkpoint this attempt starts from; later rows are dropped, the attempt
+        run: Directory of the run, open on rank 0.
+        tracking: Where the mirror goes.
+        rank: Rank of this process.
+        model: Group of the mirrored run, so that runs of one model stand together.
+        config: Plain values shown beside the mirrored run.
+        notes: Conditions of the run in words.
+        resume_step: Committed steps of the checkpoint this attempt starts from; later rows are dropped, the attempt
             writes them again.
     """
 
@@ -37,8 +35,7 @@ class Tracker:
         *,
         rank: int,
         model: str,
-        job_type: str = "train",
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         notes: str = "",
         resume_step: int = 0,
     ) -> None:
@@ -58,7 +55,7 @@ class Tracker:
             mode=tracking.mode,
             name=run.name,
             group=model,
-            job_type=job_type,
+            job_type="train",
             project=tracking.project,
             entity=tracking.entity,
             tags=tracking.tags,
@@ -68,7 +65,7 @@ class Tracker:
 
     @property
     def mode(self) -> str:
-        """What became of the mirror: `offline`, `online` or `disabled`."""
+        """Mode of the mirror as it turned out: `offline`, `online` or `disabled`."""
         return self._mirror.mode if self._mirror is not None and self._mirror.is_alive else "disabled"
 
     def log(self, step: int, row: Row) -> None:
@@ -89,7 +86,7 @@ class Tracker:
             self._mirror.summarize(values)
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the record. Bounded in time, raises nothing of W&B's, harmless twice."""
+        """End the record. Bounded in time; raises nothing of W&B's; does nothing the second time."""
         if self._metrics is not None:
             self._metrics.close()
             for name, count in self._metrics.num_not_finite.items():
@@ -110,12 +107,12 @@ class Tracker:
 
 
 def wandb_id(run: RunDirectory) -> str:
-    """The W&B id of this run: made at its first attempt, kept in its directory, the same ever after."""
+    """Return the W&B id of this run: made at its first attempt, kept in its directory, the same ever after."""
     return kept_id(run.path / "wandb_id", run.name)
 
 
 def kept_id(path: Path, name: str) -> str:
-    """The W&B id in this file, made of `name` and written there if there is none.
+    """Return the W&B id in this file, made of `name` and written there if there is none.
 
     The random part keeps runs of one name on two machines from writing into each other.
     """

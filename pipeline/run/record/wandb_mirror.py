@@ -22,13 +22,18 @@ class WandbMirror:
     """One W&B run. The mode is chosen once, at start; any failure later ends the mirror with one warning.
 
     Args:
-        directory: the run's; W&B writes below `<directory>/wandb`.
-        run_id: fixed for the life of the run: every attempt continues it.
+        directory: Directory of the run; W&B writes below `<directory>/wandb`.
+        run_id: Id fixed for the life of the run: every attempt continues it.
         mode: `offline` or `online`. Online becomes offline where there is no API key or the server does not answer.
-        name, group, job_type, project, entity, tags: as W&B shows them. A job of Slurm adds the tag `slurm-<id>`.
-        config: plain values to show beside the run; `slurm_job_id` is added. No secrets: it is stored as it is.
-        notes: the conditions of the run in words. No secrets either.
-        record: the file that holds the same and is whole whatever becomes of W&B; warnings name it.
+        name: Name that W&B shows.
+        group: Group of the run.
+        job_type: `train` or `compare`.
+        project: Project of the run.
+        entity: User or team; None: W&B's default.
+        tags: Labels of the run. A job of Slurm adds `slurm-<id>`.
+        config: Plain values to show beside the run; `slurm_job_id` is added. No secrets: it is stored as it is.
+        notes: Conditions of the run in words. No secrets either.
+        record: File that holds the same and is whole whatever becomes of W&B; warnings name it.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class WandbMirror:
         project: str,
         entity: str | None = None,
         tags: Sequence[str] = (),
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         notes: str = "",
         record: str = "metrics.jsonl",
     ) -> None:
@@ -51,7 +56,7 @@ class WandbMirror:
         self.mode = mode
         self._record = record
         self._run: Any = None
-        # Its crash reports would go to a server nobody asked to talk to.
+        # Its crash reports would go to a server that was not asked for.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         if mode == "online":
             reason = why_not_online()
@@ -86,7 +91,7 @@ class WandbMirror:
         values = {key: value for key, value in row.items() if value is not None}
         self._guard(lambda: self._run.log({STEP_METRIC: step, **values}))
 
-    def log_media(self, make: Callable[[], Mapping[str, Any]]) -> None:
+    def log_media(self, make: Callable[[], Mapping[str, object]]) -> None:
         """Log the tables, charts and pictures that `make` returns, by name; what goes wrong in it ends the mirror."""
         self._guard(lambda: self._run.log(dict(make())))
 
@@ -97,7 +102,7 @@ class WandbMirror:
         )
 
     def finish(self, exit_code: int = 0) -> None:
-        """End the run and W&B's processes. Bounded in time; what was not uploaded stays on disk. Harmless twice."""
+        """End the run and W&B's processes. Bounded in time; what was not uploaded stays on disk."""
 
         def end() -> None:
             import wandb
@@ -117,7 +122,7 @@ class WandbMirror:
             mode=self.mode,  # pyright: ignore[reportArgumentType]  asserted in __init__
             silent=True,
             console="off",  # our stdout stays ours
-            x_disable_meta=True,  # the command line may hold what is nobody's business
+            x_disable_meta=True,  # the command line may hold what is private
             x_save_requirements=False,
             disable_code=True,
             disable_git=True,
@@ -150,12 +155,12 @@ class WandbMirror:
 
 
 def slurm_job_id(environment: Mapping[str, str]) -> str | None:
-    """The job this process belongs to, for an array the one number all its tasks share; None outside of Slurm."""
+    """Return the job of this process, for an array the one number all its tasks share; None outside of Slurm."""
     return environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID") or None
 
 
 def why_not_online() -> str | None:
-    """A clause saying why this machine cannot log online now; None if it can."""
+    """Say in a clause why this machine cannot log online now; None if it can."""
     try:
         import wandb
         from wandb.sdk.lib import wbauth

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import write_json_atomic
@@ -23,17 +23,48 @@ TEARDOWN_SECONDS = 10.0
 LONGEST_REASON = 200  # characters of what the server or the library said
 
 
+class _PageJson(TypedDict):
+    """A workspace on the server."""
+
+    name: str
+    id: str
+    url: str
+
+
+class _ReportJson(TypedDict):
+    """A report on the server."""
+
+    id: str
+    url: str
+
+
+class _RecordJson(TypedDict):
+    """What was made on the server."""
+
+    schema: int
+    project: str
+    entity: str
+    workspace: _PageJson
+    report: _ReportJson
+
+
 class TimeIsOver(BaseException):
     """No `Exception`, which the library would take for an answer of the server and wrap or retry."""
 
 
 def publish(workspace: "Workspace", report: "Report", record: Path) -> dict[str, str]:
-    """Save both pages; returns their addresses.
+    """Save both pages on the server.
 
-    record: the file that remembers what was made on the server. Pages it knows are changed, others are made.
+    Args:
+        workspace: The dashboards.
+        report: The report.
+        record: File that remembers what was made on the server. Pages it knows are changed, others are made.
+
+    Returns:
+        Addresses of `workspace` and `report`.
 
     Raises:
-        ConfigError: no login, no answer within PUBLISH_SECONDS, or the server refuses. The pages' files stay.
+        ConfigError: There is no login, no answer within PUBLISH_SECONDS, or the server refuses. The files stay.
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # its retries and addresses would stand between our own lines
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -58,13 +89,13 @@ def _save(workspace: "Workspace", report: "Report", record: Path) -> dict[str, s
     entity = workspace.entity or wandb.Api().default_entity or ""
     workspace.entity = report.entity = entity
     known = _read(record)
-    if (known.get("project"), known.get("entity")) == (workspace.project, entity):
+    if known is not None and (known.get("project"), known.get("entity")) == (workspace.project, entity):
         workspace._internal_name, workspace._internal_id = known["workspace"]["name"], known["workspace"]["id"]
         report.id = known["report"]["id"]
 
     report.save()  # first: it makes the project where there is none
     workspace.save()
-    made = {
+    made: _RecordJson = {
         "schema": SCHEMA,
         "project": workspace.project,
         "entity": entity,
@@ -72,12 +103,12 @@ def _save(workspace: "Workspace", report: "Report", record: Path) -> dict[str, s
         "report": {"id": report.id, "url": report.url},
     }
     write_json_atomic(record, made)
-    return {kind: made[kind]["url"] for kind in ("workspace", "report")}
+    return {"workspace": made["workspace"]["url"], "report": made["report"]["url"]}
 
 
-def _read(record: Path) -> dict[str, Any]:
+def _read(record: Path) -> _RecordJson | None:
     if not record.is_file():
-        return {}
+        return None
     try:
         return json.loads(record.read_text())
     except ValueError as error:
@@ -85,7 +116,7 @@ def _read(record: Path) -> dict[str, Any]:
 
 
 def _stop_wandb() -> None:
-    """Its helper process goes too, or leaving would wait for the server again."""
+    """End W&B's helper process, or leaving would wait for the server again."""
     with contextlib.suppress(Exception, TimeIsOver), _deadline(TEARDOWN_SECONDS):
         import wandb
 

@@ -206,10 +206,10 @@ def test_a_killed_owner_leaves_no_lock_even_with_an_orphaned_worker(tmp_path: Pa
 
 
 def test_attempts_are_counted(run: RunDirectory) -> None:
-    assert run.begin_attempt(world_size=2, first_step=0) == 1
-    assert run.begin_attempt(world_size=3, first_step=7) == 2
+    assert run.begin_attempt(world_size=2, start_step=0) == 1
+    assert run.begin_attempt(world_size=3, start_step=7) == 2
     records = [json.loads(line) for line in run.attempts.read_text().splitlines()]
-    assert [(record["attempt"], record["world_size"], record["first_step"]) for record in records] == [
+    assert [(record["attempt"], record["world_size"], record["start_step"]) for record in records] == [
         (1, 2, 0),
         (2, 3, 7),
     ]
@@ -217,10 +217,10 @@ def test_attempts_are_counted(run: RunDirectory) -> None:
 
 
 def test_a_torn_record_counts_as_a_start(run: RunDirectory) -> None:
-    run.begin_attempt()
+    run.begin_attempt(world_size=1, start_step=0)
     with run.attempts.open("a") as file:
         file.write('{"attempt": 2, "sta')
-    assert run.begin_attempt() == 3
+    assert run.begin_attempt(world_size=1, start_step=0) == 3
     assert json.loads(run.attempts.read_text().splitlines()[-1])["attempt"] == 3
 
 

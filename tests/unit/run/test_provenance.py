@@ -40,7 +40,7 @@ def test_cpu_flags_are_the_kernels(tmp_path: Path) -> None:
 
 def test_clean_checkout(checkout: Path) -> None:
     git = describe_git(checkout)
-    assert len(git["commit"]) == 40
+    assert git["commit"] is not None and len(git["commit"]) == 40
     assert (git["dirty"], git["diff_sha256"]) == (False, None)
 
 
@@ -58,7 +58,7 @@ def test_every_difference_changes_the_hash(checkout: Path) -> None:
 
 def test_outside_git_the_reason_is_given(tmp_path: Path) -> None:
     git = describe_git(tmp_path)
-    assert git["commit"] is None and "not a git repository" in git["reason"]
+    assert git["commit"] is None and git["reason"] is not None and "not a git repository" in git["reason"]
 
 
 def test_a_checkout_around_the_code_is_not_its_own(checkout: Path) -> None:
