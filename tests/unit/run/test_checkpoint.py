@@ -35,6 +35,7 @@ from pipeline.run.checkpoint import (
 )
 from pipeline.run.launch.environment import RankEnvironment
 from pipeline.run.launch.ranks import RankInfo
+from pipeline.run.provenance import versions
 
 
 def state(step: int, num_values: int = 20_000) -> dict[str, Any]:
@@ -341,6 +342,7 @@ def _save_until_killed(directory: Path) -> None:
 @pytest.mark.processes
 def test_killed_at_any_moment_the_newest_is_whole_and_nothing_is_passed_over(tmp_path: Path) -> None:
     generator = random.Random(0)
+    versions()  # kept by this process for all that it forks: looking them up takes longer than a save
     steps, longest = [0], 0.12
     for _ in range(12):
         process = multiprocessing.get_context("fork").Process(target=_save_until_killed, args=(tmp_path,))
