@@ -29,9 +29,11 @@ def misfit_sentence(
     """What a server will fetch again and again, and which settings avoid it; None if there is nothing to say.
 
     Args:
-        index: of the training split.
-        global_batch: pictures per step.
-        local_world_size, world_size: ranks of a server, and of all.
+        index: The training split.
+        data: The cache's size, and how the order is mixed.
+        global_batch: Pictures per step.
+        local_world_size: Number of ranks of a server.
+        world_size: Number of ranks of the run.
     """
     if not isinstance(index.files, RemoteFiles):
         return None

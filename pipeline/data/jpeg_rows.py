@@ -26,8 +26,9 @@ def upper_rows(content: bytes, source: tuple[int, int], num_rows: int, reduction
     seen: for pictures that were decoded to the end before.
 
     Args:
+        content: The JPEG file.
         source: (height, width) as the header has them.
-        num_rows: of the picture as it is in the file.
+        num_rows: Rows of the picture as it is in the file.
         reduction: 1, 2, 4 or 8.
     """
     if not (content.startswith(_START) and content.endswith(_END)):

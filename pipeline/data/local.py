@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file, write_atomic
@@ -63,10 +64,10 @@ class LocalFiles:
         self._open_files: OrderedDict[int, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._open_files)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_open_files"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start_empty()
 
@@ -196,10 +197,10 @@ def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> Sample
 
 def _save_table(path: Path, table: SampleTable, shards: tuple[ShardFile, ...], known: str) -> None:
     """Leave the table for the next process. Raises OSError where the root cannot be written."""
-    arrays: dict[str, Any] = {
+    arrays: dict[str, NDArray[Any]] = {
         **table.arrays(),
         "known": np.array(known),
         "index_hash": np.array(table.hash_with(shards)),
     }
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, lambda file: np.savez(file, **arrays))
+    write_atomic(path, lambda file: np.savez(file, allow_pickle=False, **arrays))

@@ -58,6 +58,8 @@ def steps_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> 
     """Global batches in an epoch, all of them whole.
 
     Args:
+        num_samples: Number of samples of the split.
+        global_batch: Number of samples of a step.
         tail: `drop`: the samples that fill no batch are left out, others in each epoch; `pad`: they are filled up.
     """
     return num_samples // global_batch if tail == "drop" else -(-num_samples // global_batch)
@@ -72,8 +74,10 @@ def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop", groups: int
     No two groups share a sample, so none comes twice in a batch.
 
     Args:
-        order: of shape (N,), N >= global_batch.
-        groups: divides global_batch.
+        order: The epoch's permutation, of shape (N,), N >= global_batch.
+        global_batch: Number of samples of a step.
+        tail: `drop` or `pad`.
+        groups: Number of groups; divides global_batch.
 
     Returns:
         of shape (steps_per_epoch * global_batch,).
@@ -152,8 +156,12 @@ def stripe(
     ranks read neighbouring samples, and over ranks and micro-batches each sample is taken exactly once.
 
     Args:
-        batch: of shape (B,); B must be divisible by world_size * num_micro_batches.
-        by_rank: rank by rank instead: all micro-batches of a rank are one run of the batch, as groups want it.
+        batch: Sample ids of shape (B,); B must be divisible by world_size * num_micro_batches.
+        rank: Rank that takes the samples.
+        world_size: Number of ranks.
+        micro: Which of the micro-batches, from 0.
+        num_micro_batches: Number of micro-batches of a step.
+        by_rank: Rank by rank instead: all micro-batches of a rank are one run of the batch, as groups want it.
 
     Returns:
         of shape (B / world_size / num_micro_batches,).

@@ -152,7 +152,8 @@ def random_resized_box(source: tuple[int, int], augment: AugmentConfig, draw: Dr
 
     Args:
         source: (height, width).
-        draw: at least 40 numbers in [0, 1).
+        augment: Bounds of the crop's area and ratio.
+        draw: At least 40 numbers in [0, 1).
     """
     height, width = source
     low, high = augment.scale
@@ -269,7 +270,10 @@ def _resize(pixels: Pixels, box: Box, out: tuple[int, int], *, exact_edges: bool
     """`box` of `pixels` as (height, width) = `out`, bilinear, antialiased when shrinking.
 
     Args:
-        exact_edges: the filter sees nothing outside the box (crop, then resize); else what a resize of the whole
+        pixels: The picture.
+        box: The rectangle to resize.
+        out: (height, width) of the result.
+        exact_edges: The filter sees nothing outside the box (crop, then resize); else what a resize of the whole
             picture followed by a crop would show.
     """
     from PIL import Image

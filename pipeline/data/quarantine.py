@@ -57,7 +57,7 @@ class Quarantine:
         self._num_bytes_read = 0
 
     def add(self, bad: Sequence[BadSample]) -> list[BadSample]:
-        """Take note; returns those that no rank and no earlier attempt has met before.
+        """Record bad samples; returns those that no rank and no earlier attempt has met before.
 
         Raises:
             DataError: more samples are bad than the budget allows, or the file cannot be written.
@@ -111,7 +111,7 @@ class Quarantine:
         return list(new.values())
 
     def _learn(self, descriptor: int) -> None:
-        """Read the whole lines that were appended since the last time; those that are none are passed over."""
+        """Read the whole lines that were appended since the last time; those that are none are skipped."""
         added = os.pread(descriptor, os.fstat(descriptor).st_size - self._num_bytes_read, self._num_bytes_read)
         whole, newline, _ = added.rpartition(b"\n")
         self._num_bytes_read += len(whole) + len(newline)

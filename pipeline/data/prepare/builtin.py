@@ -49,7 +49,7 @@ class BuiltinPictures:
         return simplejpeg.encode_jpeg(pixels_HWC, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420")
 
     def pixels(self, split: str, index: int) -> npt.NDArray[np.uint8]:
-        """Its pixels before compression, `(H, W, 3)`, RGB."""
+        """Pixels of a picture before compression, `(H, W, 3)`, RGB."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         height, width = SIZES[rng.choice(len(SIZES), p=SIZE_SHARES)]
         coverage_HW = draw(CLASSES[self.label(index)], height, width, rng)
@@ -109,6 +109,7 @@ class BuiltinReader:
     pictures: BuiltinPictures
 
     def __call__(self, image: SourceImage) -> bytes:
+        """Make the file of one picture."""
         return self.pictures.jpeg(image.name.partition("/")[0], image.offset)
 
 

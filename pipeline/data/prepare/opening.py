@@ -43,11 +43,12 @@ def open_source(
     """List the pictures of `source`.
 
     Args:
-        kind: what it is; null means recognise it.
-        split: the split wanted; null means all.
-        classes: names in index order; null means the source's own, sorted.
-        devkit: of ILSVRC2012.
-        builtin: the set to make if the source is the generator.
+        source: A path, or `builtin`.
+        kind: What it is; None: recognise it.
+        split: The split wanted; None: all.
+        classes: Names in index order; None: the source's own, sorted.
+        devkit: Archive or directory of ILSVRC2012's devkit.
+        builtin: The set to make if the source is the generator.
 
     Raises:
         DataError: the source is not what it must be.

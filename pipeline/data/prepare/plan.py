@@ -7,11 +7,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from tarfile import BLOCKSIZE
-from typing import Any
 
 import numpy as np
 
@@ -58,14 +57,17 @@ def plan_shards(
     *,
     shard_bytes: int,
     sample_bytes: int | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
 ) -> list[PlannedShard]:
     """Cut `images`, in their order, into shards of about `shard_bytes`, all about equally large.
 
     Args:
-        images: in the order they are to be written; at least one.
-        sample_bytes: expected bytes of a JPEG where the files' own sizes say nothing, as they are encoded again.
-        settings: whatever else determines the bytes; it goes into the digests.
+        images: In the order they are to be written; at least one.
+        split: Name of the split, with which the shards' names begin.
+        class_index: Label by class name.
+        shard_bytes: Bytes that a shard should have.
+        sample_bytes: Expected bytes of a JPEG where the files' own sizes say nothing, as they are encoded again.
+        settings: Whatever else determines the bytes; it goes into the digests.
     """
     jpeg_bytes_N = np.array([sample_bytes or image.num_bytes for image in images], dtype=np.int64)
     tar_bytes_N = tar_bytes(jpeg_bytes_N)
@@ -109,8 +111,8 @@ def _cuts(sample_bytes_N: np.ndarray, shard_bytes: int) -> list[int]:
     return [*starts.tolist(), len(ends_N)]
 
 
-def _digest(name: str, samples: Sequence[PlannedSample], settings: dict[str, Any]) -> str:
-    sha = hashlib.sha256(json.dumps([name, settings], sort_keys=True).encode())
+def _digest(name: str, samples: Sequence[PlannedSample], settings: Mapping[str, object]) -> str:
+    sha = hashlib.sha256(json.dumps([name, dict(settings)], sort_keys=True).encode())
     for sample in samples:
         image = sample.image
         sha.update(f"\n{sample.key} {sample.label} {image.name} {image.num_bytes} {image.mtime_ns}".encode())

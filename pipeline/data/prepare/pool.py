@@ -37,9 +37,11 @@ def run_tasks(
     """`task` on every item, over `num_workers` processes (1: in this one). Results in the order of `items`.
 
     Args:
-        task: called with an item and `tick`, which it calls with the number of units done since the last call.
-        report: called with the units done in all.
-        accept: called with each result as it comes; what it raises stops everything.
+        task: Called with an item and `tick`, which it calls with the number of units done since the last call.
+        items: What the task is run on.
+        num_workers: Number of processes; 1: this one.
+        report: Called with the units done in all.
+        accept: Called with each result as it comes; what it raises stops everything.
 
     Raises:
         DataError: a worker died. Otherwise what `task` or `accept` raises, after all workers have stopped.

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import try_lock, write_json_atomic
@@ -17,6 +16,8 @@ from pipeline.data.prepare.sources import PictureSource, SourceImage
 from pipeline.data.prepare.writer import SplitPlan, cannot_write
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Split
 
+Request = dict[str, str | int | None]
+"""The settings that determine the shards, as the manifest records them."""
 SOURCES_NAME = ".sources.json"
 """Beside the shards: {split: digest of its source's path}. Not in the manifest, which is the same wherever the same
 pictures lay, and by which copies are compared. Where it is missing nothing is compared."""
@@ -70,7 +71,7 @@ def note_source(out: Path, splits: Iterable[str], digest: str | None) -> None:
         raise cannot_write(out, error) from error
 
 
-def _sources(out: Path) -> dict[str, Any]:
+def _sources(out: Path) -> dict[str, object]:
     try:
         content = json.loads((out / SOURCES_NAME).read_text())
     except (OSError, ValueError, RecursionError):
@@ -89,13 +90,17 @@ def _check_same_source(out: Path, names: Iterable[str], digest: str | None) -> N
 
 
 def finished_splits(
-    out: Path, manifest: Manifest | None, request: dict[str, Any], split: str | None, source_digest: str | None
+    out: Path, manifest: Manifest | None, request: Request, split: str | None, source_digest: str | None
 ) -> list[str]:
     """The splits that this very request has made already, if they are all that it asks for; else an empty list.
 
     The source is not opened: a finished run of hours must be told as such in a moment.
 
     Args:
+        out: Directory of the shards.
+        manifest: The manifest in `out`; None: there is none.
+        request: The settings asked for.
+        split: The split asked for; None: all of the source.
         source_digest: `digest_of_source`; None: of no place.
 
     Raises:
@@ -113,7 +118,7 @@ def finished_splits(
     return names
 
 
-def _is_complete(out: Path, split: Split, request: dict[str, Any]) -> bool:
+def _is_complete(out: Path, split: Split, request: Request) -> bool:
     """Made by `request`, and every shard there with its size."""
     try:
         return split.extra.get("request") == request and all(
@@ -131,15 +136,22 @@ def plan_splits(
     seed: int,
     shard_bytes: int,
     encoding: Encoding,
-    request: dict[str, Any],
+    request: Request,
     is_whole_source: bool,
     source_digest: str | None = None,
 ) -> list[SplitPlan]:
     """Plan every split of `source` that `out` does not hold yet.
 
     Args:
-        request: what was asked for, to be recorded, and compared with what made a split that is there already.
-        source_digest: as in `finished_splits`.
+        source: The pictures.
+        out: Directory of the shards.
+        manifest: The manifest in `out`; None: there is none.
+        seed: Seed of the order of the samples.
+        shard_bytes: Bytes that a shard should have.
+        encoding: How pictures are encoded.
+        request: What was asked for, to be recorded, and compared with what made a split that is there already.
+        is_whole_source: Whether all splits of the source were asked for.
+        source_digest: As in `finished_splits`.
 
     Raises:
         DataError: `out` has other classes or another split of the same name or place, or the disk is too small.
@@ -191,7 +203,7 @@ def _expected_bytes(source: PictureSource, ordered: list[SourceImage], encoding:
     return round(sum(sizes) / len(sizes)) if sizes else None
 
 
-def _check_same_request(out: Path, name: str, split: Split, request: dict[str, Any]) -> None:
+def _check_same_request(out: Path, name: str, split: Split, request: Request) -> None:
     before = split.extra.get("request")
     if before == request:
         return

@@ -92,8 +92,9 @@ def open_folders(path: Path, split: str | None, classes: tuple[str, ...] | None)
     """Class folders: `path/<class>/<image>`, or `path/<split>/<class>/<image>`.
 
     Args:
-        split: the one wanted; null means all. Without split folders it is the name that the only split gets.
-        classes: names in index order; by default the sorted names of the folders.
+        path: The directory.
+        split: The one wanted; None: all. Without split folders it is the name that the only split gets.
+        classes: Names in index order; by default the sorted names of the folders.
 
     Raises:
         DataError: no pictures, an empty class folder, or a folder that is not among `classes`.

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file
+from pipeline.core.schemas.manifest import IndexJson
 from pipeline.data.index import MAX_FOREIGN_CLASSES
 from pipeline.data.pictures import BadImageError, check_picture
 from pipeline.data.shards.foreign import find_all, find_split
@@ -36,14 +38,14 @@ class ExpectedFile:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of checking it."""
+    """What checking a file found."""
 
     expected: ExpectedFile
     num_bytes: int = 0
     num_pictures: int = 0
-    """With a label, and decoded."""
+    """Number of pictures with a label that were decoded."""
     labels: tuple[int, int] | None = None
-    """Lowest and highest."""
+    """Lowest and highest label."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Members that are not read, by extension."""
     problems: tuple[str, ...] = ()
@@ -54,7 +56,8 @@ def expected_shards(root: Path, split: str | None) -> tuple[list[ExpectedFile], 
     """(the shards to check, sentences about what lies beside them).
 
     Args:
-        split: the one wanted; None: all. Without a manifest as `foreign.find_split` takes it.
+        root: Directory of the shards.
+        split: The one wanted; None: all. Without a manifest as `foreign.find_split` takes it.
 
     Raises:
         DataError: there is no such directory or split, or the manifest cannot be believed.
@@ -83,7 +86,7 @@ def _of_manifest(manifest: Manifest, name: str, split: Split) -> list[ExpectedFi
         for shard in split.shards
     ]
     try:
-        index = split.extra[INDEX_KEY]
+        index = cast(IndexJson, split.extra[INDEX_KEY])
         sha256 = str(index["sha256"])
         shards.append(ExpectedFile(name, index_name(name), int(index["bytes"]), sha256, is_index=True))
     except (KeyError, TypeError, ValueError):
@@ -101,7 +104,8 @@ class ShardVerifier:
         """Read all of it.
 
         Args:
-            tick: called with the number of bytes checked since the last call; it may raise to stop the work.
+            expected: What is known of the file.
+            tick: Called with the number of bytes checked since the last call; it may raise to stop the work.
         """
         path = self.root / expected.name
         try:

@@ -11,6 +11,7 @@ from pipeline.data.pictures import Encoding
 from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.opening import BUILTIN, open_source, read_classes
 from pipeline.data.prepare.request import (
+    Request,
     digest_of_source,
     exclusive,
     existing_manifest,
@@ -81,10 +82,10 @@ def prepare_shards(config: "PrepareConfig") -> None:
     _summarise(out, manifest, results, time.monotonic() - start_seconds)
 
 
-def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> dict[str, Any]:
+def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> Request:
     """All that determines the shards. It names no directory of this machine, so that shards can be compared."""
     assert config.source is not None
-    request: dict[str, Any] = {
+    request: Request = {
         "source": Path(config.source).resolve().name if config.source != BUILTIN else BUILTIN,
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,

@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import TEMPORARY_MARK, sha256_of_file, write_atomic, write_json_atomic
+from pipeline.core.schemas.manifest import IndexJson
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
 from pipeline.data.prepare.plan import PlannedShard
 from pipeline.data.prepare.pool import run_tasks
@@ -59,10 +60,11 @@ class SplitPlan:
 
     name: str
     shards: Sequence[PlannedShard]
-    record: dict[str, Any]
+    record: dict[str, object]
 
     @property
     def num_samples(self) -> int:
+        """Number of samples over all shards."""
         return sum(len(shard.samples) for shard in self.shards)
 
 
@@ -78,7 +80,8 @@ class ShardWriter:
         """Write `planned`, or keep it if it is there already, byte for byte.
 
         Args:
-            tick: called with the number of samples done since the last call; it may raise to stop the work.
+            planned: What the shard is to hold.
+            tick: Called with the number of samples done since the last call; it may raise to stop the work.
 
         Raises:
             DataError: `out` cannot be written.
@@ -170,7 +173,13 @@ def write_splits(
     """Write every shard of `plans`, then `_info.json`, then `manifest.json` with the splits of `manifest` kept.
 
     Args:
-        report: called now and then with the number of samples done in all.
+        plans: The splits to write.
+        writer: Writes one shard.
+        classes: Names in index order.
+        manifest: The manifest in `out`; None: there is none.
+        num_workers: Number of processes that write.
+        max_bad_fraction: Share of a split's pictures that may be left out.
+        report: Called now and then with the number of samples done in all.
 
     Raises:
         DataError: `out` cannot be written or holds foreign tars, or more than `max_bad_fraction` of a split's
@@ -202,14 +211,14 @@ def write_splits(
     return merged, results
 
 
-def _write_index(out: Path, manifest: Manifest, split: str) -> dict[str, Any]:
+def _write_index(out: Path, manifest: Manifest, split: str) -> IndexJson:
     """Where every sample lies, for readers who fetch the shards from elsewhere; described for the manifest."""
     path = out / index_name(split)
     write_atomic(path, scanned_table(out, shards_of(manifest, split)).save)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def timm_info(manifest: Manifest) -> dict[str, Any]:
+def timm_info(manifest: Manifest) -> dict[str, dict[str, object]]:
     """The `_info.json` by which timm's reader knows a split's tars and counts."""
     return {
         "splits": {

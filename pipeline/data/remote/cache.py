@@ -49,9 +49,9 @@ class CacheEntry:
     key: str
     """Names the content: hexadecimal."""
     name: str
-    """For messages."""
+    """Name of the object, for messages."""
     num_bytes: int | None = None
-    """If it is known beforehand."""
+    """Size in bytes, if it is known beforehand."""
 
 
 class Busy(Exception):
@@ -118,7 +118,9 @@ class Cache:
         """A descriptor of the object, to read from by offset; fetched before if it is not there.
 
         Args:
-            max_age_seconds: an older object is fetched anew.
+            entry: The object.
+            produce: Fetches it.
+            max_age_seconds: An older object is fetched anew.
 
         Raises:
             DataError: it could not be fetched. Processes that wait for the same object get the same error.
@@ -175,7 +177,7 @@ class Cache:
         return is_there(self.path(entry))
 
     def used_bytes(self) -> int:
-        """Of all objects, those under way included."""
+        """Size in bytes of all objects, those under way included."""
         return sum(file.num_bytes for file in own_files(self.directory))
 
     # --- finding ---

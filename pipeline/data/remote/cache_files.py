@@ -25,7 +25,7 @@ class OwnFile(NamedTuple):
     path: Path
     num_bytes: int
     used_ns: int
-    """Its last use."""
+    """Time of its last use in nanoseconds."""
 
     @property
     def is_part(self) -> bool:

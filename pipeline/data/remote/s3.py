@@ -108,7 +108,7 @@ def _make_s3_client(timeouts: Timeouts) -> Any:
 
 @contextmanager
 def _s3_errors() -> Iterator[None]:
-    """botocore's errors in our words."""
+    """Raise botocore's errors in our words."""
     try:
         yield
     except theirs.ClientError as error:

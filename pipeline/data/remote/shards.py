@@ -145,6 +145,7 @@ def open_remote(url: str, split: str, verify: str, settings: CacheSettings) -> O
         url: Where the shards lie.
         split: As for `ShardIndex.open`.
         verify: `sha256` hashes again what is in the cache already; what arrives is hashed in any case.
+        settings: Where and how long objects are kept.
 
     Raises:
         DataError: shards are missing, the server or the cache cannot be used, or the index is not of the shards.
@@ -225,7 +226,8 @@ class _Place:
         """The shards, each there with its size, and what the server says of their versions.
 
         Args:
-            info: without a manifest; None with one.
+            manifest: The manifest; None: the shards are foreign.
+            info: What `_info.json` says of foreign shards; None with a manifest.
         """
         shards = shards_of(manifest, self.split) if manifest else ()
         for shard in shards:

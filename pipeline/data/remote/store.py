@@ -95,11 +95,11 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Of a single request, in seconds."""
+    """Time limits of a single request, in seconds."""
 
     connect: float
     read: float
-    """Longest silence."""
+    """Longest silence in seconds."""
 
 
 def error_of_status(status: int, headers: Any, shown: str = "") -> FetchError:

@@ -36,16 +36,16 @@ class FetchBudget:
     """How long a transfer may go without progress."""
 
     seconds: float
-    """data.fetch_timeout_seconds: without any progress."""
+    """Seconds without any progress: data.fetch_timeout_seconds."""
 
     @property
     def timeouts(self) -> Timeouts:
-        """Of one request: short enough for several within `seconds`."""
+        """Time limits of one request: short enough for several within `seconds`."""
         return Timeouts(connect=min(10.0, self.seconds / 4), read=self.low_speed_seconds)
 
     @property
     def low_speed_seconds(self) -> float:
-        """Over so long the speed is measured."""
+        """Seconds over which the speed is measured."""
         return min(30.0, self.seconds / 4)
 
 
@@ -138,7 +138,11 @@ def head(
     """What the server says of an object; None if there is none.
 
     Args:
-        is_optional: a refusal counts as none too. Buckets that may not be listed refuse what is not there.
+        store: Where the object lies.
+        name: Name of the object.
+        budget: How long to try.
+        pulse: Called while waiting.
+        is_optional: A refusal counts as none too. Buckets that may not be listed refuse what is not there.
 
     Raises:
         DataError: the server refuses it, or does not answer in time.
@@ -195,7 +199,12 @@ def fetch(
     """Write the object `name` to `file`, from its beginning, and prove that it is what was expected.
 
     Args:
-        file: open for writing, seekable, not buffered or flushed by the caller.
+        store: Where the object lies.
+        name: Name of the object.
+        file: Open for writing, seekable, not buffered or flushed by the caller.
+        expected: What the object must be.
+        budget: How long to go without progress.
+        pulse: Called while bytes come and while waiting.
 
     Raises:
         DataError: it is missing, refused, not the one expected, or did not come in time.

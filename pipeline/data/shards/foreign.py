@@ -58,7 +58,7 @@ class Info:
 
     where: str
     """Its path or URL, for messages."""
-    splits: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, object] = field(default_factory=dict)
     """As they stand there, unchecked; none where there is no such file."""
 
     @classmethod
@@ -82,7 +82,8 @@ class Info:
         """The shards of `split`, named with braces or known by this file; None: neither.
 
         Args:
-            by_prefix: the shards `<split>-*.tar` that are there.
+            split: As for `find_split`.
+            by_prefix: The shards `<split>-*.tar` that are there.
 
         Raises:
             DataError: a name leads out of the root, or the file contradicts itself or what is there.
@@ -107,7 +108,8 @@ def find_split(root: Path, split: str) -> ForeignSplit:
     """The shards of `split` in `root`, by name alone: nothing is opened but `_info.json`.
 
     Args:
-        split: a split of `_info.json`; what stands before the `-` in the shards' names; or names with braces, as in
+        root: The directory.
+        split: A split of `_info.json`; what stands before the `-` in the shards' names; or names with braces, as in
             `imagenet-train-{0000..1023}.tar`.
 
     Raises:

@@ -4,10 +4,11 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_json_atomic
+from pipeline.core.schemas.manifest import ManifestJson, ShardJson, SplitJson
 
 MANIFEST_NAME = "manifest.json"
 STATE_DIRECTORY = ".prepare"
@@ -27,7 +28,7 @@ class Shard:
     name: str
     """File name, relative to the manifest's directory; never a path."""
     bytes: int
-    """Size of the file."""
+    """Size of the file in bytes."""
     sha256: str
     """Hexadecimal SHA-256 of the file."""
     num_samples: int
@@ -38,7 +39,7 @@ class Split:
     """One split: its shards in order, and what else was recorded when it was written."""
 
     shards: tuple[Shard, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
     """Further JSON keys of the split (seed, source, kind, short_side, ...)."""
 
     @property
@@ -49,12 +50,12 @@ class Split:
 
     @property
     def num_samples(self) -> int:
-        """Samples over all shards."""
+        """Number of samples over all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes over all shards."""
+        """Size of all shards in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
 
@@ -64,7 +65,7 @@ class Manifest:
 
     classes: tuple[str, ...]
     splits: dict[str, Split]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
     """Further top-level JSON keys."""
 
     @classmethod
@@ -115,8 +116,8 @@ class Manifest:
         write_json_atomic(path, self.to_json())
         return path
 
-    def to_json(self) -> dict[str, Any]:
-        """The contract: schema, classes, splits {name: {num_samples, shards [{name, bytes, sha256, num_samples}]}}."""
+    def to_json(self) -> ManifestJson:
+        """Return what `manifest.json` holds."""
         splits = {
             name: {
                 "num_samples": split.num_samples,
@@ -128,7 +129,7 @@ class Manifest:
             }
             for name, split in sorted(self.splits.items())
         }
-        return {"schema": SCHEMA, "classes": list(self.classes), "splits": splits, **self.extra}
+        return cast(ManifestJson, {"schema": SCHEMA, "classes": list(self.classes), "splits": splits, **self.extra})
 
     def split(self, name: str) -> Split:
         """The split called `name`.
@@ -159,7 +160,7 @@ def _parse(value: Any, path: str) -> Manifest:
     return Manifest(classes=classes, splits=splits, extra=extra)
 
 
-def _parse_split(name: str, value: dict[str, Any], path: str) -> Split:
+def _parse_split(name: str, value: SplitJson, path: str) -> Split:
     shards = tuple(_parse_shard(shard, path) for shard in value["shards"])
     extra = {key: inner for key, inner in value.items() if key not in ("num_samples", "shards")}
     split = Split(shards=shards, extra=extra)
@@ -175,7 +176,7 @@ def _parse_split(name: str, value: dict[str, Any], path: str) -> Split:
     return split
 
 
-def _parse_shard(value: dict[str, Any], path: str) -> Shard:
+def _parse_shard(value: ShardJson, path: str) -> Shard:
     shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
     is_plain_name = isinstance(shard.name, str) and bool(_PLAIN_NAME.fullmatch(shard.name))
     counts = (shard.bytes, shard.num_samples)

@@ -17,7 +17,7 @@ from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.tar import MAX_IMAGE_BYTES, MAX_KEY_BYTES, ShardSamples
 
 SCHEMA = 1
-"""Of the index and of its hash. Raise it when either changes: a stored index of another schema is made anew."""
+"""Version of the index and of its hash. Raise it when either changes: a stored index of another schema is made anew."""
 INDEX_KEY = "index"
 """In a split of the manifest: {name, bytes, sha256} of the index that lies beside the shards."""
 SAMPLE_BYTES = 20 + MAX_KEY_BYTES
@@ -59,7 +59,7 @@ class SampleTable:
     key: NDArray[np.bytes_]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """By name, in a fixed order."""
+        """Return the arrays by name, in a fixed order."""
         return {name: getattr(self, name) for name in ("shard", "offset", "length", "label", "key")}
 
     def hash_with(self, shards: tuple[ShardFile, ...]) -> str:
@@ -94,12 +94,12 @@ class SampleTable:
         return all(np.array_equal(array, other[name]) for name, array in mine.items())
 
     def save(self, file: BinaryIO) -> None:
-        """As a compressed `.npz`."""
+        """Write the table as a compressed `.npz`."""
         np.savez_compressed(file, allow_pickle=False, **self.arrays())
 
     @classmethod
     def load(cls, path: Path, shards: tuple[ShardFile, ...]) -> "SampleTable":
-        """What `save` wrote; nothing in it is trusted.
+        """Read what `save` wrote; nothing in it is trusted.
 
         Raises:
             DataError: it is damaged, or is not about these shards.
@@ -147,7 +147,10 @@ def load_beside(root: Path, split: str, shards: tuple[ShardFile, ...], described
     """The index that `prepare` wrote into the directory of the shards; None where it is not the one described.
 
     Args:
-        described: what the manifest says of it; None: nothing.
+        root: Directory of the shards.
+        split: Name of the split.
+        shards: The shards that the index must be about.
+        described: What the manifest says of it; None: nothing.
     """
     path = root / index_name(split)
     try:

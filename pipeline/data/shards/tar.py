@@ -36,9 +36,9 @@ MAX_IMAGE_BYTES = 256 * 2**20
 MAX_KEY_BYTES = 255
 MAX_EXTENDED_BYTES = 64 * 1024  # a long name or a pax record
 MAX_SAMPLES = 2**20
-"""Of one shard. The scan takes memory per sample, and a tar of nothing but headers can hold very many."""
+"""Samples of one shard. The scan takes memory per sample, and a tar of nothing but headers can hold very many."""
 MAX_ZERO_BYTES = 2**20
-"""After the last member. Writers fill up to 10 KiB; a download that was given its whole length and then died leaves
+"""Zeros after the last member. Writers fill up to 10 KiB; a download that got its whole length and then died leaves
 more."""
 NUM_EXTENSIONS_COUNTED = 32
 
@@ -98,8 +98,9 @@ def index_shard(
     """Scan the tar at `path`.
 
     Args:
-        complain: called with what is wrong with single samples. What is wrong with the tar itself is always raised.
-        tell_whole: called before that is raised, with the number of samples found before that have picture and label.
+        path: The tar.
+        complain: Called with what is wrong with single samples. What is wrong with the tar itself is always raised.
+        tell_whole: Called before that is raised, with the number of samples found before that have picture and label.
 
     Raises:
         DataError: the tar is cut short, damaged or has forbidden members; with the default `complain` also if a sample

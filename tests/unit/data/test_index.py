@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from pipeline.config.training import DataConfig
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.core.files import sha256_of_file
+from pipeline.core.schemas.manifest import IndexJson
 from pipeline.data import local
 from pipeline.data.index import MAX_FOREIGN_CLASSES, ShardIndex, open_split
 from pipeline.data.local import CACHE_DIRECTORY
@@ -202,7 +204,7 @@ def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
         path.write_bytes(content)
     else:
         manifest = Manifest.load(root)
-        described = manifest.split("train").extra[INDEX_KEY]
+        described = cast(IndexJson, manifest.split("train").extra[INDEX_KEY])
         if damage == "described wrongly":
             manifest.split("train").extra[INDEX_KEY] = [described]
         else:

@@ -114,7 +114,7 @@ def test_contradictions_are_named(tmp_path: Path, change: dict[str, Any], senten
     ],
 )
 def test_a_shard_cannot_lie_elsewhere_or_be_negative(tmp_path: Path, change: dict[str, Any]) -> None:
-    value = MANIFEST.to_json()
+    value: dict[str, Any] = json.loads(json.dumps(MANIFEST.to_json()))
     value["splits"]["train"]["shards"][0] |= change
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(DataError, match="plain file name"):
