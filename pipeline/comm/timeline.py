@@ -17,7 +17,7 @@ import torch
 from pipeline.comm.collectives import Call, MeterObserver
 from pipeline.comm.step_times import BucketMarks, Interval, MedianTimes, StepTimes, account
 
-NUM_TIMED_STEPS = 2000  # medians are of this many latest steps
+NUM_TIMED_STEPS = 2000  # medians and percentiles are of this many latest steps
 
 # --- clocks ---
 

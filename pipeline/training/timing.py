@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
+from pipeline.comm.timeline import NUM_TIMED_STEPS
 from pipeline.data.batches import LoadedBatch
-
-NUM_TIMED_STEPS = 2000  # percentiles are of this many latest steps
 
 
 class TimedLoader:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.timing import NUM_TIMED_STEPS, StepClock, TimedLoader
+from pipeline.comm.timeline import NUM_TIMED_STEPS
+from pipeline.training.timing import StepClock, TimedLoader
 
 
 def test_a_timed_loader_yields_what_it_wraps_and_counts_from_take_to_take() -> None:
