@@ -225,7 +225,9 @@ def _of_rank(
     num_steps: int,
     tally: Tally,
 ) -> Iterator[Ids]:
-    from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
+    from pipeline.config.data import AugmentConfig, DataConfig
+    from pipeline.config.model import InputConfig
+    from pipeline.config.training import BatchSplit
     from pipeline.data.batches import TrainBatches
     from pipeline.data.loader import Reader, training_loader
 

@@ -64,7 +64,9 @@ def first_rank(
     index: "ShardIndex", *, seed: int, global_batch: int, world_size: int = 1, num_workers: int = 0, start_step: int = 0
 ) -> "DataLoader[LoadedBatch]":
     """What rank 0 of a training reads, to no end; all else is the product's default."""
-    from pipeline.config.training import BatchConfig, DataConfig, InputConfig
+    from pipeline.config.data import DataConfig
+    from pipeline.config.model import InputConfig
+    from pipeline.config.training import BatchConfig
     from pipeline.data.loader import Reader, training_loader
 
     return training_loader(

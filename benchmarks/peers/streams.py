@@ -170,7 +170,9 @@ class Squeezewire(Library):
     """Ours. The state is the number of steps done, which a checkpoint of `train` holds."""
 
     def loader(self) -> Iterable[Any]:
-        from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
+        from pipeline.config.data import AugmentConfig, DataConfig
+        from pipeline.config.model import InputConfig
+        from pipeline.config.training import BatchSplit
         from pipeline.data.batches import TrainBatches
         from pipeline.data.index import ShardIndex
         from pipeline.data.loader import Reader, training_loader

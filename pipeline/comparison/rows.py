@@ -7,7 +7,7 @@ from typing import TypeVar
 from pipeline.comparison.break_even import Baseline, break_even
 from pipeline.comparison.conditions import footing_difference
 from pipeline.comparison.outcome import Outcome, metered_gradient_bytes
-from pipeline.config.models import IMAGENET_TRAINING_PICTURES
+from pipeline.config.registry import IMAGENET_TRAINING_PICTURES
 from pipeline.core.errors import ExitCode
 from pipeline.core.missing import Missing, known, to_json
 from pipeline.core.schemas.comparison import ModelRowJson

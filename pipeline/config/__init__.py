@@ -3,6 +3,6 @@
 Whoever imports a schema has Hydra know the models that `model=` may name.
 """
 
-from pipeline.config.models import register
+from pipeline.config.registry import register
 
 register()

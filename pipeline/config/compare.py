@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
 from pipeline.config.lab import LabCluster
-from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig, DataConfig
+from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig
 from pipeline.core.typed import one_of, require
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.training import ClusterConfig, DataConfig, InputConfig, ModelConfig, TrainerConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.model import InputConfig, ModelConfig
+from pipeline.config.training import ClusterConfig, TrainerConfig
 from pipeline.core.typed import one_of, require
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.hooks import ITEMSIZES
-from pipeline.config.models import IMAGENET_TRAINING_PICTURES
+from pipeline.config.registry import IMAGENET_TRAINING_PICTURES
 from pipeline.core.typed import one_of, require
 from pipeline.core.units import bits_per_second
 

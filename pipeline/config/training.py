@@ -4,135 +4,13 @@ A field's name is its YAML key. `core.typed.build` makes them from plain contain
 types; every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
-from pipeline.config.squeezenet import SqueezeNetConfig
+from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.core.errors import ConfigError
-from pipeline.core.secrets import refuse_secret
 from pipeline.core.typed import one_of, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """What a model expects to see. Mean and std are in the units of 0..255 pixels, in the model's channel order."""
-
-    size: int = 224
-    """Side of the square crop, pixels."""
-    resize_side: int = 256
-    """Evaluation: side to resize to before the centre crop, pixels."""
-    resize_mode: str = "short"
-    """`short`: the short side becomes resize_side; `warp`: both sides do; `none`: no resize."""
-    channel_order: str = "rgb"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-
-    def __post_init__(self) -> None:
-        one_of("model.input.resize_mode", self.resize_mode, ("short", "warp", "none"))
-        one_of("model.input.channel_order", self.channel_order, ("rgb", "bgr"))
-        require(self.size > 0, f"model.input.size={self.size} must be a positive number of pixels.")
-        require(
-            self.resize_mode == "none" or self.resize_side >= self.size,
-            f"model.input.resize_side={self.resize_side} is smaller than the crop {self.size}: raise it to that.",
-        )
-        require(min(self.std) > 0, f"model.input.std={self.std} must be positive.")
-
-    def resized(self, size: int | None) -> "InputConfig":
-        """The same input at another crop side; resize_side keeps its ratio to the crop."""
-        if size is None or size == self.size:
-            return self
-        return dataclasses.replace(self, size=size, resize_side=max(size, round(self.resize_side * size / self.size)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network, by its name in the registry."""
-
-    name: str
-    num_classes: int | None = None
-    """Outputs of the classifier. Null: as many as the shards have classes."""
-    metaparameters: dict[str, object] = field(default_factory=dict[str, object], metadata={"keys": SqueezeNetConfig})
-    """What makes a variant of the model. SqueezeNet's, with the defaults of squeezenet1_0, are listed here; some of the
-    other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual."""
-    input: InputConfig = field(default_factory=InputConfig)
-
-    def __post_init__(self) -> None:
-        require(
-            self.num_classes is None or self.num_classes >= 2,
-            f"model.num_classes={self.num_classes} must be at least 2, or null to take it from the shards.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """How a training picture is cut. A pure function of (seed, epoch, sample id)."""
-
-    crop: str = "random_resized"
-    """`random_resized`: area and ratio drawn; `random`: fixed scale, random place; `pad_random`: pad, then random
-    place; `center`: as in evaluation."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """random_resized: share of the picture's area, lowest and highest."""
-    ratio: tuple[float, float] = (0.75, 4.0 / 3.0)
-    """random_resized: width over height, lowest and highest."""
-    pad: int = 4
-    """pad_random: pixels added on each side."""
-    flip: bool = True
-    """Mirror left to right with probability one half."""
-
-    def __post_init__(self) -> None:
-        one_of("data.augment.crop", self.crop, ("random_resized", "random", "pad_random", "center"))
-        low, high = self.scale
-        require(0 < low <= high <= 1, f"data.augment.scale={self.scale} must satisfy 0 < low <= high <= 1.")
-        low, high = self.ratio
-        require(0 < low <= high, f"data.augment.ratio={self.ratio} must satisfy 0 < low <= high.")
-        require(self.pad >= 0, f"data.augment.pad={self.pad} must not be negative.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the shards are and how they are read."""
-
-    root: str | None = None
-    """What `prepare` made, or foreign shards: in a directory, at http(s)://host/path or at s3://bucket/prefix."""
-    cache_dir: str | None = None
-    """Shards from elsewhere are kept in `squeezewire` below it, once per server: on a local disk. Null: below the
-    user's cache."""
-    cache_bytes: int = 200_000_000_000
-    """Most the cache may hold; what was not used for longest goes first."""
-    fetch_timeout_seconds: float = 300.0
-    """How long a server may fail to deliver before the run stops. Keep it below the timeouts of cluster."""
-    size: int | None = None
-    """Crop side in pixels; null: what the model's input says."""
-    train_split: str = "train"
-    val_split: str = "val"
-    num_workers: int | None = None
-    """DataLoader processes per rank; null: chosen from the cores a rank may use."""
-    shuffle_block: int = 0
-    """0: one permutation of all samples. N: shards are shuffled and mixed N at a time, which reads in long runs."""
-    shuffle_groups: int = 1
-    """With shuffle_block: parts of a batch that read shards of their own. Servers that divide it fetch their part."""
-    tail: str = "drop"
-    """Samples that fill no whole batch at the end of an epoch: `drop` leaves them out, others each time; `pad` fills
-    their batch with those shown just before."""
-    max_bad_fraction: float = 0.0
-    """Share of samples that may fail to decode (each is replaced and named) before the run stops. A shard that is cut
-    short ends the run at its start in any case."""
-    verify: str = "size"
-    """At start: `size` compares each shard's bytes with the manifest, `sha256` reads and hashes it too."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-    def __post_init__(self) -> None:
-        one_of("data.verify", self.verify, ("size", "sha256"))
-        one_of("data.tail", self.tail, ("drop", "pad"))
-        require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
-        require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
-        require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")
-        refuse_secret("data.root", self.root)
-        require(self.shuffle_groups >= 1, f"data.shuffle_groups={self.shuffle_groups} must be >= 1.")
-        require(self.cache_bytes > 0, f"data.cache_bytes={self.cache_bytes} must be positive.")
-        require(self.fetch_timeout_seconds > 0, "data.fetch_timeout_seconds must be positive.")
-        require(0 <= self.max_bad_fraction < 1, f"data.max_bad_fraction={self.max_bad_fraction} must be in [0, 1).")
 
 
 @dataclass(frozen=True)

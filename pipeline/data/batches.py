@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import PADDING, BatchOrder, Ids, evaluation_stripe, stripe
 from pipeline.data.pixels import Draw, SampleError, eval_view, train_draws, train_view

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.data.index import ShardIndex
 from pipeline.data.prefetch import SHARE_OF_CACHE
 from pipeline.data.remote.shards import RemoteFiles

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.data.local import open_local
 from pipeline.data.remote.cache import CacheSettings

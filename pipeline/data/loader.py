@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
-from pipeline.config.training import BatchSplit, DataConfig, InputConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import BatchSplit
 from pipeline.data.batches import EvalBatches, EvalSamples, LoadedBatch, TrainBatches, TrainSamples
 from pipeline.data.index import ShardIndex
 from pipeline.data.order import BatchOrder

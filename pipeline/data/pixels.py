@@ -20,7 +20,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data.jpeg_rows import upper_rows
 from pipeline.data.pictures import MAX_PIXELS, as_rgb, not_a_picture
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.data.remote.cache import CacheSettings
 from pipeline.data.remote.opening import is_url

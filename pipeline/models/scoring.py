@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from pipeline.config.training import InputConfig
+from pipeline.config.model import InputConfig
 from pipeline.core.compute import has_peers
 
 

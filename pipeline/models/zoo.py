@@ -1,4 +1,4 @@
-"""Models by name: built, checked, and written as specs such as `squeezenet1_0:sr=0.5`. The table is `config.models`.
+"""Models by name: built, checked, and written as specs such as `squeezenet1_0:sr=0.5`. The table is `config.registry`.
 
 Nothing here imports torch until `build` is called, so that a command can list, check and explain names at once.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.config.models import MODELS, PublishedAccuracy, PublishedRecipe
+from pipeline.config.registry import MODELS, PublishedAccuracy, PublishedRecipe
 from pipeline.core.errors import ConfigError
 from pipeline.core.overrides import split_outside_brackets
 from pipeline.core.typed import is_number, is_whole, nearest, require

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.config.training import InputConfig, RecipeConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import RecipeConfig
 from pipeline.core.compute import has_peers
 from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch

@@ -5,12 +5,13 @@ is said and kept in `attempts.jsonl`: a learning rate that was edited, a package
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError
+from pipeline.core.trees import flat, plain
 from pipeline.run.provenance import versions
 
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
@@ -19,7 +20,8 @@ NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoi
 def free_fields(config: TrainConfig) -> dict[str, Any]:
     """What a resumed run may change: plain values by dotted key, as a checkpoint keeps them."""
     fixed = {*must_match(config, ""), *NOT_WORTH_SAYING}
-    return {key: value for key, value in _flat(dataclasses.asdict(config)) if key not in fixed}
+    leaves = flat(dataclasses.asdict(config))
+    return {key: plain(value) for key, value in leaves.items() if key not in fixed and value != {}}
 
 
 def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, Any], path: Path) -> None:
@@ -67,24 +69,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
         for key in [*old, *(key for key in new if key not in old)]
-        if key not in old or key not in new or _plain(old[key]) != _plain(new[key])
+        if key not in old or key not in new or plain(old[key]) != plain(new[key])
     ]
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(_plain(values[key])) if key in values else "not there"
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _plain(value)
+    return repr(plain(values[key])) if key in values else "not there"
 
 
 BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop"}
@@ -92,9 +82,9 @@ BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop"}
 
 
 def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
-    """The fields a checkpoint carries and a resumed run must not change.
+    """The fields a checkpoint carries and a resumed run must not change, with their values.
 
-    `shards_hash`: of the training split's index.
+    `shards_hash` is the hash of the training split's index.
     """
     return {
         "model.name": config.model.name,

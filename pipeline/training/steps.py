@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import yaml
@@ -20,6 +19,7 @@ from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError
+from pipeline.core.trees import plain
 from pipeline.data.batches import LoadedBatch
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.index import open_split
@@ -86,7 +86,7 @@ def begin_attempt(setup: Setup) -> int:
             return write()
 
     def write() -> int:
-        run.write_config(yaml.safe_dump(_plain(dataclasses.asdict(resolved)), sort_keys=False))
+        run.write_config(yaml.safe_dump(plain(dataclasses.asdict(resolved)), sort_keys=False))
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
         run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
@@ -271,7 +271,7 @@ def make_tracker(setup: Setup) -> Tracker:
         config.tracking,
         rank=world.rank,
         model=config.model.name,
-        config=_plain(dataclasses.asdict(config)),
+        config=plain(dataclasses.asdict(config)),
         notes=training_notes(config, world, setup.plan.batch),
         resume_step=setup.start.num_recorded,
     )
@@ -373,10 +373,3 @@ def _close(setup: Setup, attempt: Attempt, bad_samples: BadSamples) -> None:
     done = f"{setup.config.name}: {setup.plan.num_steps} steps done. {attempt.sentence()}\n{bad_samples.sentence()}"
     with setup.run.writing():
         print(f"{done}  report      {write_run_report(setup.run.path)}", flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples to lists, for YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

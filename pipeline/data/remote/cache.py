@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.core.files import fsync_directory, try_lock
 from pipeline.data.remote.cache_files import PART, evict, is_at, is_there, open_own, open_part, own_files, sweep

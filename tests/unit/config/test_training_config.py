@@ -6,15 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.training import (
-    BatchConfig,
-    CommConfig,
-    DataConfig,
-    InputConfig,
-    RecipeConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from pipeline.config.data import DataConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import BatchConfig, CommConfig, RecipeConfig, TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import build
@@ -56,7 +50,7 @@ def test_unknown_key_names_the_nearest() -> None:
 
 
 def test_missing_key_names_the_argument_to_add() -> None:
-    from pipeline.config.training import ModelConfig
+    from pipeline.config.model import ModelConfig
 
     with pytest.raises(ConfigError, match="name is not set"):
         build(ModelConfig, {})

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError
 from pipeline.data.remote.cache import PART, Cache, CacheEntry, CacheSettings, Produce
 from pipeline.data.remote.transfer import FetchBudget

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamples
 from pipeline.data.index import ShardIndex
 from pipeline.data.pictures import BadImageError, check_picture
@@ -184,7 +185,8 @@ def test_a_check_of_shards_judges_damage_as_training_does(seed: int, num_damaged
 
 MEASURE = """
 import resource, sys
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data.batches import EvalSamples, TrainItem, TrainSamples
 from pipeline.data.pictures import check_picture
 from pipeline.data.index import ShardIndex

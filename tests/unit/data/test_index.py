@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from pipeline.config.training import DataConfig
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.core.files import sha256_of_file
 from pipeline.core.schemas.manifest import IndexJson

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data import pixels
 from pipeline.data.jpeg_rows import upper_rows
 from pipeline.data.pixels import SampleError, decode, train_view

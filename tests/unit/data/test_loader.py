@@ -13,7 +13,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.config.training import AugmentConfig, BatchSplit, DataConfig, InputConfig
+from pipeline.config.data import AugmentConfig, DataConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import BatchSplit
 from pipeline.core.errors import DataError
 from pipeline.data.batches import LoadedBatch, replacements
 from pipeline.data.index import ShardIndex
@@ -285,7 +287,8 @@ PROGRAM = """
 import sys
 
 def main(root):
-    from pipeline.config.training import AugmentConfig, InputConfig
+    from pipeline.config.data import AugmentConfig
+    from pipeline.config.model import InputConfig
     from pipeline.data.batches import TrainBatches, TrainSamples
     from pipeline.data.order import BatchOrder
     from pipeline.data.index import ShardIndex

@@ -15,7 +15,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from pipeline.config.training import AugmentConfig, InputConfig
+from pipeline.config.data import AugmentConfig
+from pipeline.config.model import InputConfig
 from pipeline.data.pictures import MAX_PIXELS
 from pipeline.data.pixels import (
     SampleError,

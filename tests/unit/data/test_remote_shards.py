@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.training import BatchSplit, DataConfig, InputConfig
+from pipeline.config.data import DataConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import BatchSplit
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file
 from pipeline.data.batches import TrainBatches

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipeline.config.training import InputConfig
+from pipeline.config.model import InputConfig
 from pipeline.models.scoring import ExactMetrics, Normalizer
 
 # --- pixels ---

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.training import ModelConfig, TrainConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose, config_groups
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import build as build_config

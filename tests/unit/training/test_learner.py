@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config.training import InputConfig, RecipeConfig
+from pipeline.config.model import InputConfig
+from pipeline.config.training import RecipeConfig
 from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
 from pipeline.training.learner import Learner, StepResult, learning_rate

@@ -6,8 +6,8 @@ has a file `conf/model/NAME.yaml` too; without one, the row is all that `model=N
 
 from dataclasses import asdict, dataclass, fields, replace
 
+from pipeline.config.model import InputConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
-from pipeline.config.training import InputConfig
 from pipeline.core.cli import CONF_DIRECTORY
 
 
