@@ -47,7 +47,7 @@ test: venv ## the tests but the slow ones, as CI runs them
 	$(PY) -m pytest -m "not slow" -n $$(nproc) --maxprocesses 8 --dist loadfile tests/unit; code=$$?; \
 	$(PY) -m pytest -m "not slow" --ignore=tests/unit || exit; exit $$code
 
-# Half of the unit tests' time is in those that start processes; pyright has a core to itself meanwhile.
+# Lint and the tests beside one another: pyright, the longest part of lint, is one process.
 .PHONY: quick
 quick: venv ## lint, and the unit tests that start no process: for the loop of whoever works here
 	$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint quick-tests

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.config.training import TrainConfig, TrainerConfig
-from pipeline.core.cli import CONF_DIRECTORY, compose, config_groups, help_text
+from pipeline.core.cli import compose, help_text
 from pipeline.core.errors import ConfigError
 from pipeline.core.help import field_docs
 
@@ -76,28 +76,6 @@ def test_grammar_errors_are_configuration_errors() -> None:
         compose("train", TrainConfig, [*BASE, "seed=[1,"])
     with pytest.raises(ConfigError, match="not of the form key=value"):
         compose("train", TrainConfig, [*BASE, "seed"])
-
-
-@pytest.mark.parametrize("model", config_groups()["model"])
-def test_every_model_composes(model: str) -> None:
-    config = compose("train", TrainConfig, [*BASE, f"model={model}"])
-    assert config.model.name == model
-
-
-@pytest.mark.parametrize(
-    ("group", "choice"),
-    [(g, c) for g, choices in config_groups().items() if g not in ("model", "experiment") for c in choices],
-)
-def test_every_choice_of_every_group_composes(group: str, choice: str) -> None:
-    compose("train", TrainConfig, [*BASE, f"{group}={choice}"])
-
-
-@pytest.mark.parametrize("experiment", config_groups().get("experiment", ()))
-def test_every_experiment_composes_and_says_what_it_costs(experiment: str) -> None:
-    compose("train", TrainConfig, ["name=x", "data.root=somewhere", f"experiment={experiment}"])
-    head = (CONF_DIRECTORY / "experiment" / f"{experiment}.yaml").read_text().split("\n\n")[0].lower()
-    assert "python -m pipeline.train" in head
-    assert "top-1" in head and "gigabytes" in head, "an experiment opens with its accuracy and its gigabytes moved"
 
 
 def test_help_lists_every_key_with_its_meaning() -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.core.cli import compose, compose_container, config_groups
-from pipeline.models import zoo
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONF = REPOSITORY / "conf"
@@ -64,8 +62,9 @@ def test_command_composes(command: str) -> None:
     assert isinstance(compose(command, SCHEMAS[command], needed(command)), SCHEMAS[command])
 
 
-@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "experiment"])
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] not in ("experiment", "model")])
 def test_choice_composes(group: str, choice: str) -> None:
+    """Models do in tests/unit/models/test_zoo.py."""
     command = command_with(group)
     compose(command, SCHEMAS[command], [f"{group}={choice}", *needed(command)])
 
@@ -90,12 +89,3 @@ def test_experiment_opens_with_its_record(choice: str) -> None:
     assert lines[0].startswith("#")
     for pattern in (r"python -m pipeline\.", "machine", "time", "top-1", "gigabytes|GB"):
         assert re.search(pattern, head, re.IGNORECASE), f"{choice}.yaml does not state its {pattern}"
-
-
-@pytest.mark.parametrize("choice", GROUPS.get("model", ()))
-def test_model_exists_and_takes_its_metaparameters(choice: str) -> None:
-    settings = compose_container("train", [f"model={choice}", *needed("train")])["model"]
-    assert settings["name"] in zoo.names()
-    with torch.device("meta"):  # shapes without numbers: VGG is built in no time
-        model = zoo.build(settings["name"], num_classes=10, **settings["metaparameters"])
-    assert sum(parameter.numel() for parameter in model.parameters()) > 0
