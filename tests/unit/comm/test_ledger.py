@@ -2,13 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -304,15 +302,12 @@ def test_cards_that_cannot_be_read_are_said_to_be() -> None:
         assert "could not be read" in content["null_reasons"][f"servers.{name}"]
 
 
-# --- a world of one ---
+def test_attaching_needs_a_group() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        CollectiveMeter().attach()
 
 
-@pytest.fixture
-def world_of_one() -> Iterator[None]:
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+# --- a world of one: from here on the module has a group ---
 
 
 def attached() -> CollectiveMeter:
@@ -365,11 +360,6 @@ def test_state_of_another_version_is_refused() -> None:
 
 
 # --- the meter ---
-
-
-def test_attaching_needs_a_group() -> None:
-    with pytest.raises(RuntimeError, match="init_process_group"):
-        CollectiveMeter().attach()
 
 
 def test_phases_nest_and_return() -> None:

@@ -1,24 +1,16 @@
 """PowerSGD's state over restarts: what needs no second rank."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.core.errors import CheckpointError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one() -> Iterator[None]:
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 
 def saved_by(num_ranks: int, seed: int = 0) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun
 from tests.json_shape import mismatches
+from tests.making.runs import MakeRun
 
 # design.md's, which may grow but not change.
 CONTRACT_KEYS = {

@@ -24,8 +24,8 @@ from pipeline.forecasting.grid import (
 )
 from pipeline.forecasting.source import Source, read_source
 from pipeline.report.runs import read_run
-from tests.handmade_runs import handmade_run, timed_run
 from tests.json_shape import mismatches
+from tests.making.runs import handmade_run, timed_run
 
 pytestmark = pytest.mark.processes
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from pipeline.core.schemas.comparison import ModelLayerJson, ModelRowJson
 from pipeline.report import comparison_figures, figures
 from pipeline.report.comparison_figures import Layered, Rated, best_models, draw_all, layers_label
-from tests.handmade_runs import handmade_comparison, handmade_row
+from tests.making.runs import handmade_comparison, handmade_row
 
 
 def layer(name: str, kind: str, num_bytes: int) -> ModelLayerJson:

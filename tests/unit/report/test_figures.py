@@ -8,7 +8,7 @@ import pytest
 from pipeline.core.schemas.ledger import LayerJson
 from pipeline.report import figures
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun, handmade_row
+from tests.making.runs import MakeRun, handmade_row
 
 ROWS = [
     handmade_row(gradient_bytes=4_993_696, times_baseline=1.0),

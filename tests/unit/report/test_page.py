@@ -12,7 +12,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.report.page import write_comparison_report, write_run_report
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun, handmade_comparison, handmade_row
+from tests.making.runs import MakeRun, handmade_comparison, handmade_row
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

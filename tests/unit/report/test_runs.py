@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.core.errors import DataError
 from pipeline.report.runs import read_run
-from tests.handmade_runs import MakeRun
+from tests.making.runs import MakeRun
 
 
 def test_a_run_is_read_whole(make_run: MakeRun) -> None:

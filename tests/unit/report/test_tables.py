@@ -10,7 +10,7 @@ from pipeline.core.schemas.comparison import ModelRowJson
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.report.comparison_tables import comparison_csv, comparison_tables, terminal_table
 from pipeline.report.tables import collectives_table
-from tests.handmade_runs import handmade_comparison, handmade_row, handmade_run
+from tests.making.runs import handmade_comparison, handmade_row, handmade_run
 
 ROW = handmade_row(
     num_parameters=1_248_424,

@@ -2,15 +2,11 @@
 
 import dataclasses
 import fcntl
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from webdataset.writer import TarWriter
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger.traffic import Placement
@@ -19,15 +15,17 @@ from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import CheckpointError, ConfigError, DataError, UserError
-from pipeline.core.files import sha256_of_file
-from pipeline.data.shards.manifest import Manifest, Shard, Split
+from pipeline.data.shards.manifest import Manifest, Split
 from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path, sidecar_path
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training import steps
 from pipeline.training.resume import free_fields, must_match
 from pipeline.training.world import World
+from tests.making.pictures import picture
+from tests.making.shards import write_manifest, write_tar
 
 HASH = "of the shards"
+TRAINING = {"train-0.tar": 4, "train-1.tar": 4}
 
 
 @pytest.fixture
@@ -41,13 +39,12 @@ def world() -> World:
     return World(ranks, compute, meter, timeline, Placement.assumed(1), num_threads=1)
 
 
-def write_tar(path: Path, labels: list[str]) -> Shard:
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "JPEG")
-    with TarWriter(str(path)) as tar:
-        for number, label in enumerate(labels):
-            tar.write({"__key__": f"{path.stem[-1]}{number:06d}", "jpg": buffer.getvalue(), "cls": label})
-    return Shard(path.name, path.stat().st_size, sha256_of_file(path), len(labels))
+def write_labelled(path: Path, labels: Iterable[str]) -> None:
+    """A shard of pictures with these labels."""
+    content = picture(0, height=8, width=8)
+    write_tar(
+        path, [{"__key__": f"{path.stem[-1]}{n:06d}", "jpg": content, "cls": label} for n, label in enumerate(labels)]
+    )
 
 
 @pytest.fixture
@@ -55,10 +52,9 @@ def shards(tmp_path: Path) -> Path:
     """Two training shards of four pictures, one validation shard of three; classes 0, 1, 2."""
     root = tmp_path / "shards"
     root.mkdir()
-    train = (write_tar(root / "train-0.tar", list("0120")), write_tar(root / "train-1.tar", list("1201")))
-    Manifest(
-        ("a", "b", "c"), {"train": Split(train), "val": Split((write_tar(root / "val-0.tar", list("012")),))}
-    ).save(root)
+    for name, labels in (("train-0.tar", "0120"), ("train-1.tar", "1201"), ("val-0.tar", "012")):
+        write_labelled(root / name, labels)
+    write_manifest(root, {"train": TRAINING, "val": {"val-0.tar": 3}}, classes=("a", "b", "c"))
     return root
 
 
@@ -92,10 +88,8 @@ def spoil(shards: Path, how: str) -> None:
         Manifest(manifest.classes, {**manifest.splits, "train": split}).save(shards)
     elif how in ("a label too high", "a label below zero", "not a label"):
         label = {"a label too high": "3", "a label below zero": "-1", "not a label": "cat"}[how]
-        bad = write_tar(target, ["1", label, "0", "1"])
-        manifest = Manifest.load(shards)
-        split = Split((manifest.split("train").shards[0], bad))
-        Manifest(manifest.classes, {**manifest.splits, "train": split}).save(shards)
+        write_labelled(target, ["1", label, "0", "1"])
+        write_manifest(shards, {"train": TRAINING, "val": {"val-0.tar": 3}}, classes=("a", "b", "c"))
     elif how == "no validation split":
         manifest = Manifest.load(shards)
         Manifest(manifest.classes, {"train": manifest.split("train")}).save(shards)
@@ -132,7 +126,7 @@ def test_a_classifier_smaller_than_the_labels_is_refused(tmp_path: Path, world: 
 def test_a_label_of_foreign_shards_beyond_the_classifier_is_named(tmp_path: Path, shards: Path, world: World) -> None:
     """Nothing but the classifier says how many classes there are, so that it may be the label which is wrong."""
     (shards / "manifest.json").unlink()
-    write_tar(shards / "train-1.tar", list("1251"))
+    write_labelled(shards / "train-1.tar", "1251")
     assert steps.open_shards(configure(tmp_path), world).num_classes == 6
     assert steps.open_shards(configure(tmp_path, "model.num_classes=6"), world).num_classes == 6
     with pytest.raises(DataError, match=r"'1000002' of shard train-1\.tar has label 5.*model\.num_classes=4") as raised:
@@ -145,7 +139,7 @@ def test_a_validation_label_that_training_does_not_know_is_named(
     more: tuple[str, ...], said: str, tmp_path: Path, shards: Path, world: World
 ) -> None:
     (shards / "manifest.json").unlink()
-    write_tar(shards / "val-0.tar", list("0172"))
+    write_labelled(shards / "val-0.tar", "0172")
     with pytest.raises(DataError, match=rf"'0000002' of shard val-0\.tar has label 7.*{said}"):
         steps.open_shards(configure(tmp_path, *more), world)
     steps.open_shards(configure(tmp_path, *more, "trainer.validate_every_steps=0"), world)
