@@ -6,9 +6,10 @@
 
 The ground truth has one id per line, 1..1000, in the devkit's own order of synsets (`ILSVRC2012_ID`). That is not the
 order of sorted wnids which everybody trains with, so ids are turned into wnids before anything else. The table is
-ilsvrc2012_wnids.txt; meta.mat, which has held the same since 2012, must be there and is not parsed.
+ilsvrc2012_wnids.txt; meta.mat, which has held the same since 2012, must be there, byte for byte, and is not parsed.
 """
 
+import hashlib
 import re
 import tarfile
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ DEVKIT_NAMES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "IL
 VAL_PREFIX = "ILSVRC2012_val_"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
+META_SHA256 = "e159ee2fe4bcc4d03e7429e7ff35e6ec553b2a901018b559f400a2b0ae117a30"
+"""Hash of the devkit's own table of ids, of which ilsvrc2012_wnids.txt is a copy in text."""
 WNIDS_FILE = Path(__file__).with_name("ilsvrc2012_wnids.txt")
 
 
@@ -87,9 +90,15 @@ def read_ground_truth(devkit: Path, wnids: dict[int, str]) -> list[str]:
     """Read the wnid of each validation picture, in the order of their numbers.
 
     Raises:
-        DataError: A file is missing, or an id is out of range.
+        DataError: A file is missing, the devkit numbers its synsets in another way, or an id is out of range.
     """
-    lines = _devkit_files(devkit)[GROUND_TRUTH].decode("ascii", "replace").split()
+    files = _devkit_files(devkit)
+    if (found := hashlib.sha256(files[META]).hexdigest()) != META_SHA256:
+        raise DataError(
+            f"devkit={devkit}: {META} is damaged or another year's (SHA-256 {found[:12]}..., of"
+            f" ILSVRC2012_devkit_t12 {META_SHA256[:12]}...): its ids would name other classes. Fetch the devkit again."
+        )
+    lines = files[GROUND_TRUTH].decode("ascii", "replace").split()
     for line_number, line in enumerate(lines, 1):
         if not line.isdigit() or int(line) not in wnids:
             raise DataError(

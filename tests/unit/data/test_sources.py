@@ -151,12 +151,28 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
     assert len(opened(path).splits["train"]) == 5
 
 
+META = b"MATLAB 5.0 MAT-file"
+
+
+@pytest.fixture(autouse=True)
+def the_devkits_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real meta.mat is not ours to hand out: a stand-in takes its place, by its hash."""
+    monkeypatch.setattr("pipeline.data.prepare.ilsvrc2012.META_SHA256", hashlib.sha256(META).hexdigest())
+
+
+def test_a_devkit_that_numbers_its_synsets_in_another_way_is_refused(tmp_path: Path) -> None:
+    root = ilsvrc2012(tmp_path, devkit_as="directory")
+    (root / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(META + b"!")
+    with pytest.raises(DataError, match=r"meta.mat is damaged or another year's .* Fetch the devkit again"):
+        opened(root)
+
+
 def ilsvrc2012(root: Path, truth: list[int] = TRUTH, *, devkit_as: str = "tar.gz") -> Path:
     """ILSVRC2012's three archives in miniature. Returns their directory."""
     train = {f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": picture(i) for i in range(2)}) for wnid in WNIDS.values()}
     val = {f"ILSVRC2012_val_{number:08d}.JPEG": picture(100 + number) for number in (4, 2, 3, 1)}
     devkit = {
-        "data/meta.mat": b"MATLAB 5.0 MAT-file",
+        "data/meta.mat": META,
         "data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in truth).encode(),
     }
     write_files(root, {"ILSVRC2012_img_train.tar": tar_of(train), "ILSVRC2012_img_val.tar": tar_of(val)})
