@@ -43,7 +43,8 @@ class SectionJson(TypedDict):
     best_score: float | None
     owed_row: NotRequired[dict[str, float | int | None] | None]
     """Row of a step whose validation was broken off."""
-    ledger: dict[str, Any]
+    ledger: Any
+    """The ledger's own state, a TypedDict of `comm`, which this room does not import."""
     learner: dict[str, Any]
     """What neither the weights nor the optimiser hold: averaged weights, moments of a plateau."""
     powersgd: NotRequired[dict[str, Any] | None]

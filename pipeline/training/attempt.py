@@ -72,11 +72,11 @@ class Attempt(pl.Callback):
         )
         self.shards_hash = setup.shards.training.index_hash
         section = setup.start.section
-        self.best_score: float | None = section.get("best_score")
+        self.best_score: float | None = None if section is None else section.get("best_score")
         """Best validation top-1 of the run, earlier attempts included."""
         self.owed_row: Row | None = None
         """For the checkpoint: the row of its step, where validation was due and did not take place."""
-        owed = section.get("owed_row")
+        owed = None if section is None else section.get("owed_row")
         # The row of a step whose validation is due but not done; at first, of one that an earlier attempt broke off.
         self._pending: tuple[int, Row] | None = None if owed is None else (setup.start.step, dict(owed))
         self._saved_step = setup.start.step
@@ -221,7 +221,7 @@ class Attempt(pl.Callback):
         if best_score is not None and self.world.is_rank_zero:
             self.io.keep_as_best(path, best_score, "val/top1")
 
-    def to_checkpoint(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> checkpoints.SectionJson:
         """What neither the weights nor the optimiser hold, in plain types. Collective."""
         compression = None
         if self.powersgd is not None:  # before the ledger's state: gathering it is traffic

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError
 from pipeline.core.trees import flat, plain
+from pipeline.run.checkpoint_files import SectionJson
 from pipeline.run.provenance import versions
 
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
@@ -24,7 +25,7 @@ def free_fields(config: TrainConfig) -> dict[str, Any]:
     return {key: plain(value) for key, value in leaves.items() if key not in fixed and value != {}}
 
 
-def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, Any], path: Path) -> None:
+def refuse_drift(config: TrainConfig, shards_hash: str, section: SectionJson, path: Path) -> None:
     """Compare what must match.
 
     Args:
@@ -45,9 +46,7 @@ def refuse_drift(config: TrainConfig, shards_hash: str, section: Mapping[str, An
         )
 
 
-def changes(
-    config: TrainConfig, world_size: int, section: Mapping[str, Any], made_with: Mapping[str, str]
-) -> list[str]:
+def changes(config: TrainConfig, world_size: int, section: SectionJson, made_with: Mapping[str, str]) -> list[str]:
     """A clause for each free field, package and number of ranks that differs from the checkpoint's.
 
     Args:

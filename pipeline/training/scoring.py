@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import track
@@ -66,12 +66,12 @@ def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
     return Weights(model, num_outputs, f"{path} (step {section['step']})" if section else str(path))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> checkpoints.Content:
     """One of our checkpoints, proven by its sidecar, or a file of any origin; nothing in it is executed."""
     return checkpoints.load(path) if checkpoints.sidecar_path(path).exists() else checkpoints.load_foreign(path)
 
 
-def _state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+def _state_dict(content: checkpoints.Content) -> dict[str, Tensor]:
     """Weights under the model's own names; a run with averaged weights validates, and so is judged by, the average."""
     average = content.get(checkpoints.SECTION, {}).get("learner", {}).get("average")
     if average is not None:  # an AveragedModel keeps its weights under `module.`

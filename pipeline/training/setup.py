@@ -1,7 +1,6 @@
 """What is settled before the first step: facts that every later part of a training is handed, and nobody changes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.data.index import ShardIndex
@@ -28,20 +27,20 @@ class Start:
     step: int = 0
     """Optimiser steps already committed."""
     info: checkpoints.CheckpointInfo | None = None
-    content: dict[str, Any] | None = None
+    content: checkpoints.Content | None = None
     """The checkpoint as saved."""
     changes: tuple[str, ...] = ()
     """What differs from the attempt that saved it, and may."""
 
     @property
-    def section(self) -> dict[str, Any]:
-        """What we put into the checkpoint beside what Lightning puts there."""
-        return {} if self.content is None else self.content[checkpoints.SECTION]
+    def section(self) -> checkpoints.SectionJson | None:
+        """What we put into the checkpoint beside what Lightning puts there; None without a checkpoint."""
+        return None if self.content is None else self.content[checkpoints.SECTION]
 
     @property
     def num_recorded(self) -> int:
         """Rows of the record that stand. A row whose validation was broken off is written by this attempt."""
-        return self.step - (self.section.get("owed_row") is not None)
+        return self.step - (self.section is not None and self.section.get("owed_row") is not None)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def make_learner(setup: Setup) -> Learner:
             memory_format=world.compute.memory_format,
             origin=world.exchanging,
         )
-        if start.content is not None and start.info is not None:
+        if start.content is not None and start.info is not None and start.section is not None:
             checkpoints.require_same_model(
                 learner.state_dict(),
                 start.content["state_dict"],
@@ -225,7 +225,7 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
         CheckpointError: the state is of another rank of approximation.
     """
     config, world, start = setup.config, setup.world, setup.start
-    saved = start.section.get("powersgd")
+    saved = None if start.section is None else start.section.get("powersgd")
     if config.comm.hook != "powersgd":
         if saved is not None and saved["errors"]:
             world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
@@ -255,7 +255,7 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
     ledger = Ledger(
         world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
     )
-    if setup.start.content is not None:
+    if setup.start.section is not None:
         previous = None
         with contextlib.suppress(OSError, ValueError):
             previous = json.loads(setup.run.ledger.read_text())
