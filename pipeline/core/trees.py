@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return the leaves of nested mappings by dotted key: `{"a": {"b": 1}}` gives `{"a.b": 1}`.
 
     An empty mapping is a leaf.
     """
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     for key, inner in tree.items():
         if isinstance(inner, Mapping) and inner:
-            leaves.update(flat(cast(Mapping[str, Any], inner), f"{prefix}{key}."))
+            leaves.update(flat(cast(Mapping[str, object], inner), f"{prefix}{key}."))
         else:
             leaves[f"{prefix}{key}"] = inner
     return leaves
@@ -21,7 +21,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted name of every key of nested mappings, inner nodes included."""
     if isinstance(tree, Mapping):
-        for key, inner in cast(Mapping[str, Any], tree).items():
+        for key, inner in cast(Mapping[str, object], tree).items():
             yield f"{prefix}{key}"
             yield from dotted_keys(inner, f"{prefix}{key}.")
 

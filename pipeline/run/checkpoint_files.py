@@ -35,10 +35,10 @@ class SectionJson(TypedDict):
     model: str
     num_parameters: int
     num_classes: int
-    metaparameters: dict[str, Any]
-    must_match: dict[str, Any]
+    metaparameters: dict[str, object]
+    must_match: dict[str, object]
     """Fields that a resumed run may not change, by dotted key."""
-    free_fields: NotRequired[dict[str, Any]]
+    free_fields: NotRequired[dict[str, object]]
     """Fields that it may change, by dotted key."""
     best_score: float | None
     owed_row: NotRequired[dict[str, float | int | None] | None]

@@ -18,7 +18,7 @@ from pipeline.run.provenance import versions
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
 
 
-def free_fields(config: TrainConfig) -> dict[str, Any]:
+def free_fields(config: TrainConfig) -> dict[str, object]:
     """What a resumed run may change: plain values by dotted key, as a checkpoint keeps them."""
     fixed = {*must_match(config, ""), *NOT_WORTH_SAYING}
     leaves = flat(dataclasses.asdict(config))
@@ -63,7 +63,7 @@ def changes(config: TrainConfig, world_size: int, section: SectionJson, made_wit
     return [*fields, *ranks, *packages]
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """`key was 1 and is 2`, for keys of both and of one alone; a list and a tuple of the same values are the same."""
     return [
         f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
@@ -72,7 +72,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
+def _shown(values: Mapping[str, object], key: str) -> str:
     return repr(plain(values[key])) if key in values else "not there"
 
 
