@@ -11,7 +11,9 @@ from typing import Any, cast
 WIDTH = 100
 
 
-def format_help(command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: dict[str, object]) -> str:
+def format_help(
+    command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: dict[str, object]
+) -> str:
     """Return what can be set: groups with their choices, then every key with its default and meaning.
 
     Args:
@@ -48,7 +50,9 @@ def _lines_of_fields(schema: Any, values: dict[str, object], prefix: str) -> Ite
         key, hint = f"{prefix}{entry.name}", hints[entry.name]
         value: Any = values.get(entry.name, entry.default)
         if dataclasses.is_dataclass(hint):
-            yield from _lines_of_fields(hint, cast(dict[str, object], value) if isinstance(value, dict) else {}, f"{key}.")
+            yield from _lines_of_fields(
+                hint, cast(dict[str, object], value) if isinstance(value, dict) else {}, f"{key}."
+            )
             continue
         shown = "null" if value is None else "" if value is dataclasses.MISSING else value
         yield f"  {key}={list(cast(tuple[Any], shown)) if isinstance(shown, tuple) else shown}"

@@ -7,7 +7,6 @@ is said and kept in `attempts.jsonl`: a learning rate that was edited, a package
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError
