@@ -49,12 +49,12 @@ test: venv ## the tests but the slow ones, as CI runs them
 
 # Lint and the tests beside one another: pyright, the longest part of lint, is one process.
 .PHONY: quick
-quick: venv ## lint, and the unit tests that start no process: for the loop of whoever works here
+quick: venv ## lint, and the quick unit tests: for the loop of whoever works here
 	$(MAKE) --jobs=2 --output-sync=target --no-print-directory lint quick-tests
 
 .PHONY: quick-tests
 quick-tests: venv ## those unit tests alone
-	$(PY) -m pytest -q -m "not slow and not processes" -n 2 --dist loadfile tests/unit
+	$(PY) -m pytest -q -m "not slow and not not_quick" -n 2 --dist loadfile tests/unit
 
 .PHONY: test-all
 test-all: venv ## every test, an hour and a half; what came out goes into the table of tests/README.md

@@ -16,7 +16,6 @@ from pipeline.comparison.launcher import choose_launcher
 from pipeline.comparison.outcome import Outcome, metered_gradient_bytes
 from pipeline.comparison.result import choose_baseline, label_with_hook
 from pipeline.config.compare import CompareConfig
-from pipeline.config.training import BatchConfig
 from pipeline.core.compute import choose_accelerator
 from pipeline.core.errors import ConfigError, ExitCode, LedgerError, UserError
 from pipeline.core.overrides import literal
@@ -180,11 +179,7 @@ def read_outcomes(config: CompareConfig) -> list[Outcome]:
 
 
 def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None) -> Outcome:
-    batch = BatchConfig(
-        global_size=run.ledger["global_batch"],
-        max_per_rank=run.setting("batch.max_per_rank") or run.ledger["global_batch"],
-    ).split(run.ledger["world_size"])
-    facts = model_facts(model, run.setting("model.num_classes") or 1000, run.crop, batch.per_rank)
+    facts = model_facts(model, run.setting("model.num_classes") or 1000, run.crop, run.batch.per_rank)
     outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
     outcome = with_run(outcome, run.directory)
     if outcome.exit_code == ExitCode.LEDGER:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from pipeline.comm import forecast as pure
 from pipeline.config.hooks import ITEMSIZES
-from pipeline.config.training import BatchConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.ledger import CallJson, LedgerJson
 from pipeline.core.typed import require
@@ -62,7 +61,6 @@ def read_source(
         )
     network = pure.Network(_link_of(run, measured_bandwidth))
     measured = _measured_buckets(ledger, itemsize)
-    batch_per_rank, num_micro_batches = _micro_batch(run)
     step_seconds = run.step_seconds
     if step_seconds is None:
         raise ConfigError(f"{run.directory} recorded no step time: a forecast needs at least 2 steps.")
@@ -72,7 +70,7 @@ def read_source(
         backward_seconds=times.backward_seconds,
         other_seconds=max(0.0, step_seconds - (ledger["time"]["data_wait_seconds"] or 0.0) - passes_seconds),
         buckets=tuple(pure.Bucket(bucket.payload_bytes, itemsize, bucket.ready_seconds) for bucket in measured),
-        num_micro_batches=num_micro_batches,
+        num_micro_batches=run.batch.num_micro_batches,
         blocking_all_reduces=_num_blocking(calls, "all_reduce"),
         blocking_broadcasts=_num_blocking(calls, "broadcast"),
     )
@@ -88,7 +86,7 @@ def read_source(
         host=host,
         calls=tuple(calls),
         hook=hook,
-        batch_per_rank=batch_per_rank,
+        batch_per_rank=run.batch.per_rank,
         num_ranks=ledger["world_size"],
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
         network=network,
@@ -150,13 +148,6 @@ def _link_of(run: RunRecord, measured_bandwidth: str | None) -> float | None:
     return None  # all ranks on one machine, loopback
 
 
-def _micro_batch(run: RunRecord) -> tuple[int, int]:
-    """Return (pictures of a micro-batch on a rank, micro-batches of a step)."""
-    largest = run.setting("batch.max_per_rank") or run.ledger["global_batch"]
-    batch = BatchConfig(global_size=run.ledger["global_batch"], max_per_rank=largest).split(run.ledger["world_size"])
-    return batch.per_rank, batch.num_micro_batches
-
-
 def _compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:
     """Return the seconds of a step of ranks that run side by side, without data: the median of the slowest one's.
 
@@ -183,7 +174,8 @@ def _refuse_other_conditions(compute: RunRecord, run: RunRecord) -> None:
     )
     for what, here, there in (
         ("model", run.ledger["model"], compute.ledger["model"]),
-        ("batch of a rank", _micro_batch(run), _micro_batch(compute)),
+        ("batch of a rank", run.batch.per_rank, compute.batch.per_rank),
+        ("number of micro-batches", run.batch.num_micro_batches, compute.batch.num_micro_batches),
         ("crop", run.setting("data.size"), compute.setting("data.size")),
         ("arithmetic", run.recorded("arithmetic"), compute.recorded("arithmetic")),
     ):

@@ -1,5 +1,6 @@
 """What a model's shapes tell about it, without a run."""
 
+import functools
 from dataclasses import dataclass
 
 from pipeline.core.errors import ConfigError
@@ -20,6 +21,7 @@ class ModelFacts:
     why_no_footprint: str = ""
 
 
+@functools.cache  # a model that is compared with several compressions is built once
 def model_facts(spec: str, num_classes: int, image_size: int | None, batch_size: int | None) -> ModelFacts:
     """Return the facts of a model.
 

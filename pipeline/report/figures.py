@@ -77,7 +77,7 @@ def _new_figure(width: float, height: float, num_panels: int = 1) -> "tuple[Figu
 
 
 def draw(width: float, height: float, paint: Callable[..., None], num_panels: int = 1) -> "Figure":
-    """Return a figure whose axes `paint` fills.
+    """Return a figure whose axes `paint` fills, laid out once for every file that is made of it.
 
     Args:
         width: Width in inches.
@@ -90,6 +90,8 @@ def draw(width: float, height: float, paint: Callable[..., None], num_panels: in
     with rc_context(_STYLE):
         figure, axes = _new_figure(width, height, num_panels)
         paint(*axes)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it would measure every text again for each file
     return figure
 
 

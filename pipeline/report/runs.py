@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import yaml
 
+from pipeline.config.training import BatchConfig, BatchSplit
 from pipeline.core.errors import DataError
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.trees import flat
@@ -50,6 +51,13 @@ class RunRecord:
         """Return the metric's latest value."""
         values = self.series(key)[1]
         return values[-1] if values else None
+
+    @property
+    def batch(self) -> BatchSplit:
+        """What a step took, and how the ranks shared it."""
+        size = self.ledger["global_batch"]
+        largest = self.setting("batch.max_per_rank") or size
+        return BatchConfig(global_size=size, max_per_rank=largest).split(self.ledger["world_size"])
 
     @property
     def crop(self) -> int | None:

@@ -1,6 +1,7 @@
 """Run directories written by hand, as `train` leaves them: real models' layers, chosen times."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,11 @@ class HandmadeRun:
 
 
 def layers_of(model: str, num_classes: int = 1000, **metaparameters: Any) -> list[dict[str, Any]]:
+    return [dict(layer) for layer in _layers(model, num_classes, **metaparameters)]
+
+
+@functools.cache
+def _layers(model: str, num_classes: int, **metaparameters: Any) -> list[dict[str, Any]]:
     with torch.device("meta"):
         network = zoo.build(model, num_classes, **metaparameters)
     by_layer: dict[str, int] = {}

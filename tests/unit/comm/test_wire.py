@@ -254,7 +254,7 @@ def test_results_cannot_be_altered() -> None:
         links[0, 1] = gloo.Link(0, 0)  # type: ignore[index]
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_the_formulas_need_the_standard_library_alone() -> None:
     """They are imported where neither torch nor the rest of this program is."""
     script = """

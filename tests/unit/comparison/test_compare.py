@@ -276,7 +276,7 @@ def test_every_candidate_gets_the_same_conditions(tmp_path: Path) -> None:
     assert [candidate.slug for candidate in candidates] == ["squeezenet1_0", "squeezenet1_0@sr=0.5", "vgg16"]
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_the_command_ends_2_and_names_the_nearest_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.compare", "models=[squezenet1_0]", f"run_root={tmp_path}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -285,7 +285,7 @@ def test_the_command_ends_2_and_names_the_nearest_model(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_missing_shards_end_3_before_any_run(tmp_path: Path) -> None:
     where = [f"run_root={tmp_path}/runs", f"data.root={tmp_path}/nowhere"]
     command = [sys.executable, "-m", "pipeline.compare", "models=[squeezenet1_0]", *where]

@@ -88,7 +88,7 @@ def test_help_lists_every_key_with_its_meaning() -> None:
         assert f" model.metaparameters.{key}=" in text and sentence.split()[0] in text
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_exit_codes_and_one_sentence() -> None:
     wrong_key = run(*BASE, "trainer.max_step=1")
     assert wrong_key.returncode == 2
@@ -101,7 +101,7 @@ def test_exit_codes_and_one_sentence() -> None:
     assert no_shards.stderr.count("\n") == 1
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_cfg_job_prints_the_configuration_and_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.train", *BASE, "--cfg", "job"],

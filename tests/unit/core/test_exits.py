@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.exits import VARIABLE, Causes, read_causes
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 ROOT = Path(__file__).resolve().parents[3]
 # A command whose body does one thing, as a rank of a job.

@@ -67,7 +67,7 @@ def test_what_is_printed_holds_no_password(user: str, password: str, before: str
     assert redacted(f"{before}{after}") == f"{before}{after}"
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("argument", [f"name={KEY}", f"+tracking.api_key={KEY}", f"wandb.token={KEY}", KEY])
 def test_a_key_in_an_argument_is_refused_before_anything_repeats_it(argument: str) -> None:
     ended = command(*BASE[1:], argument)
@@ -99,7 +99,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("arguments", ATTACKS.values(), ids=ATTACKS.keys())
 def test_nothing_that_a_string_names_is_called(arguments: tuple[str, ...], tmp_path: Path) -> None:
     marker = tmp_path / "marker"
@@ -117,7 +117,7 @@ FILES = {
 }
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize(
     ("text", "words", "flag"),
     [
@@ -135,7 +135,7 @@ def test_yaml_from_elsewhere_is_data(text: str, words: str, flag: str, tmp_path:
     assert not marker.exists() and KEY not in ended.stdout + ended.stderr
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_nothing_a_command_leaves_is_writable_by_everybody(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from pipeline.core.cli import run_command;"

@@ -101,6 +101,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.mark.not_quick
 @pytest.mark.usefixtures("one_thread")
 def test_a_linear_model_does_not_learn_it() -> None:
     """On 32x32 pixels it must stay below 0.5, though it has the means to fit what it is shown."""

@@ -23,7 +23,7 @@ from pipeline.data.remote.transfer import FetchBudget
 from tests.shard_server import Rule, ShardServer, serving
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 SIZE = 100_000
 NAMES = [f"train-{number:06d}.tar" for number in range(8)]

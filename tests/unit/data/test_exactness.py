@@ -42,6 +42,7 @@ def test_every_kill_and_every_change_of_ranks_leaves_the_order_alone(index: Shar
     assert tally.epochs == grids**2 * sum(2 * (4 if rule.tail == "pad" else 3) - 1 for rule in RULES)
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("rule", LOADER_RULES, ids=str)
 def test_real_loaders_killed_with_batches_in_flight_leave_it_alone_too(index: ShardIndex, rule: Rule) -> None:
     tally = through_loaders(index, [rule], world_sizes=(1, 3), workers=(0, 1))

@@ -214,7 +214,7 @@ print((peak() - before) * 1024)
 """
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_no_picture_takes_more_memory_than_its_pixels(tmp_path: Path) -> None:
     """Measured in a process of its own, after a picture of ordinary size: two bombs, and strips that would be gigabytes
     if they were resized whole."""

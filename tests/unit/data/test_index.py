@@ -324,7 +324,7 @@ def test_shards_that_prepare_has_not_finished_are_not_taken_for_foreign_ones(roo
     assert "unfinished" in refused(root)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_another_process_gets_the_same_index(root: Path) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     program = "import sys; from pipeline.data.index import ShardIndex; print(ShardIndex.open(*sys.argv[1:]).index_hash)"

@@ -124,7 +124,7 @@ def test_a_picture_cut_short_is_refused_for_what_is_missing_below_the_crop_too(i
             )
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_pixels_do_not_depend_on_what_the_processor_can_do(tmp_path: Path) -> None:
     """libjpeg-turbo and torch choose among several implementations; the plainest gives what the fastest gives."""
     path = tmp_path / "photograph.jpg"

@@ -103,7 +103,7 @@ def test_an_epoch_shows_each_sample_at_most_once_and_whole_batches_only(
     assert len(set(first_epoch.tolist())) == STEPS_PER_EPOCH * GLOBAL_BATCH
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize(
     ("world_size", "num_micro_batches", "num_workers"),
     [(1, 1, 1), (1, 1, 2), (1, 3, 0), (2, 1, 1), (3, 2, 0), (4, 1, 0)],
@@ -123,7 +123,7 @@ def test_a_run_resumed_anywhere_on_any_number_of_ranks_goes_on_alike(
     assert_same(steps_of(index, world_size, start_step=start_step), uninterrupted[start_step:])
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_resumed_run_with_workers_goes_on_alike(index: ShardIndex, uninterrupted: list[LoadedBatch]) -> None:
     assert_same(steps_of(index, 2, start_step=3, num_workers=1), uninterrupted[3:])
 
@@ -190,7 +190,7 @@ def test_validation_counts_each_picture_exactly_once(index: ShardIndex, world_si
     assert (everything.sample_ids_B[~real] == -1).all() and (everything.labels_B[~real] == 0).all()
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_validation_does_not_depend_on_workers(index: ShardIndex) -> None:
     assert_same(evaluated(index, 1, 10, num_workers=1)[0], evaluated(index, 1, 10)[0])
 
@@ -353,7 +353,7 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loading: Loading) -> None:
     """Slurm sends its warning to every process of a step; the loaders must go on until their rank has saved."""
     assert len(loading.started) >= 4  # two workers, the fork server, multiprocessing's resource tracker
@@ -366,7 +366,7 @@ def test_signals_meant_for_ranks_leave_workers_alone_and_its_death_ends_them(loa
     assert_all_end(loading.started)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_process_that_fails_with_workers_running_does_end(loading: Loading) -> None:
     loading.say("fail")
     assert loading.process.wait(timeout=60) == 1

@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import Manifest
 from pipeline.prepare import prepare
 from tests.making.pictures import stored_samples
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 DEADLINE_SECONDS = 120
 READER = Path(__file__).with_name("read_as_a_peer.py")

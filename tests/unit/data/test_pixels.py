@@ -133,7 +133,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_reason(name: str) -> None:
         assert str(caught.value)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_bomb_is_refused_before_its_memory_is_taken(tmp_path: Path) -> None:
     """In a process of its own, whose peak nothing else has raised."""
     program = (
@@ -353,7 +353,7 @@ def test_random_crops_come_from_the_resized_picture() -> None:
         assert distance.min() <= 1
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_pixels_need_no_torch() -> None:
     program = "import sys, pipeline.data.pixels; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], timeout=120, check=True)

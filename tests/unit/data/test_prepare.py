@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import Manifest
 from tests.making.pictures import contents_of, picture, pictures, stored_samples, tar_of, write_files
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

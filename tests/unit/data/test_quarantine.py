@@ -138,7 +138,7 @@ for number in map(int, met):
 """
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_ranks_that_write_at_the_same_moment_lose_and_double_nothing(index: ShardIndex, tmp_path: Path) -> None:
     met = [list(range(60)), list(range(59, 20, -1)), list(range(10, 80, 2))]
     ranks = [

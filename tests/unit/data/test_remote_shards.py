@@ -34,7 +34,7 @@ from tests.s3_server import BUCKET, client_of, credentials, serving_s3, upload
 from tests.shard_server import Rule, ShardServer, serving
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 DEADLINE_SECONDS = 60.0
 

@@ -385,7 +385,7 @@ def write_members(path: Path, names: Sequence[str]) -> Path:
     return path
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("num_members", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_million_members_take_bounded_memory(tmp_path: Path, num_members: int) -> None:
     names = [f"d{number % 7}/{number:07d}.txt" for number in range(num_members)]
@@ -395,7 +395,7 @@ def test_a_million_members_take_bounded_memory(tmp_path: Path, num_members: int)
     assert grown_bytes < 8 * 2**20
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.slow
 def test_a_million_samples_take_bounded_memory_and_more_are_refused(tmp_path: Path) -> None:
     """Pictures whose labels are missing cost what whole samples do."""

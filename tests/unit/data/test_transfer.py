@@ -28,7 +28,7 @@ from pipeline.data.remote.store import retry_after
 from pipeline.data.remote.transfer import Expected, FetchBudget, fetch, head
 from tests.shard_server import Rule, ShardServer, serving
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 NAME = "train-000000.tar"
 CONTENT = np.random.default_rng(0).bytes(300_000)

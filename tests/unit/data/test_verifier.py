@@ -15,7 +15,7 @@ from pipeline.core.files import sha256_of_file
 from tests.making.pictures import contents_of, picture
 from tests.making.shards import samples_of, write_manifest, write_shards, write_tar
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEADLINE_SECONDS = 120

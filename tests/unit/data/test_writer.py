@@ -233,7 +233,7 @@ def test_as_many_may_be_bad_as_the_number_says_that_is_written(tmp_path: Path) -
     assert manifest.split("train").num_samples == 71
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_bad_pictures_stop_worker_processes_too(source: PictureSource, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cat/0003\.jpg: empty file"):
         write(with_broken(source, tmp_path, b""), tmp_path / "out", num_workers=2)

@@ -27,7 +27,7 @@ from pipeline.report.runs import read_run
 from tests.json_shape import mismatches
 from tests.making.runs import handmade_run, timed_run
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 
 def plan(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -42,7 +42,7 @@ def outcomes(directory: Path, in_ci: bool) -> dict[str, int]:
     return {word.removesuffix("s"): int(count) for count, word in re.findall(r"(\d+) ([a-z]+)", closing)}
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_in_ci_only_hardware_may_skip(tmp_path: Path) -> None:
     hooks = "pytest_make_collect_report, pytest_runtest_makereport"
     line = f"from tests.skips import {hooks}"
@@ -67,7 +67,7 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
     assert [hook["entry"] for hook in hooks if LINT.match(hook["entry"])] == commands
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_pre_commit_accepts_its_configuration() -> None:
     command = [sys.executable, "-m", "pre_commit", "validate-config", ".pre-commit-config.yaml"]
     assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == 0

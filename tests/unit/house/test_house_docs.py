@@ -176,6 +176,7 @@ def wrong_with_commands(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_command_would_run(page: Path) -> None:
     assert wrong_with_commands(page.read_text()) == []

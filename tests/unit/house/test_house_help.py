@@ -30,7 +30,7 @@ def test_the_commands_are_there() -> None:
     assert {"train", "evaluate", "prepare", "compare"} <= set(COMMANDS)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_quick(command: str) -> None:
     """The best of three: the promise is about the program, not about what else the machine does."""
@@ -42,7 +42,7 @@ def test_help_is_quick(command: str) -> None:
     assert min(seconds) < LONGEST_SECONDS
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_no_torch(command: str) -> None:
     """Why it is quick."""
@@ -53,7 +53,7 @@ def test_help_imports_no_torch(command: str) -> None:
     assert not modules & {"torch", "torchvision", "pytorch_lightning", "wandb", "matplotlib"}
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_lists_every_key(command: str) -> None:
     text = help_of(command)

@@ -58,7 +58,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("file", PLANTED)
 def test_the_contracts_catch_a_planted_violation(file: str, tmp_path: Path) -> None:
     """`make lint` runs them on the house as it stands; here each is seen to bite."""

@@ -46,6 +46,7 @@ def test_squeezenets_multiply_adds(name: str, image_size: int, millions: float) 
     assert meta_cost(name, image_size).macs / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_multiply_adds_are_those_that_torchvision_states(name: str) -> None:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]

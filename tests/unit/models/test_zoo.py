@@ -29,7 +29,7 @@ def meta(name: str, num_classes: int = 1000, **metaparameters: Any) -> torch.nn.
         return zoo.build(name, num_classes, **metaparameters)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_names_specs_and_figures_need_no_torch() -> None:
     code = (
         "import sys; from pipeline.models import zoo; zoo.names(); zoo.published_accuracy('alexnet');"
@@ -165,6 +165,7 @@ def test_every_model_is_a_choice_and_has_a_file_only_where_its_input_differs() -
         assert build_config(ModelConfig, settings) != ModelConfig(name=path.stem), f"{path.name} says nothing"
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("name", zoo.names())
 def test_each_choice_is_valid_and_names_its_model(name: str) -> None:
     config = compose("train", TrainConfig, ["name=x", "data.root=x", "trainer.max_steps=1", f"model={name}"]).model

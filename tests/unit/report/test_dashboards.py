@@ -22,6 +22,8 @@ METRICS = (
     *(f"comm/{name}_bytes" for name in ("gradient", "payload", "transport", "server_egress")),
     *("comm/total_gigabytes", "comm/seconds", "comm/exposed_seconds", "comm/exposed_share", "comm/bus_bandwidth"),
 )
+pytestmark = pytest.mark.not_quick
+
 API_KEY = "0123456789abcdef" * 2 + "01234567"
 DEADLINE_SECONDS = 300.0  # of a command that should take seconds
 

@@ -293,7 +293,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
@@ -339,7 +339,7 @@ def _save_until_killed(directory: Path) -> None:
         io.keep_as_best(path, score=step / 1000, metric="val/top1")
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_killed_at_any_moment_the_newest_is_whole_and_nothing_is_passed_over(tmp_path: Path) -> None:
     generator = random.Random(0)
     versions()  # kept by this process for all that it forks: looking them up takes longer than a save
@@ -369,7 +369,7 @@ def _save_until_file_size(directory: Path, step: int, num_bytes: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize("step", [2, 3], ids=["over the same name", "under a new name"])
 def test_killed_at_any_byte_of_a_save_the_one_before_is_whole(step: int, tmp_path: Path) -> None:
     """The kernel ends the process when the file would grow beyond a limit: 20 random ones, the first and the last."""

@@ -59,7 +59,7 @@ def test_open_makes_the_directory_and_leaves_no_probe(run: RunDirectory) -> None
     assert not any(path.stat().st_mode & 0o002 for path in run.path.rglob("*"))
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_half_written_checkpoints_are_swept_whoever_has_their_pid_now(tmp_path: Path) -> None:
     """In containers every rank 0 has the same small pid, and that of a host is another process elsewhere."""
     checkpoints = tmp_path / "first" / "checkpoints"
@@ -91,7 +91,7 @@ def test_beside_them_only_what_dead_writers_left_is_swept(tmp_path: Path) -> Non
     assert alive.exists() and not dead.exists()
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_disk_that_leftovers_fill_is_swept_before_it_is_tried(tmp_path: Path) -> None:
     place = mount(tmp_path, "size=1500k")
     try:
@@ -121,7 +121,7 @@ def mount(tmp_path: Path, options: str) -> Path:
     return place
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 @pytest.mark.parametrize(("options", "message"), [("ro", "read-only"), ("size=64k", "disk is full")])
 def test_a_disk_that_cannot_be_written_is_a_sentence(options: str, message: str, tmp_path: Path) -> None:
     place = mount(tmp_path, options)
@@ -163,7 +163,7 @@ def test_a_second_owner_is_refused_with_the_first_ones_name(run: RunDirectory) -
     second.close()
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_ranks_of_another_process_are_refused(run: RunDirectory) -> None:
     program = (
         "from pipeline.run.directory import RunDirectory\n"
@@ -185,7 +185,7 @@ signal.pause()
 """
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_a_killed_owner_leaves_no_lock_even_with_an_orphaned_worker(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER_WITH_WORKER, tmp_path], stdout=subprocess.PIPE)
     assert owner.stdout is not None

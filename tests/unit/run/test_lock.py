@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, ExitCode, Preempted
 from pipeline.run import lock
 from pipeline.run.lock import RunLock, this_process
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 RACER = """
 import sys, time

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 DEADLINE_SECONDS = 60.0
 PREAMBLE = """

@@ -25,7 +25,7 @@ from pipeline.run.record.metrics_log import read_rows
 from pipeline.run.record.tracking import Tracker, wandb_id
 from tests.wandb_file import records
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 API_KEY = "0123456789abcdef" * 2 + "01234567"
 ROW = {"train/loss": 0.5, "perf/images_per_second": 100.0, "comm/gradient_bytes": 4_941_952, "comm/seconds": None}

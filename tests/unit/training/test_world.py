@@ -22,7 +22,7 @@ from pipeline.run.launch.ranks import RankInfo, find_ranks
 from pipeline.run.launch.supervisor import supervise
 from pipeline.training.world import World, join_group
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.not_quick
 
 CPU = ClusterConfig(accelerator="cpu", num_threads=1, timeout_seconds=60)
 FP32 = TrainerConfig(max_steps=1, precision="fp32")
