@@ -41,11 +41,13 @@ demo: venv ## shards, a two-rank training and a comparison with larger models: r
 	$(PY) -m pipeline.train experiment=demo
 	$(PY) -m pipeline.compare name=demo data.root=$(DEMO_SHARDS) data.size=64 steps=5 alone=false
 
-# Unit tests share nothing and take all cores. The others are ranks, clusters and deadlines: one at a time.
+# One worker more than cores: ranks and clusters wait for one another much of their time. They come first, file by file
+# (tests/sharing.py), so that the many short files of the unit tests fill the end.
+SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: test
 test: venv ## the tests but the slow ones, as CI runs them
-	$(PY) -m pytest -m "not slow" -n $$(nproc) --maxprocesses 8 --dist loadfile tests/unit; code=$$?; \
-	$(PY) -m pytest -m "not slow" --ignore=tests/unit || exit; exit $$code
+	$(PY) -m pytest -m "not slow" $(SIDE_BY_SIDE) --durations=25
 
 # Lint and the tests beside one another: pyright, the longest part of lint, is one process.
 .PHONY: quick

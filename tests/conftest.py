@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from tests.making.pairs import PAIR_OPTIONS, Pair, make_pair
 from tests.making.shards import write_shards
+from tests.sharing import group, made_once
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # pytest finds its hooks here
@@ -24,10 +25,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what stays together under pytest-xdist."""
+    group(items)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sound ones. Nobody changes them."""
-    return write_shards(tmp_path_factory.mktemp("small") / "shards")
+    return made_once(tmp_path_factory, "small", lambda root: write_shards(root / "shards")) / "shards"
 
 
 @pytest.fixture(scope="session")
@@ -36,4 +42,7 @@ def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
     The supervisor is killed when rank 1 is fed the second half of step 7, in the second epoch.
     """
-    return make_pair(tmp_path_factory.mktemp("two"), shards, 2, "1 7 1 supervisor", *PAIR_OPTIONS)
+    root = made_once(
+        tmp_path_factory, "two", lambda root: make_pair(root, shards, 2, "1 7 1 supervisor", *PAIR_OPTIONS)
+    )
+    return Pair(root, 2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,12 @@ def contents(run: Path) -> dict[str, str]:
     }
 
 
-def test_a_finished_run_ends_at_once_and_changes_nothing(two_ranks: Pair, shards: Path) -> None:
-    before = contents(two_ranks.unbroken)
-    ended = train_recorded(two_ranks.root, shards, "unbroken", 2, *PAIR_OPTIONS)
+def test_a_finished_run_ends_at_once_and_changes_nothing(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_ranks.unbroken, tmp_path / "unbroken")
+    before = contents(tmp_path / "unbroken")
+    ended = train_recorded(tmp_path, shards, "unbroken", 2, *PAIR_OPTIONS)
     assert "unbroken is finished: 11 of 11 steps are done. Nothing to do." in ended.output
-    assert contents(two_ranks.unbroken) == before
+    assert contents(tmp_path / "unbroken") == before
 
 
 def test_what_the_run_is_made_of_is_written_down(two_ranks: Pair) -> None:
