@@ -43,7 +43,7 @@ demo: venv ## shards, a two-rank training and a comparison with larger models: r
 
 # One worker more than cores: ranks and clusters wait for one another much of their time. They come first, file by file
 # (tests/sharing.py), so that the many short files of the unit tests fill the end.
-SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --maxprocesses 8 --no-loadscope-reorder
 
 .PHONY: test
 test: venv ## the tests but the slow ones, as CI runs them
@@ -56,7 +56,7 @@ quick: venv ## lint, and the quick unit tests: for the loop of whoever works her
 
 .PHONY: quick-tests
 quick-tests: venv ## those unit tests alone
-	$(PY) -m pytest -q -m "not slow and not not_quick" -n 2 --dist loadfile tests/unit
+	$(PY) -m pytest -q -m "not slow and not not_quick" -n 2 tests/unit
 
 .PHONY: test-all
 test-all: venv ## every test, an hour and a half; what came out goes into the table of tests/README.md

@@ -9,10 +9,14 @@ from hypothesis import settings
 
 from tests.making.pairs import PAIR_OPTIONS, Pair, make_pair
 from tests.making.shards import write_shards
-from tests.sharing import group, made_once
+from tests.sharing import made_once, pytest_xdist_make_scheduler
 from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # pytest finds its hooks here
+__all__ = [
+    "pytest_make_collect_report",
+    "pytest_runtest_makereport",
+    "pytest_xdist_make_scheduler",
+]  # pytest finds its hooks here
 
 settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 if not os.environ.get(
@@ -23,12 +27,6 @@ if not os.environ.get(
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts its background jobs so, and what a test starts would inherit it: Ctrl-C could not be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what stays together under pytest-xdist."""
-    group(items)
 
 
 @pytest.fixture(scope="session")
