@@ -140,8 +140,14 @@ MODELS: dict[str, ModelEntry] = {
 
 
 def register() -> None:
-    """Make each model without a file in conf/model a choice of Hydra's group `model`."""
-    from hydra.core.config_store import ConfigStore
+    """Make each model without a file in conf/model a choice of Hydra's group `model`.
+
+    Without Hydra no command runs, but the networks, the pixels and a step's arithmetic do.
+    """
+    try:
+        from hydra.core.config_store import ConfigStore
+    except ModuleNotFoundError:
+        return
 
     for name in MODELS:
         if not (CONF_DIRECTORY / "model" / f"{name}.yaml").exists():

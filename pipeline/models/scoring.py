@@ -1,6 +1,6 @@
-"""From pixels to a score: what a network is fed, and exact sums over every picture of a split. Tensors only.
+"""Exact sums over every picture of a split. Tensors only.
 
-Shape suffixes: B pictures of a micro-batch, C channels, H W pixels, K classes.
+Shape suffixes: B pictures of a micro-batch, K classes.
 """
 
 from typing import Any, cast
@@ -11,28 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from pipeline.config.model import InputConfig
 from pipeline.core.compute import has_peers
-
-
-class Normalizer(nn.Module):
-    """uint8 RGB pixels to what a network expects, on the device."""
-
-    def __init__(self, config: InputConfig) -> None:
-        super().__init__()
-        self.reverse_channels = config.channel_order == "bgr"
-        # Plain attributes: DDP would broadcast registered buffers before every forward pass.
-        self.mean_CHW = torch.tensor(config.mean).view(3, 1, 1)
-        self.scale_CHW = 1 / torch.tensor(config.std).view(3, 1, 1)
-
-    def forward(self, images_BCHW: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """float32 in `memory_format`."""
-        if self.reverse_channels:
-            images_BCHW = images_BCHW.flip(1)
-        if self.mean_CHW.device != images_BCHW.device:
-            self.mean_CHW, self.scale_CHW = self.mean_CHW.to(images_BCHW.device), self.scale_CHW.to(images_BCHW.device)
-        pixels_BCHW = images_BCHW.to(torch.float32, memory_format=memory_format)
-        return pixels_BCHW.sub_(self.mean_CHW).mul_(self.scale_CHW)
 
 
 class ExactMetrics(nn.Module):

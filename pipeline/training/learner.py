@@ -18,7 +18,6 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config.model import InputConfig
@@ -26,7 +25,9 @@ from pipeline.config.training import RecipeConfig
 from pipeline.core.compute import has_peers
 from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
-from pipeline.models.scoring import ExactMetrics, Normalizer
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.scoring import ExactMetrics
+from pipeline.training import arithmetic
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
@@ -131,16 +132,9 @@ class Learner(pl.LightningModule):
         return self.model if self.average is None else self.average.module
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD over all parameters, biases decayed too, as the Caffe solver does."""
-        recipe = self.recipe
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=learning_rate(recipe, self.committed_steps, self.num_steps),
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.nesterov,
-            fused=True,  # the same arithmetic, bit for bit, in one pass over memory instead of five
-        )
+        """SGD, going on from the state that was saved."""
+        lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+        optimizer = arithmetic.make_optimizer(self.model.parameters(), self.recipe, lr)
         if self.optimizer_state is not None:
             # Only the state is taken over: hyper-parameters come from the configuration, which may have been edited.
             groups = optimizer.state_dict()["param_groups"]
@@ -177,14 +171,16 @@ class Learner(pl.LightningModule):
     def training_step(self, batch: LoadedBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch on this rank."""
         del batch_idx
-        logits_BK = self.model(self.normalizer(batch.images_BCHW, self.activation_format))
-        loss = F.cross_entropy(logits_BK.float(), batch.labels_B, label_smoothing=self.recipe.label_smoothing)
+        loss, sums = arithmetic.micro_batch(
+            self.model,
+            self.normalizer,
+            batch.images_BCHW,
+            batch.labels_B,
+            memory_format=self.activation_format,
+            label_smoothing=self.recipe.label_smoothing,
+        )
         if not self.warming_up:
-            with torch.no_grad():
-                num_correct = (logits_BK.argmax(1) == batch.labels_B).sum()
-                size = len(batch.labels_B)
-                step_sums = torch.stack([loss.detach() * size, num_correct, torch.full_like(loss, size)])
-                self._sums = self._sums.to(loss.device) + step_sums
+            self._sums = self._sums.to(loss.device) + sums
             self._sample_ids.append(batch.sample_ids_B)
         return loss
 
@@ -193,13 +189,11 @@ class Learner(pl.LightningModule):
 
         The gradient is already reduced, so every rank sees the same norm and decides alike, without traffic.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        parameters, norm = arithmetic.reduced_gradient(optimizer)
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
             raise NonFiniteError(self._describe_non_finite())
-        if self.recipe.grad_clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.grad_clip_norm, norm)
+        arithmetic.clip(parameters, norm, self.recipe.grad_clip_norm)
 
     def _describe_non_finite(self) -> str:
         """Step, ranks whose own loss is not finite, and this rank's sample ids. Collective."""

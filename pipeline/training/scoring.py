@@ -15,7 +15,8 @@ from pipeline.data.loader import evaluation_loader
 from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
 from pipeline.models import zoo
 from pipeline.models.caffe import load_npz
-from pipeline.models.scoring import ExactMetrics, Normalizer
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.scoring import ExactMetrics
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.training.learner import NAME_PREFIX

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pipeline.config.model import InputConfig
-from pipeline.models.scoring import ExactMetrics, Normalizer
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.scoring import ExactMetrics
 
 # --- pixels ---
 

@@ -1,0 +1,58 @@
+"""The arithmetic of a training step in torch alone: what the learner computes between Lightning's calls.
+
+Apart from Lightning so that it can be measured, and used, where torch is all there is. Nothing in here waits for the
+device: what it returns are tensors, and whoever reads one waits.
+
+Shape suffixes: B pictures of a micro-batch, C channels, H W pixels, K classes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config.training import RecipeConfig
+from pipeline.models.normalizer import Normalizer
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: RecipeConfig, lr: float) -> torch.optim.SGD:
+    """SGD over all parameters, biases decayed too, as the Caffe solver does."""
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=True,  # the same arithmetic, bit for bit, in one pass over memory instead of five
+    )
+
+
+def micro_batch(
+    model: nn.Module,
+    normalizer: Normalizer,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    memory_format: torch.memory_format,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of a micro-batch, and its sums for the metrics: loss, correct, pictures."""
+    logits_BK = model(normalizer(images_BCHW, memory_format))
+    loss = F.cross_entropy(logits_BK.float(), labels_B, label_smoothing=label_smoothing)
+    with torch.no_grad():
+        num_correct = (logits_BK.argmax(1) == labels_B).sum()
+        size = len(labels_B)
+        return loss, torch.stack([loss.detach() * size, num_correct, torch.full_like(loss, size)])
+
+
+def reduced_gradient(optimizer: torch.optim.Optimizer) -> tuple[list[nn.Parameter], Tensor]:
+    """The parameters that have a gradient, and its norm, which is finite where every element is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return parameters, torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+
+
+def clip(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Shorten a gradient of this norm to `max_norm`; 0: never."""
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
