@@ -7,13 +7,11 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
-import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -149,24 +147,11 @@ class Learner(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this micro-step and set the learning rate of this step."""
         del batch, batch_idx
-        words = np.random.SeedSequence((self.seed, self.committed_steps, self._micro, self._rank)).generate_state(2)
-        self._seed_generators(int(words[0]) << 32 | int(words[1]))
-        # Nothing of ours draws from these two; what a model of somebody's draws is the same after a resume.
-        random.seed(int(words[0]))
-        np.random.seed(int(words[1]))
+        numbers = (self.seed, self.committed_steps, self._micro, self._rank)
+        arithmetic.seed_generators(numbers, self.device)
         if self._micro == 0:
             for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
                 group["lr"] = learning_rate(self.recipe, self.committed_steps, self.num_steps)
-
-    def _seed_generators(self, seed: int) -> None:
-        """The CPU's generator and this rank's device's.
-
-        `torch.manual_seed` would also note the whole stack of who asked, for every kind of device that is absent: three
-        times per micro-step (torch 2.14).
-        """
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: LoadedBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch on this rank."""
