@@ -110,6 +110,7 @@ def run(
     if not options.dry_run and not has_gpu():
         print(f"error: {NO_GPU}", file=sys.stderr)
         return NO_GPU_EXIT
+    signal.signal(signal.SIGTERM, _end)  # so that a worker never outlives us
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(options.out)]
     if options.dry_run:
         command.append("--dry-run")
@@ -130,7 +131,6 @@ def supervise(
         deadline_seconds: of a name, its worker's start not included.
         ends: a measurement under way then is cut, and stays missing.
     """
-    signal.signal(signal.SIGTERM, _end)  # so that a worker never outlives us
     left = missing(folder, names)
     while left and time.monotonic() < ends:
         worker = _Worker([*command, "--worker", ",".join(left)])
@@ -160,12 +160,14 @@ class _Worker:
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     def follow(self, deadline_seconds: Callable[[str], float], ends: float) -> tuple[str | None, str | None]:
@@ -193,6 +195,7 @@ class _Worker:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._reader.join(1.0)  # a compiler that the worker started may hold the pipe a little longer
 
 
 def die_with_parent() -> None:

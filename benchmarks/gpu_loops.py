@@ -104,13 +104,16 @@ class OurLoop(Loop):
     """As the learner takes a step, with `configuration.reads` saying when the host learns of what came out.
 
     Where the host reads after the optimiser step, the device guards the weights by itself: torch's fused SGD changes
-    nothing where its `found_inf` is 1.
+    nothing while its `found_inf` is 1, which it stays from the first step that is not finite.
     """
 
     def __init__(self, configuration: "Configuration", device: torch.device, image_size: int) -> None:
         super().__init__(configuration, device, image_size)
         self.normalizer = Normalizer(INPUT)
         self.optimizer: Any = arithmetic.make_optimizer(self.model.parameters(), RECIPE, RECIPE.lr)
+        self.found_inf = torch.zeros((), device=device)
+        if configuration.reads in ("once", "late"):
+            self.optimizer.found_inf = self.found_inf
         self.results: list[list[float]] = []
         """Of each step whose results the host has: loss, correct, pictures (sums), gradient norm."""
         self.host_copies = [torch.empty(4, dtype=torch.float64, pin_memory=device.type == "cuda") for _ in range(2)]
@@ -164,7 +167,7 @@ class OurLoop(Loop):
         if self.configuration.reads in ("twice", "lightning"):
             _require_finite(float(norm))
         else:
-            self.optimizer.found_inf = norm.isfinite().logical_not().float()
+            self.found_inf.copy_(torch.maximum(self.found_inf, norm.isfinite().logical_not()))
         arithmetic.clip(parameters, norm, RECIPE.grad_clip_norm)
         self.optimizer.step()
         return torch.cat([sums.double(), norm.detach().double().reshape(1)])

@@ -89,10 +89,8 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(reads: str) -> None
     with pytest.raises(FloatingPointError, match="norm nan"):
         for _ in range(2):  # read late, it is the second that knows of the first
             loop.step()
-            assert weights_sha256(loop.model) == before
             handle.remove()
-    if reads != "late":
-        assert weights_sha256(loop.model) == before
+    assert weights_sha256(loop.model) == before
 
 
 def test_where_memory_runs_out_half_as_many_pictures_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +132,7 @@ def supervise(folder: Path, names: list[str], *, seconds: float = 60.0) -> int:
     )
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_what_hangs_dies_or_raises_is_written_down_and_the_next_is_measured(tmp_path: Path) -> None:
     names = ["first", "hangs", "second", "dies", "raises", "third"]
     assert supervise(tmp_path, names) == 3
@@ -154,7 +152,7 @@ def test_what_hangs_dies_or_raises_is_written_down_and_the_next_is_measured(tmp_
     assert gpu_jobs.read(tmp_path, "first") == first  # not measured again
 
 
-@pytest.mark.processes
+@pytest.mark.not_quick
 def test_what_is_under_way_when_time_is_over_stays_missing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path)]
     ends = time.monotonic() + 3.0

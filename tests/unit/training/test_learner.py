@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.gpu_loops import HostReads
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.core.errors import NonFiniteError
@@ -195,6 +196,15 @@ def test_a_finite_loss_with_an_infinite_gradient_is_refused_too() -> None:
     steps.learner.model.layers[0].weight.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[union-attr]
     with pytest.raises(NonFiniteError, match="the reduced gradient is not finite"):
         steps.take([pictures(4)])
+
+
+def test_how_often_a_step_waits_for_the_device() -> None:
+    """The norm before the optimiser, the sums at the end; torch's average asks its own counter twice more."""
+    for ema_decay, num_waits in ((0.0, 2), (0.5, 4)):
+        steps = Steps(make_learner(RecipeConfig(lr=0.01, ema_decay=ema_decay, grad_clip_norm=0.1), num_micro_batches=2))
+        with HostReads() as reads:
+            steps.take([pictures(4), pictures(4)])
+        assert reads.count == num_waits
 
 
 def test_a_warm_up_pass_leaves_no_trace_in_the_sums() -> None:
