@@ -28,6 +28,9 @@ from pipeline.data.shards.scan import scanned_table, threads
 from pipeline.data.shards.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, load_beside, shards_of
 
 CACHE_DIRECTORY = ".squeezewire"
+SHARED_BYTES = 4 * 2**20
+"""Least that an index takes for its pages to be shared by the ranks of a machine and their workers. Smaller ones are
+copied: a page of a file that somebody removes from a network file system is a crash."""
 MAX_OPEN_SHARDS = 128
 """Files one process keeps open; common limits begin at 1024."""
 
@@ -97,9 +100,7 @@ def open_local(root: Path, split: str, verify: str, *, is_local_leader: bool) ->
     if verify == "sha256":
         _check_hashes(root, shards)
     described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
-    table = load_beside(root, split, shards, described)
-    if table is None and shards:
-        table = _cached_table(root, split, shards, is_local_leader)
+    table = _table(root, split, shards, described, is_local_leader)
     if table is None or not len(table.label):
         raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
     if foreign:
@@ -163,24 +164,48 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
                 )
 
 
-def _cached_table(root: Path, split: str, shards: tuple[ShardFile, ...], is_local_leader: bool) -> SampleTable:
-    """The cached table if it is of these very files, else a new scan, cached where that is possible."""
+def _table(
+    root: Path, split: str, shards: tuple[ShardFile, ...], described: Any, is_local_leader: bool
+) -> SampleTable | None:
+    """The index beside the shards, else one made of their headers and cached. All processes share a large one's pages.
+
+    The index beside the shards is compressed and cannot be shared: a large one is cached too, as it is in memory.
+    """
+    if not shards:
+        return None
     path = root / CACHE_DIRECTORY / f"{hashlib.sha256(split.encode()).hexdigest()[:16]}.npz"
-    times = [(root / shard.name).stat().st_mtime_ns for shard in shards]
-    known = json.dumps([SCHEMA, times, [asdict(shard) for shard in shards]])
-    table = _load_table(path, shards, known)
-    if table is None:
+    index_hash = described.get("sha256") if isinstance(described, dict) else None
+    known = _known(shards, index_hash)
+    if index_hash and (table := _load_table(path, shards, known)):
+        return table
+    if table := load_beside(root, split, shards, described):
+        if table.num_bytes < SHARED_BYTES:
+            return table
+        otherwise = "every process holds a copy of its own: start once as somebody who may write there"
+    else:
+        known = _known(shards, [(root / shard.name).stat().st_mtime_ns for shard in shards])
+        if table := _load_table(path, shards, known):
+            return table
         table = scanned_table(root, shards)
-        try:
-            _save_table(path, table, shards, known)
-        except OSError as error:
-            if is_local_leader:
-                say(
-                    f"the index of split {split!r} cannot be kept in {path.parent} ({error.strerror or error}), so"
-                    f" every start reads the headers of all {len(shards)} shards: start once as somebody who may write"
-                    f" there, or copy beside them the {index_name(split)} that `prepare` wrote with the shards"
-                )
-    return table
+        otherwise = (
+            f"every start reads the headers of all {len(shards)} shards: start once as somebody who may write there, or"
+            f" copy beside them the {index_name(split)} that `prepare` wrote with the shards"
+        )
+    try:
+        _save_table(path, table, shards, known)
+    except OSError as error:
+        if is_local_leader:
+            say(
+                f"the index of split {split!r} cannot be kept in {path.parent} ({error.strerror or error}), so"
+                f" {otherwise}"
+            )
+        return table
+    return table if table.num_bytes < SHARED_BYTES else _load_table(path, shards, known) or table
+
+
+def _known(shards: tuple[ShardFile, ...], of_when: Any) -> str:
+    """What a cached table is of: the shards, and the index it was taken from or the times they were written."""
+    return json.dumps([SCHEMA, of_when, [asdict(shard) for shard in shards]])
 
 
 def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> SampleTable | None:
@@ -189,7 +214,9 @@ def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> Sample
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if str(archive["known"]) != known:
                 return None
-            table = SampleTable(**{name: archive[name] for name in SampleTable.__dataclass_fields__})
+            table = SampleTable.map(path)
+            if table.num_bytes < SHARED_BYTES:
+                table = SampleTable(*(array.copy() for array in table.arrays().values()))
             return table if table.hash_with(shards) == str(archive["index_hash"]) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None

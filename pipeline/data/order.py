@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+Places = NDArray[np.uint32]
 
 PADDING = -1
 """Stands for no sample, where ranks would otherwise get unequal counts."""
@@ -97,7 +98,7 @@ def used_in_epoch(order: Ids, global_batch: int, tail: str = "drop", groups: int
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """The global batches of a run, by absolute step. Keeps the order of one epoch in memory (8 bytes a sample)."""
+    """The global batches of a run, by absolute step. Keeps the order of one epoch in memory (4 bytes a sample)."""
 
     num_samples: int
     global_batch: int
@@ -110,11 +111,12 @@ class BatchOrder:
     few shards, and ranks that take whole parts need no others. Divides the global batch; independent of the ranks."""
     tail: str = "drop"
     """What becomes of the samples that fill no batch: see `used_in_epoch`."""
-    _latest: dict[int, Ids] = field(default_factory=dict[int, Ids], repr=False, compare=False)
+    _latest: dict[int, Places] = field(default_factory=dict[int, Places], repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert 0 < self.global_batch <= self.num_samples, "less than one global batch: the caller says so to the user"
         assert self.global_batch % self.groups == 0, "TrainConfig refuses this"
+        assert self.num_samples < 2**32, "places in a split are kept in 4 bytes"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,9 +132,9 @@ class BatchOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         # Part g of batch p: place p of the g-th of `groups` equal runs of the epoch; with one group, slice p of it.
         parts = self._used(epoch).reshape(self.groups, self.steps_per_epoch, self.global_batch // self.groups)
-        return parts[:, place].reshape(-1)
+        return parts[:, place].reshape(-1).astype(np.int64)
 
-    def _used(self, epoch: int) -> Ids:
+    def _used(self, epoch: int) -> Places:
         if epoch not in self._latest:
             self._latest.clear()
             order = epoch_order(
@@ -143,7 +145,7 @@ class BatchOrder:
                 block=self.block,
                 shard_of_sample=self.shard_of_sample,
             )
-            self._latest[epoch] = used_in_epoch(order, self.global_batch, self.tail, self.groups)
+            self._latest[epoch] = used_in_epoch(order, self.global_batch, self.tail, self.groups).astype(np.uint32)
         return self._latest[epoch]
 
 

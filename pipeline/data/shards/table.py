@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
+import struct
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,8 @@ INDEX_KEY = "index"
 """In a split of the manifest: {name, bytes, sha256} of the index that lies beside the shards."""
 SAMPLE_BYTES = 20 + MAX_KEY_BYTES
 """Most that a sample takes in a table."""
+ARRAYS = ("shard", "offset", "length", "label", "key")
+"""Of a table, in the order in which they are hashed."""
 MIN_SAMPLE_BYTES = 3 * 512
 """Least that a sample takes in a tar: two headers and a label."""
 
@@ -57,21 +61,38 @@ class SampleTable:
     label: NDArray[np.int32]
     """Class index."""
     key: NDArray[np.bytes_]
+    mapped_from: "tuple[Path, tuple[int, ...]] | None" = field(default=None, kw_only=True, repr=False)
+    """The file whose pages the arrays are, and which one it was; None: they are this process's own."""
+    _hashes: dict[tuple[ShardFile, ...], str] = field(init=False, default_factory=dict, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name where the arrays are a file's: a process that is sent the table maps the same pages."""
+        if self.mapped_from:
+            return SampleTable.map, self.mapped_from
+        return SampleTable, tuple(self.arrays().values())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by name, in a fixed order."""
-        return {name: getattr(self, name) for name in ("shard", "offset", "length", "label", "key")}
+        return {name: getattr(self, name) for name in ARRAYS}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
 
     def hash_with(self, shards: tuple[ShardFile, ...]) -> str:
         """SHA-256 over the shards (name, size, hash where known) and every array: hexadecimal.
 
         Where the shards lie and when they were written does not enter.
         """
+        if shards in self._hashes:
+            return self._hashes[shards]
         digest = hashlib.sha256(json.dumps([SCHEMA, [asdict(shard) for shard in shards]]).encode())
         for name, array in self.arrays().items():
             digest.update(f"{name} {array.dtype.str} {len(array)} ".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        return digest.hexdigest()
+        self._hashes[shards] = digest.hexdigest()
+        return self._hashes[shards]
 
     @classmethod
     def of(cls, scans: Sequence[ShardSamples]) -> "SampleTable":
@@ -110,7 +131,7 @@ class SampleTable:
                 if sum(item.file_size for item in archive.infolist()) > most * SAMPLE_BYTES + 2**16:
                     raise ValueError("more samples than there is room for")
             with np.load(path, allow_pickle=False) as arrays:
-                table = cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+                table = cls(**{name: arrays[name] for name in ARRAYS})
             table._check(shards)
         except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise DataError(
@@ -118,6 +139,28 @@ class SampleTable:
                 " `prepare` made."
             ) from error
         return table
+
+    @classmethod
+    def map(cls, path: Path, which: tuple[int, ...] | None = None) -> "SampleTable":
+        """Take the arrays of an uncompressed `.npz` as pages of the file, which all processes of a machine share.
+
+        Args:
+            path: What `numpy.savez` wrote; replaced if it changes, never written over.
+            which: Of `mapped_from`: the file that it must still be; None: any.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not such a file.
+            DataError: it is another file than `which` by now.
+        """
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            found = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if which is not None and which != found:
+                raise DataError(f"The index {path} was replaced while it was in use: run the same command again.")
+            with zipfile.ZipFile(file) as archive:
+                members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
+            return cls(*(_mapped(file, members[name]) for name in ARRAYS), mapped_from=(path, found))
 
     def _check(self, shards: tuple[ShardFile, ...]) -> None:
         """Raise ValueError unless every sample lies in its shard and every shard has its samples."""
@@ -136,6 +179,23 @@ class SampleTable:
             raise ValueError("a sample beyond the end of its shard")
         if np.any(self.length > MAX_IMAGE_BYTES):
             raise ValueError(f"a picture of more than {MAX_IMAGE_BYTES} bytes")
+
+
+def _mapped(file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[Any]:
+    """The array of a member of an `.npz`, as pages of the file. Its place is told by the member's own header.
+
+    Source: APPNOTE.TXT of PKWARE, 4.3.7 (30 bytes, of which the last four are the lengths of name and extra field).
+    """
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    file.seek(member.header_offset + 26)
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{member.filename} is not an array of version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or not all(shape):
+        raise ValueError(f"{member.filename} holds {dtype} of shape {shape}")
+    return np.memmap(file, dtype, "r", file.tell(), shape).view(np.ndarray)
 
 
 def index_name(split: str) -> str:

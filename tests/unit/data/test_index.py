@@ -20,7 +20,7 @@ from pipeline.data import local
 from pipeline.data.index import MAX_FOREIGN_CLASSES, ShardIndex, open_split
 from pipeline.data.local import CACHE_DIRECTORY
 from pipeline.data.shards.manifest import Manifest
-from pipeline.data.shards.table import INDEX_KEY, index_name
+from pipeline.data.shards.table import ARRAYS, INDEX_KEY, SampleTable, index_name
 from tests.making.pictures import picture
 from tests.making.shards import CLASSES, add_index, samples_of, write_manifest, write_shards, write_tar
 
@@ -214,6 +214,79 @@ def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
         manifest.save(root)
     assert ShardIndex.open(root, "train").index_hash == expected
     assert list((root / CACHE_DIRECTORY).iterdir())
+
+
+# A large index is shared by the processes of a machine
+
+
+@pytest.fixture(params=["the headers", "the index of prepare"])
+def shared(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shards whose index counts as large, wherever it comes from."""
+    monkeypatch.setattr(local, "SHARED_BYTES", 0)
+    return add_index(root, "train") if request.param == "the index of prepare" else root
+
+
+def test_a_shared_index_is_the_same_and_is_sent_by_name(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ShardIndex.open(shared, "train")
+    again = pickle.loads(pickle.dumps(index))
+    for one in (index, again):
+        assert one.table.mapped_from and not one.table.label.flags.writeable
+        assert [one.read(i) for i in range(9)] == [sample["jpg"] for sample in samples_of(0, 9)]
+    monkeypatch.setattr(local, "SHARED_BYTES", 2**30)
+    shutil.rmtree(shared / CACHE_DIRECTORY)
+    own = ShardIndex.open(shared, "train")
+    assert own.table.mapped_from is None and own.index_hash == index.index_hash
+
+
+def test_a_shared_index_that_was_damaged_is_made_anew(shared: Path) -> None:
+    expected = ShardIndex.open(shared, "train").index_hash
+    (cache,) = (shared / CACHE_DIRECTORY).iterdir()
+    content = bytearray(cache.read_bytes())
+    content[content.index(b"label.npy") + 160] ^= 1
+    cache.write_bytes(content)
+    again = ShardIndex.open(shared, "train")
+    assert again.index_hash == expected and again.table.mapped_from
+
+
+def test_a_worker_that_is_sent_an_index_replaced_meanwhile_refuses_it(shared: Path) -> None:
+    sent = pickle.dumps(ShardIndex.open(shared, "train"))
+    (cache,) = (shared / CACHE_DIRECTORY).iterdir()
+    shutil.copy(cache, other := cache.with_name("other"))
+    other.replace(cache)
+    with pytest.raises(DataError, match=r"was replaced while it was in use: run the same command again"):
+        pickle.loads(sent)
+
+
+@pytest.mark.not_quick
+def test_a_worker_holds_no_copy_of_a_large_index(tmp_path: Path) -> None:
+    num_samples = 1_000_000
+    kinds = zip(ARRAYS, ("i4", "i8", "i4", "i4"), strict=False)  # the keys are made below
+    arrays = {name: np.arange(num_samples, dtype=kind) for name, kind in kinds}
+    np.savez(
+        tmp_path / "large.npz",
+        allow_pickle=False,
+        **arrays,
+        key=np.full(num_samples, b"key-of-a-sample-as-long-as-this"),
+    )
+    table = SampleTable.map(tmp_path / "large.npz")
+    sent = pickle.dumps(table)
+    assert table.num_bytes > 50e6 and len(sent) < 1000
+    (tmp_path / "sent").write_bytes(sent)
+    program = """if True:
+        import pickle, re, sys
+        import pipeline.data.shards.table
+        def own():
+            with open("/proc/self/smaps_rollup") as rollup:
+                return 1024 * int(re.search(r"Anonymous: +(\\d+)", rollup.read())[1])
+        before = own()
+        with open(sys.argv[1], "rb") as file:
+            table = pickle.load(file)
+        total = sum(int(array.view("u1").max()) for array in table.arrays().values())
+        print(own() - before)
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "sent")]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert int(printed) < 5e6
 
 
 # What is refused
