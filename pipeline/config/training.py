@@ -196,7 +196,8 @@ class CommConfig:
     """powersgd: optimiser steps of the run that reduce plainly before the first compressed one, at least 2."""
     find_unused_parameters: bool = False
     nccl_algorithm: str | None = None
-    """Hold NCCL to `ring` or `tree`, so that its bytes can be predicted. Null: it chooses at run time."""
+    """Hold NCCL to `ring` or `tree`, and to one channel, so that its bytes can be predicted. Null: it chooses at run
+    time."""
     nccl_protocol: str | None = None
     """With nccl_algorithm: `simple`, or `ll`, which sends every byte twice to save latency."""
 

@@ -287,7 +287,7 @@ def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
 
 
 def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:
-    """Tell NCCL, before its first communicator, which algorithm and protocol to use; returns them."""
+    """Tell NCCL, before its first communicator, which algorithm and protocol to use, on one channel; returns them."""
     if backend != "nccl" or comm.nccl_algorithm is None or comm.nccl_protocol is None:
         return None
     os.environ.update(nccl.environment(comm.nccl_algorithm, comm.nccl_protocol))

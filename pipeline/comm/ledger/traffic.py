@@ -94,7 +94,7 @@ def price(calls: Counter[Call], placement: Placement, backend: str, pinned: tupl
         calls: Collectives and how often each was issued.
         placement: The servers of the ranks.
         backend: Of the process group.
-        pinned: NCCL's (algorithm, protocol) where the configuration holds it to one.
+        pinned: NCCL's (algorithm, protocol) where the configuration holds it to one, and so to one channel.
     """
     num_ranks = placement.world_size
     payload_bytes, reason = 0, None

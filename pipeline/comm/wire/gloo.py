@@ -14,8 +14,8 @@ them. Sources named below are files of gloo at commit 70dc360; that the gloo ins
 tests/distributed/test_meter_transport.py against the kernel's own counters.
 
 torch's object collectives (`all_gather_object`, `broadcast_object_list`, ...) are short sequences of these operations,
-sizes first, and need no formula of their own. NCCL is in nccl.py, other ways to reduce are in algorithms.py. The
-modules of this folder import the standard library and one another, nothing else.
+sizes first, and need no formula of their own. NCCL is in nccl.py and its neighbours, other ways to reduce are in
+algorithms.py. The modules of this folder import the standard library and one another, nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ MAX_SEGMENT_BYTES = 1024 * 1024  # gloo/allreduce.h, kMaxSegmentSize
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What one rank sends to another in one direction, without preambles."""
+    """What one rank sends to another in one direction, without gloo's preambles."""
 
     num_messages: int
-    """Messages that carry gloo's preambles; 0 in links of anything else, which are then data alone."""
+    """Messages that carry gloo's preambles; 0 in links of anything else."""
     data_bytes: int
 
 

@@ -1,6 +1,7 @@
-"""NCCL's rings and trees: the shapes drawn in its source, the inflation of its protocols, and sums that always hold.
+"""NCCL's rings and trees: the shapes drawn in its source, and sums that always hold.
 
-No test here runs NCCL: there is no GPU. They hold the formulas to its source and to the textbook.
+No test here runs NCCL: there is no GPU. They hold the formulas to its source and to the textbook; every byte of them is
+compared with NCCL's loops in test_wire_nccl_walk.py.
 """
 
 import itertools
@@ -11,17 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.wire import gloo, nccl
+from pipeline.comm.wire.gloo import ceil_div
+from pipeline.comm.wire.nccl_sends import Condition
 
 OPERATIONS = ("all_reduce", "broadcast", "reduce", "all_gather", "reduce_scatter", "barrier")
-SQUEEZENET_BUCKETS = (2_048_000, 2_893_984)
-
-LOGGED_OPS = {
-    "AllReduce": "all_reduce",
-    "Broadcast": "broadcast",
-    "Reduce": "reduce",
-    "AllGather": "all_gather",
-    "ReduceScatter": "reduce_scatter",
-}
+HEADER_BYTES = 4
+STEP_BYTES = 512 * 1024  # of Simple: a send of a tree or a chain; a ring's chunk is four, in two sends
 
 operations = st.sampled_from(OPERATIONS)
 algorithms = st.sampled_from(nccl.ALGORITHMS)
@@ -31,9 +27,14 @@ placements = st.lists(st.integers(0, 3), min_size=2, max_size=17)
 
 
 def links_of(
-    op: str, payload_bytes: int, server_of_rank: list[int], algorithm: str = "ring", protocol: str = "Simple"
+    op: str,
+    payload_bytes: int,
+    server_of_rank: list[int],
+    algorithm: str = "ring",
+    protocol: str = "Simple",
+    num_channels: int = 1,
 ) -> gloo.Links:
-    found = nccl.links(op, payload_bytes, 4, 0, server_of_rank, algorithm, protocol)
+    found = nccl.links(op, payload_bytes, 4, 0, server_of_rank, algorithm, protocol, Condition(num_channels))
     assert not isinstance(found, gloo.NotDerivable), found
     return found
 
@@ -47,41 +48,40 @@ def total(links: gloo.Links) -> int:
 
 @given(algorithms, element_counts, placements)
 def test_an_all_reduce_crosses_2n_minus_2_links(algorithm: str, elements: int, server_of_rank: list[int]) -> None:
-    """Each element on its way to the sum and back, ring or tree; Simple adds nothing."""
-    links = links_of("all_reduce", 4 * elements, server_of_rank, algorithm)
-    assert total(links) == 2 * (len(server_of_rank) - 1) * 4 * elements
+    """Each element on its way to the sum and back, ring or tree; Simple adds the headers."""
+    num_ranks, payload_bytes = len(server_of_rank), 4 * elements
+    num_sends = ceil_div(payload_bytes, STEP_BYTES)
+    if algorithm == "ring":
+        num_sends = 2 * num_ranks * ceil_div(payload_bytes, 4 * num_ranks * STEP_BYTES)
+    links = links_of("all_reduce", payload_bytes, server_of_rank, algorithm)
+    assert total(links) == 2 * (num_ranks - 1) * (payload_bytes + HEADER_BYTES * num_sends)
 
 
 @given(st.integers(1, 1000), st.integers(2, 17), st.sampled_from([4, 1000]))
 def test_ring_is_even_when_chunks_are(chunk_elements: int, num_ranks: int, scale: int) -> None:
-    """Whole 16 bytes to each rank: the textbook's 2(n-1)/n of the payload."""
-    payload_bytes = 16 * num_ranks * chunk_elements * scale
-    sent = gloo.sent_bytes_per_rank(links_of("all_reduce", payload_bytes, [0] * num_ranks), num_ranks)
-    assert sent == [2 * (num_ranks - 1) * payload_bytes // num_ranks] * num_ranks
-
-
-@given(st.integers(1, 5000), st.integers(2, 9))
-def test_uneven_chunks_step_by_step(elements: int, num_ranks: int) -> None:
-    """The rank at position p passes chunks p - 1, p - 2, ..., p + 1 towards the sum, then p, p - 1, ..., p + 2 back."""
-    chunk_bytes = 16 * -(-4 * elements // num_ranks // 16)
-    chunks = [max(0, min(chunk_bytes, 4 * elements - position * chunk_bytes)) for position in range(num_ranks)]
-    links = links_of("all_reduce", 4 * elements, [0] * num_ranks)
-    for position in range(num_ranks):
-        passed = [position - 1 - step for step in range(num_ranks - 1)] + [
-            position - step for step in range(num_ranks - 1)
-        ]
-        link = links.get((position, (position + 1) % num_ranks), gloo.Link(0, 0))
-        assert link.data_bytes == sum(chunks[chunk % num_ranks] for chunk in passed)
+    """Whole 16 bytes to each rank: the textbook's 2(n-1)/n of the payload, and two sends for each chunk of 2 MiB."""
+    share_bytes = 16 * chunk_elements * scale
+    sent = gloo.sent_bytes_per_rank(links_of("all_reduce", num_ranks * share_bytes, [0] * num_ranks), num_ranks)
+    num_sends = 2 * ceil_div(share_bytes, 4 * STEP_BYTES)
+    assert sent == [2 * (num_ranks - 1) * (share_bytes + HEADER_BYTES * num_sends)] * num_ranks
 
 
 @given(element_counts, placements)
 def test_other_operations_move_what_they_must(elements: int, server_of_rank: list[int]) -> None:
     num_ranks, payload_bytes = len(server_of_rank), 4 * elements
-    assert total(links_of("broadcast", payload_bytes, server_of_rank)) == (num_ranks - 1) * payload_bytes
-    assert total(links_of("reduce", payload_bytes, server_of_rank)) == (num_ranks - 1) * payload_bytes
-    assert total(links_of("all_gather", payload_bytes, server_of_rank)) == num_ranks * (num_ranks - 1) * payload_bytes
+    along = payload_bytes + HEADER_BYTES * ceil_div(payload_bytes, STEP_BYTES)
+    around = payload_bytes + HEADER_BYTES * 2 * ceil_div(payload_bytes, 4 * STEP_BYTES)
+    assert total(links_of("broadcast", payload_bytes, server_of_rank)) == (num_ranks - 1) * along
+    assert total(links_of("reduce", payload_bytes, server_of_rank)) == (num_ranks - 1) * along
+    assert total(links_of("all_gather", payload_bytes, server_of_rank)) == num_ranks * (num_ranks - 1) * around
     scattered = links_of("reduce_scatter", num_ranks * payload_bytes, server_of_rank)
-    assert total(scattered) == num_ranks * (num_ranks - 1) * payload_bytes
+    assert total(scattered) == num_ranks * (num_ranks - 1) * around
+
+
+@given(operations, algorithms, protocols, placements)
+def test_nothing_is_sent_for_nothing(op: str, algorithm: str, protocol: str, server_of_rank: list[int]) -> None:
+    """NCCL discards an empty collective (enqueue.cc, `taskAppend`); a barrier is not empty."""
+    assert (links_of(op, 0, server_of_rank, algorithm, protocol) == {}) == (op != "barrier")
 
 
 @given(operations, algorithms, st.integers(0, 5000), st.integers(0, 5000), protocols, placements)
@@ -93,42 +93,6 @@ def test_more_payload_is_never_less_traffic(
         for count in sorted((few, more))
     ]
     assert sizes[0] <= sizes[1]
-
-
-# --- protocols ---
-
-
-@given(operations, algorithms, element_counts, placements)
-def test_protocols_inflate(op: str, algorithm: str, elements: int, server_of_rank: list[int]) -> None:
-    """LL doubles, but for a last line; LL128 adds a fifteenth, but for a last slice of each chunk."""
-    num_ranks = len(server_of_rank)
-    payload_bytes = 4 * num_ranks * elements
-    simple, ll, ll128 = (
-        links_of(op, payload_bytes, server_of_rank, algorithm, name) for name in ("Simple", "LL", "LL128")
-    )
-    for pair, link in simple.items():
-        assert 2 * link.data_bytes <= ll[pair].data_bytes <= 2 * link.data_bytes + 2 * num_ranks * 16
-        assert 15 * ll128[pair].data_bytes >= 16 * link.data_bytes
-
-
-def test_squeezenet_under_each_protocol() -> None:
-    """Two ranks on two servers, both buckets: a small model's traffic may double."""
-    sent = {
-        protocol: [
-            sum(part)
-            for part in zip(
-                *(
-                    gloo.sent_bytes_per_rank(links_of("all_reduce", size, [0, 1], "ring", protocol), 2)
-                    for size in SQUEEZENET_BUCKETS
-                ),
-                strict=True,
-            )
-        ]
-        for protocol in ("Simple", "LL", "LL128")
-    }
-    assert sent["Simple"] == [4_941_984] * 2
-    assert sent["LL"] == [2 * 4_941_984] * 2
-    assert all(16 / 15 * 4_941_984 <= size < 1.07 * 4_941_984 for size in sent["LL128"])
 
 
 # --- servers ---
@@ -175,24 +139,34 @@ def test_a_ring_leaves_each_server_once(
 
 
 def test_two_servers_of_eight() -> None:
-    """A flat ring sends 2(n-1)/n of the payload out of each server, a tree over servers 2(m-1)/m."""
+    """A flat ring sends 2(n-1)/n of the payload out of each server, a tree over servers 2(m-1)/m, each with headers."""
     server_of_rank, payload_bytes = [0] * 8 + [1] * 8, 16 * 1_000_000
     ring, tree = (
         gloo.egress_bytes_per_server(links_of("all_reduce", payload_bytes, server_of_rank, algorithm), server_of_rank)
         for algorithm in ("ring", "tree")
     )
-    assert ring == [1.875 * payload_bytes] * 2
-    assert tree == [1.0 * payload_bytes] * 2
+    assert ring == [1.875 * payload_bytes + HEADER_BYTES * 2 * 30] * 2
+    assert tree == [payload_bytes + HEADER_BYTES * ceil_div(payload_bytes, STEP_BYTES)] * 2
 
 
-@given(st.integers(2, 40), element_counts)
-def test_trees_over_servers_are_fair_on_average(num_servers: int, elements: int) -> None:
-    """The average server sends 2(m-1)/m of the payload, and none more than two of it."""
+@given(st.integers(2, 40), st.integers(1_000_000, 30_000_000))
+def test_two_trees_over_servers_are_fair_on_average(num_servers: int, elements: int) -> None:
+    """On two channels the average server sends 2(m-1)/m of the payload, and none more than two of it, within 2 %.
+
+    The channels are no exact halves; headers are a few in 512 KiB.
+    """
     server_of_rank = [server for server in range(num_servers) for _ in range(2)]
-    links = links_of("all_reduce", 8 * elements, server_of_rank, "tree")
+    links = links_of("all_reduce", 8 * elements, server_of_rank, "tree", num_channels=2)
     egress = gloo.egress_bytes_per_server(links, server_of_rank)
-    assert sum(egress) == 2 * (num_servers - 1) * 8 * elements
-    assert max(egress) <= 2 * 8 * elements
+    assert sum(egress) == pytest.approx(2 * (num_servers - 1) * 8 * elements, rel=1e-4)
+    assert max(egress) <= 2.02 * 8 * elements
+
+
+def test_one_channel_has_the_first_tree_alone() -> None:
+    """Rank 2 of three is between the others; on two channels rank 1's place in the second tree is another one."""
+    payload_bytes = 4_000_000
+    assert set(links_of("all_reduce", payload_bytes, [0, 1, 2], "tree")) == {(1, 2), (2, 1), (2, 0), (0, 2)}
+    assert len(links_of("all_reduce", payload_bytes, [0, 1, 2], "tree", num_channels=2)) == 6
 
 
 # --- trees ---
@@ -230,7 +204,7 @@ def test_trees_reach_everybody(server_of_rank: list[int]) -> None:
         assert all(count <= 3 for count in children.values())  # include/device.h, NCCL_MAX_TREE_ARITY
 
 
-# --- what is not known, pinning, the log ---
+# --- what is not known, pinning ---
 
 
 @pytest.mark.parametrize(
@@ -252,45 +226,23 @@ def test_a_lone_rank_sends_nothing() -> None:
 
 
 def test_a_barrier_reduces_one_float() -> None:
-    assert total(links_of("barrier", 0, [0, 1, 2])) == 4 * 4
+    assert total(links_of("barrier", 0, [0, 1, 2])) == 4 * 4 + HEADER_BYTES * 3 * 2 * 4
+
+
+@pytest.mark.parametrize(("version", "known"), [((2, 27), False), ((2, 28), True), ((2, 30), True), ((2, 31), False)])
+def test_versions_whose_source_was_read(version: tuple[int, int], known: bool) -> None:
+    found = nccl.links("all_reduce", 400, 4, -1, [0, 1], "ring", "LL", Condition(version=version))
+    assert isinstance(found, gloo.NotDerivable) != known
+    if isinstance(found, gloo.NotDerivable):
+        assert f"NCCL 2.{version[1]} " in found.reason
 
 
 def test_only_all_reduce_is_pinned_to_the_tree() -> None:
-    assert nccl.environment("ring", "ll128") == {"NCCL_ALGO": "Ring", "NCCL_PROTO": "LL128"}
-    assert nccl.environment("tree", "Simple") == {"NCCL_ALGO": "Ring;AllReduce:Tree", "NCCL_PROTO": "Simple"}
+    one, four = ({"NCCL_MIN_CTAS": channels, "NCCL_MAX_CTAS": channels} for channels in "14")
+    assert nccl.environment("ring", "ll128") == {"NCCL_ALGO": "Ring", "NCCL_PROTO": "LL128", **one}
+    assert nccl.environment("tree", "Simple", 4) == {
+        "NCCL_ALGO": "Ring;AllReduce:Tree",
+        "NCCL_PROTO": "Simple",
+        **four,
+    }
     assert links_of("broadcast", 400, [0, 1, 1], "tree") == links_of("broadcast", 400, [0, 1, 1], "ring")
-
-
-def log_line(op: str, size: int, algorithm: str, protocol: str, low: int, high: int) -> str:
-    """What rank 0 logs of a collective (enqueue.cc, `scheduleCollTasksToPlan`), by its format: no NCCL has run here."""
-    return f"NCCL INFO {op}: {size} Bytes -> Algo {algorithm} proto {protocol} channel{{Lo..Hi}}={{{low}..{high}}}"
-
-
-@given(
-    st.sampled_from(sorted(LOGGED_OPS)),
-    st.integers(1, 2**40),
-    algorithms,
-    protocols,
-    st.tuples(st.integers(0, 31), st.integers(0, 31)).map(sorted),
-)
-def test_a_choice_is_read_back_from_its_line(
-    op: str, size: int, algorithm: str, protocol: str, channels: list[int]
-) -> None:
-    low, high = channels
-    line = log_line(op, size, algorithm.upper(), protocol.upper(), low, high)
-    expected = nccl.Choice(LOGGED_OPS[op], size, algorithm, protocol.lower(), high - low + 1)
-    for written in (line, f"node3:417:431 [0] {line}", f"{line} cgaClusterSize 0"):
-        assert list(nccl.read_choices(written)) == [expected]
-
-
-def test_choices_are_read_in_order_among_other_lines() -> None:
-    lines = (
-        "node3:417:417 [0] NCCL INFO NCCL_ALGO set by environment to Ring",
-        log_line("AllReduce", 60, "RING", "LL", 0, 0),
-        log_line("SendRecv", 60, "RING", "LL", 0, 0),
-        log_line("Broadcast", 90, "RING", "SIMPLE", 1, 2),
-    )
-    choices = list(nccl.read_choices("\n".join(lines)))
-    assert [(choice.op, choice.count_bytes) for choice in choices] == [("all_reduce", 60), ("broadcast", 90)]
-    for choice in choices:
-        assert links_of(choice.op, choice.count_bytes, [0, 1], choice.algorithm, choice.protocol)
