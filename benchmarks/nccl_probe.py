@@ -249,13 +249,14 @@ def _free_port(asked: int) -> int:
 
 def _library_version() -> tuple[int, ...] | None:
     """NCCL's version by the library that torch has loaded, which need not be the one that it was made for."""
-    import torch
+    import torch.cuda.nccl
+    import torch.distributed
 
     try:
         library, code = ctypes.CDLL("libnccl.so.2"), ctypes.c_int()
         library.ncclGetVersion(ctypes.byref(code))
     except (OSError, AttributeError):
-        return tuple(torch.cuda.nccl.version()) if torch.distributed.is_nccl_available() else None
+        return tuple(map(int, torch.cuda.nccl.version()[:3])) if torch.distributed.is_nccl_available() else None
     return code.value // 10_000, code.value // 100 % 100, code.value % 100
 
 
