@@ -7,6 +7,9 @@ from pipeline.core.typed import one_of, require
 CHECKS = ("pixels", "ends")
 
 
+LAYOUTS = ("classes", "splits")
+
+
 KINDS = ("folders", "tar", "ilsvrc2012", "builtin")
 
 
@@ -29,8 +32,14 @@ class PrepareConfig:
     split: str | None = None
     """The split to write. Null: every split that the source has. Where it has none of its own, the name to give it
     (null: train). A `test` folder becomes `val`, unless there is a `val` too."""
+    layout: str | None = None
+    """What the outermost folders of the source are: `classes` or `splits`. Null: recognised, by the names of splits
+    (Train, training, valid, test2017 ...) and by what lies where; asked for where both could be meant."""
     classes: str | None = None
     """Text file of class names in index order, one per line. Null: those already in `out`, else sorted folder names."""
+    labels: str | None = None
+    """Text file whose lines name a picture and its class, for a split without class folders: Kaggle's
+    LOC_val_solution.csv, tiny-imagenet's val_annotations.txt, and their like. Null: those two are looked for."""
     devkit: str | None = None
     """ILSVRC2012_devkit_t12.tar.gz, packed or not: the labels of ILSVRC2012's validation pictures. Null: looked for
     beside them."""
@@ -59,6 +68,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.kind is not None:
             one_of("kind", self.kind, KINDS)
+        if self.layout is not None:
+            one_of("layout", self.layout, LAYOUTS)
         require(self.source is not None or self.verify, "source is not set: add source=... to the command.")
         require(
             self.source is None or not self.verify,

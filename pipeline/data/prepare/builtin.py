@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.data.prepare.sources import PictureSource, SourceImage, check_classes, chosen
+from pipeline.data.prepare.labelling import check_classes
+from pipeline.data.prepare.sources import PictureSource, SourceImage, chosen
 from pipeline.data.prepare.textures import TEXTURES, Plane, draw
 
 CLASSES = tuple(TEXTURES)
@@ -131,7 +132,7 @@ def open_builtin(pictures: BuiltinPictures, split: str | None, classes: tuple[st
     }
     return PictureSource(
         kind="builtin",
-        classes=check_classes(root, set(names), classes),
+        classes=check_classes(f"source={root}", set(names), classes),
         splits=chosen(root, splits, split),
         read=BuiltinReader(pictures),
         extra={"generator_version": VERSION},

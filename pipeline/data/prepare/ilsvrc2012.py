@@ -16,14 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import DataError
-from pipeline.data.prepare.sources import (
-    PictureSource,
-    SourceImage,
-    check_classes,
-    chosen,
-    read_image,
-    tar_members,
-)
+from pipeline.data.prepare.labelling import check_classes
+from pipeline.data.prepare.listing import is_hidden, is_image_name, tar_members
+from pipeline.data.prepare.sources import PictureSource, SourceImage, chosen, read_image
+from pipeline.data.prepare.tree import some
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -59,24 +55,27 @@ def open_ilsvrc2012(
         raise DataError(f"source={path} holds neither {TRAIN_ARCHIVE} nor {VAL_ARCHIVE}, which kind=ilsvrc2012 reads.")
     splits: dict[str, list[SourceImage]] = {}
     found: set[str] = set()
+    unread: list[str] = []
     for archive in archives:
         is_train = _is_train(archive)
         if split is not None and split != ("train" if is_train else "val"):
             continue
         if is_train:
-            splits["train"] = list(_train_images(archive))
+            splits["train"] = list(_train_images(archive, unread))
             found |= {image.class_name for image in splits["train"]}
         else:
             wnids = wnids_by_id()
-            splits["val"] = list(_val_images(archive, read_ground_truth(devkit or _devkit_beside(archive), wnids)))
+            truth = read_ground_truth(devkit or _devkit_beside(archive), wnids)
+            splits["val"] = list(_val_images(archive, truth, unread))
             found |= set(wnids.values())
     if not splits:
         raise DataError(f"split={split} is not in source={path}, which holds {', '.join(a.name for a in archives)}.")
     return PictureSource(
         kind="ilsvrc2012",
-        classes=check_classes(path, found, classes),
+        classes=check_classes(f"source={path}", found, classes),
         splits=chosen(path, splits, split),
         read=read_image,
+        notes=(f"Not read: {len(unread):,} members ({some(unread)}).",) if unread else (),
     )
 
 
@@ -116,28 +115,57 @@ def _archives(path: Path) -> list[Path]:
 
 def _is_train(archive: Path) -> bool:
     """By content, since people rename archives."""
-    first = next(tar_members(archive), None)
+    first = next((member for member in tar_members(archive) if member.isfile() and not _is_left_out(member)), None)
     return first is not None and first.name.endswith(".tar")
 
 
-def _train_images(archive: Path) -> Iterator[SourceImage]:
-    """Pictures of every per-class tar, read in place: a tar within a tar is a range of bytes."""
+def _is_left_out(member: tarfile.TarInfo) -> bool:
+    """Whether a system left it, as macOS does beside every member that it packs."""
+    return any(is_hidden(part) for part in PurePosixPath(member.name).parts)
+
+
+def _train_images(archive: Path, unread: list[str]) -> Iterator[SourceImage]:
+    """Pictures of every per-class tar, read in place: a tar within a tar is a range of bytes.
+
+    What is no such tar and no picture in one is added to `unread`. As in unpacking, a later tar of a class, and a later
+    picture of a name, takes the place of the one before.
+    """
     mtime_ns = archive.stat().st_mtime_ns
+    images: dict[str, SourceImage] = {}
     for inner in tar_members(archive):
+        if inner.isdir():
+            continue
+        if _is_left_out(inner) or not inner.isreg() or not inner.name.endswith(".tar"):
+            unread.append(inner.name)
+            continue
         wnid = PurePosixPath(inner.name).stem
         stop = inner.offset_data + inner.size
         for member in tar_members(archive, start=inner.offset_data, stop=stop):
             name = f"{wnid}/{PurePosixPath(member.name).name}"
-            yield SourceImage(name, wnid, str(archive), member.offset_data, member.size, mtime_ns)
+            if member.isdir():
+                continue
+            if _is_left_out(member) or not member.isreg() or not is_image_name(name):
+                unread.append(f"{inner.name}:{member.name}")
+                continue
+            if name in images:
+                unread.append(f"an earlier {name}")
+            images[name] = SourceImage(name, wnid, str(archive), member.offset_data, member.size, mtime_ns)
+    yield from images.values()
 
 
-def _val_images(archive: Path, truth: list[str]) -> Iterator[SourceImage]:
+def _val_images(archive: Path, truth: list[str], unread: list[str]) -> Iterator[SourceImage]:
+    """The pictures with their classes; what a system left beside them is added to `unread`."""
     mtime_ns = archive.stat().st_mtime_ns
     seen: set[int] = set()
     for member in tar_members(archive):
+        if member.isdir():
+            continue
+        if _is_left_out(member):
+            unread.append(member.name)
+            continue
         name = PurePosixPath(member.name).name
         match = re.fullmatch(VAL_PREFIX + r"(\d{8})\.JPEG", name)
-        number = int(match[1]) if match else 0
+        number = int(match[1]) if match and member.isreg() else 0
         if not 1 <= number <= len(truth) or number in seen:
             raise DataError(
                 f"source={archive}: {member.name!r} is not a validation picture of its own among the {len(truth)} that "
@@ -149,6 +177,12 @@ def _val_images(archive: Path, truth: list[str]) -> Iterator[SourceImage]:
         raise DataError(
             f"source={archive} holds {len(seen)} pictures and the devkit labels {len(truth)}: fetch the archive again."
         )
+
+
+def labels_of_val(devkit: Path) -> dict[str, str]:
+    """The wnid of each validation picture by its name without suffix. Raises DataError as `read_ground_truth`."""
+    truth = read_ground_truth(devkit, wnids_by_id())
+    return {f"{VAL_PREFIX}{number:08d}": wnid for number, wnid in enumerate(truth, 1)}
 
 
 def _devkit_beside(archive: Path) -> Path:

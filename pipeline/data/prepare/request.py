@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.core.errors import DataError
 from pipeline.core.files import try_lock, write_json_atomic
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
+from pipeline.data.prepare.listing import SOURCES_NAME
 from pipeline.data.prepare.plan import ORDER_RULE, plan_shards, shuffled
 from pipeline.data.prepare.sources import PictureSource, SourceImage
 from pipeline.data.prepare.writer import SplitPlan, cannot_write
@@ -18,9 +19,6 @@ from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Split
 
 Request = dict[str, str | int | None]
 """The settings that determine the shards, as the manifest records them."""
-SOURCES_NAME = ".sources.json"
-"""Beside the shards: {split: digest of its source's path}. Not in the manifest, which is the same wherever the same
-pictures lay, and by which copies are compared. Where it is missing nothing is compared."""
 NUM_CALIBRATION_IMAGES = 64
 """Where pictures are encoded again, the size to plan with is the mean over this many of them."""
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pipeline.core.files import sha256_of_file
 from pipeline.core.progress import progress_bar
 from pipeline.data.pictures import Encoding
 from pipeline.data.prepare.builtin import BuiltinPictures
@@ -54,6 +55,9 @@ def prepare_shards(config: "PrepareConfig") -> None:
             classes=classes or (manifest.classes if manifest else None),
             devkit=Path(config.devkit) if config.devkit else None,
             builtin=BuiltinPictures(config.seed, config.num_classes, config.num_images),
+            layout=config.layout,
+            labels=Path(config.labels) if config.labels else None,
+            out=out,
         )
         _announce(source, config)
         encoding = Encoding(config.short_side, config.jpeg_quality, config.check)
@@ -93,6 +97,10 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> Reques
         "jpeg_quality": config.jpeg_quality,
         "classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest() if classes else None,
     }
+    if config.layout:
+        request["layout"] = config.layout
+    if config.labels:
+        request["labels_sha256"] = sha256_of_file(Path(config.labels))
     if config.check != "pixels":
         request["check"] = config.check
     if config.source == BUILTIN:
@@ -105,6 +113,8 @@ def _announce(source: PictureSource, config: "PrepareConfig") -> None:
     origin = "as kind= says" if config.kind else "recognised"
     counts = ", ".join(f"{name} {len(images):,}" for name, images in sorted(source.splits.items()))
     print(f"Source {config.source}: {source.kind} ({origin}), {len(source.classes)} classes, images: {counts}.")
+    for line in source.tree:
+        print(f"  {line}")
     for note in source.notes:
         print(note)
 

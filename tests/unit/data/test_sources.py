@@ -10,8 +10,9 @@ import pytest
 from pipeline.core.errors import DataError
 from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.ilsvrc2012 import read_ground_truth, wnids_by_id
+from pipeline.data.prepare.listing import tar_members
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
-from pipeline.data.prepare.sources import Kind, PictureSource, tar_members
+from pipeline.data.prepare.sources import Kind, PictureSource
 from tests.making.pictures import picture, pictures, tar_of, write_files
 
 COUNTS = {"cat": 3, "dog": 2}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import DataError
 from pipeline.data.index import ShardIndex
 from pipeline.data.pictures import BadImageError, Encoding, shard_jpeg
+from pipeline.data.prepare.labelling import Asked
 from pipeline.data.prepare.plan import PlannedShard, key_stem, plan_shards, shuffled, tar_bytes
 from pipeline.data.prepare.request import exclusive, plan_splits
 from pipeline.data.prepare.sources import PictureSource, SourceImage, open_folders
@@ -67,13 +68,13 @@ def write(
 
 @pytest.fixture
 def source(tmp_path: Path) -> PictureSource:
-    return open_folders(write_files(tmp_path / "animals", pictures(COUNTS)), None, None)
+    return open_folders(write_files(tmp_path / "animals", pictures(COUNTS)), Asked("source=animals"))
 
 
 def with_broken(source: PictureSource, tmp_path: Path, content: bytes) -> PictureSource:
     """`source` with cat/0003.jpg replaced."""
     (tmp_path / "animals/cat/0003.jpg").write_bytes(content)
-    return open_folders(tmp_path / "animals", None, None)
+    return open_folders(tmp_path / "animals", Asked("source=animals"))
 
 
 def test_every_picture_once_with_its_label_and_its_own_bytes(source: PictureSource, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_finished_shard_is_only_kept_if_it_is_what_it_was(source: PictureSourc
     else:
         for image in source.splits["train"]:
             os.utime(image.path, (1, 1))
-        source = open_folders(tmp_path / "animals", None, None)
+        source = open_folders(tmp_path / "animals", Asked("source=animals"))
     _, results = write(source, out)
     assert not any(result.is_kept for result in results)
     assert contents_of(out) == contents_of(tmp_path / "whole")
@@ -226,7 +227,7 @@ def test_a_bad_picture_is_named_and_fatal_unless_allowed(
 def test_as_many_may_be_bad_as_the_number_says_that_is_written(tmp_path: Path) -> None:
     """0.29 * 100 is 28.999999999999996."""
     files = {f"cat/{number:04d}.jpg": b"" if number < 29 else picture(number) for number in range(100)}
-    source = open_folders(write_files(tmp_path / "animals", files), None, None)
+    source = open_folders(write_files(tmp_path / "animals", files), Asked("source=animals"))
     with pytest.raises(DataError, match="At least 29 of the 100"):
         write(source, tmp_path / "out", max_bad_fraction=0.28)
     manifest, _ = write(source, tmp_path / "out", max_bad_fraction=0.29)
@@ -247,7 +248,9 @@ def test_a_picture_that_vanishes_is_a_bad_one(source: PictureSource, tmp_path: P
 
 
 def test_nothing_left_to_write(tmp_path: Path) -> None:
-    source = open_folders(write_files(tmp_path / "animals", {"cat/1.jpg": b"", "dog/1.jpg": b""}), None, None)
+    source = open_folders(
+        write_files(tmp_path / "animals", {"cat/1.jpg": b"", "dog/1.jpg": b""}), Asked("source=animals")
+    )
     with pytest.raises(DataError, match="No picture of the split 'train' can be decoded"):
         write(source, tmp_path / "out", max_bad_fraction=1.0)
 
@@ -401,7 +404,7 @@ def test_the_manifest_tells_whether_every_picture_was_decoded(request_: dict | N
 
 
 def test_readers_learn_from_the_manifest_what_was_checked(tmp_path: Path) -> None:
-    source = open_folders(write_files(tmp_path / "source", pictures(COUNTS)), None, None)
+    source = open_folders(write_files(tmp_path / "source", pictures(COUNTS)), Asked("source=animals"))
     manifest, _ = write(source, tmp_path / "out")
     assert ShardIndex.open(tmp_path / "out", "train").is_checked
     manifest.splits["train"].extra["request"] = {"check": "ends"}
