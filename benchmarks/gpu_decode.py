@@ -8,8 +8,10 @@ header, decode, random crop, resize to 224, mirror, by processes of one thread e
 pictures; once more with crop, resize and mirror of each picture on the GPU.
 """
 
+import functools
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -55,12 +57,13 @@ def crossing_point(ours: Mapping[int, float], nvjpeg: float) -> int | None:
     return min((workers for workers, rate in ours.items() if rate >= nvjpeg), default=None)
 
 
-def make_pictures(num_pictures: int) -> list[bytes]:
-    """JPEG files."""
+@functools.cache
+def make_pictures(num_pictures: int) -> tuple[bytes, ...]:
+    """JPEG files, made once."""
     from pipeline.data.prepare.builtin import CLASSES, BuiltinPictures
 
     made = BuiltinPictures(seed=0, num_classes=len(CLASSES))
-    return [made.jpeg("train", index) for index in range(num_pictures)]
+    return tuple(made.jpeg("train", index) for index in range(num_pictures))
 
 
 def views_per_second(num_workers: int, pictures: Sequence[bytes], seconds: float) -> float:
@@ -68,7 +71,7 @@ def views_per_second(num_workers: int, pictures: Sequence[bytes], seconds: float
     context = multiprocessing.get_context("fork")
     barrier, total = context.Barrier(num_workers), context.Value("q", 0)
     processes = [
-        context.Process(target=_view, args=(pictures, worker, seconds, barrier, total), daemon=True)
+        context.Process(target=_view, args=(pictures, worker, seconds, barrier, total, os.getpid()), daemon=True)
         for worker in range(num_workers)
     ]
     for process in processes:
@@ -80,7 +83,14 @@ def views_per_second(num_workers: int, pictures: Sequence[bytes], seconds: float
     return total.value / seconds
 
 
-def _view(pictures: Sequence[bytes], worker: int, seconds: float, barrier: Barrier, total: "Synchronized[int]") -> None:
+def _view(
+    pictures: Sequence[bytes],
+    worker: int,
+    seconds: float,
+    barrier: Barrier,
+    total: "Synchronized[int]",
+    parent_pid: int,
+) -> None:
     """A process's share: views for `seconds`, from when all are warm."""
     import torch
 
@@ -88,7 +98,7 @@ def _view(pictures: Sequence[bytes], worker: int, seconds: float, barrier: Barri
     from pipeline.config.model import InputConfig
     from pipeline.data.pixels import train_draws, train_view
 
-    gpu_jobs.die_with_parent()
+    gpu_jobs.die_with(parent_pid)
     torch.set_num_threads(1)
     config, augment, seen = InputConfig(size=SIZE), AugmentConfig(), 0
     draws = train_draws(0, [(worker, index) for index in range(len(pictures))])

@@ -1,8 +1,8 @@
 """Measurements one after another in a process of their own: each with a deadline, each written the moment it is known.
 
-A worker says `begin NAME` on its stdout, measures, and writes FOLDER/NAME.json. One that passes its deadline, or takes
-its process down with it, is written down as failed, and a new worker goes on with the next. What is there already is
-not measured again; what failed in an earlier run is tried again, after all that was never tried.
+A worker says `begin NAME` on its stdout, measures, and writes FOLDER/NAME.json. What passes its deadline, raises, or
+takes its process down is written down as failed, and a new worker goes on with the next. What is there already is not
+measured again; what failed or was left out in an earlier run is tried again, after all that was never tried.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from typing import Any, NoReturn
 from pipeline.core.files import write_json_atomic
 
 NO_GPU = "there is no GPU here: check the driver (nvidia-smi), or add --dry-run to try everything out on the CPU."
-NO_GPU_EXIT, CUT_EXIT = 2, 128 + signal.SIGTERM
+BAD_INPUT_EXIT, CUT_EXIT = 2, 128 + signal.SIGTERM
 Content = dict[str, Any]
 
 
@@ -81,21 +82,26 @@ def write(folder: Path, name: str, content: Content) -> None:
 
 
 def missing(folder: Path, names: Sequence[str]) -> list[str]:
-    """What is to be measured: first what was never tried, then what failed."""
+    """What has no result: first what was never tried, then what failed."""
     found = {name: read(folder, name) for name in names}
     failed = [name for name in names if "error" in (found[name] or {})]
     return [name for name in names if found[name] is None] + failed
 
 
 def measure_each(folder: Path, names: Sequence[str], measure: Callable[[str], Content]) -> None:
-    """A worker's life: measure the names in turn; what one raises is its result."""
+    """A worker's life: measure the names in turn.
+
+    What one raises is its result, and the worker's end: after an error on the device, the process may be good for
+    nothing.
+    """
     for name in names:
         (folder / f"{name}.json").unlink(missing_ok=True)  # of an earlier failure
         print(f"begin {name}", flush=True)
         try:
             content = measure(name)
-        except Exception as error:  # whatever a library raises: the next one may still be measured
-            content = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        except Exception as error:  # whatever a library raises
+            write(folder, name, {"error": f"{type(error).__name__}: {error}"[:2000]})
+            raise SystemExit(1) from None
         write(folder, name, content)
 
 
@@ -106,10 +112,17 @@ def run(
     deadline_seconds: Callable[[str], float],
     ends: float,
 ) -> int:
-    """One part of the kit, by workers of itself; returns its exit code: 1 with something missing, 2 without a GPU."""
+    """One part of the kit, by workers of itself; returns its exit code: 1 something is missing, 2 bad input."""
     if not options.dry_run and not has_gpu():
         print(f"error: {NO_GPU}", file=sys.stderr)
-        return NO_GPU_EXIT
+        return BAD_INPUT_EXIT
+    if other := next((name for name in names if _is_of_other_device(read(options.out, name), options.dry_run)), None):
+        print(
+            f"error: {options.out / other}.json is of {'a GPU' if options.dry_run else 'a dry run'}: results are not"
+            " mixed, give another folder.",
+            file=sys.stderr,
+        )
+        return BAD_INPUT_EXIT
     signal.signal(signal.SIGTERM, _end)  # so that a worker never outlives us
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(options.out)]
     if options.dry_run:
@@ -117,6 +130,10 @@ def run(
     num_missing = supervise(command, names, options.out, deadline_seconds=deadline_seconds, ends=ends)
     print(f"{module}: {len(names) - num_missing} of {len(names)} measured, in {options.out}", flush=True)
     return int(num_missing > 0)
+
+
+def _is_of_other_device(result: Content | None, dry_run: bool) -> bool:
+    return result is not None and "device" in result and (result["device"] == "CPU") != dry_run
 
 
 def supervise(
@@ -132,6 +149,7 @@ def supervise(
         ends: a measurement under way then is cut, and stays missing.
     """
     left = missing(folder, names)
+    left += [name for name in names if name not in left and "left_out" in (read(folder, name) or {})]
     while left and time.monotonic() < ends:
         worker = _Worker([*command, "--worker", ",".join(left)])
         try:
@@ -158,7 +176,8 @@ class _Worker:
     """A process that measures, and what it says."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        bound = partial(die_with, os.getpid())
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=bound)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -198,8 +217,8 @@ class _Worker:
         self._reader.join(1.0)  # a compiler that the worker started may hold the pipe a little longer
 
 
-def die_with_parent() -> None:
-    """Linux: this process is killed with whoever started it, however that one ends."""
+def die_with(parent_pid: int) -> None:
+    """Linux: this process is killed with its parent, however that one ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
+    if os.getppid() != parent_pid:
         os._exit(1)

@@ -7,7 +7,8 @@
 FOLDER/nccl, FOLDER/step and FOLDER/decode get a JSON file the moment a result is known; FOLDER/summary.json, kept up to
 date meanwhile, holds them all, and so is the one file to bring home. Where $OUT is set, a copy of it is kept there; the
 folder is runs/gpu_kit unless given. A second run takes up what is missing. GPU_KIT_SECONDS (450) bounds the whole.
-Exit codes: 0 all is measured; 1 something is missing or failed; 2 no GPU; 143 ended by SIGTERM, with its summary.
+Exit codes: 0 all is measured; 1 something is missing or failed; 2 bad input, such as no GPU; 143 ended by SIGTERM, with
+its summary.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -90,7 +92,7 @@ class Kit:
         self.summarize()
 
     def _run(self, command: Sequence[str], until: float) -> int:
-        process = subprocess.Popen(command, process_group=0, preexec_fn=gpu_jobs.die_with_parent)
+        process = subprocess.Popen(command, process_group=0, preexec_fn=partial(gpu_jobs.die_with, os.getpid()))
         try:
             while time.monotonic() < until:
                 with suppress(subprocess.TimeoutExpired):
@@ -139,9 +141,13 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     if not options.dry_run and not gpu_jobs.has_gpu():
         print(f"error: {gpu_jobs.NO_GPU}", file=sys.stderr)
-        return gpu_jobs.NO_GPU_EXIT
+        return gpu_jobs.BAD_INPUT_EXIT
     if options.resume is not None:
-        gpu_kit_summary.unpack(options.resume, options.folder)
+        try:
+            gpu_kit_summary.unpack(options.resume, options.folder)
+        except (OSError, ValueError) as error:
+            print(f"error: --resume takes the summary.json of an earlier run: {error}", file=sys.stderr)
+            return gpu_jobs.BAD_INPUT_EXIT
     copy = os.environ.get("OUT")
     kit = Kit(options.folder, dry_run=options.dry_run, seconds=options.seconds, copy=Path(copy) if copy else None)
     ended = None

@@ -6,7 +6,7 @@ python -m benchmarks.gpu_kit_summary summary.json      the table once more
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.gpu_decode import NVJPEG, NVJPEG_VIEWS, crossing_point
 from pipeline.core.files import write_json_atomic
 
 FILE = "summary.json"
+WEIGHTS = {True: "the same weights", False: "OTHER WEIGHTS", None: "weights not comparable"}
 Content = dict[str, Any]
 
 
@@ -87,10 +88,17 @@ def reads(results: Mapping[str, Content]) -> list[Content]:
                         "mode": base["configuration"]["mode"],
                         **changed,
                         "times_as_fast": base["step_seconds"]["median"] / other["step_seconds"]["median"],
-                        "same_weights": base["weights_sha256"] == other["weights_sha256"],
+                        "same_weights": _same_weights(base["weights_sha256"], other["weights_sha256"]),
                     }
                 )
     return found
+
+
+def _same_weights(these: Sequence[str] | None, those: Sequence[str] | None) -> bool | None:
+    """Of two tries each; None: they were not compared, or not even two tries of one way are equal."""
+    if these is None or those is None or len(set(these)) > 1 or len(set(those)) > 1:
+        return None
+    return these == those
 
 
 def decoding(results: Mapping[str, Content]) -> Content:
@@ -113,7 +121,7 @@ def table(summary: Content) -> list[str]:
     for result in [*_measured(results, "step"), *_measured(results, "decode")]:
         lines.append(f"  {result['name']:72s} {_told(result)}")
     for row in summary.get("reads", []):
-        weights = "the same weights" if row["same_weights"] else "OTHER WEIGHTS"
+        weights = WEIGHTS[row["same_weights"]]
         lines.append(
             f"  {row['model']}, {row['mode']}: reading {row['reads']} is {row['times_as_fast']:.3f} times as fast as"
             f" twice, {weights}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_jobs, gpu_kit_summary, gpu_step
+from benchmarks import gpu_decode, gpu_jobs, gpu_kit_summary, gpu_step
 from benchmarks.gpu_decode import crossing_point
 from benchmarks.gpu_loops import OurLoop, host_waits, make_loop
 from benchmarks.gpu_step import Configuration, peak_share, spread, training_flops, weights_sha256
@@ -118,7 +118,7 @@ WORKER = """
             os._exit(9)
         if name == "raises":
             raise ValueError("no such kernel")
-        return {"worker": os.getpid()}
+        return {"left_out" if name == "left" else "worker": os.getpid()}
 
     gpu_jobs.measure_each(Path(sys.argv[1]), sys.argv[3].split(","), measure)
 """
@@ -148,8 +148,22 @@ def test_what_hangs_dies_or_raises_is_written_down_and_the_next_is_measured(tmp_
     first = gpu_jobs.read(tmp_path, "first")
     assert gpu_jobs.missing(tmp_path, [*names, "fourth"]) == ["fourth", "hangs", "dies", "raises"]
     (tmp_path / "second.json").write_text('{"torn')
-    assert supervise(tmp_path, ["first", "second", "fourth"]) == 0
+    assert supervise(tmp_path, ["left", "first", "second", "fourth"]) == 0
     assert gpu_jobs.read(tmp_path, "first") == first  # not measured again
+    left = gpu_jobs.read(tmp_path, "left")
+    assert supervise(tmp_path, ["first", "left"]) == 0
+    assert (
+        gpu_jobs.read(tmp_path, "first") == first and gpu_jobs.read(tmp_path, "left") != left
+    )  # what it lacked may come
+
+
+def test_results_of_a_dry_run_and_of_a_gpu_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_jobs.write(tmp_path, "decode-nvjpeg", {"device": "CPU", "left_out": "nvJPEG needs a GPU."})
+    monkeypatch.setattr(gpu_jobs, "has_gpu", lambda: True)
+    assert gpu_decode.main(["--out", str(tmp_path)]) == 2
+    assert "decode-nvjpeg.json is of a dry run: results are not mixed, give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.not_quick
@@ -164,7 +178,7 @@ def test_what_is_under_way_when_time_is_over_stays_missing(tmp_path: Path) -> No
 # --- the summary ---
 
 
-def step_result(reads: str, seconds: list[float], weights: str = "a") -> dict[str, Any]:
+def step_result(reads: str, seconds: list[float], weights: tuple[str, str] = ("a", "a")) -> dict[str, Any]:
     configuration = {"model": "m", "loop": "ours", "mode": "eager", "reads": reads, "batch": 8}
     return {
         "name": f"step-{reads}",
@@ -174,15 +188,16 @@ def step_result(reads: str, seconds: list[float], weights: str = "a") -> dict[st
         "share_of_bf16_peak": 0.25,
         "peak_memory_bytes": 2_000_000_000,
         "host_waits_per_step": 2,
-        "weights_sha256": weights,
+        "weights_sha256": list(weights),
     }
 
 
 def results_in(folder: Path) -> Path:
     made: dict[str, dict[str, Any]] = {
         "step/twice.json": step_result("twice", [0.02, 0.03, 0.02]),
-        "step/once.json": step_result("once", [0.01, 0.01, 0.04], weights="b"),
-        "step/late.json": {"name": "step-late", "error": "OutOfMemoryError: of one picture"},
+        "step/once.json": step_result("once", [0.01, 0.01, 0.04], weights=("b", "b")),
+        "step/late.json": step_result("late", [0.01, 0.01, 0.01], weights=("a", "b")),
+        "step/graph.json": {"name": "step-graph", "error": "OutOfMemoryError: of one picture"},
         "decode/w4.json": {"name": "decode-ours-w4", "pictures_per_second": 400.0},
         "decode/w8.json": {"name": "decode-ours-w8", "pictures_per_second": 800.0},
         "decode/nvjpeg.json": {"name": "decode-nvjpeg", "pictures_per_second": 700.0},
@@ -197,8 +212,11 @@ def results_in(folder: Path) -> Path:
 
 def test_the_summary_says_what_the_waits_cost_and_where_the_decoders_cross(tmp_path: Path) -> None:
     summary = gpu_kit_summary.summarize(results_in(tmp_path), missing={"step": "was cut"}, ended=None)
-    (row,) = summary["reads"]
-    assert row == {"model": "m", "mode": "eager", "reads": "once", "times_as_fast": 2.0, "same_weights": False}
+    same = {"model": "m", "mode": "eager", "times_as_fast": 2.0}
+    assert summary["reads"] == [
+        {**same, "reads": "late", "same_weights": None},
+        {**same, "reads": "once", "same_weights": False},
+    ]
     assert summary["decoding"]["crossing_point_processes"] == {"decode-nvjpeg": 8}
     told = "\n".join(gpu_kit_summary.table(summary))
     for words in (
@@ -207,6 +225,7 @@ def test_the_summary_says_what_the_waits_cost_and_where_the_decoders_cross(tmp_p
         "400 images/s, 20.00 ms (20.00 to 25.00), 2 waits, 25.0% of the bf16 peak, 2.0 GB",
         "error: OutOfMemoryError: of one picture",
         "reading once is 2.000 times as fast as twice, OTHER WEIGHTS",
+        "reading late is 2.000 times as fast as twice, weights not comparable",
         "decode-nvjpeg: 8 of our processes are as fast",
     ):
         assert words in told
