@@ -51,7 +51,7 @@ class Cut(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
+    options = options_of(arguments)
     before = {number: signal.signal(number, _cut) for number in (signal.SIGTERM, signal.SIGINT)}
     results: list[dict[str, Any]] = []
     code, said = FAILED, ""
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -119,10 +119,8 @@ class Probe:
         """Measure what is missing; results are appended as they come. Returns the exit code."""
         folder = self.options.out
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = {launch.name: self._earlier(launch) for launch in self.launches}
         failures = 0
-        for launch in self.launches:
-            result = earlier[launch.name]
+        for launch, result in self.earlier():
             if result is None:
                 result = self._measure(launch, results)
                 print(line_of(result), flush=True)
@@ -141,12 +139,15 @@ class Probe:
     def _is_unknown(self, version: Sequence[int] | None) -> bool:
         return version is not None and not FIRST_VERSION <= tuple(version[:2]) <= LAST_VERSION
 
-    def _earlier(self, launch: Launch) -> dict[str, Any] | None:
-        """The whole result of an earlier run, if there is one.
+    def earlier(self) -> list[tuple[Launch, dict[str, Any] | None]]:
+        """Every launch, with the whole result of an earlier run if there is one.
 
         Raises:
-            ProbeError: It was measured by something else.
+            ProbeError: One was measured by something else.
         """
+        return [(launch, self._earlier(launch)) for launch in self.launches]
+
+    def _earlier(self, launch: Launch) -> dict[str, Any] | None:
         path = self.options.out / f"{launch.name}.json"
         try:
             found = json.loads(path.read_text())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.nccl_probe import main
+from benchmarks.nccl_probe import Probe, main, options_of
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_SECONDS = 120
@@ -136,27 +136,17 @@ def test_every_byte_is_predicted_with_torch_alone(tmp_path: Path, capsys: pytest
 
 
 def test_what_a_cut_leaves_and_the_next_run_takes_up(tmp_path: Path) -> None:
-    """Asked to end, then killed, both in the middle of a launch; no rank outlives the probe."""
+    """Killed in the middle of a launch, then asked to end in the middle of the next; no rank outlives the probe."""
     out = tmp_path / "probe"
-    arguments = ("--out", str(out), "--dry-run", "--ranks", "2", "--sizes", SIZES, "--steps", "1")
+    arguments = ("--out", str(out), "--dry-run", "--sizes", SIZES, "--steps", "1")
     all_collectives = 1 + OPERATIONS * len(SIZES.split(","))
-    records = out / "collectives-2ranks-gloo" / "rank0.jsonl"
+
+    def wait_for_records(launch: str) -> None:
+        records = out / launch / "rank0.jsonl"
+        wait_for(lambda: records.exists() and records.read_text().count("sent_bytes") >= 2)
 
     process = started(*arguments)
-    wait_for(lambda: records.exists() and records.read_text().count("sent_bytes") >= 2)
-    process.terminate()
-    said, error = process.communicate(timeout=DEADLINE_SECONDS)
-    assert (process.returncode, ranks_of(out)) == (4, []), error
-    assert "error: SIGTERM ended the probe. The same command takes up what is missing." in error
-    (result,) = results_in(out).values()
-    assert result["problem"] == "SIGTERM ended it."
-    assert 2 <= len(result["cases"]) < all_collectives
-    assert f"{len(result['cases'])} cases in 1 launches" in said
-
-    (out / "collectives-2ranks-gloo.json").unlink()
-    records.unlink()
-    process = started(*arguments)
-    wait_for(lambda: records.exists() and records.read_text().count("sent_bytes") >= 2)
+    wait_for_records("collectives-2ranks-gloo")
     assert len(ranks_of(out)) == 3
     process.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
@@ -164,24 +154,33 @@ def test_what_a_cut_leaves_and_the_next_run_takes_up(tmp_path: Path) -> None:
     wait_for(lambda: not ranks_of(out), seconds=10)
     assert results_in(out) == {}
 
-    code, said, error = ended(*arguments)
-    assert code == 0, said + error
+    process = started(*arguments)
+    wait_for_records("collectives-3ranks-gloo")
+    process.terminate()
+    said, error = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, ranks_of(out)) == (4, []), error
+    assert "error: SIGTERM ended the probe. The same command takes up what is missing." in error
     assert "collectives-2ranks-gloo: an earlier run was cut here, after" in said
     results = results_in(out)
-    assert len(results["collectives-2ranks-gloo"]["cases"]) == all_collectives
-    assert [case["name"] for case in results["training-2ranks-gloo"]["cases"]] == ["squeezenet1_1", "resnet18"]
+    whole, cut = results["collectives-2ranks-gloo"], results["collectives-3ranks-gloo"]
+    assert whole["is_complete"] and len(whole["cases"]) == all_collectives
+    assert cut["problem"] == "SIGTERM ended it."
+    assert 2 <= len(cut["cases"]) < all_collectives
+    assert f"{all_collectives + len(cut['cases'])} cases in 2 launches" in said
+    missing = [launch.name for launch, earlier in Probe(options_of(arguments)).earlier() if earlier is None]
+    assert missing == ["collectives-3ranks-gloo", "training-2ranks-gloo", "training-3ranks-gloo"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
         ((), 2, "torch finds no GPU here"),
-        (("--dry-run", "--ranks", "2", "--deadline", "0.01"), 3, "It hung: of 2 ranks 0, 1 had not ended after 0.01 s"),
+        (("--dry-run", "--deadline", "0.01"), 3, "It hung: of 2 ranks 0, 1 had not ended after 0.01 s"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments: tuple[str, ...], code: int, sentence: str, tmp_path: Path) -> None:
     out = tmp_path / "probe"
     found, said, error = ended("--out", str(out), *arguments, CUDA_VISIBLE_DEVICES="")
     assert found == code, said + error
-    assert sentence in error
+    assert sentence in said + error
     assert ranks_of(out) == []
