@@ -89,6 +89,19 @@ def test_a_budget_that_is_no_number_is_refused(tmp_path: Path) -> None:
     assert run.returncode == 2 and "GPU_KIT_SECONDS=8min is not a number of seconds" in run.stderr
 
 
+def test_a_summary_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    for name in ("other.json", "absent.json"):
+        run = subprocess.run(
+            [*SCRIPT, str(tmp_path / "kit"), "--dry-run", "--resume", str(tmp_path / name)],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 2 and name in run.stderr and run.stderr.count("\n") == 1
+
+
 def test_a_budget_that_is_spent_leaves_the_rest_missing(tmp_path: Path) -> None:
     run = subprocess.run(
         [*SCRIPT, str(tmp_path), "--dry-run"],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import textwrap
 import time
@@ -52,6 +53,23 @@ def test_configurations_have_a_name_each_and_the_most_telling_come_first() -> No
         ("ours", "late"),
     }
     assert [each.mode for each in every][-6:] == ["compiled"] * 6  # which take longest
+
+
+@pytest.mark.not_quick
+def test_where_torch_is_all_there_is_the_step_runs() -> None:
+    absent = ("hydra", "lightning", "omegaconf", "pytorch_lightning", "torchmetrics", "torchvision", "webdataset")
+    code = f"""
+        import sys
+        sys.modules.update(dict.fromkeys({absent}))
+        import torch
+        from benchmarks.gpu_loops import make_loop
+        from benchmarks.gpu_step import Configuration, measure
+        make_loop(Configuration("squeezenet1_1", batch=2), torch.device("cpu"), 32).step()
+        import pipeline.data.pixels
+        print(measure(Configuration("resnet50"), "CPU", dry_run=True)["left_out"])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert "torchvision's, which is not installed here: bring its wheel" in done.stdout, done.stderr
 
 
 # --- the loops ---
