@@ -1,10 +1,14 @@
-"""The warning about ranks that are spread over servers."""
+"""Calls priced for NCCL, and the warning about ranks that are spread over servers."""
+
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm.ledger.traffic import Placement, placement_warning
+from pipeline.comm.collectives import Call
+from pipeline.comm.ledger.traffic import Placement, Sent, placement_warning, price
+from pipeline.core.missing import Missing
 
 SQUEEZENET_GRADIENT_BYTES = 4_941_984
 
@@ -55,3 +59,13 @@ def test_an_assumed_placement_is_no_reason_to_warn() -> None:
 
 def test_nothing_owed_no_warning() -> None:
     assert placement_warning(0, Placement((0, 1, 0, 1), True), "gloo") is None
+
+
+def test_nccl_is_priced_as_it_is_pinned_and_not_otherwise() -> None:
+    """SqueezeNet 1.1's two buckets on two servers, ten steps: one channel, headers included."""
+    step = [Call("train", "gradients", "all_reduce", size, 4, -1) for size in (2_048_000, 2_893_984)]
+    calls, placement = Counter(dict.fromkeys(step, 10)), Placement((0, 1), True)
+    for protocol, sent_bytes in (("simple", 4_942_016), ("ll", 9_884_584)):
+        priced = price(calls, placement, "nccl", ("ring", protocol)).sent
+        assert priced == Sent((10 * sent_bytes,) * 2, (10 * sent_bytes,) * 2)
+    assert isinstance(price(calls, placement, "nccl").sent, Missing)
