@@ -46,13 +46,33 @@ def epoch_order(
     entropy = (seed, epoch, int(index_hash, 16))
     words = np.random.Philox(np.random.SeedSequence(entropy)).random_raw
     if not block:
-        return np.argsort(words(num_samples), kind="stable")
+        return argsort_words(words(num_samples))
     assert shard_of_sample is not None and shard_of_sample.shape == (num_samples,)
     num_shards = int(shard_of_sample.max(initial=-1)) + 1
     place_of_shard = np.empty(num_shards, np.int64)
     place_of_shard[np.argsort(words(num_shards), kind="stable")] = np.arange(num_shards)
     group_of_sample = place_of_shard[shard_of_sample] // block
     return np.lexsort((words(num_samples), group_of_sample))
+
+
+def argsort_words(words: NDArray[np.uint64]) -> Ids:
+    """What `np.argsort(words, kind="stable")` returns, several times as fast for millions of random words.
+
+    NumPy sorts 64-bit values with vector instructions, but not their places. So the low bits of each word make room for
+    its place; words that are equal in the bits above, a few pairs of millions, are put in order afterwards.
+    """
+    num_low_bits = np.uint64(max(1, (len(words) - 1).bit_length()))
+    low_bits = (np.uint64(1) << num_low_bits) - np.uint64(1)
+    keys = words & ~low_bits
+    keys |= np.arange(len(words), dtype=np.uint64)
+    keys.sort()
+    order = (keys & low_bits).astype(np.int64)
+    keys >>= num_low_bits
+    ties = np.flatnonzero(keys[1:] == keys[:-1])
+    for run in np.split(ties, np.flatnonzero(np.diff(ties) > 1) + 1) if len(ties) else ():
+        tied = order[run[0] : run[-1] + 2]
+        order[run[0] : run[-1] + 2] = tied[np.argsort(words[tied], kind="stable")]
+    return order
 
 
 def steps_per_epoch(num_samples: int, global_batch: int, tail: str = "drop") -> int:

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data.order import (
+    argsort_words,
     PADDING,
     BatchOrder,
     epoch_order,
@@ -57,6 +58,12 @@ def test_seed_epoch_and_index_each_change_the_order(block: int) -> None:
 
     variants = [order(), order(seed=2), order(epoch=1), order(seed=2, epoch=1), order(index_hash=OTHER_HASH)]
     assert len(set(variants)) == len(variants)
+
+
+@given(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1) | st.integers(0, 40).map(lambda high: high << 58)))
+def test_words_are_ordered_as_numpy_does_it_ties_included(words: list[int]) -> None:
+    words_N = np.array(words, np.uint64)
+    np.testing.assert_array_equal(argsort_words(words_N), np.argsort(words_N, kind="stable"))
 
 
 def test_the_order_stays_what_it_was_in_earlier_versions() -> None:
