@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.data.order import (
-    argsort_words,
     PADDING,
     BatchOrder,
+    argsort_words,
     epoch_order,
     evaluation_stripe,
     steps_per_epoch,
