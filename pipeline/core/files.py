@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,3 +124,31 @@ def try_lock(descriptor: int, *, shared: bool = False, seconds: float = 0.0, whi
         if time.monotonic() - since >= seconds:
             return False
         time.sleep(LOCK_POLL_SECONDS)
+
+
+def what_it_is(path: Path) -> str:
+    """Say in a clause what a file is that holds no weights; empty if nothing is known against it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+        num_bytes = file.seek(0, os.SEEK_END)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if num_bytes == 0:
+        return "is empty: copy it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-LFS, not the file itself: run `git lfs pull` in its repository"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "is a web page, not the file itself: fetch it from its direct address, logged in where that is needed"
+    if text.startswith((b"{", b"[")) and head.isascii():
+        return "is JSON, not weights: give the file that holds the weights themselves"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= num_bytes - 8:
+        return (
+            "is in the format safetensors, which is not read: save its tensors with torch.save("
+            "safetensors.torch.load_file(...), ...)"
+        )
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return "is cut short: its end is missing, so copy it again"
+    return ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import CheckpointError
+from pipeline.core.files import what_it_is
 from pipeline.models.squeezenet import SqueezeNet
 
 if TYPE_CHECKING:
@@ -40,12 +41,17 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
         assert conv.bias is not None
         targets[f"{name}.weight"], targets[f"{name}.bias"] = conv.weight, conv.bias
     try:
+        if wrong := what_it_is(path):
+            raise CheckpointError(f"{path} is not a readable .npz file: it {wrong}.")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = _tensors_of(archive)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: give the path of a .npz file.") from error
+    except CheckpointError:
+        raise
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a readable .npz file ({error}): copy it again.") from error
+        reason = "it holds pickled objects" if "pickle" in str(error) else error  # numpy advises to run them
+        raise CheckpointError(f"{path} is not a readable .npz file ({reason}): copy it again.") from error
     _copy_strictly(arrays, targets, path)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints as files: their names, their sidecars, how they are proven and read. Saving is in `checkpoint`."""
 
+import argparse
 import json
 import re
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import sha256_of_file
+from pipeline.core.files import sha256_of_file, what_it_is
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"
@@ -207,18 +208,39 @@ def load_foreign(path: Path) -> Content:
         CheckpointError: It cannot be read, is damaged, or holds more than tensors and plain values.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if wrong := what_it_is(path):
+            raise CheckpointError(f"{path} {wrong}.")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of torchvision's references; mere values
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: give the path of a checkpoint.") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a torn file raises EOFError, RuntimeError, OSError, UnpicklingError or KeyError
-        reason = str(error).partition("\n")[0][:200]
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors and plain values, and was not read"
-            f" ({type(error).__name__}: {reason}): give a checkpoint or a state dict saved by torch.save."
-        ) from error
+        raise CheckpointError(f"{path} {_why_unread(error)}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
     return content
+
+
+def _why_unread(error: Exception) -> str:
+    """Say in a clause why torch.load does not read a file; its own words advise to let the file run code."""
+    text = str(error)
+    if "TorchScript" in text:
+        return (
+            "is a TorchScript archive: give the state dict of its model, saved by torch.save(model.state_dict(), ...)"
+        )
+    if found := re.search(r"GLOBAL ([\w.]+) was not an allowed", text):
+        return (
+            f"holds more than tensors and plain values ({found[1]}), which could run code, and was not read:"
+            " give the state dict alone, saved by torch.save(model.state_dict(), ...)"
+        )
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return (
+        f"is damaged or holds more than tensors and plain values, and was not read ({type(error).__name__}):"
+        " copy it again, or give a checkpoint or a state dict saved by torch.save"
+    )
 
 
 def require_same_model(

@@ -19,7 +19,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
-from pipeline.training.learner import NAME_PREFIX
+from pipeline.run.wrappers import unwrap
 from pipeline.training.world import World
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Weights:
     num_outputs: int
     origin: str
     """In words."""
+    unwrapped: str = ""
+    """What the weights were taken out of, as a clause in brackets."""
 
 
 def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
@@ -59,12 +61,13 @@ def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
     if is_caffe:
         load_npz(path, model)
         return Weights(model, num_outputs, str(path))
-    state = _state_dict(content)
+    state, said = _state_dict(content)
     checkpoints.require_same_model(
         model.state_dict(), state, path=path, model=config.model.name, found_model=section.get("model")
     )
     model.load_state_dict(state)
-    return Weights(model, num_outputs, f"{path} (step {section['step']})" if section else str(path))
+    origin = f"{path} (step {section['step']})" if section else str(path)
+    return Weights(model, num_outputs, origin, f" ({'; '.join(said)})" if said else "")
 
 
 def _read(path: Path) -> checkpoints.Content:
@@ -72,12 +75,15 @@ def _read(path: Path) -> checkpoints.Content:
     return checkpoints.load(path) if checkpoints.sidecar_path(path).exists() else checkpoints.load_foreign(path)
 
 
-def _state_dict(content: checkpoints.Content) -> dict[str, Tensor]:
-    """Weights under the model's own names; a run with averaged weights validates, and so is judged by, the average."""
-    average = content.get(checkpoints.SECTION, {}).get("learner", {}).get("average")
-    if average is not None:  # an AveragedModel keeps its weights under `module.`
-        return {key.removeprefix("module."): value for key, value in average.items() if key != "n_averaged"}
-    return {key.removeprefix(NAME_PREFIX): value for key, value in content.get("state_dict", content).items()}
+def _state_dict(content: checkpoints.Content) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under the model's own names, and out of what they were taken where the file is not ours.
+
+    A run with averaged weights validates, and so is judged by, the average.
+    """
+    if checkpoints.SECTION not in content:
+        return unwrap(content)
+    average = content[checkpoints.SECTION].get("learner", {}).get("average")
+    return unwrap(average or content["state_dict"])[0], []
 
 
 def _checkpoint_of_run(run: Path) -> Path:
@@ -136,7 +142,7 @@ def write(config: "EvaluateConfig", weights: Weights, results: dict[str, float |
 def sentence(config: "EvaluateConfig", weights: Weights, results: dict[str, float | int]) -> str:
     """For people."""
     return (
-        f"{config.model.name} from {weights.origin}: top-1 {results['top1']:.4f}"
+        f"{config.model.name} from {weights.origin}{weights.unwrapped}: top-1 {results['top1']:.4f}"
         f" ({results['num_correct_top1']} of {results['num_samples']}), top-5 {results['top5']:.4f}"
         f" ({results['num_correct_top5']}), loss {results['loss']:.4f}"
     )
