@@ -25,11 +25,17 @@ def evaluate(config: EvaluateConfig) -> int:
     def check() -> None:
         from pipeline.data.root import check_root
         from pipeline.models import zoo
+        from pipeline.run.launch.limits import check_pictures
 
+        side = max(config.input.size, config.input.resize_side)
+        check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=config.cluster.devices)
         zoo.check(config.model.name, config.model.metaparameters)
         check_root(config.data, split)
 
-    return as_ranks("evaluate", config.cluster, lambda ranks: evaluate_as(ranks, config, split), check=check)
+    def work(ranks: "RankInfo") -> int:
+        return evaluate_as(ranks, config, split)
+
+    return as_ranks("evaluate", config.cluster, work, num_workers=config.data.num_workers, check=check)
 
 
 def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:

@@ -29,10 +29,13 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
     from pipeline.report.tables import lab_table
     from pipeline.run.directory import validate_name
     from pipeline.run.lab.cluster import Layout, open_lab
+    from pipeline.run.launch.limits import check_count
     from pipeline.run.launch.supervisor import supervise_commands
 
     require(bool(command), "No command: give it after `--`, as in `-- python -m pipeline.train name=x data.root=y`.")
     validate_name(config.name)
+    check_count("servers x ranks_per_server", config.servers * config.ranks_per_server)
+    check_count("num_threads", config.num_threads, in_memory=False)
     layout = Layout(
         servers=config.servers,
         ranks_per_server=config.ranks_per_server,

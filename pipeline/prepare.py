@@ -14,7 +14,11 @@ def prepare(config: PrepareConfig) -> None:
 
     Raises:
         DataError: the source, the pictures or the output directory are not as they must be.
+        ConfigError: more processes than this machine takes.
     """
+    from pipeline.run.launch.limits import check_count
+
+    check_count("num_workers", config.num_workers)
     if config.verify:
         from pipeline.data.prepare.verify import verify_shards
 

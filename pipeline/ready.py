@@ -20,7 +20,8 @@ def ready(config: TrainConfig) -> int:
     """Check, print a table, return the exit code of the first thing that is wrong, or 0."""
     from pipeline.run.launch.supervisor import as_ranks
 
-    return as_ranks("ready", config.cluster, lambda ranks: ready_as(ranks, config))
+    num_workers = config.data.num_workers
+    return as_ranks("ready", config.cluster, lambda ranks: ready_as(ranks, config), num_workers=num_workers)
 
 
 def ready_as(ranks: "RankInfo", config: TrainConfig) -> int:

@@ -30,7 +30,14 @@ def train(config: TrainConfig) -> int:
         return train_as(ranks, config, stop)
 
     stop = StopRequest(config.cluster.preempt_grace_seconds)
-    return as_ranks("train", config.cluster, train_as_rank, check=check, listening=stop.listening())
+    return as_ranks(
+        "train",
+        config.cluster,
+        train_as_rank,
+        num_workers=config.data.num_workers,
+        check=check,
+        listening=stop.listening(),
+    )
 
 
 def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int:

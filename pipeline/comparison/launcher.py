@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.compare import CompareConfig
 from pipeline.core.overrides import literal
 from pipeline.core.typed import require
+from pipeline.run.launch.limits import check_count
 from pipeline.run.launch.ranks import LAB_VARIABLE
 
 # Ranks that belong to whoever started `compare` must not be taken for those of the runs it starts.
@@ -131,6 +132,9 @@ def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None
         launcher = Launcher("slurm", num_ranks, num_nodes, cpus)
     else:
         launcher = Launcher("local", config.cluster.devices)
+    if launcher.kind != "slurm":
+        key = "cluster.devices" if launcher.kind == "local" else "lab.servers x lab.ranks_per_server"
+        check_count(key, launcher.num_ranks)
     require(
         launcher.num_ranks >= 2,
         "One rank alone sends nothing: give cluster.devices, lab.servers, or Slurm's tasks, at least 2.",

@@ -4,18 +4,26 @@ from pipeline.config.training import TrainConfig
 from pipeline.data.root import check_root
 from pipeline.models import zoo
 from pipeline.run.directory import validate_name
+from pipeline.run.launch.limits import check_pictures
 
 
 def check_before_ranks(config: TrainConfig) -> None:
     """Raise the user error that every rank of this run would raise.
 
     Raises:
-        ConfigError: run name, model, metaparameters, or a global batch that the ranks cannot share.
+        ConfigError: run name, model, metaparameters, a global batch that the ranks cannot share, or pictures that fit
+            into no memory.
         DataError: no shards at data.root, or not the splits wanted.
     """
     validate_name(config.name)
     zoo.check(config.model.name, config.model.metaparameters)
-    config.batch.check(config.cluster.devices)
+    num_ranks = config.cluster.devices
+    side = max(config.input.size, config.input.resize_side, config.input.size + 2 * config.data.augment.pad)
+    for key, num_pictures in (
+        ("batch.max_per_rank", config.batch.split(num_ranks).per_rank),
+        ("trainer.evaluation_batch_per_rank", config.trainer.evaluation_batch_per_rank),
+    ):
+        check_pictures(key, num_pictures, side, num_ranks=num_ranks)
     check_root(config.data, config.data.train_split)
     if config.trainer.validate_every_steps != 0:
         check_root(config.data, config.data.val_split)

@@ -210,6 +210,29 @@ def test_ranks_that_die_of_a_passed_signal_give_the_code_of_a_shell(tmp_path: Pa
     assert end(launcher)[0] == 128 + signal.SIGTERM
 
 
+STOPPED_WHILE_STARTING = """
+import os, signal, sys
+from pipeline.run.launch.supervisor import RankCommand, supervise_commands
+
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+if sys.argv[1] == "none":
+    os.kill(os.getpid(), signal.SIGTERM)
+script = f"touch started.$0; [ $0 = {sys.argv[1]} ] && kill -TERM $PPID; exec sleep 60"
+sys.exit(supervise_commands([RankCommand(["sh", "-c", script, str(rank)], os.environ) for rank in range(100)]))
+"""
+
+
+@pytest.mark.parametrize("told_by", ["none", "2"])
+def test_a_stop_while_ranks_are_being_started_is_obeyed(told_by: str, tmp_path: Path, mark: dict[str, str]) -> None:
+    """Asked before the first rank, or by the third: the hundredth is never started."""
+    environment = {**mark, "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, "-c", STOPPED_WHILE_STARTING, told_by]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, timeout=DEADLINE_SECONDS)
+    started = {path.name for path in tmp_path.glob("started.*")}
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ("started.2" in started and len(started) < 100) if told_by == "2" else not started
+
+
 def test_ranks_that_do_not_obey_a_signal_are_killed_in_time(tmp_path: Path, mark: dict[str, str]) -> None:
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(1000)"
     launcher = start(tmp_path, 2, body, mark, signal_seconds=0.3)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.run.launch.ends import ENDING_SIGNALS, Ended, exit_code_of
+from pipeline.run.launch.limits import check_processes
 from pipeline.run.launch.ports import is_free, reserved_port
 from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
 
@@ -35,13 +37,10 @@ FORWARDED_SIGNALS = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 # Ends are looked for at least so often: where the parent has other threads, one of them may take a SIGCHLD that
 # arrives while this one is not waiting, and the kernel then drops it.
 LONGEST_WAIT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-# Codes a rank only ends with on purpose, knowing the cause. 1 is what a peer's broken connection looks like.
-TELLING_CODES = {int(code) for code in ExitCode} - {ExitCode.DONE, ExitCode.INTERNAL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +65,12 @@ class RankCommand:
     """All of it: nothing is inherited."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended."""
-
-    rank: int
-    returncode: int
-    """As subprocess gives it: -n for death by signal n."""
-    told_to_stop: bool = False
-    """The supervisor had told it to stop, because a peer had failed: its end is a consequence."""
-
-
 def as_ranks(
     command: str,
     cluster: ClusterConfig,
     work: Callable[[RankInfo], int],
     *,
+    num_workers: int | None = None,
     check: Callable[[], None] = lambda: None,
     listening: contextlib.AbstractContextManager[object] | None = None,
 ) -> int:
@@ -91,6 +80,7 @@ def as_ranks(
         command: Name of the command, such as `train`.
         cluster: How many ranks to start where no launcher did.
         work: What a rank does; returns its exit code.
+        num_workers: Loader processes that each rank is asked to start; None: it chooses.
         check: Raises what would be wrong on every rank alike; called once, before any rank that is started here.
         listening: Entered while this process may be a rank; None: signals are not looked after. A parent takes them
             itself.
@@ -100,6 +90,7 @@ def as_ranks(
     """
     with listening or contextlib.nullcontext():
         ranks = find_ranks(cluster.devices)
+        check_processes(cluster, num_workers, ranks)
         if ranks is None or ranks.source == "single":
             check()
         if ranks is not None:
@@ -161,38 +152,16 @@ def supervise_commands(commands: Sequence[RankCommand], *, grace: Grace | None =
     assert threading.current_thread() is threading.main_thread()
     with _signals_blocked() as (signals, mask):
         children = _Children()
+        supervision = _Supervision(children, grace or Grace())
         try:
             for command in commands:
+                if supervision.is_told_to_end(signals):
+                    break
                 children.start(command, mask)
-            return _Supervision(children, grace or Grace()).run(signals)
+            return supervision.run(signals)
         finally:
             children.kill()
             children.wait()
-
-
-def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
-    """Return the one exit code of ranks that ended in this order, after the signals `forwarded` had been passed on.
-
-    0 if all ended with 0. Otherwise the first there is of:
-    1. a code a rank ends with on purpose: 2, 3, 4, 5, 6, 75 (but a 75 that answers our own SIGTERM is no cause);
-    2. 128 + n, as a shell has it, where a rank died of signal n that had been passed on, or had to be killed for not
-       obeying it;
-    3. any other code, in which death by a signal nobody passed on counts as 1, our fault.
-    """
-    ending = [number for number in forwarded if number in ENDING_SIGNALS]
-    telling, interrupted, other = [], [], []
-    for end in ended:
-        number = ending[0] if end.returncode == -signal.SIGKILL and ending else -end.returncode
-        if end.returncode in TELLING_CODES:
-            if not (end.told_to_stop and end.returncode == ExitCode.PREEMPTED):
-                telling.append(end.returncode)
-        elif end.returncode < 0 and number in forwarded:
-            interrupted.append(128 + number)
-        elif end.returncode - 128 in forwarded:
-            interrupted.append(end.returncode)
-        elif end.returncode != 0:
-            other.append(end.returncode if end.returncode > 0 else int(ExitCode.INTERNAL))
-    return (telling or interrupted or other or [int(ExitCode.DONE)])[0]
 
 
 @contextlib.contextmanager
@@ -351,6 +320,12 @@ class _Supervision:
             if children.running and time.monotonic() >= self._deadline:
                 self._press_harder()
         return exit_code_of(children.ended, self._forwarded)
+
+    def is_told_to_end(self, signals: set[signal.Signals]) -> bool:
+        """Pass on what has come while ranks are being started; returns whether no more are wanted."""
+        while (received := signal.sigtimedwait(signals - {signal.SIGCHLD}, 0)) is not None:
+            self._pass_on(signal.Signals(received.si_signo))
+        return not ENDING_SIGNALS.isdisjoint(self._forwarded)
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._children.send(number)
