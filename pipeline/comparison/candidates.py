@@ -66,7 +66,7 @@ def check_candidates(config: CompareConfig) -> list[Candidate]:
     """
     choose_baseline(config.baseline, config.models)
     launcher = choose_launcher(config)
-    config.batch.check(launcher.num_ranks)
+    config.batch.split(launcher.num_ranks)
     candidates = [candidate for spec in config.models for candidate in _of_model(config, launcher, spec)]
     slugs = [candidate.slug for candidate in candidates]
     require(len(set(slugs)) == len(slugs), f"Two of models={list(config.models)} would share a directory; rename one.")

@@ -4,13 +4,17 @@ A field's name is its YAML key. `core.typed.build` makes them from plain contain
 types; every impossible combination raises `ConfigError` in `__post_init__` with the remedy.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.core.errors import ConfigError
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
+
+MOST_CRUMBS = 4
+"""A rank's share is not taken in more micro-batches than so many times those that would hold it."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ class BatchConfig:
         require(self.global_size > 0, f"batch.global_size={self.global_size} must be positive.")
         require(self.max_per_rank > 0, f"batch.max_per_rank={self.max_per_rank} must be positive.")
 
-    def check(self, world_size: int) -> None:
-        """Refuse a batch that `world_size` ranks cannot share.
+    def split(self, world_size: int) -> BatchSplit:
+        """Share the batch out: the fewest micro-batches of equal size of which none exceeds `max_per_rank`.
 
         Raises:
-            ConfigError: `global_size` is not divisible by the ranks.
+            ConfigError: `global_size` is not divisible by the ranks, or a rank's share has no divisor near
+                `max_per_rank`, so that it would be taken in crumbs: a prime share one picture at a time.
         """
         if self.global_size % world_size:
             below = self.global_size // world_size * world_size
@@ -50,20 +55,28 @@ class BatchConfig:
                 f"batch.global_size={self.global_size} is not divisible by {world_size} ranks:"
                 f" set it to {' or '.join(near)}, or change the number of ranks."
             )
-
-    def split(self, world_size: int) -> BatchSplit:
-        """Share the batch out: the fewest micro-batches of equal size of which none exceeds `max_per_rank`.
-
-        Raises:
-            ConfigError: `global_size` is not divisible by the ranks.
-        """
-        self.check(world_size)
         of_rank = self.global_size // world_size
-        for num_micro_batches in range(1, of_rank + 1):
-            per_rank, rest = divmod(of_rank, num_micro_batches)
-            if not rest and per_rank <= self.max_per_rank:
-                return BatchSplit(self.global_size, per_rank, num_micro_batches)
-        raise AssertionError("micro-batches of one picture always fit")
+        per_rank = self._per_rank(of_rank)
+        num_micro_batches = of_rank // per_rank
+        if num_micro_batches <= MOST_CRUMBS * -(-of_rank // self.max_per_rank):
+            return BatchSplit(self.global_size, per_rank, num_micro_batches)
+        below = next(filter(self._is_even, range(of_rank, 0, -1)))
+        above = next(filter(self._is_even, itertools.count(of_rank)))
+        raise ConfigError(
+            f"batch.global_size={self.global_size} gives each of {world_size} ranks {of_rank} pictures, which"
+            f" batch.max_per_rank={self.max_per_rank} divides into {num_micro_batches} micro-batches of {per_rank}:"
+            f" set batch.global_size to {below * world_size} or {above * world_size},"
+            f" or batch.max_per_rank to {of_rank}."
+        )
+
+    def _per_rank(self, of_rank: int) -> int:
+        """Return the largest micro-batch that divides a rank's share."""
+        sizes = range(min(self.max_per_rank, of_rank), 0, -1)
+        return next(size for size in sizes if of_rank % size == 0)
+
+    def _is_even(self, of_rank: int) -> bool:
+        """Return whether a rank's share needs no more micro-batches than any share of about its size."""
+        return of_rank // self._per_rank(of_rank) == -(-of_rank // self.max_per_rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +264,7 @@ class TrainConfig:
 
     name: str
     """The run's directory under run_root. The same name resumes it."""
-    run_root: str = "runs"
+    run_root: PathText = "runs"
     seed: int = 0
     data: DataConfig
     model: ModelConfig

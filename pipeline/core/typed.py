@@ -5,14 +5,19 @@ A field's name is its key. Unknown keys, missing keys and wrong types raise `Con
 
 import dataclasses
 import difflib
+import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 from pipeline.core.errors import ConfigError
 
 T = TypeVar("T")
+_IS_PATH = "path"
+PathText = Annotated[str, _IS_PATH]
+"""Path or URL in a configuration: `~` at its start is the home directory, and it is never empty."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -42,6 +47,31 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def optional(hint: Any) -> tuple[Any, bool]:
+    """Return the type without what annotates it, and whether None is one of its values."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in typing.get_args(hint) if argument is not type(None))
+        return optional(inner)[0], True
+    return (typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint), False
+
+
+def text_items(hint: Any) -> bool:
+    """Return whether a type is a tuple of any number of texts."""
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and arguments[-1] is Ellipsis and optional(arguments[0])[0] is str
+
+
+def leaf_hints(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every key that is no group, those of open dictionaries as far as they are known."""
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for entry in dataclasses.fields(schema):
+        group = entry.metadata.get("keys", hints[entry.name])
+        if dataclasses.is_dataclass(group):
+            yield from leaf_hints(group, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", hints[entry.name]
+
+
 def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Make a dataclass of type `schema` from plain containers, recursively.
 
@@ -53,7 +83,7 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     Raises:
         ConfigError: unknown key, missing key, wrong type, or what `__post_init__` refuses.
     """
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     fields = {entry.name: entry for entry in dataclasses.fields(typing.cast(Any, schema))}
     for key in values:
         require(str(key) in fields, f"Unknown key {path}{key}.{nearest(str(key), fields)}")
@@ -72,12 +102,17 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _convert(inner, value, key)
+    if origin is Annotated:
+        return _path(_convert(arguments[0], value, key), key)
     require(value is not None, f"{key} is null: give it a value.")
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, Mapping), f"{key}={value!r} must be a group of keys.")
         return build(typing.cast(Any, hint), value, f"{key}.")
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{key}={value!r} must be a list.")
+        require(
+            isinstance(value, list | tuple),
+            f"{key}={value!r} must be a list in brackets: {shlex.quote(f'{key}=[{value}]')}.",
+        )
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         require(len(inner) == len(value), f"{key}={value!r} must have {len(inner)} entries.")
         return tuple(
@@ -95,8 +130,23 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     """Return a bool, int, float or str; an int is taken as a float, a bool is no number."""
     if hint is float and is_whole(value):
         return float(value)
-    if hint is str and is_number(value):
-        return str(value)  # names such as 2026 arrive as numbers
+    require(
+        hint is not str or not isinstance(value, int | float),
+        f"{key}={value!r} stands without quotes in a YAML file, where it is no text, and how it was written is lost"
+        f" (2024_11_29 is 20241129 there): put it in quotes.",
+    )
     matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(matches, f"{key}={value!r} must be of type {hint.__name__}.")
     return value
+
+
+def _path(text: str, key: str) -> str:
+    """Return a path with the home directory in place of its `~`."""
+    require(text != "", f"{key}= is empty: give a path, or leave {key}= out.")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key}={text} begins with the home directory of a user that is not known here: for a file of that name"
+            f" write {shlex.quote(f'{key}=./{text}')}"
+        ) from error

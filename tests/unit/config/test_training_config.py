@@ -1,5 +1,6 @@
 """Typed configuration: what is refused, and with which remedy."""
 
+import re
 from dataclasses import asdict
 
 import pytest
@@ -21,16 +22,37 @@ from pipeline.core.typed import build
 )
 def test_split_covers_the_global_batch_within_the_limit(world_size: int, per_rank: int, max_per_rank: int) -> None:
     batch = BatchConfig(global_size=world_size * per_rank, max_per_rank=max_per_rank)
-    split = batch.split(world_size)
+    try:
+        split = batch.split(world_size)
+    except ConfigError as error:  # no divisor near the limit: every remedy it names works
+        below, above, most = re.findall(r"(\d+)(?: or|,|\.$)", str(error).partition(": set ")[2])
+        assert int(below) < batch.global_size < int(above)
+        for size, limit in ((below, max_per_rank), (above, max_per_rank), (batch.global_size, most)):
+            BatchConfig(global_size=int(size), max_per_rank=int(limit)).split(world_size)
+        return
+    assert split.num_micro_batches <= 4 * -(-per_rank // max_per_rank)
     assert split.per_rank * split.num_micro_batches * world_size == split.global_size == batch.global_size
     assert split.per_rank <= max_per_rank
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "micro_batches"),
+    [(256, 256, 1), (258, 256, 2), (257, 257, 1), (512, 256, 2), (7, 4, 7), (3, 2, 3), (300, 256, 2), (96, 10, 12)],
+)
+def test_sensible_splits_stay_as_they_are(share: int, limit: int, micro_batches: int) -> None:
+    assert BatchConfig(global_size=2 * share, max_per_rank=limit).split(2).num_micro_batches == micro_batches
+
+
+def test_a_prime_share_is_refused_with_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"257 micro-batches of 1: set batch.global_size to 512 or 516, or .* to 257"):
+        BatchConfig(global_size=514, max_per_rank=256).split(2)
 
 
 @given(world_size=st.integers(2, 64), global_size=st.integers(1, 4096))
 def test_indivisible_global_batch_is_refused_with_sizes_that_work(world_size: int, global_size: int) -> None:
     batch = BatchConfig(global_size=global_size)
     if global_size % world_size == 0:
-        batch.split(world_size)
+        assert BatchConfig(global_size=global_size, max_per_rank=4096).split(world_size).num_micro_batches == 1
         return
     with pytest.raises(ConfigError, match=f"not divisible by {world_size} ranks") as caught:
         batch.split(world_size)
