@@ -14,7 +14,6 @@ from pathlib import Path
 from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import run_command
 from pipeline.core.errors import ExitCode, LedgerError
-from pipeline.core.overrides import quote_models
 
 
 def compare(config: CompareConfig) -> int:
@@ -55,4 +54,4 @@ def compare(config: CompareConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command("compare", CompareConfig, compare, argv=quote_models(sys.argv[1:]))
+    run_command("compare", CompareConfig, compare)

@@ -12,7 +12,8 @@
 # in a row without a new checkpoint end it (cluster.max_fruitless_requeues). To end it yourself: scancel. The same command
 # submitted again goes on too, on any number of nodes; a finished run exits 0 at once.
 #
-# A sweep: a file with the overrides of one training per line, its name= among them, and an array over the lines:
+# A sweep: a file with the overrides of one training per line, its name= among them, in words as a shell reads them, and
+# an array over the trainings (blank lines and comments are none):
 #   SQUEEZEWIRE_SWEEP=sweep.txt sbatch --array=1-8 slurm/train.sh data.root=shards/imagenet trainer.max_epochs=90
 
 # What a site must change, here or on the command line: partition and account if it has no defaults, time limit, and
@@ -41,10 +42,8 @@ set -euo pipefail
 source "$SLURM_SUBMIT_DIR/slurm/environment.sh"
 
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [ -n "${SQUEEZEWIRE_SWEEP:-}" ]; then
-    read -ra overrides <<< "$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SQUEEZEWIRE_SWEEP")"
-    [[ " ${overrides[*]:-}" == *" name="* ]] ||
-        fail "Line $SLURM_ARRAY_TASK_ID of $SQUEEZEWIRE_SWEEP gives no name=, and every training needs its own."
-    set -- "$@" "${overrides[@]}"
+    overrides=$("$python" -m pipeline.run.launch.sweep "$SQUEEZEWIRE_SWEEP" "$SLURM_ARRAY_TASK_ID") || exit
+    eval "set -- \"\$@\" $overrides" # which were quoted for it
 fi
 
 num_ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ranks_per_node))}

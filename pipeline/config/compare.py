@@ -7,7 +7,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
 from pipeline.config.lab import LabCluster
 from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,19 @@ class CompareConfig:
 
     name: str = "comparison"
     """The comparison's directory under run_root."""
-    run_root: str = "runs"
+    run_root: PathText = "runs"
     models: tuple[str, ...]
     """Names of the registry, with metaparameters if you like: [squeezenet1_0,squeezenet1_0:sr=0.5,alexnet]."""
     hooks: tuple[str, ...] = ()
     """Compressions to run each model with, a row for each: [none,bf16,powersgd]. Empty: comm.hook alone."""
-    runs: tuple[str, ...] = ()
+    runs: tuple[PathText, ...] = ()
     """Run directories already made: report on these and run nothing. Their conditions must agree; the compression may
     differ if `hooks` names it."""
     alone: bool = True
     """Run each model on one rank too, with the same batch per rank, to see how well it scales."""
-    alone_runs: tuple[str, ...] = ()
+    alone_runs: tuple[PathText, ...] = ()
     """With `runs`: run directories of single ranks, to see how well those scale."""
-    training_run: str | None = None
+    training_run: PathText | None = None
     """A training run whose curves the report shows too. Null: the run in the comparison's own directory, if any."""
     baseline: str | None = None
     """The model the others are multiples of. Null: squeezenet1_0 if it is among the models, else the first."""

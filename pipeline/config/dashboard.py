@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.typed import require
+from pipeline.core.typed import PathText, require
 
 FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
 LONGEST_PROJECT = 128
@@ -15,7 +15,7 @@ class DashboardConfig:
 
     name: str = "dashboard"
     """The directory of the files under run_root."""
-    run_root: str = "runs"
+    run_root: PathText = "runs"
     project: str = "squeezewire"
     """The W&B project whose runs are shown: tracking.project of the trainings."""
     entity: str | None = None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipeline.core.secrets import refuse_secret
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class AugmentConfig:
 class DataConfig:
     """Where the shards are and how they are read."""
 
-    root: str | None = None
+    root: PathText | None = None
     """What `prepare` made, or foreign shards: in a directory, at http(s)://host/path or at s3://bucket/prefix."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Shards from elsewhere are kept in `squeezewire` below it, once per server: on a local disk. Null: below the
     user's cache."""
     cache_bytes: int = 200_000_000_000

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipeline.config.data import DataConfig
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.training import ClusterConfig, TrainerConfig
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class EvaluateConfig:
 
     name: str = "evaluation"
     """The directory of evaluation.json under run_root."""
-    run_root: str = "runs"
-    checkpoint: str
+    run_root: PathText = "runs"
+    checkpoint: PathText
     """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict, or the Caffe .npz."""
     precision: str = "fp32"
     """`fp32`, `bf16`, or `auto` as in training."""

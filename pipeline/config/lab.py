@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 from pipeline.core.units import bits_per_second
 
 MAX_SERVERS = 200  # addresses of the lab's subnet
@@ -30,7 +30,7 @@ class _LabRecord:
 
     name: str = "lab"
     """The directory of lab.json under run_root. It may be that of the training."""
-    run_root: str = "runs"
+    run_root: PathText = "runs"
 
 
 @dataclass(frozen=True, kw_only=True)

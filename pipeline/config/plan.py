@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.config.hooks import ITEMSIZES
 from pipeline.config.registry import IMAGENET_TRAINING_PICTURES
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 from pipeline.core.units import bits_per_second
 
 ALGORITHMS = ("ring", "hierarchical", "tree", "halving_doubling", "parameter_server")
@@ -18,12 +18,12 @@ class PlanConfig:
 
     name: str = "plan"
     """The forecast's directory under run_root."""
-    run_root: str = "runs"
-    run: str
+    run_root: PathText = "runs"
+    run: PathText
     """Directory of a run on at least 2 ranks, its communication timed."""
-    beside: tuple[str, ...] = ()
+    beside: tuple[PathText, ...] = ()
     """Further runs, of other models say, forecast for the same clusters."""
-    compute_runs: tuple[str, ...] = ()
+    compute_runs: tuple[PathText, ...] = ()
     """Runs on one rank each, made side by side under the same conditions: their computing replaces that of `run`, and a
     step lasts as long as the slowest of them. For ranks that share cores."""
     measured_bandwidth: str | None = None

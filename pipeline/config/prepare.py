@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.core.typed import one_of, require
+from pipeline.core.typed import PathText, one_of, require
 
 CHECKS = ("pixels", "ends")
 
@@ -21,10 +21,10 @@ class PrepareConfig:
     at once.
     """
 
-    source: str | None = None
+    source: PathText | None = None
     """A directory of class folders, a tar of them, one of ILSVRC2012's archives or the directory that holds them, or
     `builtin`: the generator of a learnable picture set."""
-    out: str
+    out: PathText
     """Directory for the shards. Splits that are there already are kept, if they have the same classes."""
     verify: bool = False
     """Write nothing: read the shards in `out`, ours or foreign ones, and name everything that is wrong with sizes,
@@ -35,12 +35,12 @@ class PrepareConfig:
     layout: str | None = None
     """What the outermost folders of the source are: `classes` or `splits`. Null: recognised, by the names of splits
     (Train, training, valid, test2017 ...) and by what lies where; asked for where both could be meant."""
-    classes: str | None = None
+    classes: PathText | None = None
     """Text file of class names in index order, one per line. Null: those already in `out`, else sorted folder names."""
-    labels: str | None = None
+    labels: PathText | None = None
     """Text file whose lines name a picture and its class, for a split without class folders: Kaggle's
     LOC_val_solution.csv, tiny-imagenet's val_annotations.txt, and their like. Null: those two are looked for."""
-    devkit: str | None = None
+    devkit: PathText | None = None
     """ILSVRC2012_devkit_t12.tar.gz, packed or not: the labels of ILSVRC2012's validation pictures. Null: looked for
     beside them."""
     kind: str | None = None

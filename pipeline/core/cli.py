@@ -7,6 +7,7 @@ python -m pipeline.COMMAND --cfg job         the composed configuration (as any 
 
 import contextlib
 import os
+import shlex
 import stat
 import sys
 import traceback
@@ -19,9 +20,9 @@ from pipeline.core import secrets
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave, leave_cause, rank
 from pipeline.core.help import format_help
-from pipeline.core.overrides import quoted, split_override
-from pipeline.core.trees import dotted_keys
-from pipeline.core.typed import build, nearest, require
+from pipeline.core.overrides import as_typed, literal, split_override
+from pipeline.core.trees import dotted_keys, flat
+from pipeline.core.typed import build, leaf_hints, nearest, optional, require
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
@@ -33,7 +34,9 @@ def run_command(
     command: str, schema: type[T], body: Callable[[T], int | None], *, argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # what the ranks are started with, too
+        sys.argv[1:] = _without_carriage_returns(sys.argv[1:])
+    arguments = _without_carriage_returns(sys.argv[1:] if argv is None else argv)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
     has_lost_others = False
     try:
@@ -69,6 +72,15 @@ def _run(command: str, schema: type[T], body: Callable[[T], int | None], argumen
     return body(compose(command, schema, arguments)) or ExitCode.DONE
 
 
+def _without_carriage_returns(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without what a script with Windows' line ends (CRLF) leaves at the end of its last one."""
+    clean = [argument.rstrip("\r") for argument in arguments]
+    if clean != list(arguments) and rank() is None:
+        print("warning: carriage returns at the ends of arguments are left out: the command stands in a file with"
+              " Windows' line ends (CRLF).", file=sys.stderr)  # fmt: skip
+    return [argument for argument, before in zip(clean, arguments, strict=True) if argument or not before]
+
+
 def _only_tells(arguments: Sequence[str]) -> bool:
     """Return whether the command line asks for nothing but printing."""
     return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
@@ -87,23 +99,29 @@ def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:
     Raises:
         ConfigError: a key or a choice does not exist (the nearest is named), or a value is impossible.
     """
-    return build(schema, compose_container(command, overrides))
+    return build(schema, compose_container(command, schema, overrides))
 
 
-def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+def compose_container(command: str, schema: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return what `compose` types: the composed configuration in plain containers."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import (
+        InterpolationResolutionError,
+        MissingMandatoryValue,
+        OmegaConfBaseException,
+        UnsupportedInterpolationType,
+    )
 
     require(
         CONF_DIRECTORY.is_dir(),
         f"No configuration at {CONF_DIRECTORY}: install with `pip install -e .` from the checkout.",
     )
     groups = config_groups()
-    overrides = [quoted(override) for override in overrides]
+    _check_form(overrides)
+    typed, overrides = overrides, as_typed(overrides, schema)
     choices = [override for override in overrides if split_override(override)[0] in groups]
     try:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
@@ -113,16 +131,67 @@ def compose_container(command: str, overrides: Sequence[str]) -> dict[str, Any]:
             # can a key be found wrong, or be opened; Hydra itself names no nearest key.
             base = OmegaConf.to_container(hydra_compose(command, choices))
             opened = [_open_or_check(override, base, groups) for override in overrides]
+            _check_values(opened, base, schema)
             composed = hydra_compose(command, opened)
             secrets.refuse_values(OmegaConf.to_container(composed, resolve=False))
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ConfigError(f"{key} is not set: add {key}=... to the command.") from error
+    except (InterpolationResolutionError, UnsupportedInterpolationType, RecursionError) as error:
+        key = str(getattr(error, "full_key", "") or "")
+        value = next((value for name, value in map(split_override, reversed(typed)) if key in (name, "")), None)
+        raise ConfigError(_one_line(error) if value is None else _no_interpolation(key, value)) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_one_line(error)) from error
     assert isinstance(container, dict)
     return typing.cast(dict[str, Any], container)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_form(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for an argument that is no `key=value`: as a rule, a blank stood outside of quotes."""
+    for before, override in zip(["", *overrides], overrides, strict=False):
+        if "=" not in override and not override.startswith("~"):
+            together = (
+                f" If it belongs to what stands before it, put both in quotes: {shlex.quote(f'{before} {override}')}."
+            )
+            raise ConfigError(f"{override!r} is not of the form key=value.{together if '=' in before else ''}")
+
+
+def _check_values(overrides: Sequence[str], base: Any, schema: type[Any]) -> None:
+    """Raise `ConfigError` for the first value that Hydra's grammar cannot read: of a number, a switch or a list."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError
+
+    parser, hints = OverridesParser.create(), dict(leaf_hints(schema))
+    for override in overrides:
+        key, value = split_override(override)
+        text: Any = value
+        try:
+            text = parser.parse_override(override).value()
+            OmegaConf.create({"value": text if isinstance(text, str) else ""})
+        except GrammarParseError as error:
+            raise ConfigError(_no_interpolation(key, str(text))) from error
+        except HydraException as error:
+            hint, _ = optional(hints.get(key))
+            kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a value or a [list]")
+            default = flat(base).get(key)
+            example = shlex.quote(f"{key}={1 if default in (None, '???') else literal(default)}")
+            raise ConfigError(f"{key}={value!r} cannot be read: give {kind}, as in {example}.") from error
+
+
+def _no_interpolation(key: str, value: str) -> str:
+    """Say what to write for a value in which `${` names nothing."""
+    return (
+        f"{key}={value} cannot be read: ${{...}} stands for the value of another key, and this names none."
+        f" For the text itself: {shlex.quote(f'{key}={literal(value)}')}"
+    )
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
@@ -147,8 +216,6 @@ def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -
 def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]]) -> str:
     """Return the override, made an addition below an open key; `ConfigError` if its key does not exist."""
     key, _ = split_override(override)
-    if "=" not in override and not override.startswith("~"):
-        raise ConfigError(f"{override!r} is not of the form key=value.")
     if key in groups or override.startswith(("+", "~")) or key.partition(".")[0] == "hydra":
         return override
     if key.startswith(OPEN_KEYS):
@@ -199,11 +266,12 @@ def _run_hydra_application(
         container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
         codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
 
-    overrides = [quoted(argument) for argument in arguments if "=" in argument and not argument.startswith("-")]
+    is_sweep = any(argument in ("--multirun", "-m") for argument in arguments)
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
     sys.argv = [
         f"pipeline.{command}",
-        *overrides,
+        *as_typed(overrides, schema, is_sweep=is_sweep),
         "hydra.run.dir=.",
         "hydra.sweep.dir=.",
         "hydra.sweep.subdir=.",

@@ -36,6 +36,13 @@ def format_help(
         lines.append("")
     lines.append("Keys (key=value):")
     lines.extend(_lines_of_fields(schema, values, ""))
+    lines += [
+        "",
+        "Text is taken as it is typed: 2024_11_29, 1e5 and a path with blanks are no numbers and need no quotes of",
+    ]
+    lines += [
+        "Hydra's. `null` is no value where a key may have none, `${key}` another key's value, `~` a home directory."
+    ]
     lines += ["", "--cfg job prints the composed configuration; --multirun sweeps, as in any Hydra application."]
     return "\n".join(lines)
 

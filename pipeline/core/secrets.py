@@ -19,20 +19,29 @@ _URL_USER = re.compile(r"(?<=://)[^\s'\"]*@")
 _URL_QUERY = re.compile(r"(\w://[^\s'\"?#]*)[?#][^\s'\"]*")
 
 SHORTEST_SECRET = 8
-_NAME_OF_A_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
-# As their makers document them; a W&B key of old is 40 hexadecimal digits.
+# What the name of a variable ends with when it holds a credential; KEYBOARD_LAYOUT, MONKEY and PWD hold none.
+_NAME_OF_A_CREDENTIAL = re.compile(
+    r"(?i)(?:^|_)(?:\w*token|\w*secret|\w*passw(?:or)?d|\w*passphrase|\w*credentials?|sshpass)$|_pwd$"
+)
+_NAME_OF_A_KEY = re.compile(r"(?i)(?:^|_)\w*?(?:^|_|api|access|secret|auth|private)keys?$")
+# As their makers document them. 40 hexadecimal digits alone are a revision of git's as often as a W&B key of old.
 _SHAPES_OF_SECRETS = {
-    "a W&B key": re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])|wandb_v1_\w{8}"),
+    "a W&B key": re.compile(r"(?<![0-9A-Za-z])local-[0-9a-f]{40}(?![0-9A-Za-z])|wandb_v1_\w{8}"),
     "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
     "a GitHub token": re.compile(r"\b(?:gh[pousr]_|github_pat_)\w{20}"),
     "a Hugging Face token": re.compile(r"\bhf_[0-9A-Za-z]{20}"),
     "an API key": re.compile(r"\bsk-[0-9A-Za-z_-]{20}|\bxox[abeprs]-\w{8}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    "a password": re.compile(r"(?i)(?:passw(?:or)?d|secret|token|api_?key)['\"]?\s*[=:]\s*[^\s=:]"),
+    # A short number is none: `max_token=128`.
+    "a password": re.compile(
+        r"(?i)(?:passw(?:or)?d|secret|token|api_?key)['\"]?\s*[=:]\s*(?!\d{1,6}(?![\w.-]))[^\s=:]"
+    ),
 }
 
 CALLS = "_target_"
 FROM_ENVIRONMENT = "oc.env"
+_NAMES_A_CALL = re.compile(rf"(?<!\w){CALLS}(?!\w)")
+_READS_ENVIRONMENT = re.compile(rf"\$\{{[\s\S]*(?<!\w){re.escape(FROM_ENVIRONMENT)}(?!\w)")
 # Hydra's flags that name a directory of more configuration.
 CONFIG_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
 # The flag's value may stand in the next argument, so an argument that is a directory is looked through too.
@@ -62,17 +71,28 @@ def refuse_key(key: str, text: str, environment: Mapping[str, str]) -> None:
     Args:
         key: Where the text stands, for the message.
         text: The key or value of a configuration.
-        environment: Variables; the values of those that are named like secrets are refused too.
+        environment: Variables; the values of those that hold credentials are refused too.
     """
     what = next((name for name, shape in _SHAPES_OF_SECRETS.items() if shape.search(text)), None)
+    remedy = "If it is none, write it another way."
     for name, value in environment.items():
-        if _NAME_OF_A_SECRET.search(name) and len(value) >= SHORTEST_SECRET and value in text:
+        if _is_credential(name, value) and value in text:
             what = f"the value of {name}"
+            remedy = f"If that is none, run the command with `env -u {name}` before it."
     if what is not None:
         raise ConfigError(
             f"{key} must hold no secret, and this looks like {what}: it would be copied into config.yaml, the record of"
             " the command and every log. Give it through the environment (WANDB_API_KEY, AWS's variables) or ~/.netrc."
+            f" {remedy}"
         )
+
+
+def _is_credential(name: str, value: str) -> bool:
+    """Return whether a variable holds a credential: by its name, and a value that is no path or plain word."""
+    if len(value) < SHORTEST_SECRET or os.path.exists(value):  # noqa: PTH110  Path.exists() raises for what is too long
+        return False
+    is_mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
+    return bool(_NAME_OF_A_CREDENTIAL.search(name) or (_NAME_OF_A_KEY.search(name) and is_mixed))
 
 
 def refuse_argument(argument: str) -> None:
@@ -98,9 +118,9 @@ def refuse_values(container: Any) -> None:
 
 
 def _refuse_text(key: str, text: str) -> None:
-    if CALLS in text:
+    if _NAMES_A_CALL.search(text):
         raise ConfigError(f"{key} names something to call ({CALLS}), and a configuration is data: leave it out.")
-    if FROM_ENVIRONMENT in text:
+    if _READS_ENVIRONMENT.search(text):
         raise ConfigError(
             f"{key} reads the environment ({FROM_ENVIRONMENT}), of which a copy would stay in config.yaml: write the"
             " value, or let the shell do it ($NAME)."

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORDER = """#!/bin/sh
+[ "$2" = pipeline.run.launch.sweep ] && exec "$RECORDER_PYTHON" "$@"
 if [ "$2" = pipeline.requeue ]; then
     echo "ASKED $*"
     [ -n "$RECORDER_PYTHON" ] && exec "$RECORDER_PYTHON" "$@"
@@ -229,16 +230,19 @@ exec {shutil.which("scontrol")} "$@"
 
 
 def test_an_array_runs_the_lines_of_a_sweep(slurm: "SlurmCluster", checkout: Path) -> None:
-    (checkout / "sweep.txt").write_text("name=sweep/a recipe.lr=0.1\nname=sweep/b recipe.lr=0.2\nrecipe.lr=0.3\n")
-    env = {"SQUEEZEWIRE_SWEEP": "sweep.txt"}
+    (checkout / "sweep.txt").write_bytes(
+        b"# rates\r\nname=sweep/a recipe.lr=0.1\r\n\r\nname=sweep/b 'run_root=my runs'\r\n"
+    )
+    real = {"RECORDER_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+    env = {"SQUEEZEWIRE_SWEEP": "sweep.txt", **real}
     job_id = slurm.submit("--array=1-3", "--nodes=1", "slurm/train.sh", "seed=3", cwd=checkout, env=env)
     wait_until(lambda: len(list(checkout.glob("*.out"))) == 3, "the tasks did not run")
     slurm.wait(job_id, JOB_SECONDS)
     wait_until(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "the tasks did not end")
     outputs = "".join(sorted(log.read_text() for log in checkout.glob("*.out")))
-    for line in ("name=sweep/a recipe.lr=0.1", "name=sweep/b recipe.lr=0.2"):
+    for line in ("name=sweep/a recipe.lr=0.1", "name=sweep/b run_root=my runs"):
         assert f"argv=-m pipeline.train seed=3 {line}\n" in outputs
-    assert "error: Line 3 of sweep.txt gives no name=" in outputs
+    assert "error: sweep.txt holds 2 trainings, and none is number 3" in outputs
 
 
 def test_compare_and_prepare_are_no_ranks_of_the_job(slurm: "SlurmCluster", checkout: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.comparison.rows import KEYS, published
 from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, DataError, LedgerError
-from pipeline.core.overrides import quote_models
+from pipeline.core.overrides import as_typed
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
@@ -42,7 +42,7 @@ CONTRACT_KEYS = {
 
 
 def configured(*overrides: str) -> CompareConfig:
-    return compose("compare", CompareConfig, quote_models(("tracking=disabled", *overrides)))
+    return compose("compare", CompareConfig, ("tracking=disabled", *overrides))
 
 
 def from_runs(tmp_path: Path, *runs: Path, **keys: str) -> CompareConfig:
@@ -325,10 +325,10 @@ SPECS = st.builds(
 def test_specs_need_no_quotes_on_the_command_line(specs: list[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    (argument,) = quote_models([f"models=[{','.join(specs)}]"])
+    (argument,) = as_typed([f"models=[{','.join(specs)}]"], CompareConfig)
     assert OverridesParser.create().parse_override(argument).value() == specs
 
 
 def test_what_is_already_quoted_stays() -> None:
-    argument = "models=['squeezenet1_0:sr=0.5',alexnet]"
-    assert quote_models(["name=x", argument]) == ["name=x", argument]
+    argument = "models=['squeezenet1_0:sr=0.5','alexnet']"
+    assert as_typed([argument], CompareConfig) == [argument]

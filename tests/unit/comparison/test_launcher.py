@@ -9,14 +9,13 @@ from pipeline.comparison.launcher import choose_launcher
 from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
-from pipeline.core.overrides import quote_models
 
 TWO_NODES = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8"}
 ONE_NODE = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "8"}
 
 
 def configured(*overrides: str) -> CompareConfig:
-    return compose("compare", CompareConfig, quote_models(overrides))
+    return compose("compare", CompareConfig, overrides)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.missing import Missing
-from pipeline.core.overrides import quote_models
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.models.facts import model_facts
 from pipeline.report.comparison_tables import comparison_tables
@@ -28,7 +27,7 @@ SQUEEZENET_BYTES, ALEXNET_BYTES = 4_993_696, 244_403_360
 def compared(tmp_path: Path, runs: list[Path], **keys: str) -> dict[str, Any]:
     """comparison.json of runs already made, without its files and report."""
     keys = {"runs": f"[{','.join(map(repr, map(str, runs)))}]", "name": "c", "run_root": f"'{tmp_path}'", **keys}
-    config = compose("compare", CompareConfig, quote_models([f"{key}={value}" for key, value in keys.items()]))
+    config = compose("compare", CompareConfig, [f"{key}={value}" for key, value in keys.items()])
     result = compare_outcomes(read_outcomes(config), config.baseline, config.directory)
     return json.loads(json.dumps(result))
 

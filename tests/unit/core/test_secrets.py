@@ -14,7 +14,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.secrets import redacted, refuse_key
 
 # Joined from pieces: no file of the repository holds what looks like a key.
-KEY = "0123456789abcdef" * 2 + "01234567"
+REVISION = "0123456789abcdef" * 2 + "01234567"
+KEY = "local-" + REVISION
 BASE = ("name=a", "data.root=x", "trainer.max_steps=1")
 
 
@@ -28,7 +29,7 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
     ("value", "what"),
     [
         (KEY, "W&B"),
-        ("local-" + KEY, "W&B"),
+        (f"runs/{REVISION[::-1]}", "the value of WANDB_API_KEY"),
         ("wandb_v1_" + "a1B2" * 5, "W&B"),
         ("AKIA" + "IOSFODNN7EXAMPLE", "AWS"),
         ("ghp_" + "a1B2" * 9, "GitHub"),
@@ -42,16 +43,40 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
 )
 def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        refuse_key("tracking.entity", value, {"MY_TOKEN": "swordfish-77", "HOME": "it is"})
+        refuse_key("tracking.entity", value, {"MY_TOKEN": "swordfish-77", "WANDB_API_KEY": REVISION[::-1]})
+    assert "If " in str(raised.value)
     assert what in str(raised.value) and value not in str(raised.value) and "swordfish" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     "value",
-    ["runs/first", "sweep/lr=0.1", "s3://bucket/imagenet", "train-{0000..1023}.tar", "tokenizer", "a" * 64, "key", ""],
+    [
+        *("runs/first", "sweep/lr=0.1", "s3://bucket/imagenet", "train-{0000..1023}.tar", "tokenizer", "a" * 64, "key"),
+        *(REVISION, f"models--timm/snapshots/{REVISION}", "sweep/max_token=128", "lr=0.1,token=64", "keyboard-us", ""),
+    ],
 )
 def test_what_is_no_secret_is_taken(value: str) -> None:
-    refuse_key("name", value, {"SHORT_KEY": "key", "EMPTY_TOKEN": "", "HOME": value})
+    """Also where a variable of another kind holds the same: `key` in its name makes no credential of it."""
+    variables = (
+        "HOME",
+        "KEYBOARD_LAYOUT",
+        "MONKEY",
+        "TOKENIZERS_CACHE",
+        "PWD",
+        "OLDPWD",
+        "SORT_KEY_FILE",
+        "KEYTIMEOUT",
+    )
+    refuse_key(
+        "name",
+        value,
+        {"SHORT_KEY": "key", "EMPTY_TOKEN": "", "SORT_KEY": "keyboard", **dict.fromkeys(variables, value)},
+    )
+
+
+def test_a_path_is_no_credential(tmp_path: Path) -> None:
+    (tmp_path / "token").touch()
+    refuse_key("run_root", f"{tmp_path}/token", {"WEB_TOKEN": f"{tmp_path}/token"})
 
 
 @given(
@@ -68,11 +93,11 @@ def test_what_is_printed_holds_no_password(user: str, password: str, before: str
 
 
 @pytest.mark.not_quick
-@pytest.mark.parametrize("argument", [f"name={KEY}", f"+tracking.api_key={KEY}", f"wandb.token={KEY}", KEY])
+@pytest.mark.parametrize("argument", [f"name={KEY}", f"+tracking.api_key={REVISION}", f"wandb.token={REVISION}", KEY])
 def test_a_key_in_an_argument_is_refused_before_anything_repeats_it(argument: str) -> None:
     ended = command(*BASE[1:], argument)
     assert ended.returncode == 2
-    assert "must hold no secret" in ended.stderr and KEY not in ended.stdout + ended.stderr
+    assert "must hold no secret" in ended.stderr and REVISION not in ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(

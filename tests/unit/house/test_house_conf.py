@@ -48,7 +48,9 @@ def needed(command: str) -> list[str]:
 def command_with(group: str) -> str:
     """A command whose configuration has this group: `train` where it does."""
     commands = sorted(SCHEMAS, key=lambda command: command != "train")
-    return next(command for command in commands if group in compose_container(command, needed(command)))
+    return next(
+        command for command in commands if group in compose_container(command, SCHEMAS[command], needed(command))
+    )
 
 
 def test_every_command_has_a_configuration_and_back() -> None:

@@ -19,7 +19,6 @@ import yaml
 
 from pipeline.core.cli import compose
 from pipeline.core.errors import ExitCode, UserError
-from pipeline.core.overrides import quote_models
 from pipeline.lab import split_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -124,8 +123,6 @@ def _wrong_with_command(command: str, arguments: Sequence[str]) -> str:
         answer = subprocess.run([sys.executable, "-m", f"pipeline.{command}", "--help"], cwd=REPOSITORY, timeout=120)
         return "" if answer.returncode == 0 else f"--help exits {answer.returncode}"
     own, inner = split_arguments(arguments)
-    if command == "compare":
-        own = quote_models(own)
     if command == "requeue":
         own = own[1:]
     try:
