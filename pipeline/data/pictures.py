@@ -2,9 +2,11 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -18,17 +20,36 @@ SQUARE_TO_JPEG_DRAFT = 2
 """libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
 
 
+T = TypeVar("T")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 _OTHER_FORMATS = (
     (0, b"GIF8", "GIF"),
     (8, b"WEBP", "WebP"),
     (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
     (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftyp", "a video (MP4 or its like)"),
     (4, b"jP  ", "JPEG 2000"),
     (4, b"JXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 codestream"),
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "BigTIFF"),
+    (0, b"MM\0+", "BigTIFF"),
+    (0, b"II\xbc\1", "JPEG XR"),
     (0, b"BM", "BMP"),
+    (0, b"8BPS", "a Photoshop document"),
     (0, b"%PDF", "PDF"),
+    (0, b"\0\5\x16\7", "the side file of macOS (AppleDouble)"),
+    (0, b"\x89HDF", "HDF5"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"PK\3\4", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
     (0, b"<", "a web page or XML"),
     (0, b"version https://git-lfs", "a Git LFS pointer"),
 )
@@ -40,9 +61,11 @@ class BadImageError(DataError):
 
 
 def not_a_picture(content: bytes) -> str:
-    """Why `content`, which is neither JPEG nor PNG, is refused: a clause that says what it is, where that shows."""
+    """Why `content`, which Pillow knows neither as JPEG nor as PNG, is refused: what it is, where that shows."""
     if not content:
         return "empty file"
+    if content.startswith((_PNG, b"\xff\xd8\xff")):
+        return f"a {'PNG' if content.startswith(_PNG) else 'JPEG'} with a damaged header"
     found = (name for offset, mark, name in _OTHER_FORMATS if content.startswith(mark, offset))
     return f"neither JPEG nor PNG but {name}" if (name := next(found, None)) else "neither JPEG nor PNG"
 
@@ -54,6 +77,42 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def with_picture(content: bytes, use: Callable[[Image.Image], T]) -> T:
+    """`use` of the picture, of which only the header is read by then.
+
+    What Pillow refuses is tried again without what shows nothing: texts, colour profiles and times of a PNG, which may
+    be larger than Pillow takes, or damaged.
+
+    Raises:
+        OSError, SyntaxError, ValueError: Pillow's complaints, and what `use` raises.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            return use(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DataError) or (bare := _bare_png(content)) is None:
+            raise
+    with Image.open(io.BytesIO(bare), formats=("PNG",)) as image:
+        return use(image)
+
+
+def _bare_png(content: bytes) -> bytes | None:
+    """A PNG without its ancillary chunks but transparency, the rest as it is; None if it is none or has none."""
+    if not content.startswith(_PNG):
+        return None
+    kept, start = [_PNG], len(_PNG)
+    while start + 8 <= len(content):
+        kind = content[start + 4 : start + 8]
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        is_critical = not kind[0] & 0x20  # a capital letter
+        crc = zlib.crc32(content[start + 4 : end - 4]).to_bytes(4, "big")
+        if is_critical or (kind == b"tRNS" and content[end - 4 : end] == crc):
+            kept.append(content[start:end])
+        start = end
+    bare = b"".join(kept)
+    return bare if len(bare) < len(content) else None
+
+
 def check_picture(content: bytes) -> None:
     """Decode a picture as far as it takes to know whether training can use it: every byte, at an eighth of the size.
 
@@ -61,7 +120,7 @@ def check_picture(content: bytes) -> None:
         BadImageError: empty, neither JPEG nor PNG, cut short, or more than MAX_PIXELS.
     """
     with _judged(content):
-        _load_if_doubtful(_opened(content), content)
+        with_picture(content, lambda image: _load_if_doubtful(_of_allowed_size(image), content))
 
 
 _END_OF_JPEG = b"\xff\xd9"
@@ -91,12 +150,15 @@ def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
     with _judged(content):
         if _may_stay(content, encoding) and (_has_ends(content, encoding) or _decodes_strictly(content)):
             return content
-        image = _opened(content)
-        is_small_enough = encoding.short_side is None or min(image.size) <= encoding.short_side
-        if image.format != "JPEG" or not is_small_enough:
-            return _encoded_again(image, encoding)
-        _load_if_doubtful(image, content)
-        return content
+        return with_picture(content, lambda image: _kept_or_encoded(_of_allowed_size(image), content, encoding))
+
+
+def _kept_or_encoded(image: Image.Image, content: bytes, encoding: Encoding) -> bytes:
+    is_small_enough = encoding.short_side is None or min(image.size) <= encoding.short_side
+    if image.format != "JPEG" or not is_small_enough:
+        return _encoded_again(image, encoding)
+    _load_if_doubtful(image, content)
+    return content
 
 
 @contextmanager
@@ -114,9 +176,8 @@ def _judged(content: bytes) -> Iterator[None]:
         raise BadImageError(str(error)) from error
 
 
-def _opened(content: bytes) -> Image.Image:
-    """The picture with its header read, and nothing decoded yet."""
-    image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+def _of_allowed_size(image: Image.Image) -> Image.Image:
+    """The picture, if it has no more than MAX_PIXELS by its header."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")

@@ -8,13 +8,11 @@ training, libjpeg may shrink by 2, 4 or 8 while decoding as long as the crop kee
 evaluation decodes at full size. Resizing is Pillow's antialiased bilinear filter on just the region that is needed.
 """
 
-import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -23,11 +21,13 @@ from numpy.typing import NDArray
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import InputConfig
 from pipeline.data.jpeg_rows import upper_rows
-from pipeline.data.pictures import MAX_PIXELS, as_rgb, not_a_picture
+from pipeline.data.pictures import MAX_PIXELS, as_rgb, not_a_picture, with_picture
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+T = TypeVar("T")
 
 Pixels = NDArray[np.uint8]
 """uint8 of shape (height, width, 3): RGB."""
@@ -301,8 +301,7 @@ def _header(content: bytes) -> tuple[int, int]:
         height, width, *_ = simplejpeg.decode_jpeg_header(content)
         return int(height), int(width)
     except ValueError:
-        with _opened(content) as image:
-            return image.height, image.width
+        return _by_pillow(content, lambda image: (image.height, image.width))
 
 
 def _decode(content: bytes, source: tuple[int, int], reduction: int) -> tuple[Pixels, int]:
@@ -318,19 +317,17 @@ def _decode(content: bytes, source: tuple[int, int], reduction: int) -> tuple[Pi
         )
         return pixels, reduction
     except ValueError:
-        with _opened(content) as image:
-            return np.asarray(as_rgb(image)), 1
+        return _by_pillow(content, lambda image: np.asarray(as_rgb(image))), 1
 
 
-@contextmanager
-def _opened(content: bytes) -> Iterator["Image.Image"]:
-    """Pillow's lazily decoded picture; whatever a broken file makes Pillow raise becomes SampleError."""
-    from PIL import Image, UnidentifiedImageError
+def _by_pillow(content: bytes, use: Callable[["Image.Image"], T]) -> T:
+    """`use` of Pillow's lazily decoded picture; whatever a broken file makes Pillow raise becomes SampleError."""
+    from PIL import UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata: judged by the pixels alone
         try:
-            yield Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+            return with_picture(content, use)
         except UnidentifiedImageError:
             raise SampleError(not_a_picture(content)) from None
         except MemoryError:

@@ -4,8 +4,10 @@ Through the index and the datasets, as training and evaluation read them.
 """
 
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import InputConfig
 from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamples
 from pipeline.data.index import ShardIndex
-from pipeline.data.pictures import BadImageError, check_picture
+from pipeline.data.pictures import BadImageError, Encoding, check_picture, shard_jpeg
 from pipeline.data.pixels import SampleError, decode
 from tests.making.pictures import blobs, encoded, jpeg_claiming, png_claiming
 from tests.making.shards import CLASSES, write_manifest, write_tar
@@ -67,6 +70,35 @@ FRAMES = [smooth().rotate(90), smooth().rotate(180)]
 GREY = np.add.outer(np.arange(8), 16 * np.arange(16))[..., None]
 STORED = np.asarray(smooth())
 
+
+def png_with(kind: bytes, content: bytes, *, is_sound: bool = True, is_last: bool = False) -> bytes:
+    """A PNG with a chunk more, before its pixels or after them."""
+    png = encoded(smooth(), "PNG")
+    crc = zlib.crc32(kind + content) ^ (not is_sound)
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    place = len(png) - 12 if is_last else 33
+    return png[:place] + chunk + png[place:]
+
+
+def much_text() -> bytes:
+    """More than 64 MiB of it, packed."""
+    info = PngInfo()
+    for number in range(80):
+        info.add_text(f"k{number}", "y" * 900_000, zip=True)
+    return encoded(smooth(), "PNG", pnginfo=info)
+
+
+ANCILLARY = {
+    "PNG with a large colour profile": encoded(smooth(), "PNG", icc_profile=bytes(2_000_000)),
+    "PNG with a large text": png_with(b"zTXt", b"parameters\0\0" + zlib.compress(b"x " * 800_000)),
+    "PNG with much text": much_text(),
+    "PNG with a damaged text": png_with(b"tEXt", b"a\0b", is_sound=False),
+    "PNG with a damaged text at its end": png_with(b"tEXt", b"a\0b", is_sound=False, is_last=True),
+    "PNG with a damaged time": png_with(b"tIME", b"\0\0\0\0\0\0\0", is_sound=False),
+    "PNG with a colour profile that is none": png_with(b"iCCP", b"x\0\0not compressed"),
+}
+"""Sound but for what shows nothing."""
+
 ACCEPTED: dict[str, tuple[bytes, np.ndarray, int]] = {
     "progressive": (encoded(smooth(), progressive=True), STORED, 40),
     "greyscale": (encoded(smooth(mode="L"), quality=95), np.asarray(smooth(mode="L"))[..., None], 12),
@@ -85,11 +117,20 @@ ACCEPTED: dict[str, tuple[bytes, np.ndarray, int]] = {
         np.asarray(smooth(mode="L"))[..., None],
         1,
     ),
+    **{name: (content, STORED, 0) for name, content in ANCILLARY.items()},
     "one pixel": (encoded(smooth(1, 1)), np.asarray(smooth(1, 1)), 8),
     "one row": (encoded(smooth(1, 3000)), np.asarray(smooth(1, 3000)), 60),
     "one column": (encoded(smooth(3000, 1)), np.asarray(smooth(3000, 1)), 60),
 }
 """Content, the pixels it shows, and how far a channel may be from them: JPEG is lossy."""
+
+
+def damaged_pixels() -> bytes:
+    """A PNG with one bit of its pixels flipped, and with a colour profile that is too large besides."""
+    png = bytearray(ANCILLARY["PNG with a large colour profile"])
+    png[png.index(b"IDAT") + 100] ^= 1
+    return bytes(png)
+
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
@@ -104,6 +145,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "TIFF": (encoded(smooth(), "TIFF"), "but TIFF"),
     "BMP": (encoded(smooth(), "BMP"), "but BMP"),
     "JPEG 2000": (encoded(smooth(), "JPEG2000"), "but JPEG 2000"),
+    "PNG without a header": (encoded(smooth(), "PNG")[:8] + bytes(40), "a PNG with a damaged header"),
+    "damaged pixels": (damaged_pixels(), "broken data stream"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "but HEIC"),
+    "AppleDouble": (b"\0\5\x16\7" + bytes(100), "but the side file of macOS"),
     "web page": (b"<html>404</html>", "but a web page or XML"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "but a Git LFS pointer"),
     "JPEG bomb": (jpeg_claiming(PLAIN, 20_000, 10_000), " pixels"),
@@ -161,6 +206,12 @@ def test_what_shows_none_is_quarantined_by_shard_and_key(tmp_path: Path, name: s
         for bad in batch.bad:
             assert (bad.shard, bad.key) == ("train-000000.tar", "n02/000002")
             assert bad.cause and reason in bad.reason and "'n02/000002' of shard train-000000.tar" in bad.reason
+
+
+@pytest.mark.parametrize("name", ANCILLARY)
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(short_side=20)])
+def test_what_shows_nothing_changes_nothing_in_the_shard(name: str, encoding: Encoding) -> None:
+    assert shard_jpeg(ANCILLARY[name], encoding) == shard_jpeg(encoded(smooth(), "PNG"), encoding)
 
 
 @given(
