@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import DataError
 from pipeline.core.files import sha256_of_file, write_atomic
 from pipeline.data.remote.transfer import say
-from pipeline.data.shards.foreign import find_split
+from pipeline.data.shards.foreign import ForeignSplit, find_split
 from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest
 from pipeline.data.shards.opened import OpenedSplit
 from pipeline.data.shards.scan import scanned_table, threads
@@ -92,17 +92,13 @@ def open_local(root: Path, split: str, verify: str, *, is_local_leader: bool) ->
     Raises:
         DataError: Shards are missing, damaged, or contradict the manifest.
     """
-    if not root.is_dir():
-        raise DataError(f"data.root={root} is not a directory: give the one that `prepare` made (its out=).")
-    manifest = Manifest.load(root) if _has_manifest(root) else None
-    foreign = None if manifest else find_split(root, split)
-    shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
+    manifest, foreign, shards = shards_there(root, split)
     if verify == "sha256":
         _check_hashes(root, shards)
     described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
     table = _table(root, split, shards, described, is_local_leader)
-    if table is None or not len(table.label):
-        raise DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
+    if not len(table.label):
+        raise _no_sample(root, split)
     if foreign:
         counts = np.bincount(table.shard, minlength=len(shards)).tolist()
         foreign.check_counts(zip((shard.name for shard in shards), counts, strict=True))
@@ -110,6 +106,33 @@ def open_local(root: Path, split: str, verify: str, *, is_local_leader: bool) ->
     if manifest is None:
         return OpenedSplit(shards, table, files, classes=None, is_checked=False)
     return OpenedSplit(shards, table, files, manifest.classes, manifest.split(split).is_checked)
+
+
+def shards_there(root: Path, split: str) -> tuple[Manifest | None, ForeignSplit | None, tuple[ShardFile, ...]]:
+    """(the manifest, or else what is told of foreign shards; the shards, each there with its size). None is opened.
+
+    Args:
+        root: The directory.
+        split: As for `ShardIndex.open`.
+
+    Raises:
+        DataError: There are none, some are missing, or they contradict the manifest.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"data.root={root} is not a directory: make shards there with `python -m pipeline.prepare source=builtin"
+            f" out={root}` (or from your pictures), or give the directory that holds them (the out= of `prepare`)."
+        )
+    manifest = Manifest.load(root) if _has_manifest(root) else None
+    foreign = None if manifest else find_split(root, split)
+    shards = _listed(manifest, root, split) if manifest else _found(root, foreign.names if foreign else ())
+    if not shards:
+        raise _no_sample(root, split)
+    return manifest, foreign, shards
+
+
+def _no_sample(root: Path, split: str) -> DataError:
+    return DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
 
 
 def _has_manifest(root: Path) -> bool:
@@ -147,7 +170,7 @@ def _found(root: Path, names: tuple[str, ...]) -> tuple[ShardFile, ...]:
 
 def _size(path: Path) -> int | None:
     try:
-        return path.stat().st_size
+        return path.stat().st_size if path.is_file() else None  # a FIFO would be waited for
     except OSError:
         return None
 
@@ -164,15 +187,11 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
                 )
 
 
-def _table(
-    root: Path, split: str, shards: tuple[ShardFile, ...], described: Any, is_local_leader: bool
-) -> SampleTable | None:
+def _table(root: Path, split: str, shards: tuple[ShardFile, ...], described: Any, is_local_leader: bool) -> SampleTable:
     """The index beside the shards, else one made of their headers and cached. All processes share a large one's pages.
 
     The index beside the shards is compressed and cannot be shared: a large one is cached too, as it is in memory.
     """
-    if not shards:
-        return None
     path = root / CACHE_DIRECTORY / f"{hashlib.sha256(split.encode()).hexdigest()[:16]}.npz"
     index_hash = described.get("sha256") if isinstance(described, dict) else None
     known = _known(shards, index_hash)

@@ -108,6 +108,8 @@ class ShardVerifier:
             tick: Called with the number of bytes checked since the last call; it may raise to stop the work.
         """
         path = self.root / expected.name
+        if path.exists() and not path.is_file():
+            return Found(expected, problems=("is no regular file",))
         try:
             num_bytes = path.stat().st_size
             found = self._read(path, expected, num_bytes, tick)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +36,10 @@ def verify_shards(config: "PrepareConfig") -> None:
             accept=_tell,
         )
     _summarise(found, time.monotonic() - started)
+    found += _without_samples(found)
     if wrong := [shard for shard in found if shard.problems]:
         raise DataError(
-            f"Not sound: {len(wrong)} of {len(found)} files of {root}, with"
+            f"Not sound: {len(wrong)} of {len(shards)} files of {root}, with"
             f" {sum(len(shard.problems) for shard in wrong)} faults, each named above. Copy these again from"
             " their source, or prepare them again."
         )
@@ -52,6 +54,18 @@ def _tell(found: Found) -> None:
     """At once, because checking may take hours."""
     for problem in found.problems:
         print(f"wrong: {found.expected.name}: {problem}", flush=True)
+
+
+def _without_samples(found: list[Found]) -> list[Found]:
+    """A problem, said at once, for each split that seems sound and holds nothing: training refuses it."""
+    empty = []
+    for split in sorted({shard.expected.split for shard in found}):
+        shards = [shard for shard in found if shard.expected.split == split]
+        if not any(shard.num_pictures or shard.problems for shard in shards):
+            problem = f"the split {split!r} holds no sample with a picture and a label"
+            empty.append(replace(shards[0], problems=(problem,)))
+            _tell(empty[-1])
+    return empty
 
 
 def _summarise(found: list[Found], seconds: float) -> None:

@@ -125,6 +125,8 @@ def find_split(root: Path, split: str) -> ForeignSplit:
     by_prefix = shards_by_prefix(split, there)
     if found := info.find(split, by_prefix):
         return found
+    if not there and not split.endswith(".tar") and not info.splits:
+        raise _no_tars(root)
     if not by_prefix:
         known = f"; {info.where} knows the splits {', '.join(sorted(info.splits))}" if info.splits else ""
         tars = f"the tars there are {there[0]} .. {there[-1]}" if there else "no tar at all"
@@ -135,13 +137,31 @@ def find_split(root: Path, split: str) -> ForeignSplit:
     return ForeignSplit(by_prefix)
 
 
+def _no_tars(root: Path) -> DataError:
+    """The sentence for a directory without shards right in it."""
+    folders = sorted({path.parent.name for path in root.glob("*/*.tar")})
+    if not folders:
+        return DataError(
+            f"{root} holds no shards: no tar at all lies there. Give the directory that `prepare` wrote, or make one:"
+            f" `python -m pipeline.prepare source=builtin out={root}`."
+        )
+    names = sorted(path.stem for path in (root / folders[0]).glob("*.tar"))
+    example = f"{folders[0]}/{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{folders[0]}/{names[0]}.tar"
+    return DataError(
+        f"{root} holds no shards right in it, but its folders {_listed(folders)} do: give their names as the split, as"
+        f" in 'data.train_split=\"{example}\"', or give one of the folders."
+    )
+
+
 def shards_by_prefix(split: str, there: Iterable[str]) -> list[str]:
     """Those of the files that are shards of `split` by their names."""
     return sorted(name for name in there if name.startswith(f"{split}-") and name.endswith(".tar"))
 
 
 def find_all(root: Path) -> dict[str, ForeignSplit]:
-    """Every tar in `root`, by the split of `_info.json` that it belongs to, else by what stands before the last `-`.
+    """Every tar in `root` or in a folder of it, by the split of `_info.json` that it belongs to.
+
+    Others by what stands before the last `-`, those in a folder by the folder.
 
     Raises:
         DataError: there is no tar, or `_info.json` contradicts itself or the directory.
@@ -149,12 +169,14 @@ def find_all(root: Path) -> dict[str, ForeignSplit]:
     found = {split: find_split(root, split) for split in _load_info(root).splits}
     listed = {name for split in found.values() for name in split.names}
     rest: dict[str, list[str]] = {}
-    for name in sorted(path.name for path in root.glob("*.tar")):
+    for path in sorted([*root.glob("*.tar"), *root.glob("*/*.tar")]):
+        name = str(path.relative_to(root))
         if name not in listed:
-            stem = name.removesuffix(".tar")
-            rest.setdefault(stem.rpartition("-")[0] or stem, []).append(name)
+            folder, _, base = name.removesuffix(".tar").rpartition("/")
+            prefix = base.rpartition("-")[0]
+            rest.setdefault("/".join(filter(None, (folder, prefix))) or base, []).append(name)
     if not found and not rest:
-        raise DataError(f"{root} holds no shards (*.tar): give the directory that does.")
+        raise _no_tars(root)
     return found | {split: ForeignSplit(names) for split, names in rest.items() if split not in found}
 
 

@@ -171,7 +171,8 @@ class _Samples:
 
     def _add_picture(self, number: int, name: bytes, key: bytes, offset: int, length: int) -> None:
         if self._offsets[number] >= 0:
-            self._complain(self._tar.error(f"holds sample {_text(key)} twice"))
+            what = f"holds sample {_text(key)} twice: {_text(name)} is a second picture. Rename it, if it is a mask"
+            self._complain(self._tar.error(what))
         elif length > MAX_IMAGE_BYTES:
             what = f"holds {_text(name)} with {length} bytes, and a picture may have {MAX_IMAGE_BYTES}"
             self._complain(self._tar.error(what))

@@ -1,6 +1,7 @@
 """Shards without a manifest: which files a split is, what timm's `_info.json` says of them, what is never followed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.data import DataConfig
 from pipeline.core.errors import DataError, ExitCode
 from pipeline.data.index import ShardIndex
 from pipeline.data.local import CACHE_DIRECTORY
+from pipeline.data.root import check_root
 from pipeline.data.shards.foreign import MAX_SHARDS, expand, find_all
-from tests.making.shards import samples_of, write_tar
+from tests.making.shards import samples_of, write_shards, write_tar
 
 SIZES = {"imagenet-train-0000.tar": 4, "imagenet-train-0001.tar": 5, "imagenet-validation-00.tar": 3}
 
@@ -147,6 +150,59 @@ def test_every_tar_belongs_to_a_split(root: Path) -> None:
         "validation": 1,
         "extra": 1,
         "odd": 1,
+    }
+
+
+# Before the ranks
+
+
+def checked(root: Path, split: str) -> None:
+    check_root(DataConfig(root=str(root)), split)
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train/0.tar", "train/1.tar"), "train/{0..1}.tar"),
+        (("00000.tar", "00001.tar"), "{00000..00001}.tar"),
+        (("00000.tar",), "00000.tar"),
+        (("train_0.tar",), "train_0.tar"),
+        (("train-0.tar",), "train"),
+    ],
+)
+def test_the_check_before_the_ranks_takes_what_they_take(tmp_path: Path, names: tuple[str, ...], split: str) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, samples_of(2 * number, 2))
+    checked(tmp_path, split)
+    assert ShardIndex.open(tmp_path, split).num_samples == 2 * len(names)
+
+
+@pytest.mark.parametrize("split", ["train", "train-{0..2}.tar", "val", "train/0.tar", "{0..1.tar", "http://x/0.tar"])
+def test_the_check_before_the_ranks_refuses_what_they_refuse(tmp_path: Path, split: str) -> None:
+    write_tar(tmp_path / "train-0.tar", samples_of(0, 2))
+    os.mkfifo(tmp_path / "train-1.tar")
+    with pytest.raises(DataError) as caught:
+        checked(tmp_path, split)
+    assert str(caught.value) == refused(tmp_path, split)
+
+
+def test_a_manifest_is_held_to_its_shards_before_the_ranks(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "shards", train=(4, 5), val=(3,))
+    checked(root, "train")
+    (root / "train-000001.tar").unlink()
+    with pytest.raises(DataError, match="1 of 2 shards of split 'train' are missing"):
+        checked(root, "train")
+
+
+def test_shards_in_folders_are_named(tmp_path: Path) -> None:
+    for name in ("train/0.tar", "train/1.tar", "test/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, samples_of(0, 2))
+    assert "its folders test, train do" in refused(tmp_path) and 'data.train_split="test/0.tar"' in refused(tmp_path)
+    assert {name: split.names for name, split in find_all(tmp_path).items()} == {
+        "test": ("test/0.tar",),
+        "train": ("train/0.tar", "train/1.tar"),
     }
 
 

@@ -196,6 +196,17 @@ def test_what_cannot_be_verified_is_a_sentence(root: Path, overrides: list[str],
     assert not (REPOSITORY / "marker").exists()
 
 
+def test_a_split_without_a_sample_is_not_sound(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", samples_of(0, 2))
+    write_tar(tmp_path / "val-0.tar", [])
+    write_tar(tmp_path / "webp-0.tar", [{"__key__": "0", "webp": b"x"}])
+    lines, errors = verify(tmp_path, "num_workers=1", code=ExitCode.DATA)
+    assert wrong(lines) == [
+        f"{split}-0.tar: the split {split!r} holds no sample with a picture and a label" for split in ("val", "webp")
+    ]
+    assert "Not sound: 2 of 3 files" in errors
+
+
 def test_shards_that_prepare_has_not_finished_are_not_called_sound(root: Path) -> None:
     (root / "manifest.json").unlink()
     (root / ".prepare").mkdir()
