@@ -16,6 +16,8 @@ from pipeline.core.errors import DataError
 
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused from their header, before a byte is decoded (Pillow's own limit: a 256 MiB bitmap)."""
+MAX_JPEG_SIDE = 65_500
+"""Pixels, by libjpeg."""
 SQUARE_TO_JPEG_DRAFT = 2
 """libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
 
@@ -23,6 +25,15 @@ SQUARE_TO_JPEG_DRAFT = 2
 T = TypeVar("T")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_START_OF_SCAN = 0xDA
+_JPEG_PROCESSES = {
+    0xC3: "lossless",
+    0xCB: "lossless",
+    0xCF: "lossless",
+    0xF7: "near-lossless (JPEG-LS)",
+} | dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE), "hierarchical")
+"""By the marker of the frame."""
 _OTHER_FORMATS = (
     (0, b"GIF8", "GIF"),
     (8, b"WEBP", "WebP"),
@@ -64,10 +75,23 @@ def not_a_picture(content: bytes) -> str:
     """Why `content`, which Pillow knows neither as JPEG nor as PNG, is refused: what it is, where that shows."""
     if not content:
         return "empty file"
-    if content.startswith((_PNG, b"\xff\xd8\xff")):
+    if content.startswith((_PNG, _JPEG)):
         return f"a {'PNG' if content.startswith(_PNG) else 'JPEG'} with a damaged header"
     found = (name for offset, mark, name in _OTHER_FORMATS if content.startswith(mark, offset))
     return f"neither JPEG nor PNG but {name}" if (name := next(found, None)) else "neither JPEG nor PNG"
+
+
+def kind_of_jpeg(content: bytes) -> str | None:
+    """A clause on a JPEG of a process that libjpeg does not decode; None for others, and for what is no JPEG."""
+    start = 2
+    while content.startswith(_JPEG) and start + 4 <= len(content) and content[start] == 0xFF:
+        marker = content[start + 1]
+        if marker in _JPEG_PROCESSES:
+            return f"a {_JPEG_PROCESSES[marker]} JPEG, which is not read"
+        if marker == _START_OF_SCAN:
+            break
+        start += 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+    return None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -173,7 +197,7 @@ def _judged(content: bytes) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, BadImageError):
             raise
-        raise BadImageError(str(error)) from error
+        raise BadImageError(kind_of_jpeg(content) or str(error)) from error
 
 
 def _of_allowed_size(image: Image.Image) -> Image.Image:
@@ -222,6 +246,8 @@ def _encoded_again(image: Image.Image, encoding: Encoding) -> bytes:
         scale = encoding.short_side / min(size)
         size = (max(encoding.short_side, round(width * scale)), max(encoding.short_side, round(height * scale)))
         image.draft("RGB", (size[0] * SQUARE_TO_JPEG_DRAFT, size[1] * SQUARE_TO_JPEG_DRAFT))
+    if max(size) > MAX_JPEG_SIDE:
+        raise BadImageError(f"{size[0]} x {size[1]} pixels, and the JPEG made of it may have {MAX_JPEG_SIDE} a side")
     image = as_rgb(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import InputConfig
 from pipeline.data.jpeg_rows import upper_rows
-from pipeline.data.pictures import MAX_PIXELS, as_rgb, not_a_picture, with_picture
+from pipeline.data.pictures import MAX_PIXELS, as_rgb, kind_of_jpeg, not_a_picture, with_picture
 
 if TYPE_CHECKING:
     import torch
@@ -333,4 +333,4 @@ def _by_pillow(content: bytes, use: Callable[["Image.Image"], T]) -> T:
         except MemoryError:
             raise
         except Exception as error:
-            raise SampleError(str(error) or type(error).__name__) from error
+            raise SampleError(kind_of_jpeg(content) or str(error) or type(error).__name__) from error

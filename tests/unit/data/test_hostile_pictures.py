@@ -147,6 +147,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "JPEG 2000": (encoded(smooth(), "JPEG2000"), "but JPEG 2000"),
     "PNG without a header": (encoded(smooth(), "PNG")[:8] + bytes(40), "a PNG with a damaged header"),
     "damaged pixels": (damaged_pixels(), "broken data stream"),
+    "lossless JPEG": (PLAIN.replace(b"\xff\xc0", b"\xff\xc3", 1), "a lossless JPEG, which is not read"),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "but HEIC"),
     "AppleDouble": (b"\0\5\x16\7" + bytes(100), "but the side file of macOS"),
     "web page": (b"<html>404</html>", "but a web page or XML"),
@@ -206,6 +207,13 @@ def test_what_shows_none_is_quarantined_by_shard_and_key(tmp_path: Path, name: s
         for bad in batch.bad:
             assert (bad.shard, bad.key) == ("train-000000.tar", "n02/000002")
             assert bad.cause and reason in bad.reason and "'n02/000002' of shard train-000000.tar" in bad.reason
+
+
+def test_a_png_longer_than_a_jpeg_may_be_is_refused_by_its_size() -> None:
+    strip = encoded(Image.new("RGB", (70_000, 4)), "PNG")
+    with pytest.raises(BadImageError, match=r"70000 x 4 pixels, and the JPEG made of it may have 65500 a side"):
+        shard_jpeg(strip, Encoding())
+    assert decode(strip).shape == (4, 70_000, 3)
 
 
 @pytest.mark.parametrize("name", ANCILLARY)

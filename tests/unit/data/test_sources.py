@@ -1,6 +1,7 @@
 """Every kind of source is recognised, listed in full, and refused with a reason where it is not what it must be."""
 
 import hashlib
+import io
 import tarfile
 from importlib.resources import files as files_of
 from pathlib import Path
@@ -152,6 +153,62 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
     assert len(opened(path).splits["train"]) == 5
 
 
+@pytest.mark.parametrize("is_hard", [True, False])
+def test_links_in_a_tar_are_what_they_lead_to(tmp_path: Path, is_hard: bool) -> None:
+    write_files(tmp_path / "set", files := pictures({"ant": 4, "bee": 4}))
+    for number in range(2):
+        path, target = tmp_path / "set/bee" / f"{number:04d}.jpg", tmp_path / "set/ant" / f"{number:04d}.jpg"
+        path.unlink()
+        path.hardlink_to(target) if is_hard else path.symlink_to(Path("../ant") / target.name)
+        files[f"bee/{path.name}"] = target.read_bytes()
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set", "set")
+    for source in (opened(tmp_path / "set.tar"), opened(tmp_path / "set")):
+        assert listed(source) == {"train": files} and source.classes == ("ant", "bee")
+        assert "2 pictures are used under two names by links: 2 in two classes (first: " in source.notes[0]
+
+
+def linked(path: Path, **links: str) -> Path:
+    """A tar with symbolic links more."""
+    path.write_bytes(tar_of(pictures(COUNTS)))
+    with tarfile.open(path, "a") as tar:
+        for name, target in links.items():
+            link = tarfile.TarInfo(name.replace("__", "/").replace("_jpg", ".jpg"))
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+    return path
+
+
+def test_links_to_folders_of_a_tar(tmp_path: Path) -> None:
+    source = opened(linked(tmp_path / "x.tar", bird="cat", cat__up=".", dog__ring="../dog/ring"))
+    assert source.classes == ("bird", "cat", "dog")
+    assert [image.name for image in source.splits["train"]][:3] == [f"bird/000{n}.jpg" for n in range(3)]
+    assert len(source.splits["train"]) == 8
+    assert "1 a link to a folder above it (cat/up)" in source.notes[-1]
+
+
+def test_links_of_a_tar_to_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="The folder bird is empty"):
+        opened(linked(tmp_path / "x.tar", bird="nowhere"))
+    source = opened(linked(tmp_path / "y.tar", cat__gone_jpg="nowhere.jpg", cat__ring_jpg="ring.jpg"))
+    for image in source.splits["train"]:
+        if image.name in ("cat/gone.jpg", "cat/ring.jpg"):
+            with pytest.raises(OSError, match="is a link to nothing"):
+                source.read(image)
+
+
+def test_a_member_that_was_replaced(tmp_path: Path) -> None:
+    path, files = tmp_path / "x.tar", pictures(COUNTS)
+    path.write_bytes(tar_of(files))
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("./cat/0000.jpg")
+        member.size = len(files["dog/0001.jpg"])
+        tar.addfile(member, io.BytesIO(files["dog/0001.jpg"]))
+    source = opened(path)
+    assert listed(source) == {"train": {**files, "cat/0000.jpg": files["dog/0001.jpg"]}}
+    assert "1 members give way to later ones of the same name" in source.notes[-1]
+
+
 META = b"MATLAB 5.0 MAT-file"
 
 
@@ -183,6 +240,36 @@ def ilsvrc2012(root: Path, truth: list[int] = TRUTH, *, devkit_as: str = "tar.gz
         packed = tar_of({f"ILSVRC2012_devkit_t12/{name}": content for name, content in devkit.items()}, "w:gz")
         (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(packed)
     return root
+
+
+APPLE = b"\0\5\x16\7" + bytes(100)
+
+
+@pytest.mark.parametrize("folder", ["", "train/"])
+def test_archives_packed_again_on_a_mac(tmp_path: Path, folder: str) -> None:
+    """Side files beside the tars of classes and within them, a text, a folder around, and one tar twice."""
+    whole = opened(ilsvrc2012(tmp_path / "whole"))
+    root = ilsvrc2012(tmp_path / "again")
+    with tarfile.open(tmp_path / "whole" / "ILSVRC2012_img_train.tar") as tar:
+        classes = [(member.name, tar.extractfile(member).read()) for member in tar]  # pyright: ignore
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in (("._first.tar", APPLE), *classes, classes[-1], ("README", b"x")):
+            member = tarfile.TarInfo(f"{folder}{name}")
+            inner = content
+            if name == classes[0][0]:
+                with tarfile.open(fileobj=io.BytesIO(content)) as old:
+                    files = {m.name: old.extractfile(m).read() for m in old}  # pyright: ignore
+                inner = tar_of({"._" + next(iter(files)): APPLE, **files, "notes.txt": b"x"})
+            member.size = len(inner)
+            tar.addfile(member, io.BytesIO(inner))
+    (root / "ILSVRC2012_img_train.tar").write_bytes(buffer.getvalue())
+    again = opened(root)
+    assert listed(again) == listed(whole) and again.classes == whole.classes
+    assert again.notes == (
+        f"Not read: 6 members ({folder}._first.tar, {folder}{classes[0][0]}:._n02119789_0.JPEG,"
+        f" {folder}{classes[0][0]}:notes.txt, ...).",
+    )
 
 
 @pytest.mark.parametrize("devkit_as", ["tar.gz", "directory"])
