@@ -29,6 +29,7 @@ GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 META_SHA256 = "e159ee2fe4bcc4d03e7429e7ff35e6ec553b2a901018b559f400a2b0ae117a30"
 """Hash of the devkit's own table of ids, of which ilsvrc2012_wnids.txt is a copy in text."""
+_WNID = re.compile(r"n[0-9]{8}")
 WNIDS_FILE = Path(__file__).with_name("ilsvrc2012_wnids.txt")
 
 
@@ -63,6 +64,7 @@ def open_ilsvrc2012(
         if is_train:
             splits["train"] = list(_train_images(archive, unread))
             found |= {image.class_name for image in splits["train"]}
+            _check_wnids(archive, found)
         else:
             wnids = wnids_by_id()
             truth = read_ground_truth(devkit or _devkit_beside(archive), wnids)
@@ -75,7 +77,7 @@ def open_ilsvrc2012(
         classes=check_classes(f"source={path}", found, classes),
         splits=chosen(path, splits, split),
         read=read_image,
-        notes=(f"Not read: {len(unread):,} members ({some(unread)}).",) if unread else (),
+        notes=(*([f"Not read: {len(unread):,} members ({some(unread)})."] if unread else []), *_beside(path)),
     )
 
 
@@ -111,6 +113,13 @@ def _archives(path: Path) -> list[Path]:
     if path.is_dir():
         return [path / name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE) if (path / name).is_file()]
     return [path]
+
+
+def _beside(path: Path) -> list[str]:
+    """A sentence on what else lies in the directory of the archives."""
+    known = {TRAIN_ARCHIVE, VAL_ARCHIVE, *DEVKIT_NAMES}
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in known) if path.is_dir() else []
+    return [f"Not read, beside the archives: {some(others)} (kind=folders reads folders)."] if others else []
 
 
 def _is_train(archive: Path) -> bool:
@@ -151,6 +160,16 @@ def _train_images(archive: Path, unread: list[str]) -> Iterator[SourceImage]:
                 unread.append(f"an earlier {name}")
             images[name] = SourceImage(name, wnid, str(archive), member.offset_data, member.size, mtime_ns)
     yield from images.values()
+
+
+def _check_wnids(archive: Path, found: set[str]) -> None:
+    """Refuse a copy of a class's tar under another name, as in `n01440764 (1).tar`: it would be a class of its own."""
+    others = sorted(name for name in found if not _WNID.fullmatch(name))
+    if others and len(others) < len(found):
+        raise DataError(
+            f"source={archive} holds {others[0]}.tar among tars that are called by their wnids, as {min(found)}.tar is:"
+            " is it a class? Pack the archive again without it, or with all names alike."
+        )
 
 
 def _val_images(archive: Path, truth: list[str], unread: list[str]) -> Iterator[SourceImage]:

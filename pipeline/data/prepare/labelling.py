@@ -227,11 +227,14 @@ def check_classes(where: str, found: set[str], classes: tuple[str, ...] | None) 
     return classes
 
 
-def lines_of_absent(splits: Mapping[str, Sequence[Picture]]) -> list[str]:
-    """A line for each split that lacks classes of the training split."""
+def lines_of_absent(splits: Mapping[str, Sequence[Picture]], classes: tuple[str, ...], asked: Asked) -> list[str]:
+    """Lines on classes without a picture: known ones in any split, those of the training split in another."""
     of_split = {name: {picture.class_name for picture in pictures} for name, pictures in splits.items()}
+    found = set().union(*of_split.values())
     absent = {name: sorted(of_split.get("train", names) - names) for name, names in of_split.items()}
-    return [
+    unseen = [name for name in classes if name not in found] if asked.classes else []
+    lines = [f"{len(unseen):,} known classes without a picture: {some(unseen)}"] if unseen else []
+    return lines + [
         f"{len(names):,} classes of train without a picture in {split}: {some(names)}"
         for split, names in absent.items()
         if names

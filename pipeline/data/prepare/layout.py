@@ -88,7 +88,7 @@ def work_out(entries: Sequence[Listed], asked: Asked) -> Layout:
     return Layout(
         splits={name: splits[name] for name in wanted if name in splits},
         classes=classes,
-        tree=(*tree, *lines_of_absent(splits), line_of_classes(classes, asked)),
+        tree=(*tree, *lines_of_absent(splits, classes, asked), line_of_classes(classes, asked)),
         notes=(*renamed, *notes_on_labels(splits, classes, asked), *not_read),
     )
 

@@ -219,7 +219,7 @@ def list_tar(path: Path) -> tuple[list[Listed], list[str]]:
     links: dict[str, str] = {}
     replaced = []
     for member in tar_members(path):
-        name = posixpath.normpath(member.name)
+        name = _name_of(member.name)
         listed = _of_member(member, name, str(path), mtime_ns)
         if listed.left_out:
             left_out[listed.name] = listed
@@ -229,7 +229,7 @@ def list_tar(path: Path) -> tuple[list[Listed], list[str]]:
         links.pop(name, None)
         found[name] = listed
         if member.islnk():
-            target = found.get(posixpath.normpath(member.linkname))
+            target = found.get(_name_of(member.linkname))
             found[name] = target._replace(name=name) if target else listed._replace(problem=LINK_TO_NOTHING)
         elif member.issym():
             links[name] = member.linkname
@@ -239,8 +239,13 @@ def list_tar(path: Path) -> tuple[list[Listed], list[str]]:
     return sorted(marked, key=attrgetter("name")), replaced
 
 
+def _name_of(said: str) -> str:
+    """Where a member lands when it is unpacked: absolute names lose their first slash."""
+    return posixpath.normpath(said).lstrip("/") or "."
+
+
 def _of_member(member: tarfile.TarInfo, name: str, path: str, mtime_ns: int) -> Listed:
-    if name.startswith(("/", "../")) or name == "..":
+    if name.startswith("../") or name == "..":
         return Listed(name, left_out=NAME_OUT)
     parts = name.split("/")
     for number, part in enumerate(parts, 1):

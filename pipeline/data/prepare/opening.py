@@ -99,7 +99,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         DataError: the file is missing or empty, or names a class twice.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").strip().splitlines())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"classes={path} cannot be read: {error}. Give a text file with one name per line.") from error
     if not names or "" in names:

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.core.files import sha256_of_file
 from pipeline.core.progress import progress_bar
 from pipeline.data.pictures import Encoding
 from pipeline.data.prepare.builtin import BuiltinPictures
+from pipeline.data.prepare.label_files import read_labels
 from pipeline.data.prepare.opening import BUILTIN, open_source, read_classes
 from pipeline.data.prepare.request import (
     Request,
@@ -100,7 +100,8 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> Reques
     if config.layout:
         request["layout"] = config.layout
     if config.labels:
-        request["labels_sha256"] = sha256_of_file(Path(config.labels))
+        said = "\n".join(f"{name} {of}" for name, of in sorted(read_labels(Path(config.labels)).items()))
+        request["labels_sha256"] = hashlib.sha256(said.encode()).hexdigest()
     if config.check != "pixels":
         request["check"] = config.check
     if config.source == BUILTIN:

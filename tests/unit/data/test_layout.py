@@ -217,6 +217,11 @@ def test_the_order_of_numbers_is_said(tmp_path: Path) -> None:
     assert opened(tmp_path / "padded").notes == ()
 
 
+def test_known_classes_without_a_picture_are_named(tmp_path: Path) -> None:
+    made(tmp_path, *TRAIN)
+    assert "1 known classes without a picture: cat" in opened(tmp_path, classes=("cat", "ant", "bee")).tree
+
+
 # Folders in classes
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 from importlib.resources import files as files_of
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.ilsvrc2012 import read_ground_truth, wnids_by_id
 from pipeline.data.prepare.listing import tar_members
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
+from pipeline.data.prepare.plan import plan_shards, shuffled
 from pipeline.data.prepare.sources import Kind, PictureSource
 from tests.making.pictures import picture, pictures, tar_of, write_files
 
@@ -47,7 +49,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert {image.name: image.class_name for image in source.splits["train"]} == {n: n.split("/")[0] for n in files}
 
 
-@pytest.mark.parametrize("wrapper", ["", "./", "cifar10/"])
+@pytest.mark.parametrize("wrapper", ["", "./", "cifar10/", "/data/cifar10/"])
 def test_a_tar_of_split_and_class_folders(tmp_path: Path, wrapper: str) -> None:
     train, test = pictures(COUNTS), pictures({"dog": 2})
     files = {f"{wrapper}train/{n}": c for n, c in train.items()} | {f"{wrapper}test/{n}": c for n, c in test.items()}
@@ -112,6 +114,35 @@ def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bird").mkdir()
     with pytest.raises(DataError, match=r"folder .*bird is empty"):
         opened(tmp_path)
+
+
+def test_what_is_written_of_a_source_stays_the_same(tmp_path: Path) -> None:
+    """Digests that determine the shards' bytes, of version 0.2.0."""
+    files = {
+        f"{split}/{name}/{n}.jpg": bytes([n] * (100 * n + 1))
+        for split in ("train", "test")
+        for name in "ab"
+        for n in range(5)
+    }
+    (tmp_path / "set.tar").write_bytes(tar_of(files))
+    os.utime(tmp_path / "set.tar", (1, 1))
+    for name in files:
+        path = write_files(tmp_path / "set", {name: files[name]}) / name
+        os.utime(path, (1, 1))
+    for source in (tmp_path / "set.tar", tmp_path / "set"):
+        found = opened(source)
+        index = {name: label for label, name in enumerate(found.classes)}
+        digests = [
+            shard.digest
+            for split, images in sorted(found.splits.items())
+            for shard in plan_shards(
+                shuffled(images, 0, split), split, index, shard_bytes=8000, sample_bytes=None, settings={"kind": "any"}
+            )
+        ]
+        assert (
+            hashlib.sha256("".join(digests).encode()).hexdigest()
+            == "571bc7d211f66c48e370904ec3d78661d14e0737b3d67ba54cdb17b4f9ac261a"
+        )
 
 
 def test_a_source_that_does_not_exist() -> None:
@@ -272,6 +303,18 @@ def test_archives_packed_again_on_a_mac(tmp_path: Path, folder: str) -> None:
     )
 
 
+def test_a_copy_of_a_classs_tar_under_another_name_is_refused(tmp_path: Path) -> None:
+    train = {f"{name}.tar": tar_of({"1.JPEG": picture(1)}) for name in ("n01440764", "n01440764 (1)")}
+    write_files(tmp_path, {"ILSVRC2012_img_train.tar": tar_of(train)})
+    with pytest.raises(DataError, match=r"holds n01440764 \(1\).tar among tars that are called by their wnids"):
+        opened(tmp_path)
+
+
+def test_what_lies_beside_the_archives_is_named(tmp_path: Path) -> None:
+    write_files(ilsvrc2012(tmp_path), {"train/n01440764/1.JPEG": b"x"})
+    assert opened(tmp_path).notes == ("Not read, beside the archives: train (kind=folders reads folders).",)
+
+
 @pytest.mark.parametrize("devkit_as", ["tar.gz", "directory"])
 def test_the_archives_of_ilsvrc2012(tmp_path: Path, devkit_as: str) -> None:
     source = opened(ilsvrc2012(tmp_path, devkit_as=devkit_as))
@@ -342,7 +385,7 @@ def test_the_devkits_ids_are_those_of_ilsvrc2012() -> None:
 
 def test_classes_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
-    path.write_text("dog\r\n cat\n\n")
+    path.write_text("\ufeffdog\r\n cat\n\n")
     assert read_classes(path) == ("dog", "cat")
     for content, sentence in (("", "is empty"), ("a\n\nb", "empty line"), ("a\nb\na\n", "'a' twice")):
         path.write_text(content)
