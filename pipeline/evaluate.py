@@ -47,7 +47,9 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
     compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
     with join_group(ranks, compute, config.cluster) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
-        weights = world.agree(lambda: scoring.load_weights(config, index.num_classes))
+        weights = world.agree(lambda: scoring.load_weights(config, index))
+        if weights.label_of_class is not None:
+            world.say("labels are matched to outputs by class name: the shards have fewer, or in another order.")
         results = scoring.score(config, world, weights, index)
         world.first_decides(lambda: scoring.write(config, weights, results))
         world.say(scoring.sentence(config, weights, results))

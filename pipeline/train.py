@@ -48,7 +48,7 @@ def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int
         shards = steps.open_shards(config, world)
         plan = steps.plan_steps(config, world, shards)
         with contextlib.closing(steps.open_run(config, world)) as run:
-            start = steps.find_start(config, world, run, shards.training.index_hash)
+            start = steps.find_start(config, world, run, shards.training.index_hash, shards.training.classes)
             setup = steps.Setup(config, world, shards, plan, run, start)
             if setup.is_finished:
                 world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")

@@ -36,6 +36,8 @@ class SectionJson(TypedDict):
     model: str
     num_parameters: int
     num_classes: int
+    classes: NotRequired[list[str] | None]
+    """Class names in the order of the outputs; null: the shards did not name them."""
     metaparameters: dict[str, object]
     must_match: dict[str, object]
     """Fields that a resumed run may not change, by dotted key."""

@@ -71,6 +71,7 @@ class Attempt(pl.Callback):
             setup.shards.num_classes, after_steps=max(200, 2 * self.config.recipe.warmup_steps)
         )
         self.shards_hash = setup.shards.training.index_hash
+        self.classes = setup.shards.training.classes
         section = setup.start.section
         self.best_score: float | None = None if section is None else section.get("best_score")
         """Best validation top-1 of the run, earlier attempts included."""
@@ -233,6 +234,7 @@ class Attempt(pl.Callback):
             "model": self.config.model.name,
             "num_parameters": sum(parameter.numel() for parameter in self.learner.model.parameters()),
             "num_classes": self.learner.num_classes,
+            "classes": None if self.classes is None else list(self.classes),
             "metaparameters": self.config.model.metaparameters,
             "must_match": resume.must_match(self.config, self.shards_hash),
             "free_fields": resume.free_fields(self.config),

@@ -5,7 +5,8 @@ is said and kept in `attempts.jsonl`: a learning rate that was edited, a package
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.training import TrainConfig
@@ -24,12 +25,15 @@ def free_fields(config: TrainConfig) -> dict[str, object]:
     return {key: plain(value) for key, value in leaves.items() if key not in fixed and value != {}}
 
 
-def refuse_drift(config: TrainConfig, shards_hash: str, section: SectionJson, path: Path) -> None:
+def refuse_drift(
+    config: TrainConfig, shards_hash: str, classes: Sequence[str] | None, section: SectionJson, path: Path
+) -> None:
     """Compare what must match.
 
     Args:
         config: of the attempt that resumes.
         shards_hash: hash of the training split's index.
+        classes: class names in the order of the labels; None: the shards do not name them.
         section: our part of the checkpoint at `path`.
         path: of the checkpoint.
 
@@ -38,6 +42,11 @@ def refuse_drift(config: TrainConfig, shards_hash: str, section: SectionJson, pa
     """
     saved = {**BEFORE_IT_WAS_A_FIELD, **section["must_match"]}
     different = _differences(saved, {k: v for k, v in must_match(config, shards_hash).items() if k in saved})
+    named = section.get("classes")
+    if named is not None and classes is not None and named != list(classes):
+        first = next(label for label, pair in enumerate(itertools.zip_longest(named, classes)) if pair[0] != pair[1])
+        was, now = (repr(names[first]) if first < len(names) else "not there" for names in (named, classes))
+        different.append(f"the name of class {first} was {was} and is {now}")
     if different:
         raise CheckpointError(
             f"{path} was made by another configuration ({'; '.join(different)}): set it back to resume, or give another"

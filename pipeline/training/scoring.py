@@ -1,5 +1,6 @@
 """The steps of `evaluate.py`: open a split, load weights of any origin, score every picture once, write the result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from pipeline.config.evaluate import EvaluateConfig
 
 
+NUM_NAMES_SHOWN = 10
+
+
 @dataclass(frozen=True)
 class Weights:
     """A model and where its weights come from."""
@@ -36,20 +40,25 @@ class Weights:
     """In words."""
     unwrapped: str = ""
     """What the weights were taken out of, as a clause in brackets."""
+    label_of_class: tuple[int, ...] | None = None
+    """The output that stands for each class of the split; None: the outputs are in the order of the split's classes."""
 
 
-def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
-    """The model with its weights. Its outputs: as configured, as the checkpoint says, else `num_classes`.
+def load_weights(config: "EvaluateConfig", index: ShardIndex) -> Weights:
+    """The model with its weights. Its outputs: as configured, as saved, else as many as there are classes.
 
     Raises:
-        CheckpointError: no such file, damaged, or of another model. ConfigError: fewer outputs than classes.
+        CheckpointError: no such file, damaged, or of another model.
+        ConfigError: fewer outputs than classes, or classes that the checkpoint does not name.
     """
+    num_classes = index.num_classes
     path = Path(config.checkpoint)
     if path.is_dir():
         path = _checkpoint_of_run(path)
     is_caffe = path.suffix == ".npz"
     content = {} if is_caffe else _read(path)
     section = content.get(checkpoints.SECTION, {})
+    label_of_class = match_labels(section.get("classes"), index.classes)
     num_outputs = config.model.num_classes or section.get("num_classes") or num_classes
     if num_outputs < num_classes:
         raise ConfigError(
@@ -67,7 +76,36 @@ def load_weights(config: "EvaluateConfig", num_classes: int) -> Weights:
     )
     model.load_state_dict(state)
     origin = f"{path} (step {section['step']})" if section else str(path)
-    return Weights(model, num_outputs, origin, f" ({'; '.join(said)})" if said else "")
+    return Weights(model, num_outputs, origin, f" ({'; '.join(said)})" if said else "", label_of_class)
+
+
+def match_labels(of_model: Sequence[str] | None, of_split: Sequence[str] | None) -> tuple[int, ...] | None:
+    """Match the classes of a split to a model's outputs by name.
+
+    Args:
+        of_model: Class names in the order of the outputs; None: not known.
+        of_split: Class names in the order of the labels; None: not known.
+
+    Returns:
+        For each label the output of the same name. None: the same order, or names that one of them lacks.
+
+    Raises:
+        ConfigError: the split has classes that the model does not know.
+    """
+    if of_model is None or of_split is None or list(of_model) == list(of_split):
+        return None
+    output_of = {name: output for output, name in enumerate(of_model)}
+    unknown = [name for name in of_split if name not in output_of]
+    if unknown:
+        raise ConfigError(
+            f"{len(unknown)} of the split's {len(of_split)} classes are not the model's: {_few(unknown)}. The model was"
+            f" trained on {len(of_model)}: {_few(of_model)}. Give as data.root the shards of its classes."
+        )
+    return tuple(output_of[name] for name in of_split)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:NUM_NAMES_SHOWN])) + (", ..." if len(names) > NUM_NAMES_SHOWN else "")
 
 
 def _read(path: Path) -> checkpoints.Content:
@@ -104,6 +142,8 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
     """
     model = weights.model.eval().to(world.device, memory_format=world.compute.memory_format)  # type: ignore[call-overload]
     normalizer, metrics = Normalizer(config.input), ExactMetrics(weights.num_outputs).to(world.device)
+    matched = weights.label_of_class
+    label_of_class_K = None if matched is None else torch.tensor(matched, device=world.device)
     loader = evaluation_loader(
         index, config.input, world.reader(config.data.num_workers), batch_size=config.batch_per_rank
     )
@@ -113,7 +153,8 @@ def score(config: "EvaluateConfig", world: World, weights: Weights, index: Shard
         batch = loaded.to(world.device)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=world.compute.precision == "bf16"):
             logits_BK = model(normalizer(batch.images_BCHW, world.compute.memory_format))
-        metrics.update(logits_BK, batch.labels_B, batch.sample_ids_B)
+        labels_B = batch.labels_B if label_of_class_K is None else label_of_class_K[batch.labels_B]
+        metrics.update(logits_BK, labels_B, batch.sample_ids_B)
     with world.meter.origin("metrics"):
         results = metrics.compute()
     world.agree(lambda: _refuse(bad, f"{results['num_samples']} of {index.num_samples} pictures were scored"))

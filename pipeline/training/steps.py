@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import yaml
@@ -150,7 +150,9 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
     return world.agree(plan)
 
 
-def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash: str) -> Start:
+def find_start(
+    config: TrainConfig, world: World, run: RunDirectory, shards_hash: str, classes: Sequence[str] | None
+) -> Start:
     """The newest sound checkpoint, chosen by rank 0 and proven by every rank.
 
     Raises:
@@ -171,7 +173,7 @@ def find_start(config: TrainConfig, world: World, run: RunDirectory, shards_hash
         path = directory / chosen
         info, content = checkpoints.load_proven(path)
         section = content[checkpoints.SECTION]
-        resume.refuse_drift(config, shards_hash, section, path)
+        resume.refuse_drift(config, shards_hash, classes, section, path)
         return Start(info.step, info, content, tuple(resume.changes(config, world.size, section, info.versions)))
 
     return world.agree(load)

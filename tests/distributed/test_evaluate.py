@@ -12,7 +12,7 @@ import torchvision
 
 from tests.commands import run
 from tests.making.pairs import Pair
-from tests.making.shards import NUM_VALIDATION, write_shards
+from tests.making.shards import CLASSES, NUM_TRAINING, NUM_VALIDATION, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")
@@ -40,6 +40,27 @@ def test_a_run_is_judged_alike_on_any_number_of_ranks(
     for other in results[1:]:
         assert {key: other[key] for key in COUNTS} == {key: first[key] for key in COUNTS}
         assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def with_classes(root: Path, *classes: str) -> Path:
+    """Other names in a manifest. Returns `root`."""
+    path = root / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": classes}))
+    return root
+
+
+def test_labels_are_matched_by_the_names_of_the_classes(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
+    """The same pictures with names and numbers the other way round; then with a class that nobody trained on."""
+    keys = (f"checkpoint={two_ranks.unbroken}", *SMALL)
+    right, _ = evaluate(tmp_path / "right", shards, 1, *keys)
+    turned = {number: str(3 - number % 4) for number in range(sum(NUM_TRAINING) + NUM_VALIDATION)}
+    other = with_classes(write_shards(tmp_path / "turned_shards", labels=turned), *reversed(CLASSES))
+    found, said = evaluate(tmp_path / "turned", other, 1, *keys)
+    assert "matched to outputs by class name" in said
+    assert {key: found[key] for key in COUNTS} == {key: right[key] for key in COUNTS}
+    strange = with_classes(write_shards(tmp_path / "strange_shards"), *CLASSES[:-1], "never seen")
+    _, said = evaluate(tmp_path / "strange", strange, 1, *keys, expect=2)
+    assert "1 of the split's 4 classes are not the model's: 'never seen'. The model was trained on 4: 'ant'" in said
 
 
 def test_torchvisions_own_state_dict_is_read_as_it_is(shards: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.making.pictures import picture
 from tests.making.shards import write_manifest, write_tar
 
 HASH = "of the shards"
+NAMES = ("ant", "bee")
 TRAINING = {"train-0.tar": 4, "train-1.tar": 4}
 
 
@@ -187,14 +188,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, world: World)
 
 
 def test_a_fresh_run_starts_at_nothing(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
-    assert steps.find_start(configure(tmp_path), world, opened, HASH) == steps.Start()
+    assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES) == steps.Start()
 
 
 def save(config: TrainConfig, run: steps.RunDirectory, step: int, world_size: int = 1) -> Path:
     """A checkpoint that holds nothing but our own section."""
     path = checkpoint_path(run.checkpoints, step)
     section = {"step": step, "world_size": world_size, "model": config.model.name}
-    section |= {"must_match": must_match(config, HASH), "free_fields": free_fields(config)}
+    section |= {"must_match": must_match(config, HASH), "free_fields": free_fields(config), "classes": list(NAMES)}
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "squeezewire": section}, path)
     return path
 
@@ -205,9 +206,9 @@ def test_the_newest_sound_checkpoint_is_where_it_starts(
     config = configure(tmp_path)
     save(config, opened, 2)
     newest = save(config, opened, 3)
-    assert steps.find_start(config, world, opened, HASH).step == 3
+    assert steps.find_start(config, world, opened, HASH, NAMES).step == 3
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert steps.find_start(config, world, opened, HASH).step == 2
+    assert steps.find_start(config, world, opened, HASH, NAMES).step == 2
     assert "step=000000003.ckpt" in capsys.readouterr().err
 
 
@@ -226,7 +227,7 @@ def test_a_run_does_not_change_what_it_is(
 ) -> None:
     save(configure(tmp_path), opened, 2)
     with pytest.raises(CheckpointError) as raised:
-        steps.find_start(configure(tmp_path, override), world, opened, HASH)
+        steps.find_start(configure(tmp_path, override), world, opened, HASH, NAMES)
     assert words in str(raised.value) and "another name=" in str(raised.value) and raised.value.exit_code == 4
 
 
@@ -238,13 +239,13 @@ def test_a_field_that_an_older_version_did_not_have_had_its_default(
     section = {"step": 2, "world_size": 1, "model": "squeezenet1_1", "must_match": known}
     content = {"state_dict": {}, "squeezewire": section}
     AtomicCheckpointIO().save_checkpoint(content, checkpoint_path(opened.checkpoints, 2))
-    assert steps.find_start(configure(tmp_path), world, opened, HASH).step == 2
+    assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES).step == 2
     for override, words in (
         ("data.tail=pad", "data.tail was 'drop' and is 'pad'"),
         ("data.shuffle_groups=2", "data.shuffle_groups was 1 and is 2"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            steps.find_start(configure(tmp_path, override), world, opened, HASH)
+            steps.find_start(configure(tmp_path, override), world, opened, HASH, NAMES)
 
 
 def test_a_run_may_be_made_longer_and_validated_otherwise(
@@ -252,14 +253,14 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
 ) -> None:
     save(configure(tmp_path), opened, 2)
     longer = configure(tmp_path, "trainer.max_steps=99", "trainer.validate_every_steps=7", "recipe.lr=0.5")
-    start = steps.find_start(longer, world, opened, HASH)
+    start = steps.find_start(longer, world, opened, HASH, NAMES)
     assert start.step == 2
     assert set(start.changes) == {
         "trainer.max_steps was 4 and is 99",
         "trainer.validate_every_steps was None and is 7",
         "recipe.lr was 0.04 and is 0.5",
     }
-    assert steps.find_start(configure(tmp_path), world, opened, HASH).changes == ()
+    assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES).changes == ()
 
 
 def test_other_packages_are_said(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
@@ -271,7 +272,7 @@ def test_other_packages_are_said(tmp_path: Path, world: World, opened: steps.Run
     installed = record["versions"]["torch"]
     record["versions"] |= {"torch": "2.4.0", "gone": "1"}
     sidecar.write_text(json.dumps(record))
-    assert steps.find_start(config, world, opened, HASH).changes == (
+    assert steps.find_start(config, world, opened, HASH, NAMES).changes == (
         "the number of ranks was 3 and is 1",
         f"torch was '2.4.0' and is '{installed}'",
         "gone was '1' and is None",
@@ -281,8 +282,18 @@ def test_other_packages_are_said(tmp_path: Path, world: World, opened: steps.Run
 def test_other_shards_are_refused(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
     save(configure(tmp_path), opened, 2)
     with pytest.raises(CheckpointError, match=r"data\.shards_sha256 was 'of the shards' and is 'of others'") as raised:
-        steps.find_start(configure(tmp_path), world, opened, "of others")
+        steps.find_start(configure(tmp_path), world, opened, "of others", NAMES)
     assert "another name=" in str(raised.value) and raised.value.exit_code == 4
+
+
+def test_other_names_for_the_same_labels_are_refused(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
+    config = configure(tmp_path)
+    save(config, opened, 2)
+    assert steps.find_start(config, world, opened, HASH, None).step == 2  # foreign shards name nothing
+    with pytest.raises(CheckpointError, match=r"the name of class 1 was 'bee' and is 'cat'"):
+        steps.find_start(config, world, opened, HASH, ("ant", "cat"))
+    with pytest.raises(CheckpointError, match=r"the name of class 2 was not there and is 'cat'"):
+        steps.find_start(config, world, opened, HASH, (*NAMES, "cat"))
 
 
 def test_checkpoints_none_of_which_is_sound_are_not_trained_over(
@@ -291,5 +302,5 @@ def test_checkpoints_none_of_which_is_sound_are_not_trained_over(
     path = save(configure(tmp_path), opened, 2)
     path.write_bytes(b"gone")
     with pytest.raises(UserError, match="none verifies") as raised:
-        steps.find_start(configure(tmp_path), world, opened, HASH)
+        steps.find_start(configure(tmp_path), world, opened, HASH, NAMES)
     assert raised.value.exit_code == 4
