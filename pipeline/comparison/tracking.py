@@ -3,6 +3,7 @@
 Like every mirror it may fail in any way: the comparison's files are complete before it begins.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson, Mode
 from pipeline.report.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
 from pipeline.run.record.tracking import kept_id
 from pipeline.run.record.wandb_mirror import WandbMirror
+from pipeline.run.record.wandb_variables import mode_here
 
 GROUP = "comparison"
 JOB_TYPE = "compare"
@@ -32,12 +34,13 @@ def mirror_comparison(result: ComparisonJson, name: str, directory: Path, tracki
         directory: Where its files lie.
         tracking: Whether and where W&B mirrors it.
     """
-    if tracking.mode == "disabled":
+    mode = mode_here(tracking, os.environ)
+    if mode == "disabled":
         return
     mirror = WandbMirror(
         directory,
         run_id=kept_id(directory / ID_FILE, f"compare-{name}"),
-        mode=tracking.mode,
+        mode=mode,
         name=name,
         group=GROUP,
         job_type=JOB_TYPE,

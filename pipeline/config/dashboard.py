@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.typed import PathText, require
-
-FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B, in the names of projects
-LONGEST_PROJECT = 128
+from pipeline.config.training import check_project
+from pipeline.core.typed import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +22,7 @@ class DashboardConfig:
     """Save both to the server. Needs a login: `wandb login`, or WANDB_API_KEY."""
 
     def __post_init__(self) -> None:
-        require(
-            0 < len(self.project) <= LONGEST_PROJECT and not set(self.project) & set(FORBIDDEN_IN_PROJECT),
-            f"project={self.project!r} must have 1 to {LONGEST_PROJECT} characters and none of {FORBIDDEN_IN_PROJECT}",
-        )
+        check_project("project", self.project)
 
     @property
     def directory(self) -> Path:

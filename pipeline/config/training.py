@@ -236,6 +236,18 @@ class CommConfig:
         )
 
 
+FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B
+LONGEST_PROJECT, LONGEST_TAG = 128, 64  # characters W&B takes
+
+
+def check_project(key: str, project: str) -> None:
+    """Raise `ConfigError` for a name that W&B refuses for a project."""
+    require(
+        0 < len(project) <= LONGEST_PROJECT and not set(project) & set(FORBIDDEN_IN_PROJECT),
+        f"{key}={project!r} must have 1 to {LONGEST_PROJECT} characters and none of {FORBIDDEN_IN_PROJECT}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Weights & Biases mirrors metrics.jsonl."""
@@ -248,6 +260,12 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        check_project("tracking.project", self.project)
+        for tag in self.tags:
+            require(
+                0 < len(tag) <= LONGEST_TAG,
+                f"tracking.tags: {tag!r} has {len(tag)} characters, and W&B takes tags of 1 to {LONGEST_TAG}.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ be written, and is used again while the shards' names, sizes, hashes and times s
 import hashlib
 import json
 import os
+import shlex
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -121,7 +122,8 @@ def shards_there(root: Path, split: str) -> tuple[Manifest | None, ForeignSplit 
     if not root.is_dir():
         raise DataError(
             f"data.root={root} is not a directory: make shards there with `python -m pipeline.prepare source=builtin"
-            f" out={root}` (or from your pictures), or give the directory that holds them (the out= of `prepare`)."
+            f" {shlex.quote(f'out={root}')}` (or from your pictures), or give the directory that holds them (the"
+            " out= of `prepare`)."
         )
     manifest = Manifest.load(root) if _has_manifest(root) else None
     foreign = None if manifest else find_split(root, split)

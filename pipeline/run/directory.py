@@ -190,8 +190,16 @@ def validate_name(name: str) -> None:
     if not plain or not RESERVED_SEGMENTS.isdisjoint(segments):
         raise ConfigError(
             f"name={name!r} cannot name a run: use letters, digits and any of _ . - + = , @, in parts separated by"
-            f" '/', none of which starts with a dot or is {' or '.join(sorted(RESERVED_SEGMENTS))}."
+            f" '/', none of which starts with a dot or is {' or '.join(sorted(RESERVED_SEGMENTS))}, such as"
+            f" name={_plain(segments)}"
         )
+
+
+def _plain(segments: Sequence[str]) -> str:
+    """Return the nearest name of a run."""
+    legal = (re.sub(r"[^A-Za-z0-9_.+=@,-]+", "-", segment).lstrip(".+=@,-") for segment in segments)
+    plain = [f"{name}_" if name in RESERVED_SEGMENTS else name[:MAX_SEGMENT_LENGTH] for name in legal if name]
+    return "/".join(plain) or "first"
 
 
 def _sentence(path: Path, error: OSError) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -31,7 +32,8 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe
-from pipeline.run.record.tracking import Tracker
+from pipeline.run.record.tracking import ID_FILE, Tracker
+from pipeline.run.record.wandb_variables import check_variables
 from pipeline.training import resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
@@ -66,11 +68,17 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     """Rank 0 makes the run directory, takes its lock and proves that it can be written.
 
     Raises:
-        ConfigError: it cannot, or another job has it. Preempted: an earlier start of this job still has it.
+        ConfigError: it cannot, another job has it, or W&B's variables contradict it.
+        Preempted: an earlier start of this job still has it.
     """
     directory = RunDirectory(config.run_root, config.name)
+
     # The other ranks wait for the first one's word, no longer than any collective may take.
-    world.first_decides(lambda: directory.open(world.timeout_seconds / 2))
+    def open_first() -> None:
+        check_variables(config.tracking, directory.path / ID_FILE, os.environ)
+        directory.open(world.timeout_seconds / 2)
+
+    world.first_decides(open_first)
     return directory
 
 

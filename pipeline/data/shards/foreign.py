@@ -7,6 +7,7 @@ Without a manifest a split is `<split>-*.tar`, or itself file names with braces,
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -143,7 +144,7 @@ def _no_tars(root: Path) -> DataError:
     if not folders:
         return DataError(
             f"{root} holds no shards: no tar at all lies there. Give the directory that `prepare` wrote, or make one:"
-            f" `python -m pipeline.prepare source=builtin out={root}`."
+            f" `python -m pipeline.prepare source=builtin {shlex.quote(f'out={root}')}`."
         )
     names = sorted(path.stem for path in (root / folders[0]).glob("*.tar"))
     example = f"{folders[0]}/{{{names[0]}..{names[-1]}}}.tar" if len(names) > 1 else f"{folders[0]}/{names[0]}.tar"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -84,7 +85,8 @@ class Manifest:
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist: `prepare` writes it last, so the shards are unfinished or lie elsewhere. "
-                f"Run `python -m pipeline.prepare source=... out={root}` (again), or correct the directory."
+                f"Run `python -m pipeline.prepare source=... {shlex.quote(f'out={root}')}` (again), or correct the"
+                " directory."
             ) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error

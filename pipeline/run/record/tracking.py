@@ -1,6 +1,7 @@
 """What a run records while it goes: metrics.jsonl, and W&B as its mirror. Rank 0 only."""
 
 import contextlib
+import os
 import re
 import secrets
 import sys
@@ -12,6 +13,9 @@ from pipeline.core.files import write_text_atomic
 from pipeline.run.directory import RunDirectory
 from pipeline.run.record.metrics_log import MetricsLog, Row
 from pipeline.run.record.wandb_mirror import WandbMirror
+from pipeline.run.record.wandb_variables import mode_here, sweep_run_id
+
+ID_FILE = "wandb_id"
 
 
 class Tracker:
@@ -46,13 +50,14 @@ class Tracker:
             return
         self._metrics = MetricsLog(run.metrics)
         self._metrics.truncate_to(resume_step)
-        if tracking.mode == "disabled":
+        mode = mode_here(tracking, os.environ)
+        if mode == "disabled":
             return
         self.run_id = wandb_id(run)
         self._mirror = WandbMirror(
             run.path,
             run_id=self.run_id,
-            mode=tracking.mode,
+            mode=mode,
             name=run.name,
             group=model,
             job_type="train",
@@ -107,12 +112,15 @@ class Tracker:
 
 
 def wandb_id(run: RunDirectory) -> str:
-    """Return the W&B id of this run: made at its first attempt, kept in its directory, the same ever after."""
-    return kept_id(run.path / "wandb_id", run.name)
+    """Return the W&B id of this run: made at its first attempt, kept in its directory, the same ever after.
+
+    A run of a W&B sweep has the one that its agent gives it.
+    """
+    return kept_id(run.path / ID_FILE, run.name, given=sweep_run_id(os.environ))
 
 
-def kept_id(path: Path, name: str) -> str:
-    """Return the W&B id in this file, made of `name` and written there if there is none.
+def kept_id(path: Path, name: str, *, given: str | None = None) -> str:
+    """Return the W&B id in this file; if there is none, the one `given`, or one made of `name`, is written there.
 
     The random part keeps runs of one name on two machines from writing into each other.
     """
@@ -121,6 +129,6 @@ def kept_id(path: Path, name: str) -> str:
         if re.fullmatch(r"[A-Za-z0-9_-]{1,100}", kept):
             return kept
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:60].strip("-")
-    made = f"{readable}-{secrets.token_hex(4)}"
+    made = given or f"{readable}-{secrets.token_hex(4)}"
     write_text_atomic(path, made + "\n")
     return made

@@ -32,11 +32,12 @@ def test_plain_names_are_taken(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/../b", "/etc", "a//b", "a/", ".hidden", "a b", "a\0b", "a\nb", "-x", "a/checkpoints"],
+    ["", ".", "..", "../x", "a/../b", "/etc", "a//b", "a/", ".hidden", "a b", "10:30", "a\0b", "a\nb", "-x", "wandb"],
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a run"):
+    with pytest.raises(ConfigError, match="cannot name a run") as raised:
         validate_name(name)
+    validate_name(str(raised.value).rpartition("such as name=")[2])
 
 
 @given(st.text())
