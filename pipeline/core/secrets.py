@@ -32,9 +32,9 @@ _SHAPES_OF_SECRETS = {
     "a Hugging Face token": re.compile(r"\bhf_[0-9A-Za-z]{20}"),
     "an API key": re.compile(r"\bsk-[0-9A-Za-z_-]{20}|\bxox[abeprs]-\w{8}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    # A short number is none: `max_token=128`.
+    # A short number is none (`max_token=128`), nor what a part of a path begins with (`sweep/token=word`).
     "a password": re.compile(
-        r"(?i)(?:passw(?:or)?d|secret|token|api_?key)['\"]?\s*[=:]\s*(?!\d{1,6}(?![\w.-]))[^\s=:]"
+        r"(?i)(?<!/)(?:passw(?:or)?d|secret|token|api_?key)['\"]?\s*[=:]\s*(?!\d{1,6}(?![\w.-]))[^\s=:]"
     ),
 }
 

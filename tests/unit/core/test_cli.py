@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.dashboard import DashboardConfig
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.config.training import TrainConfig, TrainerConfig
+from pipeline.core import cli
 from pipeline.core.cli import compose, help_text
 from pipeline.core.errors import ConfigError
 from pipeline.core.help import field_docs
@@ -99,6 +101,20 @@ def test_exit_codes_and_one_sentence() -> None:
     assert no_shards.returncode == 3
     assert "data.root=/nowhere is not a directory" in no_shards.stderr
     assert no_shards.stderr.count("\n") == 1
+
+
+def test_carriage_returns_are_no_part_of_arguments(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither here nor in the ranks, which are started with this process's arguments."""
+    found: list[object] = []
+    monkeypatch.setattr(cli, "leave", lambda code: found.append(code))
+    monkeypatch.setattr(cli, "leave_cause", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["dashboard", "name=a\r", "\r", "run_root=my runs\r"])
+    cli.run_command("dashboard", DashboardConfig, lambda config: found.append(config))
+    assert found == [DashboardConfig(name="a", run_root="my runs"), 0]
+    assert sys.argv == ["dashboard", "name=a", "run_root=my runs"]
+    assert "Windows' line ends" in capfd.readouterr().err
 
 
 @pytest.mark.not_quick

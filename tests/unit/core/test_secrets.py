@@ -53,6 +53,7 @@ def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str
     [
         *("runs/first", "sweep/lr=0.1", "s3://bucket/imagenet", "train-{0000..1023}.tar", "tokenizer", "a" * 64, "key"),
         *(REVISION, f"models--timm/snapshots/{REVISION}", "sweep/max_token=128", "lr=0.1,token=64", "keyboard-us", ""),
+        *("sweep/token=word", "/data/secret:garden"),
     ],
 )
 def test_what_is_no_secret_is_taken(value: str) -> None:
