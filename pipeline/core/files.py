@@ -149,6 +149,13 @@ def what_it_is(path: Path) -> str:
             "is in the format safetensors, which is not read: save its tensors with torch.save("
             "safetensors.torch.load_file(...), ...)"
         )
-    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        return "is cut short: its end is missing, so copy it again"
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            return "is cut short: its end is missing, so copy it again"
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return (
+                    "is a TorchScript archive: give the state dict of its model, saved by"
+                    " torch.save(model.state_dict(), ...)"
+                )
     return ""

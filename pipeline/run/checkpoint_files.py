@@ -228,10 +228,6 @@ def load_foreign(path: Path) -> Content:
 def _why_unread(error: Exception) -> str:
     """Say in a clause why torch.load does not read a file; its own words advise to let the file run code."""
     text = str(error)
-    if "TorchScript" in text:
-        return (
-            "is a TorchScript archive: give the state dict of its model, saved by torch.save(model.state_dict(), ...)"
-        )
     if found := re.search(r"GLOBAL ([\w.]+) was not an allowed", text):
         return (
             f"holds more than tensors and plain values ({found[1]}), which could run code, and was not read:"

@@ -45,8 +45,8 @@ def check_count(key: str, asked: int | None, *, of_each: int = 1, in_memory: boo
     if asked is not None and asked > most:
         each = f" in each of {of_each} processes" if of_each > 1 else ""
         raise ConfigError(
-            f"{key}={asked}{each} is more than this machine takes ({os.cpu_count()} cores, up to {PER_CORE} processes"
-            f" or threads to a core, as far as memory goes): set {key} to {most} or less."
+            f"{key}={asked}{each} is more than this machine takes ({os.cpu_count()} cores: {PER_CORE} processes or"
+            f" threads to a core or {LEAST}, as far as memory goes): set {key} to {most} or less."
         )
 
 

@@ -188,18 +188,18 @@ def test_commas_separate_under_multirun(argument: str, quoted: str) -> None:
 
 
 def test_home_is_found_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/my")
     prepare = compose("prepare", PrepareConfig, ["source=~/pics", "out=~", "classes=~/names.txt", "devkit=~/kit"])
-    assert (prepare.source, prepare.out) == ("/home/me/pics", "/home/me")
-    assert (prepare.classes, prepare.devkit) == ("/home/me/names.txt", "/home/me/kit")
+    assert (prepare.source, prepare.out) == ("/my/pics", "/my")
+    assert (prepare.classes, prepare.devkit) == ("/my/names.txt", "/my/kit")
     evaluate = compose("evaluate", EvaluateConfig, ["data.root=~/s", "checkpoint=~/w.pth", "run_root=~/r"])
     assert (evaluate.data.root, evaluate.checkpoint, evaluate.run_root) == (
-        "/home/me/s",
-        "/home/me/w.pth",
-        "/home/me/r",
+        "/my/s",
+        "/my/w.pth",
+        "/my/r",
     )
     compare = compose("compare", CompareConfig, ["runs=[~/a, b/~/c]", "training_run=~/t"])
-    assert (compare.runs, compare.training_run) == (("/home/me/a", "b/~/c"), "/home/me/t")
+    assert (compare.runs, compare.training_run) == (("/my/a", "b/~/c"), "/my/t")
 
 
 def test_a_number_of_a_yaml_file_is_no_text() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,12 @@ def safetensors(path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
+def torchscript(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"net/{name}", b"")
+
+
 FILES: dict[str, Callable[[Path], object]] = {
     "is a pointer of git-LFS": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid x\n"),
     "is a web page": lambda path: path.write_text("\n<!DOCTYPE html><html>login</html>"),
@@ -66,6 +73,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "is damaged": cut_legacy,
     "is JSON": lambda path: path.write_text('{"error": "not found"}'),
     "safetensors": safetensors,
+    "is a TorchScript archive": torchscript,
     "more than tensors and plain values (pathlib.": lambda path: torch.save({"args": pathlib.PurePosixPath("x")}, path),
     "(torch.nn.modules.linear.Linear)": lambda path: torch.save(nn.Linear(1, 1), path),
     "cannot be read": lambda path: path.mkdir(),
