@@ -19,7 +19,7 @@ from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.trees import plain
 from pipeline.data.batches import LoadedBatch
 from pipeline.data.fit import misfit_sentence, origin_sentence
@@ -120,6 +120,11 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
             raise ConfigError(
                 f"model.num_classes={num_classes}, but the shards have {training.num_classes} classes:"
                 f" set it to at least that, or to null."
+            )
+        if num_classes < 2:
+            raise DataError(
+                f"The split {config.data.train_split!r} has one class alone, of which nothing can be learnt: prepare"
+                " shards of two or more, or set model.num_classes=2 for a model with an output that no picture has."
             )
         told = "model.num_classes=" if config.model.num_classes else "the number of classes of the training split is "
         for index in (training, validation):

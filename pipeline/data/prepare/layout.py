@@ -26,12 +26,10 @@ from pipeline.data.prepare.labelling import (
     refuse_split,
 )
 from pipeline.data.prepare.listing import IMAGE_SUFFIXES, Listed
-from pipeline.data.prepare.spellings import split_word
+from pipeline.data.prepare.spellings import SPLIT_ASKED_FOR, split_word
 from pipeline.data.prepare.tree import Folder, shown, tree_of, unread
 
 DEFAULT_SPLIT = "train"
-_KEYS_OF_SPLITS = ("train", "val", "valid", "validation", "test")
-"""What may be asked for under another name than that of the folder."""
 NUM_SHOWN = 8
 
 
@@ -175,8 +173,8 @@ def _refuse_both(asked: Asked, others: Sequence[str], spelled: Sequence[str], *,
 def _meant(split: str, folders: Iterable[str]) -> str | None:
     """The folder that `split=` means, if there is one."""
     names = list(folders)
-    word = split_word(split) if split in _KEYS_OF_SPLITS else None
-    alike = [name for name in names if word is not None and split_word(name) == word]
+    words = (split_word(split), SPLIT_ASKED_FOR[split]) if split in SPLIT_ASKED_FOR else ()
+    alike = [name for word in words for name in names if split_word(name) == word]
     return split if split in names else next(iter(alike), None)
 
 

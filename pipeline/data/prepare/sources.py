@@ -16,7 +16,7 @@ from pipeline.data.prepare.label_files import labels_beside
 from pipeline.data.prepare.labelling import Asked, refuse_split
 from pipeline.data.prepare.layout import work_out
 from pipeline.data.prepare.listing import Listed, list_folder, list_tar
-from pipeline.data.prepare.spellings import split_word
+from pipeline.data.prepare.spellings import SPLIT_ASKED_FOR
 from pipeline.data.prepare.tree import some
 
 Kind = Literal["folders", "tar", "ilsvrc2012", "builtin"]
@@ -143,7 +143,7 @@ def chosen(root: Path, splits: dict[str, list[SourceImage]], split: str | None) 
     """All splits, or the one asked for."""
     if split is None:
         return dict(splits)
-    name = split if split in splits else split_word(split) or split
+    name = split if split in splits else SPLIT_ASKED_FOR.get(split, split)
     if name not in splits:
         refuse_split(f"source={root}", split, splits)
     return {name: splits[name]}

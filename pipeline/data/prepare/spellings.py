@@ -8,6 +8,8 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
+SPLIT_ASKED_FOR = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+"""What `split=` means where no split has that name."""
 _SPLIT_OF_WORD = {word: split for split, words in _SPLITS.items() for word in words}
 _WORDS_BESIDE = frozenset(("set", "split", "data", "dataset", "images", "imgs", "seg", "folder"))
 """What may stand beside a split's word in the name of its folder: training_set, train2017, test_images."""

@@ -141,8 +141,8 @@ class _Samples:
         if not stem or (
             extension not in IMAGE_EXTENSIONS and extension != LABEL_EXTENSION and extension != JSON_EXTENSION
         ):
-            if stem:
-                self._ignore(extension)
+            text = extension.decode(errors="backslashreplace")
+            self._ignore("hidden" if not stem else f".{text}" if text else "none")
             return
         key = directory + slash + stem
         number = self._numbers.get(key)
@@ -208,8 +208,7 @@ class _Samples:
             DataError(f"The label of sample {_text(key)} of shard {self._tar.name} {error}: prepare the shards again.")
         )
 
-    def _ignore(self, extension: bytes) -> None:
-        name = f".{extension.decode(errors='backslashreplace')}" if extension else "none"
+    def _ignore(self, name: str) -> None:
         if name not in self._ignored and len(self._ignored) >= NUM_EXTENSIONS_COUNTED:
             name = "..."
         self._ignored[name] = self._ignored.get(name, 0) + 1

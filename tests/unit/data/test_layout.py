@@ -90,6 +90,23 @@ def test_a_split_is_known_however_it_is_spelled(tmp_path: Path, train: str, val:
         assert folder == split or f"The folder {folder}/ becomes the split {split!r}." in source.notes
 
 
+@pytest.mark.parametrize(
+    ("split", "found"),
+    [
+        ("train", "train"),
+        ("Train", "train"),
+        ("test", "val"),
+        ("Testing", "val"),
+        ("val", "val"),
+        ("validation", "val"),
+    ],
+)
+def test_a_split_is_asked_for_by_any_of_its_names(tmp_path: Path, split: str, found: str) -> None:
+    made(tmp_path, *of_classes("Train/", "ant", "bee"), *of_classes("Testing/", "ant", "bee"))
+    assert set(opened(tmp_path, split=split).splits) == {found}
+    assert "split=dev is not in" in refusal(tmp_path, split="dev")
+
+
 def test_the_tree_says_what_was_taken_for_what(tmp_path: Path) -> None:
     source = opened(made(tmp_path, *TRAIN, *of_classes("val/", "ant"), *of_classes("test/images/", "")))
     assert source.tree == (

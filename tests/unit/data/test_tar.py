@@ -329,6 +329,12 @@ def test_what_is_no_tar_is_called_what_it_is(tmp_path: Path, content: bytes, wha
 # Members that are not read
 
 
+def test_what_a_mac_leaves_in_a_shard_is_counted(tmp_path: Path) -> None:
+    content = member("._a.jpg", b"x") + SAMPLE + member("folder/._a.cls", b"x") + END
+    found = index_shard(shard_of(tmp_path, content))
+    assert len(found.keys) == 1 and found.ignored == {"hidden": 2}
+
+
 @pytest.mark.parametrize("extension", ["pth", "pickle", "pkl", "pyd", "pt", "npy", "sh"])
 def test_code_beside_the_pictures_is_neither_read_nor_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str

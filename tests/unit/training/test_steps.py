@@ -135,6 +135,15 @@ def test_a_label_of_foreign_shards_beyond_the_classifier_is_named(tmp_path: Path
     assert raised.value.exit_code == 3
 
 
+def test_one_class_alone_is_refused_in_words(tmp_path: Path, shards: Path, world: World) -> None:
+    (shards / "manifest.json").unlink()
+    for name, labels in (("train-0.tar", "0000"), ("train-1.tar", "0000"), ("val-0.tar", "000")):
+        write_labelled(shards / name, labels)
+    with pytest.raises(DataError, match=r"'train' has one class alone.*set model\.num_classes=2"):
+        steps.open_shards(configure(tmp_path), world)
+    assert steps.open_shards(configure(tmp_path, "model.num_classes=2"), world).num_classes == 2
+
+
 @pytest.mark.parametrize(("more", "said"), [((), "training split is 3"), (("model.num_classes=4",), "num_classes=4")])
 def test_a_validation_label_that_training_does_not_know_is_named(
     more: tuple[str, ...], said: str, tmp_path: Path, shards: Path, world: World
