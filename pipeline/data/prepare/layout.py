@@ -149,7 +149,7 @@ def _has_splits(top: Folder, asked: Asked) -> bool:
     deep = [name for name in spelled if top.folders[name].is_deep]
     if not spelled:
         return False
-    is_asked_for = asked.split is not None and _meant(asked.split, spelled) is not None
+    is_asked_for = asked.split is not None and _is_among(asked.split, spelled)
     are_splits = (not others or is_asked_for) if deep else bool(not others and asked.labels)
     # Without class folders within, train is the name of a class among others.
     are_classes = not deep and others and not any(name.casefold() in ("val", "test") for name in spelled)
@@ -170,22 +170,19 @@ def _refuse_both(asked: Asked, others: Sequence[str], spelled: Sequence[str], *,
     )
 
 
-def _meant(split: str, folders: Iterable[str]) -> str | None:
-    """The folder that `split=` means, if there is one."""
-    names = list(folders)
-    words = (split_word(split), SPLIT_ASKED_FOR[split]) if split in SPLIT_ASKED_FOR else ()
-    alike = [name for word in words for name in names if split_word(name) == word]
-    return split if split in names else next(iter(alike), None)
+def _is_among(split: str, folders: Iterable[str]) -> bool:
+    """Whether `split=` means one of these folders."""
+    words = {split_word(split), SPLIT_ASKED_FOR[split]} if split in SPLIT_ASKED_FOR else set()
+    return any(name == split or split_word(name) in words for name in folders)
 
 
 def _wanted(folders: Mapping[str, Folder], asked: Asked) -> tuple[str, ...]:
-    """The splits asked for."""
+    """The splits asked for: by their names, by their folders' names, or as people say it."""
     if asked.split is None:
         return tuple(folders)
-    if asked.split in folders:
-        return (asked.split,)
     by_folder = {folder.name: split for split, folder in folders.items()}
-    name = _meant(asked.split, by_folder)
-    if name is None:
+    meant = (asked.split, by_folder.get(asked.split, ""), SPLIT_ASKED_FOR.get(asked.split, ""))
+    found = [name for name in meant if name in folders]
+    if not found:
         refuse_split(asked.where, asked.split, folders)
-    return (by_folder[name],)
+    return (found[0],)
