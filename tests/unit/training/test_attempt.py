@@ -69,7 +69,9 @@ class Training:
         setup = Setup(
             config,
             world,
-            cast(Any, SimpleNamespace(num_classes=2, training=SimpleNamespace(index_hash="of the shards"))),
+            cast(
+                Any, SimpleNamespace(num_classes=2, training=SimpleNamespace(index_hash="of the shards", classes=None))
+            ),
             self.plan,
             cast(Any, SimpleNamespace(checkpoints=Path(), check_owned=lambda: None, writing=nullcontext)),
             Start(step, content={checkpoints.SECTION: section}),
