@@ -28,7 +28,9 @@ threads=${OMP_NUM_THREADS-none} interface=${GLOO_SOCKET_IFNAME-none} argv=$*"
 if [ -n "$RECORDER_CAUSE" ] && [ "${SLURM_PROCID-none}" != "${RECORDER_SLOW_RANK-}" ]; then
     mkdir -p "$SQUEEZEWIRE_CAUSES" && printf "$RECORDER_CAUSE" > "$SQUEEZEWIRE_CAUSES/rank$SLURM_PROCID"
 fi
-[ "${SLURM_PROCID-none}" = "${RECORDER_SLOW_RANK-}" ] && sleep "$RECORDER_SLOW_SECONDS"
+if [ "${SLURM_PROCID-none}" = "${RECORDER_SLOW_RANK-}" ]; then
+    sleep "$RECORDER_SLOW_SECONDS" || kill -KILL $$ # killed with it, a rank says nothing more
+fi
 if [ -n "$RECORDER_WAITS" ] && [ -z "$SLURM_RESTART_COUNT" ]; then
     trap 'echo "TOLD ${SLURM_PROCID}"; exit 75' TERM USR1
     touch "ready.$SLURM_PROCID"
