@@ -96,6 +96,7 @@ hooks: venv ## check each commit as CI will (git hooks by pre-commit; works offl
 bench: venv peers ## the published figures, measured here; an hour and a quiet machine (benchmarks/README.md)
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.epoch_start
+	$(PY) -m benchmarks.epoch_start --large
 	$(PY) -m benchmarks.resume_start
 	$(PY) -m benchmarks.exactness --peers
 	$(PY) -m benchmarks.preemption
