@@ -39,9 +39,7 @@ def format_help(
     lines += [
         "",
         "Text is taken as it is typed: 2024_11_29, 1e5 and a path with blanks are no numbers and need no quotes of",
-    ]
-    lines += [
-        "Hydra's. `null` is no value where a key may have none, `${key}` another key's value, `~` a home directory."
+        "Hydra's. `null` is no value where a key may have none, `${key}` another key's value, `~` a home directory.",
     ]
     lines += ["", "--cfg job prints the composed configuration; --multirun sweeps, as in any Hydra application."]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ names, else by a scan of all tars' headers (shards/tar.py). The scan is cached i
 be written, and is used again while the shards' names, sizes, hashes and times stay the same.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,11 +245,25 @@ def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> Sample
 
 
 def _save_table(path: Path, table: SampleTable, shards: tuple[ShardFile, ...], known: str) -> None:
-    """Leave the table for the next process. Raises OSError where the root cannot be written."""
+    """Leave the table for the next process. Raises OSError where the root cannot be written.
+
+    What another server has left meanwhile stays: its ranks may have mapped that very file.
+    """
     arrays: dict[str, NDArray[Any]] = {
         **table.arrays(),
         "known": np.array(known),
         "index_hash": np.array(table.hash_with(shards)),
     }
+
+    def write(file: BinaryIO) -> None:
+        np.savez(file, allow_pickle=False, **arrays)
+        if _load_table(path, shards, known) is not None:
+            raise _LeftByAnother
+
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    with contextlib.suppress(_LeftByAnother):
+        write_atomic(path, write)
+
+
+class _LeftByAnother(Exception):
+    """The file is there by now."""

@@ -61,8 +61,8 @@ class SampleTable:
     label: NDArray[np.int32]
     """Class index."""
     key: NDArray[np.bytes_]
-    mapped_from: "tuple[Path, tuple[int, ...]] | None" = field(default=None, kw_only=True, repr=False)
-    """The file whose pages the arrays are, and which one it was; None: they are this process's own."""
+    mapped_from: "tuple[Path, str] | None" = field(default=None, kw_only=True, repr=False)
+    """The file whose pages the arrays are, and its index_hash; None: they are this process's own."""
     _hashes: dict[tuple[ShardFile, ...], str] = field(init=False, default_factory=dict, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,22 +141,22 @@ class SampleTable:
         return table
 
     @classmethod
-    def map(cls, path: Path, which: tuple[int, ...] | None = None) -> "SampleTable":
+    def map(cls, path: Path, index_hash: str | None = None) -> "SampleTable":
         """Take the arrays of an uncompressed `.npz` as pages of the file, which all processes of a machine share.
 
         Args:
-            path: What `numpy.savez` wrote; replaced if it changes, never written over.
-            which: Of `mapped_from`: the file that it must still be; None: any.
+            path: What `numpy.savez` wrote, `index_hash` among it; replaced if it changes, never written over.
+            index_hash: The one that it must have; None: any. Servers that start at once may each have written the file.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not such a file.
-            DataError: it is another file than `which` by now.
+            KeyError, ValueError: it is not such a file.
+            DataError: it is of another index by now.
         """
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            found = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if which is not None and which != found:
+            with np.load(file, allow_pickle=False) as archive:
+                found = str(archive["index_hash"])
+            if index_hash not in (None, found):
                 raise DataError(f"The index {path} was replaced while it was in use: run the same command again.")
             with zipfile.ZipFile(file) as archive:
                 members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -249,12 +249,34 @@ def test_a_shared_index_that_was_damaged_is_made_anew(shared: Path) -> None:
 
 
 def test_a_worker_that_is_sent_an_index_replaced_meanwhile_refuses_it(shared: Path) -> None:
-    sent = pickle.dumps(ShardIndex.open(shared, "train"))
+    index = ShardIndex.open(shared, "train")
+    sent = pickle.dumps(index)
     (cache,) = (shared / CACHE_DIRECTORY).iterdir()
     shutil.copy(cache, other := cache.with_name("other"))
-    other.replace(cache)
+    other.replace(cache)  # as a server does that started at the same time
+    assert pickle.loads(sent).index_hash == index.index_hash
+    assert pickle.loads(sent).table.label.tolist() == index.table.label.tolist()
+    with np.load(cache) as archive:
+        np.savez(other.with_suffix(".npz"), allow_pickle=False, **{**archive, "index_hash": np.array("of others")})
+    other.with_suffix(".npz").replace(cache)
     with pytest.raises(DataError, match=r"was replaced while it was in use: run the same command again"):
         pickle.loads(sent)
+
+
+def test_what_another_server_has_left_meanwhile_stays(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks may have mapped the file, and on a network file system a replaced file's pages are gone."""
+    savez, left = np.savez, list[int]()
+
+    def slowly(*arguments: Any, **arrays: Any) -> None:
+        monkeypatch.setattr(np, "savez", savez)
+        ShardIndex.open(shared, "train")  # the other server
+        left.extend(path.stat().st_ino for path in (shared / CACHE_DIRECTORY).glob("*.npz"))
+        savez(*arguments, **arrays)
+
+    monkeypatch.setattr(np, "savez", slowly)
+    index = ShardIndex.open(shared, "train")
+    assert index.table.mapped_from
+    assert [path.stat().st_ino for path in (shared / CACHE_DIRECTORY).iterdir()] == left
 
 
 @pytest.mark.not_quick
@@ -267,6 +289,7 @@ def test_a_worker_holds_no_copy_of_a_large_index(tmp_path: Path) -> None:
         allow_pickle=False,
         **arrays,
         key=np.full(num_samples, b"key-of-a-sample-as-long-as-this"),
+        index_hash=np.array("of these"),
     )
     table = SampleTable.map(tmp_path / "large.npz")
     sent = pickle.dumps(table)
