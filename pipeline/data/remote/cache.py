@@ -2,7 +2,7 @@
 
     <directory>/<key>          an object, whole and proven; its time of change is its last use
     <directory>/<key>.part     one that is being fetched, locked by who fetches it
-    <directory>/lock           held while room is made
+    <directory>/lock           held while room is made, counted, or an object gets its name
 
 Whatever else lies in the directory is not counted, not removed and not opened (cachefiles.py).
 
@@ -177,8 +177,9 @@ class Cache:
         return is_there(self.path(entry))
 
     def used_bytes(self) -> int:
-        """Size in bytes of all objects, those under way included."""
-        return sum(file.num_bytes for file in own_files(self.directory))
+        """Size in bytes of all objects at one moment, those under way included."""
+        with self._disk_errors(), self._locked():
+            return sum(file.num_bytes for file in own_files(self.directory))
 
     # --- finding ---
 
@@ -231,7 +232,8 @@ class Cache:
                 part.unlink()
                 return found
             self._produce(entry, descriptor, part, produce, wait=wait)
-            part.replace(path)
+            with self._locked():  # whoever makes room meanwhile would see it under neither of its names
+                part.replace(path)
             keep = True
             fsync_directory(self.directory)
             try_lock(descriptor, shared=True, seconds=math.inf)  # others may read it now

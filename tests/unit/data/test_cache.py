@@ -140,9 +140,9 @@ def parts(directory: Path) -> list[Path]:
     return list(directory.glob(f"*{PART}"))
 
 
-def is_growing(directory: Path) -> bool:
-    """Whether an object is on its way: some of it has been written, which shows in blocks that are not zero."""
-    return any(any(part.read_bytes()[:1000]) for part in parts(directory))
+def num_growing(directory: Path) -> int:
+    """How many objects are on their way: some of each has been written, which shows in blocks that are not zero."""
+    return sum(any(part.read_bytes()[:1000]) for part in parts(directory))
 
 
 # --- once per server ---
@@ -236,7 +236,7 @@ def test_who_is_killed_while_fetching_leaves_nothing_that_is_taken_for_whole(
     server.set_rules(Rule("slow", bytes_per_second=50_000, times=1))
     victim, heir = (Reader(server, directory, NAMES[0]) for _ in range(2))
     victim.begin()
-    wait_until(lambda: is_growing(directory))
+    wait_until(lambda: num_growing(directory))
     heir.begin()  # waits for the victim
     time.sleep(0.1)
     victim.kill()
@@ -251,7 +251,7 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_do_is_not(server
     victim, living = (Reader(server, directory, name) for name in NAMES[:2])
     for reader in (victim, living):
         reader.begin()
-    wait_until(lambda: len(parts(directory)) == 2 and is_growing(directory))
+    wait_until(lambda: num_growing(directory) == 2)
     victim.kill()
     assert make(directory).used_bytes() == SIZE
     assert [part.name for part in parts(directory)] == [ENTRIES[NAMES[1]].key + PART]
@@ -562,7 +562,7 @@ def test_a_process_that_is_stopped_while_fetching_is_not_waited_for_for_ever(
     server.set_rules(Rule("slow", bytes_per_second=50_000))
     victim = Reader(server, directory, NAMES[0])
     victim.begin()
-    wait_until(lambda: is_growing(directory))
+    wait_until(lambda: num_growing(directory))
     victim.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(DataError, match=rf"Another process has been fetching {NAMES[0]} .* without a byte"):
