@@ -23,14 +23,9 @@ def evaluate(config: EvaluateConfig) -> int:
     split = config.data.split or config.data.val_split
 
     def check() -> None:
-        from pipeline.data.root import check_root
-        from pipeline.models import zoo
-        from pipeline.run.launch.limits import check_pictures
+        from pipeline.training.preflight import check_evaluation
 
-        side = max(config.input.size, config.input.resize_side)
-        check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=config.cluster.devices)
-        zoo.check(config.model.name, config.model.metaparameters)
-        check_root(config.data, split)
+        check_evaluation(config, split)
 
     def work(ranks: "RankInfo") -> int:
         return evaluate_as(ranks, config, split)

@@ -39,6 +39,11 @@ class ModelEntry:
     """The SqueezeNet that this name stands for; a metaparameter given wins. None: the model is torchvision's."""
     published: PublishedAccuracy | None = None
     recipe: PublishedRecipe | None = None
+    min_side: int = 1
+    """Torchvision's models: side in pixels of the smallest picture of which downsampling leaves something."""
+    max_side_of_one_value: int = 0
+    """Side of the largest picture of which a BatchNorm layer sees one value per channel; 0: there is none. Training
+    refuses a batch of one such picture."""
 
 
 _SQUEEZENET_METAPARAMETERS = tuple(entry.name for entry in fields(SqueezeNetConfig))
@@ -77,10 +82,12 @@ def _squeezenet(
 
 
 def _torchvision(
-    top1_percent: float, top5_percent: float, *accepts: str, recipe: PublishedRecipe | None = None
+    top1_percent: float, top5_percent: float, *accepts: str, recipe: PublishedRecipe | None = None, min_side: int = 1
 ) -> ModelEntry:
     accuracy = PublishedAccuracy(round(top1_percent / 100, 5), round(top5_percent / 100, 5), _TORCHVISION)
-    return ModelEntry(accepts, published=accuracy, recipe=recipe)
+    # Those that take pictures of any size halve them five times, rounded up, and then have a BatchNorm layer.
+    of_one_value = 2**5 if min_side == 1 else 0
+    return ModelEntry(accepts, None, accuracy, recipe, min_side, of_one_value)
 
 
 # Without a recipe: EfficientNet, whose weights are not torchvision's own; mnasnet0_5 and the bypass variants, whose
@@ -107,15 +114,15 @@ MODELS: dict[str, ModelEntry] = {
     ),
     "squeezenet_small": _squeezenet(_SMALL),
     "squeezenet_small_simple_bypass": _squeezenet(replace(_SMALL, bypass="simple")),
-    "alexnet": _torchvision(56.522, 79.066, "dropout", recipe=_EPOCHS_90),
-    "vgg11": _torchvision(69.020, 88.628, "dropout", recipe=_EPOCHS_90),
-    "vgg11_bn": _torchvision(70.370, 89.810, "dropout", recipe=_EPOCHS_90),
-    "vgg13": _torchvision(69.928, 89.246, "dropout", recipe=_EPOCHS_90),
-    "vgg13_bn": _torchvision(71.586, 90.374, "dropout", recipe=_EPOCHS_90),
-    "vgg16": _torchvision(71.592, 90.382, "dropout", recipe=_EPOCHS_90),
-    "vgg16_bn": _torchvision(73.360, 91.516, "dropout", recipe=_EPOCHS_90),
-    "vgg19": _torchvision(72.376, 90.876, "dropout", recipe=_EPOCHS_90),
-    "vgg19_bn": _torchvision(74.218, 91.842, "dropout", recipe=_EPOCHS_90),
+    "alexnet": _torchvision(56.522, 79.066, "dropout", recipe=_EPOCHS_90, min_side=63),
+    "vgg11": _torchvision(69.020, 88.628, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg11_bn": _torchvision(70.370, 89.810, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg13": _torchvision(69.928, 89.246, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg13_bn": _torchvision(71.586, 90.374, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg16": _torchvision(71.592, 90.382, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg16_bn": _torchvision(73.360, 91.516, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg19": _torchvision(72.376, 90.876, "dropout", recipe=_EPOCHS_90, min_side=32),
+    "vgg19_bn": _torchvision(74.218, 91.842, "dropout", recipe=_EPOCHS_90, min_side=32),
     "resnet18": _torchvision(69.758, 89.078, "zero_init_residual", recipe=_EPOCHS_90),
     "resnet34": _torchvision(73.314, 91.420, "zero_init_residual", recipe=_EPOCHS_90),
     "resnet50": _torchvision(76.130, 92.862, "zero_init_residual", recipe=_EPOCHS_90),

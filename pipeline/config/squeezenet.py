@@ -123,6 +123,15 @@ class SqueezeNetConfig:
             " no fire module has as many outputs as inputs. Use bypass='complex', or freq=2 or more.",
         )
 
+    @property
+    def min_side(self) -> int:
+        """Side in pixels of the smallest picture of which downsampling leaves something.
+
+        A pooling halves the side, rounded down, and takes none of 1; fire modules keep it.
+        """
+        conv1 = STEMS[self.stem]
+        return conv1.stride * (2 ** len(self.pool_after) - 1) + conv1.kernel_size - 2 * conv1.padding
+
     def fire_widths(self, layer: int) -> FireWidths:
         """Return the widths of fire module `layer`, 2 to 9 (section 5.1 of the paper).
 

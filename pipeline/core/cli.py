@@ -21,6 +21,8 @@ from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave, leave_cause, rank
 from pipeline.core.help import format_help
 from pipeline.core.overrides import as_typed, literal, split_override
+from pipeline.core.streams import has_lost_output
+from pipeline.core.surroundings import settle_surroundings
 from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, leaf_hints, nearest, optional, require
 
@@ -34,11 +36,18 @@ def run_command(
     command: str, schema: type[T], body: Callable[[T], int | None], *, argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
+    has_lost_others = False
+    try:
+        notes = settle_surroundings()
+    except UserError as error:
+        _print_error(f"error: {error}")
+        leave(int(error.exit_code))
+    for note in notes if rank() in (None, "0") else ():
+        print(f"note: {note}", file=sys.stderr, flush=True)
     if argv is None:  # what the ranks are started with, too
         sys.argv[1:] = _without_carriage_returns(sys.argv[1:])
     arguments = _without_carriage_returns(sys.argv[1:] if argv is None else argv)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
-    has_lost_others = False
     try:
         code = int(_run(command, schema, body, arguments))
     except UserError as error:
@@ -49,18 +58,22 @@ def run_command(
         code = 130  # the shell's code for SIGINT
     except SystemExit as error:  # of a library, which knows nothing of our codes
         code = int(ExitCode.INTERNAL if error.code else ExitCode.DONE)
-    except Exception as error:
-        is_cut_short = isinstance(error, BrokenPipeError) and _only_tells(arguments)  # `--help | head`
-        if is_cut_short:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
-            _print_error(traceback.format_exc())
-        code = int(ExitCode.DONE if is_cut_short else ExitCode.INTERNAL)
+    except Exception:
+        _print_error(traceback.format_exc())
+        code = int(ExitCode.INTERNAL)
+    if code == ExitCode.DONE and _only_tells(arguments) and has_lost_output():
+        code = int(ExitCode.INTERNAL)
     leave_cause(code, has_lost_others=has_lost_others)
     leave(code)
 
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
+    for argument in arguments:
+        if not _is_text(argument):
+            raise ConfigError(
+                f"{argument!r} is not UTF-8, and config.yaml and the record of the command are: rename what it names"
+                " (convmv does), or give a link to it with another name (ln -s)."
+            )
     for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
         secrets.refuse_secret(*split_override(argument))
         secrets.refuse_argument(argument)
@@ -79,6 +92,11 @@ def _without_carriage_returns(arguments: Sequence[str]) -> list[str]:
         print("warning: carriage returns at the ends of arguments are left out: the command stands in a file with"
               " Windows' line ends (CRLF).", file=sys.stderr)  # fmt: skip
     return [argument for argument, before in zip(clean, arguments, strict=True) if argument or not before]
+
+
+def _is_text(argument: str) -> bool:
+    """Return whether an argument can be written down: bytes that are not UTF-8 come as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.core.errors import DataError, ExitCode, UserError
+from pipeline.core.streams import settle_streams
 from pipeline.data.batches import LoadedBatch
 
 MAX_AUTOMATIC_WORKERS = 16
@@ -157,6 +158,7 @@ def _blocked(*signals: signal.Signals) -> Iterator[None]:
 def _start_worker(worker_id: int) -> None:
     """In a new worker. It ends when its rank closes the loader or is gone, whatever signals arrive."""
     del worker_id
+    settle_streams()
     threading.Thread(target=_end_with_rank, daemon=True).start()
     for number in SIGNALS_FOR_RANKS:
         signal.signal(number, signal.SIG_IGN)

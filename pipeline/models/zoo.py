@@ -6,8 +6,9 @@ Nothing here imports torch until `build` is called, so that a command can list, 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.config.model import ModelConfig
 from pipeline.config.registry import MODELS, PublishedAccuracy, PublishedRecipe
 from pipeline.core.errors import ConfigError
 from pipeline.core.overrides import split_outside_brackets
@@ -15,6 +16,8 @@ from pipeline.core.typed import is_number, is_whole, nearest, require
 
 if TYPE_CHECKING:
     from torch import nn
+
+FOR_SMALL_PICTURES = "squeezenet_small"
 
 
 def names() -> tuple[str, ...]:
@@ -34,6 +37,35 @@ def check(name: str, metaparameters: Iterable[str] = ()) -> None:
         if key not in accepts:
             known = f"It takes {', '.join(accepts)}." if accepts else "It takes none."
             raise ConfigError(f"{name} has no metaparameter {key!r}.{nearest(str(key), accepts)} {known}")
+
+
+def check_pictures(model: ModelConfig, side: int, *, per_rank: int | None = None) -> None:
+    """Refuse pictures that the model cannot take, or cannot train on.
+
+    Args:
+        model: Name and metaparameters of the model.
+        side: Side of a picture in pixels.
+        per_rank: Pictures that a rank trains on at once; None: nothing is trained.
+
+    Raises:
+        ConfigError: with the smallest side that is taken. As `check`, and for impossible values of SqueezeNet's
+            metaparameters.
+    """
+    check(model.name, model.metaparameters)
+    entry = MODELS[model.name]
+    given: dict[str, Any] = model.metaparameters
+    min_side = entry.min_side if entry.preset is None else replace(entry.preset, **given).min_side
+    require(
+        side >= min_side,
+        f"{model.name} cannot take pictures of {side} x {side} pixels, of which its downsampling leaves nothing: set"
+        f" data.size to {min_side} or more, or take a model for small pictures, such as model={FOR_SMALL_PICTURES}.",
+    )
+    require(
+        per_rank != 1 or side > entry.max_side_of_one_value,
+        f"{model.name} cannot train on one picture of {side} x {side} pixels at a time: BatchNorm layers would see a"
+        " single value per channel. Give each rank two or more at once (raise batch.global_size and"
+        f" batch.max_per_rank), or set data.size to {entry.max_side_of_one_value + 1} or more.",
+    )
 
 
 def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.Module":

@@ -1,7 +1,11 @@
 """What can be known to be wrong before any rank starts, and before torch is imported: said once, by one process."""
 
+import dataclasses
 import os
+from pathlib import Path
+from typing import Any
 
+from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
 from pipeline.data.root import check_root
 from pipeline.models import zoo
@@ -16,13 +20,13 @@ def check_before_ranks(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: run name, W&B's variables, model, metaparameters, a global batch that the ranks cannot share, or
-            pictures that fit into no memory.
+            pictures that the model cannot take or that fit into no memory.
         DataError: no shards at data.root, or not the splits wanted.
     """
     run = RunDirectory(config.run_root, config.name)
     check_variables(config.tracking, run.path / ID_FILE, os.environ)
-    zoo.check(config.model.name, config.model.metaparameters)
     num_ranks = config.cluster.devices
+    check_model(config, num_ranks)
     side = max(config.input.size, config.input.resize_side, config.input.size + 2 * config.data.augment.pad)
     for key, num_pictures in (
         ("batch.max_per_rank", config.batch.split(num_ranks).per_rank),
@@ -32,3 +36,41 @@ def check_before_ranks(config: TrainConfig) -> None:
     check_root(config.data, config.data.train_split)
     if config.trainer.validate_every_steps != 0:
         check_root(config.data, config.data.val_split)
+
+
+def check_model(config: TrainConfig, num_ranks: int) -> None:
+    """Refuse a model that does not exist, or that cannot train on its pictures in the batches that each rank gets.
+
+    Raises:
+        ConfigError: the model, its metaparameters, the size of the pictures, or the batch.
+    """
+    zoo.check_pictures(config.model, config.input.size, per_rank=config.batch.split(num_ranks).per_rank)
+
+
+def check_evaluation(config: EvaluateConfig, split: str) -> None:
+    """Raise the user error that every rank of this evaluation would raise.
+
+    Raises:
+        ConfigError: the model, its metaparameters, or pictures that it cannot take or that fit into no memory.
+        DataError: no shards at data.root, or not the split.
+    """
+    side = max(config.input.size, config.input.resize_side)
+    check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=config.cluster.devices)
+    zoo.check(config.model.name, config.model.metaparameters)
+    saved = _saved_metaparameters(Path(config.checkpoint))
+    if saved is not None:
+        metaparameters = {**saved, **config.model.metaparameters}
+        zoo.check_pictures(dataclasses.replace(config.model, metaparameters=metaparameters), config.input.size)
+    check_root(config.data, split)
+
+
+def _saved_metaparameters(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the metaparameters that the weights bring along; None: that is found out by reading them, with torch."""
+    if checkpoint.suffix == ".npz":
+        return {}
+    import yaml
+
+    try:
+        return dict(yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]["metaparameters"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run, or a damaged one: the ranks will say
+        return None

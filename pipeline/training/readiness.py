@@ -19,7 +19,7 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.record.wandb_mirror import why_not_online
 from pipeline.training import steps
-from pipeline.training.preflight import check_before_ranks
+from pipeline.training.preflight import check_before_ranks, check_model
 from pipeline.training.world import World
 
 LONGEST_JOIN_SECONDS = 60.0
@@ -146,6 +146,7 @@ def check_together(config: TrainConfig, world: World, findings: Findings) -> Non
 
 def _batch(config: TrainConfig, world: World) -> str:
     batch = config.batch.split(world.size)
+    check_model(config, world.size)
     return f"{batch.global_size} = {world.size} ranks x {batch.num_micro_batches} micro-batches x {batch.per_rank}"
 
 

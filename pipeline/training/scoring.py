@@ -1,7 +1,7 @@
 """The steps of `evaluate.py`: open a split, load weights of any origin, score every picture once, write the result."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,7 @@ def load_weights(config: "EvaluateConfig", index: ShardIndex) -> Weights:
             " number the weights were trained with, or evaluate on the shards they belong to."
         )
     metaparameters = {**section.get("metaparameters", {}), **config.model.metaparameters}
+    zoo.check_pictures(replace(config.model, metaparameters=metaparameters), config.input.size)
     model = zoo.build(config.model.name, num_outputs, **metaparameters)
     if is_caffe:
         load_npz(path, model)

@@ -41,6 +41,7 @@ from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer, progress_bars
 from pipeline.training.notes import training_notes
 from pipeline.training.plan import StepPlan, make_plan, require_compression
+from pipeline.training.preflight import check_model
 from pipeline.training.setup import Setup, Shards, Start
 from pipeline.training.timing import TimedLoader
 from pipeline.training.watchdog import StepWatchdog
@@ -149,6 +150,7 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
     """How many steps, and what is due when."""
 
     def plan() -> StepPlan:
+        check_model(config, world.size)
         made = make_plan(
             config.trainer,
             config.batch,

@@ -25,6 +25,7 @@ SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.check
         ("model=squeezenet1_2", 2, ["squeezenet1_2", "squeezenet1_1"]),
         ("batch.globalsize=8", 2, ["batch.globalsize", "batch.global_size"]),
         ("model.metaparameters.srr=0.5", 2, ["srr", "sr"]),
+        ("data.size=16", 2, ["squeezenet1_1", "16 x 16", "data.size to 17"]),
         ("name=../up", 2, ["'../up'"]),
         ("data.root=nowhere", 3, ["data.root=nowhere", "pipeline.prepare"]),
         ("data.train_split=training", 3, ["training", "train"]),

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait as wait_for_connections
 from typing import Any, TypeVar
 
 from pipeline.core.errors import DataError
+from pipeline.core.streams import settle_streams
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -94,6 +95,7 @@ def _run_here(
 
 def _start_worker(num_done: Any, stop: Any) -> None:
     """Runs once in every worker."""
+    settle_streams()
     _shared.update(num_done=num_done, stop=stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and stops us between two samples
     parent = multiprocessing.parent_process()

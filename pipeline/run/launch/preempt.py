@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pipeline.core.errors import ExitCode
 
@@ -134,5 +134,6 @@ class StopRequest:
     def _leave(self, text: str) -> None:
         """End the process, whatever its other threads do."""
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        os.write(sys.stderr.fileno(), f"preempted: [rank {rank}] {text}\n".encode())
+        with suppress(OSError):  # a full disk, a pipe that nobody reads
+            os.write(sys.stderr.fileno(), f"preempted: [rank {rank}] {text}\n".encode())
         os._exit(int(ExitCode.PREEMPTED))

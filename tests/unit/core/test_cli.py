@@ -118,6 +118,21 @@ def test_carriage_returns_are_no_part_of_arguments(
 
 
 @pytest.mark.not_quick
+def test_files_of_the_current_folder_are_not_taken_for_pythons_own(tmp_path: Path) -> None:
+    for name in ("random", "queue", "data"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the folder')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.train", *BASE, "--cfg", "job"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0 and "max_steps: 1" in done.stdout, done.stderr
+
+
+@pytest.mark.not_quick
 def test_cfg_job_prints_the_configuration_and_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.train", *BASE, "--cfg", "job"],

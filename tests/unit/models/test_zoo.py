@@ -45,6 +45,54 @@ def test_every_model_has_the_classes_asked_for(name: str) -> None:
     assert model.eval()(torch.empty(2, 3, side, side, device="meta")).shape == (2, 13)
 
 
+def takes(model: torch.nn.Module, side: int, num_pictures: int = 2) -> bool:
+    """Whether the network itself can train on so many pictures of this side."""
+    try:
+        model.train()(torch.empty(num_pictures, 3, side, side, device="meta"))
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def accepts(model: ModelConfig, side: int, num_pictures: int = 2) -> bool:
+    """Whether the check does, which imports no torch."""
+    try:
+        zoo.check_pictures(model, side, per_rank=num_pictures)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_pictures_and_batches_that_are_too_small_are_known(name: str) -> None:
+    model, config = meta(name, 3), ModelConfig(name=name)
+    smallest = next(side for side in range(1, 100) if accepts(config, side))
+    assert takes(model, smallest) and (smallest == 1 or not takes(model, smallest - 1))
+    alone = next(side for side in range(1, 100) if accepts(config, side, 1))
+    assert takes(model, alone, 1) and (alone == 1 or not takes(model, alone - 1, 1))
+
+
+@given(
+    stem=st.sampled_from(("v1.0", "v1.1", "small")),
+    pool_after=st.sets(st.integers(1, 9), max_size=5),
+    conv10_pad=st.integers(0, 2),
+    side=st.integers(1, 80),
+)
+def test_small_pictures_for_any_squeezenet(stem: str, pool_after: set[int], conv10_pad: int, side: int) -> None:
+    narrow = {"base_e": 8, "incr_e": 0, "stem": stem, "pool_after": sorted(pool_after), "conv10_pad": conv10_pad}
+    config = ModelConfig(name="squeezenet1_0", metaparameters=narrow)
+    assert accepts(config, side, 1) == takes(meta("squeezenet1_0", 2, **narrow), side, 1)
+
+
+def test_the_remedy_for_small_pictures_works() -> None:
+    with pytest.raises(ConfigError, match=r"data.size to 63 or more, .* model=squeezenet_small") as raised:
+        zoo.check_pictures(ModelConfig(name="alexnet"), 32)
+    zoo.check_pictures(ModelConfig(name=str(raised.value).rpartition("=")[2].rstrip(".")), 32)
+    with pytest.raises(ConfigError, match=r"resnet18 cannot train on one picture of 32 x 32 .* data.size to 33"):
+        zoo.check_pictures(ModelConfig(name="resnet18"), 32, per_rank=1)
+    zoo.check_pictures(ModelConfig(name="resnet18"), 32)  # evaluation
+
+
 @pytest.mark.parametrize("name", FROM_TORCHVISION)
 def test_published_figures_and_sizes_are_those_of_torchvisions_weights(name: str) -> None:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
