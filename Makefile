@@ -66,6 +66,10 @@ test-all: venv ## every test, an hour and a half; what came out goes into the ta
 soak: venv ## one training under 50 faults, ten minutes: it ends as the unbroken one, and nothing grows
 	$(PY) -m pytest tests/faults/test_soak.py -m slow -s
 
+.PHONY: fuzz
+fuzz: venv ## ten minutes of random damage to what is read: refused in a sentence, or read right; seeds are printed
+	$(PY) -m tests.fuzzing
+
 .PHONY: lint
 lint: venv ## format, rules, types, the stair, scripts, words
 	$(PY) -m ruff format --check .

@@ -30,6 +30,8 @@ T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
 # A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
 OPEN_KEYS = ("model.metaparameters.",)
+LONGEST_VALUE_SHOWN = 200
+"""Characters of a value that cannot be read which its message repeats."""
 
 
 def run_command(
@@ -196,12 +198,13 @@ def _check_values(overrides: Sequence[str], base: Any, schema: type[Any]) -> Non
             OmegaConf.create({"value": text if isinstance(text, str) else ""})
         except GrammarParseError as error:
             raise ConfigError(_no_interpolation(key, str(text))) from error
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # Python reads no number of thousands of digits
             hint, _ = optional(hints.get(key))
             kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a value or a [list]")
             default = flat(base).get(key)
             example = shlex.quote(f"{key}={1 if default in (None, '???') else literal(default)}")
-            raise ConfigError(f"{key}={value!r} cannot be read: give {kind}, as in {example}.") from error
+            shown = repr(value) if len(value) < LONGEST_VALUE_SHOWN else f"{value[:LONGEST_VALUE_SHOWN]!r}..."
+            raise ConfigError(f"{key}={shown} cannot be read: give {kind}, as in {example}.") from error
 
 
 def _no_interpolation(key: str, value: str) -> str:

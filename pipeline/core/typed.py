@@ -5,6 +5,7 @@ A field's name is its key. Unknown keys, missing keys and wrong types raise `Con
 
 import dataclasses
 import difflib
+import math
 import shlex
 import types
 import typing
@@ -94,6 +95,25 @@ def build(schema: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return schema(**arguments)
 
 
+def check_known(schema: Any, values: Mapping[str, Any], path: str = "") -> None:
+    """Raise `ConfigError` where a value is not of the type that `schema` has for its key.
+
+    For what other versions of the program wrote: keys that are unknown or missing, and nulls, are passed over.
+
+    Args:
+        schema: The dataclass.
+        values: Its fields by name, as far as they are there.
+        path: Prefix of the keys in messages.
+    """
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for key, value in values.items():
+        hint = hints.get(str(key))
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            check_known(hint, typing.cast(Mapping[str, Any], value), f"{path}{key}.")
+        elif hint is not None and value is not None:
+            _convert(hint, value, f"{path}{key}")
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """Return `value` as the type `hint`, or raise `ConfigError` naming `key`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -134,6 +154,14 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
         hint is not str or not isinstance(value, int | float),
         f"{key}={value!r} stands without quotes in a YAML file, where it is no text, and how it was written is lost"
         f" (2024_11_29 is 20241129 there): put it in quotes.",
+    )
+    require(
+        not isinstance(value, str) or "\0" not in value,
+        f"{key}={value!r} holds a character of value 0, which stands in no name and no text: write it without.",
+    )
+    require(
+        not isinstance(value, float) or math.isfinite(value),
+        f"{key}={value} is no number to compute with: give a finite one.",
     )
     matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(matches, f"{key}={value!r} must be of type {hint.__name__}.")

@@ -7,13 +7,16 @@ from typing import Any, cast
 
 import yaml
 
-from pipeline.config.training import BatchConfig, BatchSplit
-from pipeline.core.errors import DataError
+from pipeline.config.training import BatchConfig, BatchSplit, TrainConfig
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.trees import flat
+from pipeline.core.typed import check_known, require
 from pipeline.core.units import format_bandwidth, median
 
 STEP = "trainer/step"
+LONGEST_CAUSE = 300
+"""Characters of what a parser says that are repeated."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+        value = yaml.safe_load(path.read_bytes()) or {}
+        require(isinstance(value, dict), f"it holds a {type(value).__name__}, not keys and values.")
+        check_known(TrainConfig, value)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, ConfigError) as error:
+        raise DataError(
+            f"{path} is not what `train` wrote ({' '.join(str(error).split())[:LONGEST_CAUSE]}): copy it again from"
+            " where the run was made, or repeat the run."
+        ) from error
+    return value
 
 
 def _read_rows(path: Path) -> list[dict[str, float | None]]:

@@ -35,6 +35,7 @@ from typing_extensions import override
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import TEMPORARY_MARK, fsync_directory, sweep_temporaries, write_json_atomic
+from pipeline.run.checkpoint_checks import require_same_model, taking
 from pipeline.run.checkpoint_files import (
     BEST_NAME,
     POINTER_NAME,
@@ -52,7 +53,7 @@ from pipeline.run.checkpoint_files import (
     load_foreign,
     load_proven,
     print_warning,
-    require_same_model,
+    section_of,
     sidecar_path,
     step_of,
     verify,
@@ -73,7 +74,9 @@ __all__ = [
     "load_foreign",
     "load_proven",
     "require_same_model",
+    "section_of",
     "sidecar_path",
+    "taking",
     "verify",
 ]
 

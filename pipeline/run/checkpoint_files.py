@@ -4,16 +4,17 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
-from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import sha256_of_file, what_it_is
+from pipeline.run.checkpoint_checks import RESTORE, of_another_type
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"
@@ -194,7 +195,7 @@ def load(path: Path) -> Content:
 def load_proven(path: Path) -> tuple[CheckpointInfo, Content]:
     """Read a checkpoint as `load` does; return what was proven of the file, and its content."""
     info = verify(path)
-    return info, load_foreign(path)
+    return info, _load(path)
 
 
 def load_foreign(path: Path) -> Content:
@@ -209,8 +210,13 @@ def load_foreign(path: Path) -> Content:
     Raises:
         CheckpointError: It cannot be read, is damaged, or holds more than tensors and plain values.
     """
+    return _load(path, is_proven=False)
+
+
+def _load(path: Path, *, is_proven: bool = True) -> Content:
+    """Read a file of weights; one that nothing has proven by the checksums within it, which torch does not look at."""
     try:
-        if wrong := what_it_is(path):
+        if wrong := what_it_is(path) or ("" if is_proven else _damaged_member(path)):
             raise CheckpointError(f"{path} {wrong}.")
         with torch.serialization.safe_globals([argparse.Namespace]):  # of torchvision's references; mere values
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -223,6 +229,39 @@ def load_foreign(path: Path) -> Content:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
     return content
+
+
+def _damaged_member(path: Path) -> str:
+    """Say in a clause which part of a zip archive is not what its checksum says; empty if none is, or it is no zip."""
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    return f"is damaged: the checksum of its part {damaged!r} is another, so copy it again" if damaged else ""
+
+
+def section_of(content: Content, path: Path, step: int | None = None) -> SectionJson:
+    """Return what we put into a checkpoint.
+
+    Args:
+        content: Of the checkpoint.
+        path: The checkpoint, for messages.
+        step: The step that its sidecar says; None: it has none.
+
+    Raises:
+        CheckpointError: There is no such part, it is not as it was saved, or it is of another step.
+    """
+    section = content.get(SECTION)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} was not saved by a training of squeezewire: {RESTORE}.")
+    if wrong := of_another_type(section, SectionJson):
+        raise CheckpointError(f"{path} is not as it was saved ({wrong}): {RESTORE}.")
+    classes = section.get("classes") or []
+    if len(set(classes)) < len(classes) or len(classes) > section.get("num_classes", len(classes)):
+        raise CheckpointError(f"{path} is not as it was saved (its classes are not those of its outputs): {RESTORE}.")
+    if step is not None and section.get("step") != step:
+        raise CheckpointError(f"{path} holds step {section.get('step')}, and its sidecar says {step}: {RESTORE}.")
+    return cast(SectionJson, section)
 
 
 def _why_unread(error: Exception) -> str:
@@ -239,46 +278,6 @@ def _why_unread(error: Exception) -> str:
         f"is damaged or holds more than tensors and plain values, and was not read ({type(error).__name__}):"
         " copy it again, or give a checkpoint or a state dict saved by torch.save"
     )
-
-
-def require_same_model(
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    *,
-    path: Path,
-    model: str,
-    found_model: str | None = None,
-) -> None:
-    """Raise `CheckpointError` unless two state dicts have the same keys and shapes.
-
-    Args:
-        expected: State dict of the model that is built.
-        found: State dict of the checkpoint.
-        path: The checkpoint.
-        model: Name of the model that is built.
-        found_model: Name of the model the checkpoint says it holds; None where it says nothing.
-    """
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    differing = [
-        f"{key} is {_shape(found[key])} there and {_shape(expected[key])} here"
-        for key in expected
-        if key in found and _shape(found[key]) != _shape(expected[key])
-    ]
-    problems = [
-        f"{what}: {', '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}"
-        for what, items in (("missing", missing), ("unknown", unexpected), ("shapes", differing))
-        if items
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} holds {found_model or 'another model'}, which does not fit {model} ({'; '.join(problems)}):"
-            " give the model it was saved from, or another name= for a new run."
-        )
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def is_ours(path: Path) -> bool:
@@ -317,8 +316,8 @@ def read_records(path: Path) -> list[CheckpointInfo]:
         infos = [
             CheckpointInfo(path=path, **{key: record[key] for key in names if key in record}) for record in records
         ]
-        if not all(type(info.step) is type(info.num_bytes) is int for info in infos):
-            raise TypeError("step or num_bytes is not a number")
+        if wrong := next(filter(None, (of_another_type(vars(info), CheckpointInfo) for info in infos)), ""):
+            raise TypeError(wrong)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: its sidecar {sidecar.name} is missing, so nothing proves it whole.") from error
     except OSError as error:

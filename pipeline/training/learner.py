@@ -278,11 +278,19 @@ class Learner(pl.LightningModule):
             state_dict: Lightning's, keys starting with `model.`.
             optimizer_state: state of SGD, as saved.
             extra: what `extra_state` returned.
+
+        Raises:
+            ValueError: the optimiser's state does not fit the weights.
         """
         weights = {
             key.removeprefix(NAME_PREFIX): value for key, value in state_dict.items() if key.startswith(NAME_PREFIX)
         }
         self.model.load_state_dict(weights)
+        parameters = list(self.model.parameters())
+        for number, kept in optimizer_state["state"].items():
+            momentum = kept.get("momentum_buffer")
+            if momentum is not None and (momentum.shape, momentum.dtype) != (parameters[number].shape, torch.float32):
+                raise ValueError(f"the momentum of parameter {number} is {tuple(momentum.shape)} of {momentum.dtype}")
         self.optimizer_state = optimizer_state
         if self.average is not None:
             # A run that had no average before starts it from the weights it has now.

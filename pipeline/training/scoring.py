@@ -57,7 +57,7 @@ def load_weights(config: "EvaluateConfig", index: ShardIndex) -> Weights:
         path = _checkpoint_of_run(path)
     is_caffe = path.suffix == ".npz"
     content = {} if is_caffe else _read(path)
-    section = content.get(checkpoints.SECTION, {})
+    section = checkpoints.section_of(content, path) if checkpoints.SECTION in content else {}
     label_of_class = match_labels(section.get("classes"), index.classes)
     num_outputs = config.model.num_classes or section.get("num_classes") or num_classes
     if num_outputs < num_classes:
@@ -71,12 +71,13 @@ def load_weights(config: "EvaluateConfig", index: ShardIndex) -> Weights:
     if is_caffe:
         load_npz(path, model)
         return Weights(model, num_outputs, str(path))
-    state, said = _state_dict(content)
-    checkpoints.require_same_model(
-        model.state_dict(), state, path=path, model=config.model.name, found_model=section.get("model")
-    )
-    model.load_state_dict(state)
-    origin = f"{path} (step {section['step']})" if section else str(path)
+    with checkpoints.taking("the weights", path):
+        state, said = _state_dict(content)
+        checkpoints.require_same_model(
+            model.state_dict(), state, path=path, model=config.model.name, found_model=section.get("model")
+        )
+        model.load_state_dict(state)
+    origin = f"{path} (step {section['step']})" if "step" in section else str(path)
     return Weights(model, num_outputs, origin, f" ({'; '.join(said)})" if said else "", label_of_class)
 
 

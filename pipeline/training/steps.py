@@ -187,9 +187,10 @@ def find_start(
     def load() -> Start:
         path = directory / chosen
         info, content = checkpoints.load_proven(path)
-        section = content[checkpoints.SECTION]
-        resume.refuse_drift(config, shards_hash, classes, section, path)
-        return Start(info.step, info, content, tuple(resume.changes(config, world.size, section, info.versions)))
+        section = checkpoints.section_of(content, path, info.step)
+        with checkpoints.taking("what it says of its run", path):
+            resume.refuse_drift(config, shards_hash, classes, section, path)
+            return Start(info.step, info, content, tuple(resume.changes(config, world.size, section, info.versions)))
 
     return world.agree(load)
 
@@ -219,15 +220,16 @@ def make_learner(setup: Setup) -> Learner:
             origin=world.exchanging,
         )
         if start.content is not None and start.info is not None and start.section is not None:
-            checkpoints.require_same_model(
-                learner.state_dict(),
-                start.content["state_dict"],
-                path=start.info.path,
-                model=config.model.name,
-                found_model=start.info.model,
-            )
-            (optimizer_state,) = start.content["optimizer_states"]
-            learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
+            with checkpoints.taking("the weights or the optimiser's state", start.info.path):
+                checkpoints.require_same_model(
+                    learner.state_dict(),
+                    start.content["state_dict"],
+                    path=start.info.path,
+                    model=config.model.name,
+                    found_model=start.info.model,
+                )
+                (optimizer_state,) = start.content["optimizer_states"]
+                learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
         return learner
 
     return world.agree(make)
@@ -255,8 +257,9 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
         device=world.device,
         waiting=world.timeline.waiting,
     )
-    if saved is not None:
-        powersgd.load_state_dict(saved, world.rank, world.size)
+    if saved is not None and start.info is not None:
+        with checkpoints.taking("the state of PowerSGD", start.info.path):
+            powersgd.load_state_dict(saved, world.rank, world.size)
     return powersgd
 
 
@@ -272,11 +275,12 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
     ledger = Ledger(
         world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
     )
-    if setup.start.section is not None:
+    if setup.start.section is not None and setup.start.info is not None:
         previous = None
         with contextlib.suppress(OSError, ValueError):
             previous = json.loads(setup.run.ledger.read_text())
-        ledger.load_state_dict(setup.start.section["ledger"], previous)
+        with checkpoints.taking("the accounts, with ledger.json beside it,", setup.start.info.path):
+            ledger.load_state_dict(setup.start.section["ledger"], previous)
     return ledger
 
 

@@ -14,6 +14,7 @@ from pipeline.core import cli
 from pipeline.core.cli import compose, help_text
 from pipeline.core.errors import ConfigError
 from pipeline.core.help import field_docs
+from pipeline.core.typed import build
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]
@@ -39,6 +40,27 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_wrong_key_or_choice_names_the_nearest(override: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"Did you mean '{nearest}'"):
         compose("train", TrainConfig, [*BASE, override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recipe.lr=inf", "recipe.lr=inf is no number to compute with"),
+        ("data.augment.scale=[nan,1]", "scale[0]=nan is no number"),
+        (f"recipe.lr={'9' * 5000}", "9'... cannot be read: give a number"),
+        ("trainer.max_epochs=1e999", "max_epochs=inf is no number"),
+    ],
+)
+def test_what_is_no_number_is_none(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose("train", TrainConfig, [*BASE, override])
+    assert said in str(raised.value)
+
+
+def test_a_text_of_a_file_holds_no_character_of_value_0() -> None:
+    values = cli.compose_container("train", TrainConfig, BASE)
+    with pytest.raises(ConfigError, match=r"run_root='x\\x00' holds a character of value 0"):
+        build(TrainConfig, values | {"run_root": "x\0"})
 
 
 def test_metaparameters_are_open() -> None:

@@ -26,7 +26,10 @@ BASE = ("name=x", "data.root=somewhere", "trainer.max_steps=1")
 # What a number, a word or a piece of the grammar looks like, and everything else that people type.
 PIECES = ["2024_11_29", "1e5", "12e4567", "null", "true", "inf", "~", "~/", "${", "${seed}", "}", "'", '"', "\\", "="]
 PIECES += ["[", "]", "{", ",", "#", "%", "$", ";", ":", " ", "  ", "(", ")", "|", "&", "*", "\t", "\n", "é", "日", "x"]
-TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join), st.text(max_size=8))
+TEXTS = st.one_of(
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join),
+    st.text(st.characters(exclude_characters="\0"), max_size=8),
+)  # no argument holds a character of value 0
 WORDS = ["2024_11_29", "1_1", "1e5", "12e4567", "45e9999", "007", "0x10", "1.10", "1.100", "true", "no", "2026-11-29"]
 WORDS += [
     "10:30",

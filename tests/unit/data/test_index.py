@@ -189,7 +189,7 @@ def test_with_the_index_of_prepare_sizes_are_compared_all_the_same(root: Path) -
     assert "train-000001.tar" in refused(root)
 
 
-@pytest.mark.parametrize("damage", ["gone", "flipped", "of other shards", "described wrongly"])
+@pytest.mark.parametrize("damage", ["gone", "flipped", "of other shards", "described wrongly", "described as damaged"])
 def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
     root: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -205,7 +205,11 @@ def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
     else:
         manifest = Manifest.load(root)
         described = cast(IndexJson, manifest.split("train").extra[INDEX_KEY])
-        if damage == "described wrongly":
+        if damage == "described as damaged":
+            content[60:90] = bytes(range(30))  # amid what is compressed: zlib's own error
+            path.write_bytes(content)
+            described["sha256"] = sha256_of_file(path)
+        elif damage == "described wrongly":
             manifest.split("train").extra[INDEX_KEY] = [described]
         else:
             other = add_index(write_shards(tmp_path / "other", train=(7,)), "train") / index_name("train")

@@ -71,3 +71,29 @@ def test_a_damaged_ledger_is_named(make_run: MakeRun, content: str, said: str) -
 def test_a_directory_without_a_ledger_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no ledger\.json"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"model: x", "model='x' must be a group of keys"),
+        (b"- 1", "holds a list"),
+        (b"{", "not what `train` wrote"),
+        (b"name: \xe5", "not what `train` wrote"),
+        (b"[" * 5000, "not what `train` wrote"),
+        (b"batch: {max_per_rank: many}", "batch.max_per_rank='many' must be of type int"),
+    ],
+)
+def test_a_damaged_configuration_is_named(make_run: MakeRun, content: bytes, said: str) -> None:
+    directory = make_run("damaged")
+    (directory / "config.yaml").write_bytes(content)
+    with pytest.raises(DataError, match=r"config\.yaml") as raised:
+        read_run(directory)
+    assert said in str(raised.value)
+
+
+def test_a_configuration_of_another_version_is_read(make_run: MakeRun) -> None:
+    """A key that is not known any more or not yet, one that is missing, and one that had no value."""
+    directory = make_run("older")
+    (directory / "config.yaml").write_text("gone: {a: 1}\ndata: {size: null, other: x}\n")
+    assert read_run(directory).setting("data.other") == "x"

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import CheckpointError
 from pipeline.run.checkpoint import (
+    SECTION,
     AtomicCheckpointIO,
     checkpoint_path,
     find_best,
@@ -30,7 +31,9 @@ from pipeline.run.checkpoint import (
     load,
     load_foreign,
     require_same_model,
+    section_of,
     sidecar_path,
+    taking,
     verify,
 )
 from pipeline.run.launch.environment import RankEnvironment
@@ -281,9 +284,85 @@ def test_a_foreign_file_that_is_none_is_a_sentence(content: bytes, tmp_path: Pat
         load_foreign(tmp_path / "nothing.pth")
 
 
+def test_a_flipped_bit_of_a_foreign_weight_is_found(tmp_path: Path) -> None:
+    """torch.load reads it without a word."""
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 100] ^= 64
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["weight"], torch.arange(1000.0)), "the fault fired"
+    with pytest.raises(
+        CheckpointError, match=r"the checksum of its part 'weights/data/0' is another, so copy it again"
+    ):
+        load_foreign(path)
+
+
 def test_a_foreign_state_dict_is_read(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pth")
     assert torch.equal(load_foreign(tmp_path / "weights.pth")["weight"], torch.ones(2))
+
+
+# --- contents that are not what was saved ---
+
+SECTION_AS_SAVED = {"step": 3, "world_size": 1, "model": "x", "classes": ["a"], "must_match": {}, "learner": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": 4}, "holds step 4, and its sidecar says 3"),
+        ({"step": "3"}, "its 'step' is of type str"),
+        ({"num_classes": True}, "its 'num_classes' is of type bool"),
+        ({"classes": ["a", 1]}, "its 'classes' is of type list"),
+        ({"classes": ["a", "a"]}, "its classes are not those of its outputs"),
+        ({"classes": ["a", "b"], "num_classes": 1}, "its classes are not those of its outputs"),
+        ({"learner": None}, "its 'learner' is of type NoneType"),
+    ],
+)
+def test_a_section_that_is_not_as_it_was_saved_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert section_of({SECTION: SECTION_AS_SAVED}, tmp_path, 3) == SECTION_AS_SAVED
+    with pytest.raises(CheckpointError) as raised:
+        section_of({SECTION: SECTION_AS_SAVED | change}, tmp_path, 3)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [{}, {SECTION: None}, {SECTION: 7}])
+def test_a_checkpoint_without_a_section_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not saved by a training of squeezewire"):
+        section_of(content, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"a": 1}, "of type dict, not a tensor"),
+        (torch.ones(2, dtype=torch.int8), "of type torch.int8"),
+        (torch.ones(2, dtype=torch.complex64), "of type torch.complex64"),
+        (torch.tensor([1.0, float("nan")]), "not finite"),
+        (torch.ones(2).to_sparse(), "without plain values"),
+        (torch.ones(2, device="meta"), "without plain values"),
+        (torch.ones(3), "weight is 3 there and 2 here"),
+    ],
+)
+def test_what_cannot_be_weights_is_refused(value: object, said: str, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.float64):  # others save so
+        require_same_model({"weight": torch.ones(2)}, {"weight": torch.ones(2, dtype=dtype)}, path=tmp_path, model="x")
+    found: Any = {"weight": value}
+    with pytest.raises(CheckpointError) as raised:
+        require_same_model({"weight": torch.ones(2)}, found, path=tmp_path, model="x")
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("complete"), RuntimeError("size mismatch"), TypeError("no"), IndexError()])
+def test_a_part_that_cannot_be_taken_over_is_a_sentence(error: Exception, tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"the accounts cannot be taken over .*restore it"),
+        taking("the accounts", tmp_path),
+    ):
+        raise error
+    with pytest.raises(torch.OutOfMemoryError), taking("the accounts", tmp_path):
+        raise torch.OutOfMemoryError
 
 
 # --- failing disks ---

@@ -263,6 +263,15 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float)
     )
 
 
+def test_momentum_of_other_weights_is_refused() -> None:
+    first = Steps(make_learner(RecipeConfig(lr=0.05)))
+    first.take([pictures(4)])
+    optimizer_state = copy.deepcopy(first.optimizer.state_dict())
+    optimizer_state["state"][0]["momentum_buffer"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"the momentum of parameter 0 is \(3,\) of torch.float32"):
+        make_learner(RecipeConfig(lr=0.05)).restore(first.learner.state_dict(), optimizer_state, {})
+
+
 def test_an_edited_recipe_holds_after_a_resume() -> None:
     first = Steps(make_learner(RecipeConfig(lr=0.05, momentum=0.9, weight_decay=0.1)))
     first.take([pictures(4)])

@@ -288,6 +288,17 @@ def test_other_packages_are_said(tmp_path: Path, world: World, opened: steps.Run
     )
 
 
+def test_a_sidecar_of_another_step_is_refused(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
+    """Else a run of which three steps are done would count as finished."""
+    config = configure(tmp_path)
+    path, far = save(config, opened, 3), checkpoint_path(opened.checkpoints, 999_999_999)
+    record = json.loads(sidecar_path(path).read_text())
+    path.rename(far)
+    sidecar_path(far).write_text(json.dumps(record | {"step": 999_999_999}))
+    with pytest.raises(CheckpointError, match=r"holds step 3, and its sidecar says 999999999"):
+        steps.find_start(config, world, opened, HASH, NAMES)
+
+
 def test_other_shards_are_refused(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
     save(configure(tmp_path), opened, 2)
     with pytest.raises(CheckpointError, match=r"data\.shards_sha256 was 'of the shards' and is 'of others'") as raised:

@@ -1,0 +1,115 @@
+"""What must hold of a checkpoint's content before it is used: its types, its tensors, the model it is of."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from pipeline.core.errors import CheckpointError
+
+LONGEST_CAUSE = 300
+"""Characters of what a library says that are repeated."""
+RESTORE = "restore it with its .json from a backup, or give another checkpoint"
+
+
+def is_of_type(value: object, hint: Any) -> bool:
+    """Return whether a value read from a file is of a type; a bool is no number."""
+    if hint is Any:
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(is_of_type(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_of_type(item, inner[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, origin or hint) and (hint is bool or not isinstance(value, bool))
+
+
+def of_another_type(record: Mapping[str, Any], schema: Any) -> str:
+    """Say in a clause which value of a record is not of the type its schema has for it; empty if all are."""
+    hints = get_type_hints(schema)
+    wrong = (key for key, value in record.items() if key in hints and not is_of_type(value, hints[key]))
+    return next((f"its {key!r} is of type {type(record[key]).__name__}" for key in wrong), "")
+
+
+@contextlib.contextmanager
+def taking(what: str, path: Path) -> Iterator[None]:
+    """Take a part of a checkpoint over; what it raises because it is not as it was saved becomes a sentence.
+
+    Args:
+        what: The part, in words.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointError: The part is not as it was saved.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:LONGEST_CAUSE]
+        raise CheckpointError(
+            f"{path} is not as it was saved: {what} cannot be taken over ({type(error).__name__}: {said}): {RESTORE}."
+        ) from error
+
+
+def require_same_model(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    *,
+    path: Path,
+    model: str,
+    found_model: str | None = None,
+) -> None:
+    """Raise `CheckpointError` unless two state dicts have the same keys and shapes.
+
+    Args:
+        expected: State dict of the model that is built.
+        found: State dict of the checkpoint.
+        path: The checkpoint.
+        model: Name of the model that is built.
+        found_model: Name of the model the checkpoint says it holds; None where it says nothing.
+    """
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    common = [key for key in expected if key in found]
+    if wrong := next(filter(None, (_unusable(key, found[key], expected[key]) for key in common)), ""):
+        raise CheckpointError(f"{path} holds no weights that a model can have: {wrong}. Give another checkpoint.")
+    differing = [
+        f"{key} is {_shape(found[key])} there and {_shape(expected[key])} here"
+        for key in common
+        if _shape(found[key]) != _shape(expected[key])
+    ]
+    problems = [
+        f"{what}: {', '.join(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}"
+        for what, items in (("missing", missing), ("unknown", unexpected), ("shapes", differing))
+        if items
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} holds {found_model or 'another model'}, which does not fit {model} ({'; '.join(problems)}):"
+            " give the model it was saved from, or another name= for a new run."
+        )
+
+
+def _unusable(key: str, found: object, expected: Tensor) -> str:
+    """Say in a clause why a value cannot be the parameter or buffer `expected`, whatever its shape."""
+    if not isinstance(found, Tensor):
+        return f"{key} is of type {type(found).__name__}, not a tensor"
+    if found.layout != torch.strided or found.is_meta or found.is_quantized:
+        return f"{key} is a tensor without plain values"
+    if found.is_floating_point() != expected.is_floating_point() or found.is_complex():
+        return f"{key} is of type {found.dtype}, where {expected.dtype} is needed"
+    if found.shape == expected.shape and not found.isfinite().all():
+        return f"{key} holds values that are not finite"
+    return ""
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

@@ -1,0 +1,1 @@
+"""Structured random damage to what a command reads: `python -m tests.fuzzing --help`. `targets.py` lists what."""
