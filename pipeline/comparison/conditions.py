@@ -1,6 +1,6 @@
 """What must agree between runs before their numbers may stand side by side, and what is said about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.comparison import ConditionJson
@@ -9,6 +9,10 @@ from pipeline.report.runs import RunRecord
 Conditions = dict[str, ConditionJson | None]
 """Conditions by their names in words; None: the run did not record it."""
 
+SHARDS = "shards"
+"""In environment.json: {sha256, classes} of the training split, the hash being its index's."""
+NUM_NAMES_SHOWN = 10
+_REMEDY = "Compare runs that agree, or let `pipeline.compare models=[...]` make them anew."
 _HOOK = "compression hook"
 _POWERSGD_KEYS = ("powersgd_rank", "powersgd_start_step")
 
@@ -58,6 +62,7 @@ def refuse_to_mix(runs: Mapping[str, RunRecord], *, hooks_may_differ: bool = Fal
     Raises:
         ConfigError: a condition differs; it is named with both values.
     """
+    _require_same_shards(runs)
     by_label = {label: conditions_of(run) for label, run in runs.items()}
     if hooks_may_differ:
         for hook in dict.fromkeys(conditions[_HOOK] for conditions in by_label.values()):
@@ -70,6 +75,32 @@ def refuse_to_mix(runs: Mapping[str, RunRecord], *, hooks_may_differ: bool = Fal
     _require_same(by_label)
 
 
+def _require_same_shards(runs: Mapping[str, RunRecord]) -> None:
+    """Refuse runs over shards of other classes or another content; those that did not record them are passed over."""
+    known = {label: run for label, run in runs.items() if run.recorded(f"{SHARDS}.sha256")}
+    if not known:
+        return
+    first_label, first = next(iter(known.items()))
+    for label, run in known.items():
+        here, there = (of.recorded(f"{SHARDS}.classes") for of in (first, run))
+        if here is not None and there is not None and list(here) != list(there):
+            order = ", in another order" if set(here) == set(there) else ""
+            raise ConfigError(
+                f"A label means another class in each of the runs: {first_label} was trained on {_listed(here)},"
+                f" {label} on {_listed(there)}{order}. {_REMEDY}"
+            )
+        if run.recorded(f"{SHARDS}.sha256") != first.recorded(f"{SHARDS}.sha256"):
+            raise ConfigError(
+                f"The shards at {run.setting('data.root')} had another content for {label} than for {first_label}."
+                f" {_REMEDY}"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > NUM_NAMES_SHOWN else ""
+    return f"{len(names)} classes: {', '.join(map(repr, names[:NUM_NAMES_SHOWN]))}{more}"
+
+
 def _require_same(by_label: Mapping[str, Conditions]) -> None:
     if not by_label:
         return
@@ -80,7 +111,7 @@ def _require_same(by_label: Mapping[str, Conditions]) -> None:
             if here != there:
                 raise ConfigError(
                     f"The runs were made under different conditions: {key} is {here} for {first_label} and {there} for"
-                    f" {label}. Compare runs that agree, or let `pipeline.compare models=[...]` make them anew."
+                    f" {label}. {_REMEDY}"
                 )
 
 

@@ -232,10 +232,9 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
 
 
 def environment_facts(environment: Mapping[str, Any]) -> list[Fact]:
-    """Return everything recorded but the command, which stands at the top."""
-    return [
-        Fact(key, plain(value)) for key, value in flat(environment).items() if key not in ("command", "argv", "schema")
-    ]
+    """Return everything recorded but the command, which stands at the top, and the names of the classes."""
+    unsaid = ("command", "argv", "schema", "shards.classes")
+    return [Fact(key, plain(value)) for key, value in flat(environment).items() if key not in unsaid]
 
 
 def not_measured(reasons: Mapping[str, str]) -> list[tuple[str, str]]:

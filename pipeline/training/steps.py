@@ -98,7 +98,10 @@ def begin_attempt(setup: Setup) -> int:
         run.write_config(yaml.safe_dump(plain(dataclasses.asdict(resolved)), sort_keys=False))
         environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
         command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
-        run.write_environment({**environment, "command": command, "arithmetic": world.compute.arithmetic})
+        index = setup.shards.training
+        shards = {"sha256": index.index_hash, "classes": None if index.classes is None else list(index.classes)}
+        more = {"command": command, "arithmetic": world.compute.arithmetic, "shards": shards}
+        run.write_environment({**environment, **more})
         return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
 
     return world.first_decides(begin)

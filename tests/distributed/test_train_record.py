@@ -13,7 +13,7 @@ from pipeline.comm.wire import gloo
 from pipeline.report import dashboards
 from tests.commands import TIMES, rows, train_recorded
 from tests.making.pairs import PAIR_OPTIONS, Pair
-from tests.making.shards import NUM_VALIDATION
+from tests.making.shards import CLASSES, NUM_VALIDATION
 from tests.wandb_file import records
 
 GRADIENT_BYTES = 4_941_984  # 1,235,496 parameters of squeezenet1_1, 4 bytes each
@@ -208,7 +208,7 @@ def test_a_finished_run_ends_at_once_and_changes_nothing(two_ranks: Pair, shards
 
 def test_what_the_run_is_made_of_is_written_down(two_ranks: Pair) -> None:
     environment = json.loads((two_ranks.unbroken / "environment.json").read_text())
-    assert environment
+    assert environment["shards"]["classes"] == list(CLASSES) and len(environment["shards"]["sha256"]) == 64
     config = (two_ranks.unbroken / "config.yaml").read_text()
     assert "global_size: 12" in config and "ema_decay: 0.9" in config
     page = (two_ranks.unbroken / "report.html").read_text()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 """When no further case begins. `make fuzz` takes ten minutes and fresh seeds."""
-NUM_CASES = 300
+NUM_CASES = 150
 """Of each target, at most: all of them are known to pass, so that a fast machine cannot fail by chance."""
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.compare import compare
 from pipeline.comparison.candidates import check_candidates
+from pipeline.comparison.conditions import refuse_to_mix
 from pipeline.comparison.outcome import Outcome
 from pipeline.comparison.result import choose_baseline, compare_outcomes
 from pipeline.comparison.rows import KEYS, published
@@ -180,6 +181,39 @@ def test_different_conditions_are_not_mixed_and_the_difference_is_named(
     with pytest.raises(ConfigError, match=f"different conditions: .*{named}"):
         compare(config)
     assert not config.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (["bee", "ant"], "a was trained on 2 classes: 'ant', 'bee', b on 2 classes: 'bee', 'ant', in another order."),
+        (["ant", "cat"], "a was trained on 2 classes: 'ant', 'bee', b on 2 classes: 'ant', 'cat'."),
+    ],
+)
+def test_runs_over_other_classes_are_not_compared(make_run: MakeRun, other: list[str], said: str) -> None:
+    """Also of the same number and place: the shards were made anew in between."""
+    first, second = make_run("a"), make_run("b", model="squeezenet1_1")
+
+    def refusal(digest: str, of_first: list[str] | None, of_second: list[str] | None) -> str:
+        trained_over(first, "x", of_first)
+        trained_over(second, digest, of_second)
+        with pytest.raises(ConfigError) as raised:
+            refuse_to_mix({"a": read_run(first), "b": read_run(second)})
+        return str(raised.value)
+
+    trained_over(first, "x", ["ant", "bee"])
+    refuse_to_mix({"a": read_run(first), "b": read_run(second)})  # an older run did not record its shards
+    trained_over(second, "x", ["ant", "bee"])
+    refuse_to_mix({"a": read_run(first), "b": read_run(second)})
+    assert said in refusal("y", ["ant", "bee"], other)
+    assert "The shards at shards had another content for b than for a" in refusal("y", ["ant", "bee"], ["ant", "bee"])
+    assert "had another content" in refusal("y", None, None)
+
+
+def trained_over(run: Path, digest: str, classes: list[str] | None) -> None:
+    environment = json.loads((run / "environment.json").read_text())
+    environment["shards"] = {"sha256": digest, "classes": classes}
+    (run / "environment.json").write_text(json.dumps(environment))
 
 
 def test_a_ledger_that_does_not_carry_the_model_fails(make_run: MakeRun, tmp_path: Path) -> None:
