@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.commands import train_recorded
 from tests.making.pairs import PAIR_OPTIONS, Pair, make_pair
 from tests.making.shards import write_shards
 from tests.sharing import made_once, pytest_xdist_make_scheduler
@@ -45,3 +46,9 @@ def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         tmp_path_factory, "two", lambda root: make_pair(root, shards, 2, "1 7 1 supervisor", *PAIR_OPTIONS)
     )
     return Pair(root, 2)
+
+
+@pytest.fixture(scope="session")
+def three_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where three ranks trained as `unbroken`, in one go. Nobody changes it."""
+    return made_once(tmp_path_factory, "three", lambda root: train_recorded(root, shards, "unbroken", 3))

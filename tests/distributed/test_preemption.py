@@ -8,7 +8,7 @@ import pytest
 
 from tests.commands import Ended, fired, rows, train_recorded
 from tests.comparing import assert_same, differences, fed, load
-from tests.making.pairs import PAIR_OPTIONS, Pair
+from tests.making.pairs import PAIR_OPTIONS, Pair, take_unbroken
 
 LONGEST_SECONDS = 25.0  # Slurm kills 30 s after SIGTERM
 WORKERS = ("data.num_workers=2",)
@@ -32,8 +32,7 @@ def saved_step(run: Path) -> int:
 
 def test_one_rank_of_two_is_asked_in_the_middle_of_a_step(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
     """Only rank 1, while it accumulates step 7 (8 is validated: the next test's)."""
-    (tmp_path / "unbroken").symlink_to(two_ranks.unbroken)
-    (tmp_path / "unbroken.fed").symlink_to(two_ranks.root / "unbroken.fed")
+    take_unbroken(tmp_path, two_ranks.root)
     ended = preempted(tmp_path, shards, "resumed", 2, "1 step6.0 SIGTERM rank", *PAIR_OPTIONS)
     assert ended.output.count("step 7 of 11 is saved. The same command goes on.") == 2
     assert saved_step(tmp_path / "resumed") == 7
@@ -42,9 +41,9 @@ def test_one_rank_of_two_is_asked_in_the_middle_of_a_step(two_ranks: Pair, shard
     assert_same(Pair(tmp_path, 2))
 
 
-def test_every_process_of_three_ranks_is_told_again_and_again(shards: Path, tmp_path: Path) -> None:
+def test_every_process_of_three_ranks_is_told_again_and_again(three_ranks: Path, shards: Path, tmp_path: Path) -> None:
     """As Slurm does it: data loader workers too. Then once more while it saves, by other signals."""
-    train_recorded(tmp_path, shards, "unbroken", 3, *WORKERS)
+    take_unbroken(tmp_path, three_ranks)
     events = "0 step4.0 SIGUSR1 everything; 0 save5 SIGUSR1 everything; 0 save5 SIGTERM supervisor"
     ended = preempted(tmp_path, shards, "resumed", 3, events, *WORKERS)
     assert "DataLoader worker" not in ended.output

@@ -79,8 +79,8 @@ def test_powersgd_state_of_another_kind_is_refused(shards: Path, tmp_path: Path)
         assert "PowerSGD state" in refused.output and override.partition("=")[0] in refused.output
 
 
-def test_three_ranks_one_of_which_dies_amid_its_backward_pass(shards: Path, tmp_path: Path) -> None:
-    assert_same(make_pair(tmp_path, shards, 3, "2 8 backward rank"))
+def test_three_ranks_one_of_which_dies_amid_its_backward_pass(three_ranks: Path, shards: Path, tmp_path: Path) -> None:
+    assert_same(make_pair(tmp_path, shards, 3, "2 8 backward rank", unbroken=three_ranks))
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ class Soak:
         assert len(kept) <= 7 and not [name for name in kept if ".tmp." in name], kept
 
 
-@pytest.mark.parametrize("num_faults", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.slow  # each of these faults has a test of its own that is not
+@pytest.mark.parametrize("num_faults", [5, pytest.param(50, marks=pytest.mark.timeout(3600))])
 def test_soak(num_faults: int, shards: Path, tmp_path: Path) -> None:
     root, served = tmp_path / "runs", tmp_path / "served"
     root.mkdir()

@@ -34,9 +34,29 @@ class Pair:
         return self.root / self.name
 
 
-def make_pair(root: Path, shards: Path, devices: int, kill_at: str, *options: str) -> Pair:
-    """Train; train again under another name, be killed, and run the same command once more."""
-    train_recorded(root, shards, "unbroken", devices, *options)
+def take_unbroken(root: Path, other: Path) -> None:
+    """Let the run of `root` that nothing happened to be that of `other`."""
+    for name in ("unbroken", "unbroken.fed"):
+        (root / name).symlink_to(other / name)
+
+
+def make_pair(
+    root: Path, shards: Path, devices: int, kill_at: str, *options: str, unbroken: Path | None = None
+) -> Pair:
+    """Train; train again under another name, be killed, and run the same command once more.
+
+    Args:
+        root: Where the runs lie.
+        shards: What is trained on.
+        devices: Number of ranks.
+        kill_at: Who is killed, and when (commands.train_recorded).
+        options: More of the command.
+        unbroken: Where the same was trained in one go already.
+    """
+    if unbroken is None:
+        train_recorded(root, shards, "unbroken", devices, *options)
+    else:
+        take_unbroken(root, unbroken)
     train_recorded(root, shards, "resumed", devices, *options, kill_at=kill_at)
     assert (root / "resumed" / "metrics.jsonl").read_text().count("\n") < 11
     saved = json.loads((root / "resumed" / "checkpoints" / "last.json").read_text())["step"]
