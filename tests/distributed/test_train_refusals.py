@@ -219,3 +219,21 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(shards: Path, tmp_path: Pa
     assert not list((tmp_path / "full" / "checkpoints").iterdir())
     steps = [json.loads(line) for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
     assert [row["trainer/step"] for row in steps] == [1, 2]
+
+
+def test_surroundings_that_may_not_stop_a_run(shards: Path, tmp_path: Path) -> None:
+    """A full disk behind stdout, a TMPDIR too long for the workers' sockets, no home, a notebook's MPLBACKEND."""
+    scratch = tmp_path / ("j" * 80)
+    scratch.mkdir()
+    around = {"TMPDIR": str(scratch), "HOME": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    where = [f"run_root={tmp_path / 'runs'}", f"data.root={shards}", "name=goes_on", "cluster.devices=2"]
+    options = ["tracking=offline", *SHORT, "trainer.max_steps=2", "data.num_workers=1"]
+    full = ("bash", "-c", 'exec "$@" > /dev/full', "bash")
+    ended = run(["-m", "pipeline.train", *where, *SMALL, *options], environment=around, prefix=full)
+    assert ended.output.count("warning: stdout takes no more (No space left on device)") == 1  # rank 0 alone prints
+    assert ended.output.count(f"TMPDIR={scratch} is longer than") == 1 and "Traceback" not in ended.output
+    run_directory = tmp_path / "runs" / "goes_on"
+    assert len((run_directory / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run_directory / "checkpoints" / "step=000000002.ckpt").is_file()
+    assert (run_directory / "report.html").is_file() and list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert not list(scratch.iterdir())
