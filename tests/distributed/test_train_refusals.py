@@ -222,10 +222,14 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(shards: Path, tmp_path: Pa
 
 
 def test_surroundings_that_may_not_stop_a_run(shards: Path, tmp_path: Path) -> None:
-    """A full disk behind stdout, a TMPDIR too long for the workers' sockets, no home, a notebook's MPLBACKEND."""
+    """A full disk behind stdout, a TMPDIR too long for the workers' sockets, no home, what others left behind.
+
+    Ranks that believe in torchrun's agent wait for it without end.
+    """
     scratch = tmp_path / ("j" * 80)
     scratch.mkdir()
     around = {"TMPDIR": str(scratch), "HOME": "", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    around["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     where = [f"run_root={tmp_path / 'runs'}", f"data.root={shards}", "name=goes_on", "cluster.devices=2"]
     options = ["tracking=offline", *SHORT, "trainer.max_steps=2", "data.num_workers=1"]
     full = ("bash", "-c", 'exec "$@" > /dev/full', "bash")

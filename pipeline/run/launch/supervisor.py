@@ -24,11 +24,11 @@ from dataclasses import dataclass
 
 from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
-from pipeline.run.launch.debugging import check_debugging, start_torch
 from pipeline.run.launch.ends import ENDING_SIGNALS, Ended, exit_code_of
 from pipeline.run.launch.limits import check_processes
 from pipeline.run.launch.ports import is_free, reserved_port
 from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
+from pipeline.run.launch.variables import check_variables, start_torch
 
 FORWARDED_SIGNALS = (
     signal.SIGTERM,
@@ -90,13 +90,13 @@ def as_ranks(
         The exit code of the rank, or of all of them.
     """
     with listening or contextlib.nullcontext():
-        check_debugging(os.environ)
+        check_variables(os.environ)
         ranks = find_ranks(cluster.devices)
         check_processes(cluster, num_workers, ranks)
         if ranks is None or ranks.source == "single":
             check()
         if ranks is not None:
-            start_torch()
+            start_torch(is_torchrun=ranks.source == "torchrun")
             return work(ranks)
     argv = [sys.executable, "-m", f"pipeline.{command}", *sys.argv[1:]]
     return supervise(argv, cluster.devices, num_threads=cluster.num_threads)
