@@ -37,12 +37,15 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
     """Score the weights as one of the ranks."""
     from pipeline.data.index import open_split
     from pipeline.training import scoring
+    from pipeline.training.same_run import facts_of
     from pipeline.training.world import join_group
 
     compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
-    with join_group(ranks, compute, config.cluster) as world:
+    facts = facts_of("evaluate", config, compute, ranks.world_size)
+    with join_group(ranks, compute, config.cluster, facts=facts) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
         weights = world.agree(lambda: scoring.load_weights(config, index))
+        world.require_same_run(scoring.facts_of_content(weights, index))
         if weights.label_of_class is not None:
             world.say("labels are matched to outputs by class name: the shards have fewer, or in another order.")
         results = scoring.score(config, world, weights, index)

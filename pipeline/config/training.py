@@ -130,6 +130,9 @@ class TrainerConfig:
     """`auto`: channels_last wherever precision is bf16 or the device a GPU; or `channels_last`, `contiguous`."""
     deterministic: bool = False
     """Ask torch for deterministic kernels only."""
+    compare_weights_every_steps: int = 100
+    """Ranks compare a checksum of their weights after so many steps, before each checkpoint and at the end; where they
+    differ, the run ends with exit code 7. 0: never."""
     evaluation_batch_per_rank: int = 64
 
     def __post_init__(self) -> None:
@@ -149,6 +152,8 @@ class TrainerConfig:
             self.keep_checkpoints >= 2,
             f"trainer.keep_checkpoints={self.keep_checkpoints} must be at least 2: the newest may turn out damaged.",
         )
+        every = self.compare_weights_every_steps
+        require(every >= 0, f"trainer.compare_weights_every_steps={every} must be >= 0 (0: never).")
         require(self.evaluation_batch_per_rank > 0, "trainer.evaluation_batch_per_rank must be positive.")
 
 

@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4
     NON_FINITE = 5
     LEDGER = 6
+    DRIFT = 7
     PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
@@ -48,6 +49,12 @@ class LedgerError(UserError):
     """The bytes predicted and the bytes measured disagree."""
 
     exit_code = ExitCode.LEDGER
+
+
+class DriftError(UserError):
+    """The ranks' weights, which must be the same bit for bit, are not."""
+
+    exit_code = ExitCode.DRIFT
 
 
 class PeerLost(UserError):

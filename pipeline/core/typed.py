@@ -56,6 +56,13 @@ def optional(hint: Any) -> tuple[Any, bool]:
     return (typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint), False
 
 
+def is_path(hint: Any) -> bool:
+    """Return whether a type is `PathText`, or that or None."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(is_path, typing.get_args(hint)))
+    return typing.get_origin(hint) is Annotated and _IS_PATH in typing.get_args(hint)
+
+
 def text_items(hint: Any) -> bool:
     """Return whether a type is a tuple of any number of texts."""
     arguments = typing.get_args(hint)

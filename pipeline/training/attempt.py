@@ -16,12 +16,12 @@ import pytorch_lightning as pl
 from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.core.errors import CheckpointError, Preempted
+from pipeline.core.errors import CheckpointError, DriftError, Preempted
 from pipeline.core.files import write_json_atomic
 from pipeline.models.plateau import PlateauDetector
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
-from pipeline.training import resume
+from pipeline.training import drift, resume, same_run
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.lightning import validate_now
 from pipeline.training.setup import Setup
@@ -86,7 +86,14 @@ class Attempt(pl.Callback):
     # --- the life of a step ---
 
     def step_done(self, result: StepResult) -> None:
-        """A step was committed, on all ranks alike: account for it, record it, save it, leave if asked to."""
+        """A step was committed, on all ranks alike: account for it, record it, save it, leave if asked to.
+
+        Raises:
+            DriftError: the ranks' weights are not the same.
+            Preempted: asked to leave.
+        """
+        if result.drifted:
+            self._refuse_drift()
         step, row = result.step, self._row(result)
         if warning := self.plateau.update(step, result.loss):
             print(f"warning: {warning}", file=sys.stderr)
@@ -134,9 +141,12 @@ class Attempt(pl.Callback):
 
         Raises:
             LedgerError: after the last step, on every rank: bytes that nobody can explain.
+            DriftError: the same, of weights that differ.
         """
         try:
             yield
+            if self._saved_step != self.learner.committed_steps:
+                self._refuse_drift()
             verdict = self.ledger.compare()
         except BaseException:
             with contextlib.suppress(OSError, CheckpointError):
@@ -195,10 +205,12 @@ class Attempt(pl.Callback):
 
         Raises:
             CheckpointError: on every rank, when rank 0 could not save, or another process has taken the run over.
+            DriftError: on every rank, before anything is saved: their weights differ.
             LedgerError: on every rank, once all is saved: bytes that nobody can explain.
         """
         path = checkpoints.checkpoint_path(self.directory.checkpoints, step)
         with self.watchdog.pause():
+            self._refuse_drift()
             verdict = self.ledger.compare()
             self._agree(self._sync_record)
             # All ranks meet in there after rank 0 has written, so that a failure is kept for the next line.
@@ -206,6 +218,17 @@ class Attempt(pl.Callback):
             self._agree(lambda: self._settle(path, best_score))
             verdict.refuse()  # now that nothing can be lost
         self._saved_step = step
+
+    def _refuse_drift(self) -> None:
+        """Compare the ranks' weights to the last one. Collective.
+
+        Raises:
+            DriftError: they differ.
+        """
+        if self.learner.compare_every_steps and self.world.size > 1:
+            step = self.learner.committed_steps
+            if found := self.world.differences(drift.checksums(self.learner.weights())):
+                raise DriftError(drift.refusal(step, same_run.sentence(found)))
 
     def _agree(self, work: Callable[[], None]) -> None:
         with self.world.meter.phase("checkpoint"), self.world.exchanging("other"):

@@ -25,7 +25,7 @@ from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
-from pipeline.training import arithmetic
+from pipeline.training import arithmetic, drift
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
@@ -60,6 +60,8 @@ class StepResult:
     """Norm of the reduced gradient before clipping."""
     stop: bool = False
     """Some rank was asked to stop: all ranks know it of the same step."""
+    drifted: bool = False
+    """The ranks' weights were compared, and are not the same: all ranks know it of the same step."""
 
 
 class Learner(pl.LightningModule):
@@ -75,6 +77,7 @@ class Learner(pl.LightningModule):
         start_step: steps already committed by earlier attempts.
         rank: rank of this process.
         num_micro_batches: micro-batches per optimiser step.
+        compare_every_steps: ranks compare their weights after so many steps; 0: never.
         memory_format: memory layout of the activations.
         origin: context that labels the collectives inside it.
     """
@@ -94,6 +97,7 @@ class Learner(pl.LightningModule):
         start_step: int = 0,
         rank: int = 0,
         num_micro_batches: int = 1,
+        compare_every_steps: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
         origin: Origin = lambda _: nullcontext(),
     ) -> None:
@@ -106,6 +110,7 @@ class Learner(pl.LightningModule):
         self.num_steps = num_steps
         self.committed_steps = start_step
         self.num_micro_batches = num_micro_batches
+        self.compare_every_steps = compare_every_steps
         self.activation_format = memory_format
         self.origin = origin
         self.num_classes = num_classes
@@ -128,6 +133,13 @@ class Learner(pl.LightningModule):
     def averaged_model(self) -> nn.Module:
         """The exponential moving average of the weights, or the weights themselves without one."""
         return self.model if self.average is None else self.average.module
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters that must be the same on every rank, the averaged ones included."""
+        found = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        if self.average is not None:
+            found |= {f"average of {name}": value.detach() for name, value in self.average.module.named_parameters()}
+        return found
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD, going on from the state that was saved."""
@@ -209,14 +221,26 @@ class Learner(pl.LightningModule):
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        sums = torch.cat([self._sums, self._sums.new_full((1,), float(stop_asked))])
+        parts = [self._sums, self._sums.new_full((1,), float(stop_asked))]
+        every = self.compare_every_steps
+        if every and (self.committed_steps + 1) % every == 0 and has_peers():
+            parts.append(drift.to_sums(drift.checksum(self.weights().values())))
+        sums = torch.cat(parts)
         with self.origin("metrics"):
             if has_peers():
                 dist.all_reduce(sums)
         # With `float(norm)` above: two waits for the device a step on a GPU; not measured on one yet.
-        loss, correct, count, num_asked = sums.tolist()
+        loss, correct, count, num_asked, *of_weights = sums.tolist()
         self.committed_steps += 1
-        result = StepResult(self.committed_steps, loss / count, correct / count, lr, self._grad_norm, num_asked > 0)
+        result = StepResult(
+            step=self.committed_steps,
+            loss=loss / count,
+            top1=correct / count,
+            lr=lr,
+            grad_norm=self._grad_norm,
+            stop=num_asked > 0,
+            drifted=bool(of_weights) and not drift.are_same(of_weights, dist.get_world_size()),
+        )
         self._forget_step()
         return result
 

@@ -1,9 +1,15 @@
-"""The conditions of a training in words, for the notes of its W&B run."""
+"""The conditions of a training in words: for who started it, before the first step, and for its W&B run."""
 
+import sys
+
+from pipeline.comm.ledger.traffic import placement_warning
+from pipeline.comm.wire import gloo
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.units import format_bandwidth
+from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.run.launch.ranks import lab_conditions
+from pipeline.training.setup import Setup
 from pipeline.training.world import World
 
 
@@ -31,3 +37,34 @@ def _servers(world: World) -> str:
 
 def _counted(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def announce(setup: Setup, owed_bytes: int) -> None:
+    """Print what a step will be, before the first, and warn of what will cost more than it need."""
+    config, world, shards, start = setup.config, setup.world, setup.shards, setup.start
+    plan, batch = setup.plan, setup.plan.batch
+    ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
+    sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
+    origin = origin_sentence(shards.training)
+    world.say(
+        f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
+        f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
+        f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
+        f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
+        f" x {batch.per_rank}\n"
+        + (f"  the shards  {origin}\n" if origin else "")
+        + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
+        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
+        + (f"; resumed from {start.info.path.name}" if start.info else "")
+        + "".join(f"\n  changed     {change}" for change in start.changes)
+    )
+    interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
+    misfit = misfit_sentence(
+        shards.training,
+        config.data,
+        global_batch=batch.global_size,
+        local_world_size=world.ranks.local_world_size,
+        world_size=world.size,
+    )
+    for warning in filter(None, (interleaved, misfit) if world.is_rank_zero else ()):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)

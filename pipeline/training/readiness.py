@@ -120,7 +120,7 @@ def join_soon(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
     impatient = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, timeout_seconds=seconds))
     joined = False
     try:
-        with steps.join(impatient, ranks) as world:
+        with steps.join(impatient, ranks, command="ready") as world:
             joined = True
             yield world
     except (RuntimeError, ValueError) as error:

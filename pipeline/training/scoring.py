@@ -21,6 +21,7 @@ from pipeline.models.scoring import ExactMetrics
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.run.wrappers import unwrap
+from pipeline.training.drift import checksums
 from pipeline.training.world import World
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ def load_weights(config: "EvaluateConfig", index: ShardIndex) -> Weights:
         model.load_state_dict(state)
     origin = f"{path} (step {section['step']})" if "step" in section else str(path)
     return Weights(model, num_outputs, origin, f" ({'; '.join(said)})" if said else "", label_of_class)
+
+
+def facts_of_content(weights: Weights, index: ShardIndex) -> dict[str, str]:
+    """List what lies at the paths of this rank, which must be the same on all: the split and the weights."""
+    return {
+        "the hash of the split": index.index_hash,
+        "the outputs of the classes": str(weights.label_of_class),
+        **{f"the checksum of {name}": value for name, value in checksums(weights.model.state_dict()).items()},
+    }
 
 
 def match_labels(of_model: Sequence[str] | None, of_split: Sequence[str] | None) -> tuple[int, ...] | None:

@@ -14,15 +14,12 @@ from torch.utils.data import DataLoader
 from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.reconcile import Reconciler
-from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.comm.wire import gloo
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.trees import plain
 from pipeline.data.batches import LoadedBatch
-from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.data.index import open_split
 from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.models import zoo
@@ -39,9 +36,10 @@ from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer, progress_bars
-from pipeline.training.notes import training_notes
+from pipeline.training.notes import announce, training_notes
 from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.preflight import check_model
+from pipeline.training.same_run import facts_of, state_facts
 from pipeline.training.setup import Setup, Shards, Start
 from pipeline.training.timing import TimedLoader
 from pipeline.training.watchdog import StepWatchdog
@@ -49,10 +47,16 @@ from pipeline.training.world import World, join_group
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None) -> Iterator[World]:
-    """Join the other ranks with the device and precision this run computes in.
+def join(
+    config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None, *, command: str = "train"
+) -> Iterator[World]:
+    """Join the other ranks, who must be the same run, with the device and precision this run computes in.
 
-    stop: listening to signals; None: signals are not looked after.
+    Args:
+        config: of the run.
+        ranks: the place of this process.
+        stop: listening to signals; None: signals are not looked after.
+        command: name of the command.
     """
     compute = choose_compute(
         accelerator=config.cluster.accelerator,
@@ -61,7 +65,8 @@ def join(config: TrainConfig, ranks: RankInfo, stop: StopRequest | None = None) 
     )
     if config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
-    with join_group(ranks, compute, config.cluster, config.comm, stop=stop) as joined:
+    facts = facts_of(command, config, compute, ranks.world_size)
+    with join_group(ranks, compute, config.cluster, config.comm, stop=stop, facts=facts) as joined:
         yield joined
 
 
@@ -74,10 +79,9 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
     """
     directory = RunDirectory(config.run_root, config.name)
 
-    # The other ranks wait for the first one's word, no longer than any collective may take.
     def open_first() -> None:
         check_variables(config.tracking, directory.path / ID_FILE, os.environ)
-        directory.open(world.timeout_seconds / 2)
+        directory.open(world.timeout_seconds / 2)  # the others wait for its word, as long as for any collective
 
     world.first_decides(open_first)
     return directory
@@ -92,17 +96,14 @@ def begin_attempt(setup: Setup) -> int:
 
     def begin() -> int:
         with run.writing():
-            return write()
-
-    def write() -> int:
-        run.write_config(yaml.safe_dump(plain(dataclasses.asdict(resolved)), sort_keys=False))
-        environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
-        command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
-        index = setup.shards.training
-        shards = {"sha256": index.index_hash, "classes": None if index.classes is None else list(index.classes)}
-        more = {"command": command, "arithmetic": world.compute.arithmetic, "shards": shards}
-        run.write_environment({**environment, **more})
-        return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
+            run.write_config(yaml.safe_dump(plain(dataclasses.asdict(resolved)), sort_keys=False))
+            environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
+            command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
+            index = setup.shards.training
+            shards = {"sha256": index.index_hash, "classes": None if index.classes is None else list(index.classes)}
+            more = {"command": command, "arithmetic": world.compute.arithmetic, "shards": shards}
+            run.write_environment({**environment, **more})
+            return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
 
     return world.first_decides(begin)
 
@@ -203,6 +204,7 @@ def make_learner(setup: Setup) -> Learner:
 
     Raises:
         CheckpointError: the checkpoint holds another model.
+        ConfigError: another rank has built another model, or goes on from another checkpoint.
     """
     config, world, shards, plan, start = setup.config, setup.world, setup.shards, setup.plan, setup.start
     torch.manual_seed(config.seed)
@@ -219,6 +221,7 @@ def make_learner(setup: Setup) -> Learner:
             start_step=start.step,
             rank=world.rank,
             num_micro_batches=plan.batch.num_micro_batches,
+            compare_every_steps=config.trainer.compare_weights_every_steps,
             memory_format=world.compute.memory_format,
             origin=world.exchanging,
         )
@@ -235,7 +238,9 @@ def make_learner(setup: Setup) -> Learner:
                 learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
         return learner
 
-    return world.agree(make)
+    learner = world.agree(make)
+    world.require_same_run(state_facts(learner.state_dict(), start.info.sha256 if start.info else None))
+    return learner
 
 
 def make_powersgd(setup: Setup) -> PowerSGD | None:
@@ -311,7 +316,7 @@ def fit(setup: Setup) -> None:
     learner = make_learner(setup)
     powersgd = make_powersgd(setup)
     ledger = make_ledger(setup, learner, begin_attempt(setup))
-    _announce(setup, ledger.gradient_bytes)
+    announce(setup, ledger.gradient_bytes)
     with run.writing(), make_tracker(setup) as tracker:
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
@@ -357,37 +362,6 @@ def make_validation_loader(setup: Setup) -> DataLoader[LoadedBatch] | None:
         return None
     reader = setup.world.reader(config.data.num_workers)
     return evaluation_loader(index, config.input, reader, batch_size=config.trainer.evaluation_batch_per_rank)
-
-
-def _announce(setup: Setup, owed_bytes: int) -> None:
-    """What a step will be, before the first."""
-    config, world, shards, start = setup.config, setup.world, setup.shards, setup.start
-    plan, batch = setup.plan, setup.plan.batch
-    ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
-    sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
-    origin = origin_sentence(shards.training)
-    world.say(
-        f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
-        f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
-        f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
-        f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
-        f" x {batch.per_rank}\n"
-        + (f"  the shards  {origin}\n" if origin else "")
-        + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
-        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
-        + (f"; resumed from {start.info.path.name}" if start.info else "")
-        + "".join(f"\n  changed     {change}" for change in start.changes)
-    )
-    interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
-    misfit = misfit_sentence(
-        shards.training,
-        config.data,
-        global_batch=batch.global_size,
-        local_world_size=world.ranks.local_world_size,
-        world_size=world.size,
-    )
-    for warning in filter(None, (interleaved, misfit) if world.is_rank_zero else ()):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _close(setup: Setup, attempt: Attempt, bad_samples: BadSamples) -> None:

@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.kernel.counter import SocketCounter
+from pipeline.comm.ledger.exchange import StoreExchange
 from pipeline.comm.ledger.traffic import Placement
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
@@ -26,6 +29,7 @@ from pipeline.core.errors import ConfigError, DataError, ExitCode, PeerLost, Pre
 from pipeline.data.loader import Reader
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
+from pipeline.training import same_run
 
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
@@ -53,6 +57,8 @@ class World:
     """How long a collective may wait for the other ranks."""
     stop: StopRequest = field(default_factory=StopRequest)
     """Whether a signal asked this rank to stop."""
+    exchange: StoreExchange | None = None
+    """How the ranks compare what they are; None: there is one."""
 
     @property
     def rank(self) -> int:
@@ -149,6 +155,19 @@ class World:
         if len(set(self._gather(value))) > 1:
             raise DataError(complaint)
 
+    def differences(self, facts: same_run.Facts) -> list[same_run.Difference]:
+        """On which of these keys the ranks differ, the same list on every rank. Collective, without collectives."""
+        return [] if self.exchange is None else same_run.compare(self.exchange, facts)
+
+    def require_same_run(self, facts: same_run.Facts) -> None:
+        """Refuse ranks that differ on one of these keys.
+
+        Raises:
+            ConfigError: on every rank, naming ranks, keys and values. Collective.
+        """
+        if found := self.differences(facts):
+            raise ConfigError(same_run.refusal(found))
+
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
         result: list[Any] = [None]
@@ -226,13 +245,23 @@ def join_group(
     comm: CommConfig | None = None,
     *,
     stop: StopRequest | None = None,
+    facts: same_run.Facts | None = None,
 ) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
     The group exists before Lightning, so that the meter sees everything and the ranks can agree before work starts.
-    A world of one has a group too: DDP then works the same, and exchanges nothing. `stop`: listening to signals.
+    A world of one has a group too: DDP then works the same, and exchanges nothing.
+
+    Args:
+        ranks: the place of this process.
+        compute: what it computes with.
+        cluster: threads and timeouts.
+        comm: what of NCCL is pinned, and whether anything is metered; None: the defaults.
+        stop: listening to signals; None: signals are not looked after.
+        facts: what must be the same on all ranks (`same_run.facts_of`), compared before the group is made.
 
     Raises:
+        ConfigError: the ranks are not the same run, or the port is another program's.
         UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
         Preempted: the same, after a signal that asked to stop: the peer was not as patient.
     """
@@ -241,12 +270,19 @@ def join_group(
         torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
     else:
         keep_freed_memory()
-    store = f"tcp://{ranks.master_addr}:{ranks.master_port}"
     timeout = timedelta(seconds=cluster.timeout_seconds)
     comm = comm or CommConfig()
-    pinned = _pin_nccl(compute.backend, comm)
     try:
-        dist.init_process_group(compute.backend, store, timeout, ranks.world_size, ranks.rank)
+        store = _meet(ranks, timeout)
+        exchange = (
+            StoreExchange(ranks.rank, ranks.world_size, name="run", store=store) if ranks.world_size > 1 else None
+        )
+        if exchange is not None and (found := same_run.compare(exchange, facts or {})):
+            raise ConfigError(same_run.refusal(found))
+        pinned = _pin_nccl(compute.backend, comm)
+        dist.init_process_group(
+            compute.backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store
+        )
     except dist.DistError as error:
         raise _not_met(ranks, error) from error
     counter = _counter(ranks) if comm.meter else None
@@ -258,7 +294,7 @@ def join_group(
     try:
         placement = _placement(ranks)
         patience, stop = cluster.timeout_seconds, stop or StopRequest()
-        yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop)
+        yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop, exchange)
     except RuntimeError as error:
         if not _is_of_a_lost_peer(error):
             raise
@@ -272,6 +308,14 @@ def join_group(
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     meter.detach()
     dist.destroy_process_group()
+
+
+def _meet(ranks: RankInfo, timeout: timedelta) -> Store:
+    """The ranks' store, as `init_process_group` would make it of an address."""
+    address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
+    store, _, _ = next(rendezvous(address, ranks.rank, ranks.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return PrefixStore("default_pg", store)
 
 
 def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:

@@ -6,7 +6,8 @@ KILL_AT, if set: "rank step place victim". The place is a micro-batch of that st
 There it sends SIGKILL to the victim: `supervisor`, the process that started the ranks, or `rank`, itself; `hang` is
 SIGSTOP to itself, `asked` is SIGTERM to itself, after which it goes on, `shell` runs the command DO and goes on,
 `clock` sets this process's clock back by an hour and goes on, `memory` leaves it none to allocate, `worker` is SIGKILL
-to one of its data loader workers, and `sleep` no signal but a minute in which it does nothing. All of it once.
+to one of its data loader workers, `bit` changes the last bit of one weight and goes on, and `sleep` no signal but a
+minute in which it does nothing. All of it once.
 SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal when it comes to that place. Places:
 `join` (about to meet the other ranks), `start` (joined, before the shards are opened), `loader` (the training loader is
 made: all is open, and no step made), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
@@ -96,6 +97,8 @@ def resources() -> dict[str, int]:
 
 def record(directory: Path, rank: int, kill_at: list[str]) -> None:
     """Wrap the learner's training and validation steps."""
+    import torch
+
     from pipeline.training.learner import Learner
 
     inner, inner_validation = Learner.training_step, Learner.validation_step
@@ -119,6 +122,11 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
             }
             with (directory / f"rank{rank}.jsonl").open("a") as file:
                 file.write(json.dumps({**line, "pid": os.getpid(), **resources()}) + "\n")
+            if is_due(step, str(place["micro"])) and kill_at[3] == "bit":
+                note(directory, *kill_at)
+                kill_at.clear()
+                weight = next(learner.model.parameters()).detach()
+                torch.as_strided(weight, (weight.numel(),), (1,)).view(torch.int32)[3] ^= 1  # whatever its layout
             if is_due(step, str(place["micro"])):
                 strike(directory, kill_at)
             if is_due(step, "backward") and place["micro"] == 0:

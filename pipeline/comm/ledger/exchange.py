@@ -1,18 +1,26 @@
-"""How ranks tell one another what they counted: through torch's store, not through collectives.
+"""How ranks tell one another what they counted and what they are: through torch's store, not through collectives.
 
-A collective would change what is being compared.
+A collective would change what is being compared, and texts need no pickle, which a stranger could send.
 """
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 
 class StoreExchange:
     """Texts from all ranks to rank 0 and back, through the process group's store. All calls are collective."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        """Exchange as `rank` of `world_size`, in the default process group."""
-        self.rank, self.world_size = rank, world_size
-        self._store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    def __init__(self, rank: int, world_size: int, *, name: str = "ledger", store: Store | None = None) -> None:
+        """Exchange as `rank` of `world_size`.
+
+        Args:
+            rank: Rank of this process.
+            world_size: How many ranks there are.
+            name: Tells apart exchanges that share a store.
+            store: The ranks' store; None: that of the default process group.
+        """
+        self.rank, self.world_size, self._name = rank, world_size, name
+        self._store = store or dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
         self._round = 0
 
     def gather(self, text: str) -> list[str] | None:
@@ -39,7 +47,7 @@ class StoreExchange:
         self.share("null" if is_first else None)
 
     def _key(self, rank: int) -> str:
-        return f"squeezewire/{self._round}/{rank}"
+        return f"squeezewire/{self._name}/{self._round}/{rank}"
 
     def _take(self, key: str) -> str:
         text = self._store.get(key).decode()  # waits until it is there

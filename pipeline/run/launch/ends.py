@@ -26,7 +26,7 @@ def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
     """Return the one exit code of ranks that ended in this order, after the signals `forwarded` had been passed on.
 
     0 if all ended with 0. Otherwise the first there is of:
-    1. a code a rank ends with on purpose: 2, 3, 4, 5, 6, 75 (but a 75 that answers our own SIGTERM is no cause);
+    1. a code a rank ends with on purpose: 2 to 7, 75 (but a 75 that answers our own SIGTERM is no cause);
     2. 128 + n, as a shell has it, where a rank died of signal n that had been passed on, or had to be killed for not
        obeying it;
     3. any other code, in which death by a signal nobody passed on counts as 1, our fault.
