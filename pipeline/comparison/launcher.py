@@ -106,9 +106,16 @@ def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None
         environment: Variables; None: this process's.
 
     Raises:
-        ConfigError: Slurm is asked for outside of a job or together with a lab, or there is a single rank.
+        ConfigError: Slurm is asked for outside of a job or together with a lab, there is a single rank, or this process
+            is itself one of several ranks.
     """
     environment = os.environ if environment is None else environment
+    is_one_of_several = "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1"
+    require(
+        not is_one_of_several,
+        f"This is rank {environment.get('RANK')} of {environment.get('WORLD_SIZE')}, and each would make the comparison"
+        ": start `compare` once, without torchrun; it starts the ranks of its trainings itself (cluster.devices).",
+    )
     in_job = environment.get("SLURM_JOB_ID", "") != ""
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES") or 1)
     num_tasks = int(environment.get("SLURM_NTASKS") or 0)
