@@ -50,7 +50,7 @@ def taking(what: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, CheckpointError):  # the latter says already what is wrong
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:LONGEST_CAUSE]
