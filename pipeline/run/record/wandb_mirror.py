@@ -58,6 +58,8 @@ class WandbMirror:
         self._run: Any = None
         # Its crash reports would go to a server that was not asked for.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        if not (Path.home().is_dir() and os.access(Path.home(), os.W_OK)):  # its log would go to stderr
+            os.environ.setdefault("WANDB_CACHE_DIR", str(directory.absolute() / "wandb"))
         if mode == "online":
             reason = why_not_online()
             if reason:
