@@ -1,11 +1,13 @@
 """Exact top-1, top-5 and loss of a checkpoint, a torchvision state dict or the Caffe `.npz`, on any number of ranks.
 
-    python -m pipeline.evaluate name=check data.root=shards/builtin model=squeezenet1_1 checkpoint=runs/first
+    python -m pipeline.evaluate name=check data.root=shards/builtin checkpoint=runs/first
     python -m pipeline.evaluate name=caffe data.root=shards/imagenet model=squeezenet1_0_caffe checkpoint=weights.npz
 
+A checkpoint of ours says which model it is and how its pictures are cut; what the command says otherwise is said too.
 Every picture counts once, whatever the number of ranks. Left in `<run_root>/<name>/`: evaluation.json.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.evaluate import EvaluateConfig
@@ -38,19 +40,23 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
     from pipeline.data.index import open_split
     from pipeline.training import scoring
     from pipeline.training.same_run import facts_of
+    from pipeline.training.trained import load_trained
     from pipeline.training.world import join_group
 
     compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
     facts = facts_of("evaluate", config, compute, ranks.world_size)
     with join_group(ranks, compute, config.cluster, facts=facts) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
-        weights = world.agree(lambda: scoring.load_weights(config, index))
-        world.require_same_run(scoring.facts_of_content(weights, index))
-        if weights.label_of_class is not None:
+        trained = world.agree(lambda: load_trained(Path(config.checkpoint), config.model, size=config.data.size))
+        label_of_class = world.agree(lambda: scoring.match_outputs(trained, index))
+        world.require_same_run(scoring.facts_of_content(trained, index, label_of_class))
+        for difference in trained.differences:
+            world.say(f"not as trained: {difference}.")
+        if label_of_class is not None:
             world.say("labels are matched to outputs by class name: the shards have fewer, or in another order.")
-        results = scoring.score(config, world, weights, index)
-        world.first_decides(lambda: scoring.write(config, weights, results))
-        world.say(scoring.sentence(config, weights, results))
+        results = scoring.score(config, world, trained, index, label_of_class)
+        world.first_decides(lambda: scoring.write(config, trained, results))
+        world.say(scoring.sentence(trained, results))
     return 0
 
 

@@ -30,6 +30,7 @@ class EvaluateConfig:
     batch_per_rank: int = 64
     data: EvaluateDataConfig
     model: ModelConfig
+    """Without `model=NAME`: what the checkpoint says, its input included. Other weights do not say, and need it."""
     cluster: ClusterConfig
 
     def __post_init__(self) -> None:

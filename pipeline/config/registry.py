@@ -5,10 +5,12 @@ has a file `conf/model/NAME.yaml` too; without one, the row is all that `model=N
 """
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, cast
 
 from pipeline.config.model import InputConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.core.cli import CONF_DIRECTORY
+from pipeline.core.typed import build
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,16 @@ MODELS: dict[str, ModelEntry] = {
     "efficientnet_b2": _torchvision(80.608, 95.310, "dropout", "stochastic_depth_prob"),
     "efficientnet_b3": _torchvision(82.008, 96.054, "dropout", "stochastic_depth_prob"),
 }
+
+
+def preset_input(name: str) -> InputConfig:
+    """Return the pictures that `model=NAME` expects unless it is told otherwise."""
+    path = CONF_DIRECTORY / "model" / f"{name}.yaml"
+    if not path.exists():
+        return InputConfig()
+    from omegaconf import OmegaConf
+
+    return build(InputConfig, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path).input)))
 
 
 def register() -> None:

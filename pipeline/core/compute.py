@@ -52,8 +52,12 @@ class Compute:
         return f"{self.arithmetic}: {self.reason}"
 
 
-def choose_accelerator(asked: str) -> str:
+def choose_accelerator(asked: str, *, key: str = "cluster.accelerator") -> str:
     """Resolve `auto`, `cpu` or `gpu` to `gpu` where asked for or seen, else `cpu`.
+
+    Args:
+        asked: What the configuration says.
+        key: Where it says so.
 
     Raises:
         ConfigError: a GPU is asked for and torch sees none.
@@ -61,7 +65,7 @@ def choose_accelerator(asked: str) -> str:
     import torch
 
     if asked == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("cluster.accelerator=gpu, but torch sees no GPU: check the driver, or use cpu.")
+        raise ConfigError(f"{key}=gpu, but torch sees no GPU: check the driver, or use cpu.")
     if asked == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
     return asked

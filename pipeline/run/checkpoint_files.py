@@ -40,6 +40,8 @@ class SectionJson(TypedDict):
     classes: NotRequired[list[str] | None]
     """Class names in the order of the outputs; null: the shards did not name them."""
     metaparameters: dict[str, object]
+    input: NotRequired[dict[str, object]]
+    """How the pictures were cut and normalised: the fields of the configuration's InputConfig."""
     must_match: dict[str, object]
     """Fields that a resumed run may not change, by dotted key."""
     free_fields: NotRequired[dict[str, object]]

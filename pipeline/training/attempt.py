@@ -5,6 +5,7 @@ Lightning calls it as a callback; the hooks at the end of the class say when, th
 """
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.core.errors import CheckpointError, DriftError, Preempted
 from pipeline.core.files import write_json_atomic
+from pipeline.core.trees import plain
 from pipeline.models.plateau import PlateauDetector
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
@@ -259,6 +261,7 @@ class Attempt(pl.Callback):
             "num_classes": self.learner.num_classes,
             "classes": None if self.classes is None else list(self.classes),
             "metaparameters": self.config.model.metaparameters,
+            "input": plain(dataclasses.asdict(self.config.input)),
             "must_match": resume.must_match(self.config, self.shards_hash),
             "free_fields": resume.free_fields(self.config),
             "best_score": self.best_score,

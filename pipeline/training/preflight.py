@@ -1,9 +1,6 @@
 """What can be known to be wrong before any rank starts, and before torch is imported: said once, by one process."""
 
-import dataclasses
 import os
-from pathlib import Path
-from typing import Any
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
@@ -56,21 +53,6 @@ def check_evaluation(config: EvaluateConfig, split: str) -> None:
     """
     side = max(config.input.size, config.input.resize_side)
     check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=config.cluster.devices)
-    zoo.check(config.model.name, config.model.metaparameters)
-    saved = _saved_metaparameters(Path(config.checkpoint))
-    if saved is not None:
-        metaparameters = {**saved, **config.model.metaparameters}
-        zoo.check_pictures(dataclasses.replace(config.model, metaparameters=metaparameters), config.input.size)
+    if config.model.name:  # else the checkpoint says which it is
+        zoo.check(config.model.name, config.model.metaparameters)
     check_root(config.data, split)
-
-
-def _saved_metaparameters(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the metaparameters that the weights bring along; None: that is found out by reading them, with torch."""
-    if checkpoint.suffix == ".npz":
-        return {}
-    import yaml
-
-    try:
-        return dict(yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]["metaparameters"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # no run, or a damaged one: the ranks will say
-        return None

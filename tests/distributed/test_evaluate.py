@@ -15,7 +15,8 @@ from tests.making.pairs import Pair
 from tests.making.shards import CLASSES, NUM_TRAINING, NUM_VALIDATION, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")
+QUICK = ("data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")
+SMALL = ("data.size=32", *QUICK)
 COUNTS = ("num_samples", "num_correct_top1", "num_correct_top5")
 
 
@@ -31,7 +32,7 @@ def evaluate(root: Path, shards: Path, devices: int, *more: str, expect: int = 0
 def test_a_run_is_judged_alike_on_any_number_of_ranks(
     devices: tuple[int, ...], two_ranks: Pair, shards: Path, tmp_path: Path
 ) -> None:
-    results = [evaluate(tmp_path / str(n), shards, n, f"checkpoint={two_ranks.unbroken}", *SMALL)[0] for n in devices]
+    results = [evaluate(tmp_path / str(n), shards, n, f"checkpoint={two_ranks.unbroken}", *QUICK)[0] for n in devices]
     first = results[0]
     assert first["schema"] == 1 and "best.ckpt" in first["checkpoint"]
     assert first["num_samples"] == NUM_VALIDATION
@@ -67,7 +68,8 @@ def test_torchvisions_own_state_dict_is_read_as_it_is(shards: Path, tmp_path: Pa
     torch.manual_seed(0)
     theirs = torchvision.models.squeezenet1_1(num_classes=4)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    result, said = evaluate(tmp_path, shards, 1, f"checkpoint={tmp_path / 'theirs.pth'}", "data.split=train", *SMALL)
+    keys = ("model=squeezenet1_1", "data.split=train", *SMALL)
+    result, said = evaluate(tmp_path, shards, 1, f"checkpoint={tmp_path / 'theirs.pth'}", *keys)
     assert result["num_samples"] == result["num_correct_top5"] == 60 and "of 60" in said
 
 
@@ -100,7 +102,9 @@ def test_weights_that_do_not_fit_are_refused(
 def test_a_picture_that_does_not_decode_is_never_left_out(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", damaged=(70,))
     torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), tmp_path / "w.pth")
-    result, said = evaluate(tmp_path, shards, 2, f"checkpoint={tmp_path / 'w.pth'}", *SMALL, expect=3)
+    result, said = evaluate(
+        tmp_path, shards, 2, f"checkpoint={tmp_path / 'w.pth'}", "model=squeezenet1_1", *SMALL, expect=3
+    )
     assert not result and "24 of 25 pictures were scored" in said
 
 

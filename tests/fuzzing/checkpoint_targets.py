@@ -30,6 +30,7 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.run.wrappers import unwrap
 from pipeline.training import scoring, steps
+from pipeline.training.trained import load_trained
 from pipeline.training.world import World
 from tests.fuzzing.damage import damage_bytes, damage_json, damage_tree, odd_value
 from tests.fuzzing.pool import Target, WrongResultError
@@ -74,8 +75,8 @@ def checkpoint_targets(under: Path) -> list[Target]:
     def score(path: Path) -> None:
         """As `evaluate` does up to its first picture."""
         config = dataclasses.replace(evaluating, checkpoint=str(path))
-        weights = scoring.load_weights(config, index)
-        matched = weights.label_of_class
+        weights = load_trained(Path(config.checkpoint), config.model, size=config.data.size)
+        matched = scoring.match_outputs(weights, index)
         if weights.num_outputs < index.num_classes or (matched and max(matched) >= weights.num_outputs):
             raise WrongResultError(f"{weights.num_outputs} outputs, {matched}")
         _check_weights(weights.model.state_dict(), average)

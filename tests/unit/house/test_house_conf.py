@@ -17,6 +17,7 @@ CONF = REPOSITORY / "conf"
 NEEDED = {
     "train": ["name=x", "data.root=x", "trainer.max_steps=1"],
     "evaluate": ["checkpoint=x", "data.root=x"],
+    "predict": ["checkpoint=x", "source=x"],
     "prepare": ["source=builtin", "out=x"],
     "compare": ["data.root=x"],
     "plan": ["run=x"],

@@ -3,6 +3,8 @@
 Each check is a function from text to sentences about what is wrong, so that bad text can be planted.
 """
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -31,7 +33,7 @@ PAGES = sorted(
     for path in (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*/README.md"))
     if path.parent.name != "shared"
 )
-LANGUAGES = ("bash", "text", "")
+LANGUAGES = ("bash", "python", "text", "")
 MOST_LINES, MOST_WORDS, FIRST_COMMAND_LINE = 150, 1200, 25
 # What a job script hands its arguments to.
 SCRIPTS = {"train.sh": "train", "preflight.sh": "ready", "prepare.sh": "prepare", "compare.sh": "compare"}
@@ -156,6 +158,17 @@ def _named(overrides: Sequence[str]) -> list[str]:
     return [*overrides] if has_name or not any("trainer." in word for word in overrides) else ["name=x", *overrides]
 
 
+def wrong_with_script(body: str) -> list[str]:
+    """What a block of Python takes from the project and does not find there."""
+    return [
+        f"{node.module} has no {name.name}"
+        for node in ast.walk(ast.parse(body))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline")
+        for name in node.names
+        if not hasattr(importlib.import_module(node.module or ""), name.name)
+    ]
+
+
 def wrong_with_commands(text: str) -> list[str]:
     """What is wrong with the blocks of a page, and with the commands it names in passing."""
     found = []
@@ -164,6 +177,8 @@ def wrong_with_commands(text: str) -> list[str]:
             found.append(f"line {number}: a block of `{language}`")
         if language == "bash":
             found += [f"line {number}: {line}: {wrong}" for line in lines_of(body) if (wrong := wrong_with_line(line))]
+        if language == "python":
+            found += [f"line {number}: {wrong}" for wrong in wrong_with_script(body)]
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```[\s\S]*?^```$", "", text, flags=re.MULTILINE)):
         if match := re.match(r"python -m (pipeline|benchmarks)\.([a-z_]\w*)", span):
             if not (REPOSITORY / match[1] / f"{match[2]}.py").is_file():
@@ -182,7 +197,7 @@ def test_every_command_would_run(page: Path) -> None:
 def test_no_shell_block_hides_behind_another_language() -> None:
     for page in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")):
         for number, language, body in fenced(page.read_text()):
-            assert language in ("bash", "text"), f"{page.name}:{number}"
+            assert language in ("bash", "python", "text"), f"{page.name}:{number}"
             if page.name not in ("results.md", "commands.md"):  # made from command lines with their machine's paths
                 assert language == "bash" or not re.search(r"^(python -m|make|sbatch) ", body, re.MULTILINE), page.name
 
