@@ -69,7 +69,9 @@ def check_candidates(config: CompareConfig) -> list[Candidate]:
     config.batch.split(launcher.num_ranks)
     candidates = [candidate for spec in config.models for candidate in _of_model(config, launcher, spec)]
     slugs = [candidate.slug for candidate in candidates]
-    require(len(set(slugs)) == len(slugs), f"Two of models={list(config.models)} would share a directory; rename one.")
+    require(
+        len(set(slugs)) == len(slugs), f"Two of models={list(config.models)} would share a directory: leave one out."
+    )
     for slug in (*slugs, *(candidate.alone_slug for candidate in candidates)):
         directory = config.directory / slug
         require(

@@ -78,12 +78,13 @@ class ShardIndex:
             index.require_labels(
                 MAX_FOREIGN_CLASSES,
                 f"and shards without a manifest may have at most {MAX_FOREIGN_CLASSES:,} classes: prepare the shards"
-                " again with the right classes.",
+                " again with the right classes into an empty out=.",
             )
         last = index.num_classes - 1
         index.require_labels(
             index.num_classes,
-            f"and there are {index.num_classes} classes, 0 to {last}: prepare the shards again with the right classes.",
+            f"and there are {index.num_classes} classes, 0 to {last}: prepare the shards again with the right"
+            " classes into an empty out=.",
         )
         return index
 

@@ -134,7 +134,7 @@ def shards_there(root: Path, split: str) -> tuple[Manifest | None, ForeignSplit 
 
 
 def _no_sample(root: Path, split: str) -> DataError:
-    return DataError(f"Split {split!r} in {root} holds no sample: prepare it again.")
+    return DataError(f"Split {split!r} in {root} holds no sample: prepare it again into an empty out=.")
 
 
 def _has_manifest(root: Path) -> bool:
@@ -185,7 +185,8 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
             if found != shard.sha256:
                 raise DataError(
                     f"Shard {shard.name} in {root} has SHA-256 {found}, and the manifest says {shard.sha256}: its"
-                    " content was damaged or changed. Copy it again from its source, or prepare the shards again."
+                    " content was damaged or changed. Copy it again from its source, or remove it and prepare the"
+                    " shards again."
                 )
 
 

@@ -77,7 +77,7 @@ class Quarantine:
             raise DataError(
                 f"{len(self.samples)} of {self.index.num_samples} samples cannot be used, and"
                 f" data.max_bad_fraction={self.max_bad_fraction} allows {allowed}:"
-                f" {shown}{where}. Prepare the shards again without them, or allow more."
+                f" {shown}{where}. Prepare the shards again into an empty out=, without them, or allow more."
             )
         return new
 

@@ -46,5 +46,5 @@ class BadSamples(pl.Callback):
         if batch.bad:
             raise DataError(
                 f"Validation cannot use {'; '.join(sample.reason for sample in batch.bad[:5])}: a result without it"
-                " would be another split's. Prepare the split again without it."
+                " would be another split's. Prepare the shards again into an empty out=, without it."
             )

@@ -127,7 +127,9 @@ def _refuse(bad: list[BadSample], how_many: str) -> None:
     """Raise `DataError` naming them, if there are any: the split without them is another one."""
     if bad:
         named = "; ".join(sample.reason for sample in bad[:NUM_BAD_SHOWN])
-        raise DataError(f"{how_many}; others cannot be used: {named}. Prepare the split again without them.")
+        raise DataError(
+            f"{how_many}; others cannot be used: {named}. Prepare the shards again into an empty out=, without them."
+        )
 
 
 def write(config: "EvaluateConfig", trained: Trained, results: dict[str, float | int]) -> None:

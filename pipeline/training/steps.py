@@ -136,8 +136,8 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
             if index is not None:
                 index.require_labels(
                     num_classes,
-                    f"and {told}{num_classes}: prepare the shards again with the right classes, or set"
-                    " model.num_classes to more than the highest label.",
+                    f"and {told}{num_classes}: prepare the shards again with the right classes into an empty out=, or"
+                    " set model.num_classes to more than the highest label.",
                 )
         return Shards(training, validation, num_classes)
 

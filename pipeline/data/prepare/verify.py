@@ -41,7 +41,7 @@ def verify_shards(config: "PrepareConfig") -> None:
         raise DataError(
             f"Not sound: {len(wrong)} of {len(shards)} files of {root}, with"
             f" {sum(len(shard.problems) for shard in wrong)} faults, each named above. Copy these again from"
-            " their source, or prepare them again."
+            " their source, or remove them and prepare them again."
         )
 
 

@@ -24,7 +24,7 @@ from pipeline.data.remote.opening import open_store
 from pipeline.data.remote.store import Store
 from pipeline.data.remote.transfer import Expected, FetchBudget, Pulse, fetch, head, names, no_pulse, say
 from pipeline.data.shards.foreign import INFO_NAMES, Info, shards_by_prefix
-from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from pipeline.data.shards.manifest import MAKE_ANEW, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from pipeline.data.shards.opened import OpenedSplit
 from pipeline.data.shards.scan import scan_shard, threads
 from pipeline.data.shards.table import INDEX_KEY, SCHEMA, SampleTable, ShardFile, index_name, shards_of
@@ -161,7 +161,7 @@ def open_remote(url: str, split: str, verify: str, settings: CacheSettings) -> O
     described = listed.extra.get(INDEX_KEY) if listed else None
     table = place.fetched_table(shards, described) if described else place.scanned_table(files)
     if not len(table.label):
-        raise DataError(f"Split {split!r} at {place.url} holds no sample: prepare it again.")
+        raise DataError(f"Split {split!r} at {place.url} holds no sample: prepare it again into an empty out=.")
     told = info.find(split) if info else None
     if told:
         counts = np.bincount(table.shard, minlength=len(shards)).tolist()
@@ -302,7 +302,7 @@ class _Place:
             entry = CacheEntry(sha256, f"{name} of {self.url}", int(num_bytes))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{self.url}/{MANIFEST_NAME} describes the index of split {self.split!r} wrongly. Run `prepare` again."
+                f"{self.url}/{MANIFEST_NAME} describes the index of split {self.split!r} wrongly. {MAKE_ANEW}"
             ) from error
         _check_hash(sha256, name, self.url)
 
@@ -364,9 +364,7 @@ def _sha256_of(descriptor: int) -> str | None:
 def _check_hash(value: Any, name: str, url: str) -> None:
     """Hashes become file names in the cache: whatever else a manifest may hold must not get there."""
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise DataError(
-            f"{url}/{MANIFEST_NAME} says that {name} has the SHA-256 {value!r}, which is none. Run `prepare` again."
-        )
+        raise DataError(f"{url}/{MANIFEST_NAME} says that {name} has the SHA-256 {value!r}, which is none. {MAKE_ANEW}")
 
 
 def _key(*parts: object) -> str:

@@ -15,6 +15,8 @@ MANIFEST_NAME = "manifest.json"
 STATE_DIRECTORY = ".prepare"
 """Beside the manifest while `prepare` is at work: what it has finished."""
 SCHEMA = 1
+MAKE_ANEW = "Copy it again from where it was made, or run `prepare` again into an empty out=."
+"""What to do about a damaged manifest: `prepare` reads the one that is there, and leaves shards that it names alone."""
 MAX_MANIFEST_BYTES = 256_000_000
 """A shard takes some 200 bytes of it and a bad picture some 100: no set comes near. It is read into memory as a whole,
 and may come from a server that sends without end."""
@@ -89,7 +91,7 @@ class Manifest:
                 " directory."
             ) from None
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+            raise DataError(f"{path} cannot be read: {error}. {MAKE_ANEW}") from error
 
     @classmethod
     def parse(cls, content: bytes, path: str) -> "Manifest":
@@ -99,13 +101,11 @@ class Manifest:
             DataError: as `load`.
         """
         if len(content) > MAX_MANIFEST_BYTES:
-            raise DataError(
-                f"{path} has more than {MAX_MANIFEST_BYTES} bytes, as no manifest has. Run `prepare` again."
-            )
+            raise DataError(f"{path} has more than {MAX_MANIFEST_BYTES} bytes, as no manifest has. {MAKE_ANEW}")
         try:
             value = json.loads(content.decode())
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Run `prepare` again into that directory.") from error
+            raise DataError(f"{path} cannot be read: {error}. {MAKE_ANEW}") from error
         return _parse(value, path)
 
     def save(self, root: Path) -> Path:
@@ -152,11 +152,11 @@ def _parse(value: Any, path: str) -> Manifest:
             raise DataError(f"{path} has schema {value['schema']!r}, and this version reads schema {SCHEMA}.")
         classes = tuple(value["classes"])
         if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
-            raise DataError(f"{path}: `classes` must be distinct strings in index order. Run `prepare` again.")
+            raise DataError(f"{path}: `classes` must be distinct strings in index order. {MAKE_ANEW}")
         splits = {name: _parse_split(name, split, path) for name, split in value["splits"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a manifest of squeezewire ({type(error).__name__}: {error}). Run `prepare` again."
+            f"{path} is not a manifest of squeezewire ({type(error).__name__}: {error}). {MAKE_ANEW}"
         ) from error
     extra = {key: inner for key, inner in value.items() if key not in ("schema", "classes", "splits")}
     return Manifest(classes=classes, splits=splits, extra=extra)
@@ -169,11 +169,11 @@ def _parse_split(name: str, value: SplitJson, path: str) -> Split:
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: split {name!r} lists {twice!r} twice. Run `prepare` again.")
+        raise DataError(f"{path}: split {name!r} lists {twice!r} twice. {MAKE_ANEW}")
     if split.num_samples != value["num_samples"]:
         raise DataError(
             f"{path}: split {name!r} says {value['num_samples']} samples, and its shards sum to {split.num_samples}. "
-            "The file was edited or damaged: run `prepare` again."
+            f"The file was edited or damaged. {MAKE_ANEW}"
         )
     return split
 
@@ -184,7 +184,6 @@ def _parse_shard(value: ShardJson, path: str) -> Shard:
     counts = (shard.bytes, shard.num_samples)
     if not is_plain_name or not all(type(count) is int and count >= 0 for count in counts):
         raise DataError(
-            f"{path}: the shard {value!r} must have a plain file name and counts that are not negative. "
-            "Run `prepare` again."
+            f"{path}: the shard {value!r} must have a plain file name and counts that are not negative. {MAKE_ANEW}"
         )
     return shard

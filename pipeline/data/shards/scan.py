@@ -37,7 +37,7 @@ def scan_shard(path: Path, shard: ShardFile, where: str) -> ShardSamples:
     if shard.num_samples not in (None, len(found.keys)):
         raise DataError(
             f"Shard {shard.name} {where} holds {len(found.keys)} samples, and the manifest says"
-            f" {shard.num_samples}: copy it again from its source, or prepare the shards again."
+            f" {shard.num_samples}: copy it again from its source, or remove it and prepare the shards again."
         )
     return found
 

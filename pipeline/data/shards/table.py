@@ -135,8 +135,8 @@ class SampleTable:
             table._check(shards)
         except Exception as error:  # zlib, zipfile and NumPy have many words for a file that is not theirs
             raise DataError(
-                f"The index of the shards is not of these shards ({error}): prepare them again, or copy again all that"
-                " `prepare` made."
+                f"The index of the shards is not of these shards ({error}): prepare them again into an empty out=, or"
+                " copy again all that `prepare` made."
             ) from error
         return table
 

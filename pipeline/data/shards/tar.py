@@ -41,6 +41,8 @@ MAX_ZERO_BYTES = 2**20
 """Zeros after the last member. Writers fill up to 10 KiB; a download that got its whole length and then died leaves
 more."""
 NUM_EXTENSIONS_COUNTED = 32
+ANEW = "prepare the shards again into an empty out="
+"""What to do about shards that are wrong from the start: `prepare` leaves whole ones of the same request alone."""
 
 _BLOCK_BYTES = 512
 _NO_LABEL, _GOOD_LABEL, _BAD_LABEL = range(3)
@@ -204,9 +206,7 @@ class _Samples:
 
     def _refuse_label(self, number: int, key: bytes, error: LabelError) -> None:
         self._label_state[number] = _BAD_LABEL
-        self._complain(
-            DataError(f"The label of sample {_text(key)} of shard {self._tar.name} {error}: prepare the shards again.")
-        )
+        self._complain(DataError(f"The label of sample {_text(key)} of shard {self._tar.name} {error}: {ANEW}."))
 
     def _ignore(self, name: str) -> None:
         if name not in self._ignored and len(self._ignored) >= NUM_EXTENSIONS_COUNTED:
@@ -251,7 +251,7 @@ class _Samples:
         return has_picture and self._label_state[number] == _GOOD_LABEL
 
     def _missing(self, key: bytes, what: str) -> DataError:
-        return DataError(f"Sample {_text(key)} of shard {self._tar.name} has no {what}: prepare the shards again.")
+        return DataError(f"Sample {_text(key)} of shard {self._tar.name} has no {what}: {ANEW}.")
 
     def _others(self) -> str:
         """What else the shard holds, which may be the pictures in a format that is not read."""
@@ -271,7 +271,9 @@ class _Tar:
 
     def error(self, complaint: str) -> DataError:
         """A sentence about this shard with the remedy."""
-        return DataError(f"Shard {self.name} {complaint}. Copy it again from its source, or prepare the shards again.")
+        return DataError(
+            f"Shard {self.name} {complaint}. Copy it again from its source, or remove it and prepare the shards again."
+        )
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """`num_bytes` at `offset`; fewer only at the end of the file."""
