@@ -6,13 +6,17 @@ import hashlib
 import json
 import math
 import os
+import secrets
+import stat
 import time
 import zipfile
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# The temporary name carries the writer's pid: two of one host never share it, and a sweep can tell them apart.
+# The temporary name cannot be guessed, so that nobody lays a link in its place; it ends with the writer's pid, by which
+# a sweep tells what is left over from what is being written.
 TEMPORARY_MARK = ".tmp."
 
 NO_LOCKS_HERE = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
@@ -24,14 +28,16 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write `path` through a temporary file beside it: flush, fsync, replace, fsync of the directory.
 
     The temporary file lies in the same directory, because a rename is only atomic within one file system.
-    `write` receives the open binary file. On any failure the temporary file is removed and `path` is untouched.
+    It is made anew: nothing that lies there is opened, no link followed. `write` receives the open binary file. On any
+    failure the temporary file is removed and `path` is untouched.
 
     Raises:
         Exception: Whatever `write` or the file system raises.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{secrets.token_hex(8)}.{os.getpid()}")
+    file = temporary.open("xb")
     try:
-        with temporary.open("wb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +63,35 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def open_regular(path: Path, *, most_bytes: float = math.inf) -> BufferedReader:
+    """Open a file for reading that somebody else may have laid there.
+
+    A FIFO would be waited for, and a device read without end.
+
+    Args:
+        path: The file; links are followed.
+        most_bytes: Its largest size, where it will be read as a whole.
+
+    Raises:
+        OSError: It is no regular file, or larger, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    wrong = "Not a regular file" if not stat.S_ISREG(status.st_mode) else ""
+    if not wrong and status.st_size > most_bytes:
+        wrong = f"{status.st_size:,} bytes, where at most {most_bytes:,} are read"
+    if wrong:
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, wrong, str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """Read a file whole, as `open_regular` opens it."""
+    with open_regular(path, most_bytes=most_bytes) as file:
+        return file.read()
+
+
 def fsync_directory(directory: Path) -> None:
     """Make the names in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -68,7 +103,7 @@ def fsync_directory(directory: Path) -> None:
 
 def sha256_of_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -86,7 +121,7 @@ def sweep_temporaries(directory: Path, *, is_guarded: bool = False) -> list[Path
     """
     removed: list[Path] = []
     for path in directory.glob(f"*{TEMPORARY_MARK}*"):
-        owner = path.name.rpartition(TEMPORARY_MARK)[2]
+        owner = path.name.rpartition(TEMPORARY_MARK)[2].rpartition(".")[2]
         if owner.isdigit() and (is_guarded or not Path(f"/proc/{owner}").exists()):
             path.unlink(missing_ok=True)
             removed.append(path)
@@ -132,7 +167,7 @@ def what_it_is(path: Path) -> str:
     Raises:
         OSError: It cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(512)
         num_bytes = file.seek(0, os.SEEK_END)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
-from pipeline.core.files import sha256_of_file, write_atomic
+from pipeline.core.files import open_regular, sha256_of_file, write_atomic
 from pipeline.data.remote.transfer import say
 from pipeline.data.shards.foreign import ForeignSplit, find_split
 from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY, Manifest
@@ -233,7 +233,7 @@ def _known(shards: tuple[ShardFile, ...], of_when: Any) -> str:
 def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> SampleTable | None:
     """None unless the file is whole, unchanged and about shards of which `known` is true."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
             if str(archive["known"]) != known:
                 return None
             table = SampleTable.map(path)

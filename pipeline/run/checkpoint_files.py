@@ -13,12 +13,13 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import sha256_of_file, what_it_is
+from pipeline.core.files import read_regular, sha256_of_file, what_it_is
 from pipeline.run.checkpoint_checks import RESTORE, of_another_type
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"
 POINTER_NAME = "last.json"
+LARGEST_SIDECAR_BYTES = 1 << 20
 
 
 SECTION = "squeezewire"
@@ -312,7 +313,7 @@ def read_records(path: Path) -> list[CheckpointInfo]:
     """
     sidecar = sidecar_path(path)
     try:
-        content = json.loads(sidecar.read_bytes())
+        content = json.loads(read_regular(sidecar, LARGEST_SIDECAR_BYTES))
         records = [content] + ([content["replaces"]] if content.get("replaces") else [])
         names = CheckpointInfo.__dataclass_fields__.keys() - {"path"}
         infos = [

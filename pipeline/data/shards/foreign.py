@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.core.errors import DataError
-from pipeline.data.shards.manifest import MANIFEST_NAME
+from pipeline.core.files import read_regular
+from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
 
 INFO_NAMES = ("_info.json", "info.json")
 """As timm's reader looks for it."""
@@ -224,7 +225,7 @@ def _load_info(root: Path) -> Info:
     """What timm's file says; nothing where there is none."""
     for path in (root / name for name in INFO_NAMES):
         try:
-            info = Info.parse(path.read_bytes(), str(path))
+            info = Info.parse(read_regular(path, MAX_MANIFEST_BYTES), str(path))
         except FileNotFoundError:
             continue
         except OSError as error:

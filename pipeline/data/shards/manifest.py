@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.core.errors import DataError
-from pipeline.core.files import write_json_atomic
+from pipeline.core.files import open_regular, write_json_atomic
 from pipeline.core.schemas.manifest import ManifestJson, ShardJson, SplitJson
 
 MANIFEST_NAME = "manifest.json"
@@ -81,7 +81,7 @@ class Manifest:
         """
         path = root / MANIFEST_NAME
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 content = file.read(MAX_MANIFEST_BYTES + 1)
             return cls.parse(content, str(path))
         except FileNotFoundError:

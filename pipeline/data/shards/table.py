@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
-from pipeline.core.files import sha256_of_file
+from pipeline.core.files import open_regular, sha256_of_file
 from pipeline.data.shards.manifest import Manifest
 from pipeline.data.shards.tar import MAX_IMAGE_BYTES, MAX_KEY_BYTES, ShardSamples
 
@@ -127,7 +127,7 @@ class SampleTable:
         """
         try:
             most = sum(shard.bytes // MIN_SAMPLE_BYTES for shard in shards)
-            with zipfile.ZipFile(path) as archive:
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
                 if sum(item.file_size for item in archive.infolist()) > most * SAMPLE_BYTES + 2**16:
                     raise ValueError("more samples than there is room for")
             with np.load(path, allow_pickle=False) as arrays:
@@ -153,7 +153,7 @@ class SampleTable:
             KeyError, ValueError: it is not such a file.
             DataError: it is of another index by now.
         """
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             with np.load(file, allow_pickle=False) as archive:
                 found = str(archive["index_hash"])
             if index_hash not in (None, found):
