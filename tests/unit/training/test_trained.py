@@ -72,6 +72,8 @@ def test_a_checkpoint_says_all_that_is_needed(checkpoint: Path) -> None:
         "model.input.resize_side was 48 and is 24 here",
         "model.input.resize_mode was short and is warp here",
     )
+    with pytest.raises(ConfigError, match=r"squeezenet1_1 cannot take pictures of 8 x 8 .* data\.size to 17"):
+        load_trained(checkpoint, NOTHING, size=8)
 
 
 def test_older_checkpoints_tell_their_input_among_their_settings(tmp_path: Path) -> None:
