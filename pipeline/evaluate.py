@@ -7,6 +7,7 @@ A checkpoint of ours says which model it is and how its pictures are cut; what t
 Every picture counts once, whatever the number of ranks. Left in `<run_root>/<name>/`: evaluation.json.
 """
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +44,9 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
     from pipeline.training.trained import load_trained
     from pipeline.training.world import join_group
 
-    compute = choose_compute(accelerator=config.cluster.accelerator, precision=config.precision)
-    facts = facts_of("evaluate", config, compute, ranks.world_size)
-    with join_group(ranks, compute, config.cluster, facts=facts) as world:
+    choose = functools.partial(choose_compute, accelerator=config.cluster.accelerator, precision=config.precision)
+    facts = functools.partial(facts_of, "evaluate", config, world_size=ranks.world_size)
+    with join_group(ranks, choose, config.cluster, facts=facts) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
         trained = world.agree(lambda: load_trained(Path(config.checkpoint), config.model, size=config.data.size))
         label_of_class = world.agree(lambda: scoring.match_outputs(trained, index))

@@ -25,6 +25,9 @@ source "$SLURM_SUBMIT_DIR/slurm/environment.sh"
 num_ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ranks_per_node))}
 echo "job $SLURM_JOB_ID: $num_ranks ranks on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)," \
     "$cpus_per_rank CPUs each, $gpus_per_node GPUs per node: $python -m pipeline.ready $*"
+# As in slurm/train.sh: a rank that waits for one which has ended hears of it.
+export SQUEEZEWIRE_CAUSES=$SLURM_SUBMIT_DIR/.slurm-causes/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+trap 'rm -rf "$SQUEEZEWIRE_CAUSES"; rmdir "${SQUEEZEWIRE_CAUSES%/*}" 2> /dev/null || true' EXIT
 export SLURM_WAIT=${SLURM_WAIT:-90} SLURM_KILL_BAD_EXIT=0
-exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
-    "$python" -m pipeline.ready "$@"
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
+    --task-epilog="$SLURM_SUBMIT_DIR/slurm/ended.sh" "$python" -m pipeline.ready "$@"

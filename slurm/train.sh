@@ -70,10 +70,10 @@ trap 'rm -rf "$SQUEEZEWIRE_CAUSES"; rmdir "${SQUEEZEWIRE_CAUSES%/*}" 2> /dev/nul
 # Ranks that fail agree on it and leave with the same code, but not at the same instant. So the first to leave does not
 # take the others with it (--kill-on-bad-exit=1 would turn their code into 143, or cut a save short): they have
 # SLURM_WAIT seconds (rank 0 may still upload to W&B), and are ended if they hang. Ranks that lose a peer notice by
-# themselves, gloo's at once.
+# themselves, gloo's at once; before they have met, from what ended.sh leaves.
 export SLURM_WAIT=${SLURM_WAIT:-300} SLURM_KILL_BAD_EXIT=0
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$num_ranks" --cpus-per-task="$cpus_per_rank" \
-    "$python" -m pipeline.train "$@" &
+    --task-epilog="$SLURM_SUBMIT_DIR/slurm/ended.sh" "$python" -m pipeline.train "$@" &
 srun_pid=$!
 [ -z "$signalled" ] || pass_on # it came before there was anybody to tell
 while :; do

@@ -28,6 +28,7 @@ _RANK_VARIABLES = (
 )
 # Ranks that fail agree on it and leave with the same code, but not at the same instant: as in slurm/train.sh.
 _SRUN_DEFAULTS = {"SLURM_WAIT": "300", "SLURM_KILL_BAD_EXIT": "0"}
+_SRUN_EXPORTS = {"SLURM_EXPORT_ENV": "ALL"}  # what this process has, its ranks need, also after `sbatch --export=NONE`
 _SRUN_SECONDS = 60.0  # for srun to end its ranks when the comparison is told to stop
 
 
@@ -94,7 +95,7 @@ class Launcher:
         """Return this process's environment, without ranks that are not the run's own."""
         kept = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
         if self.kind == "slurm":
-            return {**_SRUN_DEFAULTS, **kept}
+            return {**_SRUN_DEFAULTS, **kept, **_SRUN_EXPORTS}
         return {key: value for key, value in kept.items() if not key.startswith("SLURM_")}
 
 

@@ -86,6 +86,15 @@ def read_causes(directory: str | None) -> Causes:
     return Causes(tuple(int(word) for word in words if word.isdigit()), words.count(_LOST))
 
 
+def ended_ranks(directory: str | None) -> list[int]:
+    """Return the ranks of this job that have ended: by their own word, or by that of slurm/ended.sh."""
+    if not directory:
+        return []
+    names = [path.name for pattern in ("rank*", "ended*") for path in Path(directory).glob(pattern)]
+    numbers = {name.removeprefix("rank").removeprefix("ended") for name in names}
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
 def _words(paths: Iterable[Path]) -> Iterable[str]:
     for path in sorted(paths):
         with contextlib.suppress(OSError):

@@ -123,14 +123,10 @@ def join_soon(config: TrainConfig, ranks: RankInfo) -> Iterator[World]:
         with steps.join(impatient, ranks, command="ready") as world:
             joined = True
             yield world
-    except (RuntimeError, ValueError) as error:
-        if joined or (isinstance(error, UserError) and not isinstance(error, PeerLost)):
+    except PeerLost as error:
+        if joined:
             raise
-        raise ConfigError(
-            f"Rank {ranks.rank} of {ranks.world_size} did not find the others at {ranks.master_addr}:"
-            f"{ranks.master_port} in {seconds:g} s: is that port open between the nodes, and are GLOO_SOCKET_IFNAME or"
-            " NCCL_SOCKET_IFNAME interfaces that every node has?"
-        ) from error
+        raise ConfigError(str(error)) from error
 
 
 def check_together(config: TrainConfig, world: World, findings: Findings) -> None:

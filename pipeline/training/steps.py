@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -58,15 +59,17 @@ def join(
         stop: listening to signals; None: signals are not looked after.
         command: name of the command.
     """
-    compute = choose_compute(
-        accelerator=config.cluster.accelerator,
-        precision=config.trainer.precision,
-        memory_format=config.trainer.memory_format,
+    cluster, trainer = config.cluster, config.trainer
+    choose = functools.partial(
+        choose_compute,
+        accelerator=cluster.accelerator,
+        precision=trainer.precision,
+        memory_format=trainer.memory_format,
     )
-    if config.trainer.deterministic:
+    if trainer.deterministic:
         torch.use_deterministic_algorithms(True)
-    facts = facts_of(command, config, compute, ranks.world_size)
-    with join_group(ranks, compute, config.cluster, config.comm, stop=stop, facts=facts) as joined:
+    facts = functools.partial(facts_of, command, config, world_size=ranks.world_size)
+    with join_group(ranks, choose, cluster, config.comm, stop=stop, facts=facts) as joined:
         yield joined
 
 

@@ -6,7 +6,8 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,8 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.kernel.counter import SocketCounter
@@ -25,11 +24,13 @@ from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
 from pipeline.core.compute import Compute, keep_freed_memory, set_threads
-from pipeline.core.errors import ConfigError, DataError, ExitCode, PeerLost, Preempted, UserError
+from pipeline.core.errors import ConfigError, DataError, PeerLost, Preempted, UserError
 from pipeline.data.loader import Reader
+from pipeline.run.launch import network
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
 from pipeline.training import same_run
+from pipeline.training.meeting import Meeting, same_error, settle_places
 
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
@@ -125,7 +126,7 @@ class World:
             error = raised
         for rank, found in enumerate(self._gather(None if error is None else (int(error.exit_code), str(error)))):
             if found is not None:
-                raise error if error is not None else _same_error(rank, *found)
+                raise error if error is not None else same_error(rank, *found)
         return result  # type: ignore[return-value]
 
     def locally_first(self, work: Callable[[bool], T]) -> T:
@@ -177,7 +178,7 @@ class World:
             dist.broadcast_object_list(result, src=0, device=self.device)
         value, error = result[0]
         if error is not None:
-            raise _same_error(0, *error)
+            raise same_error(0, *error)
         return value
 
     @staticmethod
@@ -213,16 +214,6 @@ def _begun(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-class _Elsewhere(UserError):
-    """A user error that another rank ran into."""
-
-
-def _same_error(rank: int, exit_code: int, message: str) -> UserError:
-    error = _Elsewhere(f"{message} (seen by rank {rank})")
-    error.exit_code = ExitCode(exit_code)
-    return error
-
-
 def _is_of_a_lost_peer(error: RuntimeError) -> bool:
     """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
     return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
@@ -240,12 +231,12 @@ def _gist(error: RuntimeError) -> str:
 @contextlib.contextmanager
 def join_group(
     ranks: RankInfo,
-    compute: Compute,
+    compute: Compute | Callable[[], Compute],
     cluster: ClusterConfig,
     comm: CommConfig | None = None,
     *,
     stop: StopRequest | None = None,
-    facts: same_run.Facts | None = None,
+    facts: Callable[[Compute], same_run.Facts] | None = None,
 ) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
@@ -253,38 +244,27 @@ def join_group(
     A world of one has a group too: DDP then works the same, and exchanges nothing.
 
     Args:
-        ranks: the place of this process.
-        compute: what it computes with.
-        cluster: threads and timeouts.
-        comm: what of NCCL is pinned, and whether anything is metered; None: the defaults.
-        stop: listening to signals; None: signals are not looked after.
-        facts: what must be the same on all ranks (`same_run.facts_of`), compared before the group is made.
+        ranks: The place of this process among all.
+        compute: What this rank computes with, or what chooses it; where that fails on one rank, it does on all.
+        cluster: Threads and patience.
+        comm: What is metered; None: the defaults.
+        stop: Listening to signals; None: signals are not looked after.
+        facts: What must be the same on all ranks (`same_run.facts_of`), by what this one computes with; compared before
+            the group is made.
 
     Raises:
-        ConfigError: the ranks are not the same run, or the port is another program's.
-        UserError: inside the block a peer was lost; in place of torch's own report, which is long and names no cause.
+        ConfigError: the ranks are not the same run.
+        UserError: the ranks cannot meet; or a peer was lost, in place of torch's own report, which is long and names no
+            cause.
         Preempted: the same, after a signal that asked to stop: the peer was not as patient.
     """
-    num_threads = set_threads(cluster.num_threads, ranks.local_world_size)
-    if compute.accelerator == "gpu":
-        torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
-    else:
-        keep_freed_memory()
-    timeout = timedelta(seconds=cluster.timeout_seconds)
     comm = comm or CommConfig()
-    try:
-        store = _meet(ranks, timeout)
-        exchange = (
-            StoreExchange(ranks.rank, ranks.world_size, name="run", store=store) if ranks.world_size > 1 else None
-        )
-        if exchange is not None and (found := same_run.compare(exchange, facts or {})):
-            raise ConfigError(same_run.refusal(found))
-        pinned = _pin_nccl(compute.backend, comm)
-        dist.init_process_group(
-            compute.backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store
-        )
-    except dist.DistError as error:
-        raise _not_met(ranks, error) from error
+    meeting = Meeting(ranks, cluster.timeout_seconds)
+    found = network.interfaces()
+    compute, pinned, num_threads, place = _get_ready(meeting, ranks, compute, cluster, comm, found)
+    exchange = _require_same_run(meeting, ranks, {} if facts is None else facts(compute))
+    settle_places(meeting, place, found)
+    _begin_group(meeting, ranks, compute.backend, cluster.timeout_seconds)
     counter = _counter(ranks) if comm.meter else None
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
     timeline = Timeline(ranks.world_size, clock, metered=comm.meter, enabled=comm.timeline)
@@ -310,24 +290,85 @@ def join_group(
     dist.destroy_process_group()
 
 
-def _meet(ranks: RankInfo, timeout: timedelta) -> Store:
-    """The ranks' store, as `init_process_group` would make it of an address."""
-    address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
-    store, _, _ = next(rendezvous(address, ranks.rank, ranks.world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return PrefixStore("default_pg", store)
+def _get_ready(
+    meeting: Meeting,
+    ranks: RankInfo,
+    choose: Compute | Callable[[], Compute],
+    cluster: ClusterConfig,
+    comm: CommConfig,
+    found: Mapping[str, Sequence[str]],
+) -> tuple[Compute, tuple[str, str] | None, int, network.Place | None]:
+    """Do on every rank what can fail on one alone: (what it computes with, what NCCL is held to, threads, place)."""
+    network.check_loopback(ranks, found)  # without which there is no meeting, either
+    mine: list[tuple[Compute, tuple[str, str] | None, int, network.Place | None]] = []
+
+    def get_ready() -> None:
+        compute = choose() if callable(choose) else choose
+        network.check_variable(compute.backend, os.environ, found)
+        num_threads = set_threads(cluster.num_threads, ranks.local_world_size)
+        if compute.accelerator == "gpu":
+            torch.cuda.set_device(ranks.device_index(torch.cuda.device_count()))
+        else:
+            keep_freed_memory()
+        place = network.find_place(ranks, os.environ, found) if compute.backend == "gloo" else None
+        mine.append((compute, _pin_nccl(compute.backend, comm), num_threads, place))
+
+    meeting.agree("ready", get_ready)
+    return mine[0]
 
 
-def _not_met(ranks: RankInfo, error: dist.DistError) -> UserError:
-    """Why the ranks could not meet: the port is another program's, or somebody never came."""
-    place = f"{ranks.master_addr}:{ranks.master_port}"
-    if "EADDRINUSE" in str(error):
-        return ConfigError(
-            f"Port {ranks.master_port} of {ranks.master_addr}, where the ranks are to meet, is another program's:"
-            " set MASTER_PORT to a free one, or unset it, and one is chosen."
+def _require_same_run(meeting: Meeting, ranks: RankInfo, facts: same_run.Facts) -> StoreExchange | None:
+    """Compare what the ranks are. Returns what they go on exchanging through; None for one rank.
+
+    Raises:
+        ConfigError: They are not the same run.
+        PeerLost: One is gone.
+    """
+    if ranks.world_size == 1:
+        return None
+    exchange = StoreExchange(ranks.rank, ranks.world_size, name="run", store=meeting.store)
+    try:
+        differences = same_run.compare(exchange, facts)
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise PeerLost(f"Rank {ranks.rank} lost the others before the first step ({reason}).") from error
+    if differences:
+        raise ConfigError(same_run.refusal(differences))
+    return exchange
+
+
+def _begin_group(meeting: Meeting, ranks: RankInfo, backend: str, timeout_seconds: float) -> None:
+    """Begin torch's process group around the store of the ranks.
+
+    Raises:
+        PeerLost: The ranks did not connect with one another in time, which gloo itself takes several times over, or one
+            has ended.
+    """
+
+    def begin() -> None:
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(
+            backend, store=meeting.store, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank
         )
-    reason = str(error).partition("\n")[0][:200]
-    return PeerLost(f"Rank {ranks.rank} did not meet the others at {place} ({reason}).")
+
+    if backend != "gloo":  # the others connect later, and know the device of the thread
+        begin()
+        return
+    beginning = _begun(begin)
+    deadline = time.monotonic() + timeout_seconds
+    while not wait([beginning], 1.0).done:
+        meeting.require_peers()
+        if time.monotonic() > deadline:
+            break
+    try:
+        beginning.result(0)
+    except (RuntimeError, TimeoutError) as error:
+        reason = f" ({_gist(error)})" if isinstance(error, RuntimeError) else ""
+        raise PeerLost(
+            f"Rank {ranks.rank} got no connections with the others within {timeout_seconds:g} s{reason}:"
+            f" {meeting.places}. Can they reach one another there, on all ports from 1024 on? Else set"
+            f" {network.GLOO_VARIABLE} to the interface between the machines."
+        ) from error
 
 
 def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:

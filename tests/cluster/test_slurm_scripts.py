@@ -74,6 +74,18 @@ def test_train_on_a_cpu_partition(slurm: "SlurmCluster", checkout: Path) -> None
     assert "2 ranks on 2 nodes (node[1-2]), 8 CPUs each, 0 GPUs per node" in output
 
 
+def test_what_the_script_exports_reaches_the_ranks_also_where_the_job_gets_no_variables(
+    slurm: "SlurmCluster", checkout: Path
+) -> None:
+    """`--export=NONE` stays behind for srun, which would keep from the ranks what the script has set."""
+    env = {"GLOO_SOCKET_IFNAME": "eth0"}
+    code, lines, output = ran(slurm, checkout, "--export=NONE", "slurm/train.sh", "name=first", env=env)
+    assert code == "0:0", output
+    assert [line.partition(" argv=")[0] for line in lines] == [
+        f"RAN procid={rank} node={rank} of=2 threads=8 interface=none" for rank in (0, 1)
+    ]
+
+
 def test_train_with_two_ranks_per_node(slurm: "SlurmCluster", checkout: Path) -> None:
     options = ("--ntasks-per-node=2", "--cpus-per-task=3")
     code, lines, output = ran(slurm, checkout, *options, "slurm/train.sh", "name=first")

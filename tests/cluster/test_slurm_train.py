@@ -107,3 +107,32 @@ def test_preflight_measures_the_link_and_leaves_nothing(slurm: "SlurmCluster", c
     assert output.count("Gbit/s, ") == 2 and "server 0 to 1: " in output and "server 1 to 0: " in output
     assert output.splitlines()[-1] == "Ready."
     assert not (checkout / "runs/new").exists()
+
+
+FAILS_ON_ONE_NODE = """#!/bin/sh
+if [ "$SLURM_NODEID" = 1 ] && [ "$2" != pipeline.requeue ]; then echo "FAILED $SLURM_NODEID"; {how}; fi
+exec {python} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "how", "state", "code"),
+    [
+        ("train", "exit 3", "FAILED", "3:0"),
+        ("preflight", "kill -KILL $$", "FAILED", "137:0"),
+    ],
+)
+def test_a_rank_that_ends_before_the_ranks_have_met_is_not_waited_for(
+    script: str, how: str, state: str, code: str, slurm: "SlurmCluster", checkout: Path
+) -> None:
+    """Without a word of its own, and the others would wait for an hour."""
+    python = checkout / f"python-{script}"
+    python.write_text(FAILS_ON_ONE_NODE.format(how=how, python=sys.executable))
+    python.chmod(0o755)
+    keys = [key for key in KEYS if not key.startswith(("name=", "cluster.timeout_seconds="))]
+    options = [f"--export=ALL,SLURM_WAIT=3600,SQUEEZEWIRE_PYTHON={python}", f"slurm/{script}.sh"]
+    keys += ["name=alone", "trainer.max_steps=4", "cluster.timeout_seconds=3600"]
+    job, output = submit(slurm, checkout, *options, *keys)
+    assert (job["JobState"], job["ExitCode"]) == (state, code), output
+    assert output.count("FAILED 1") == 1 and "rank 1 ended before the ranks had met" in output, output
+    assert "Traceback" not in output and not (checkout / ".slurm-causes").exists()

@@ -60,7 +60,7 @@ class HttpStore:
         """The response's head, redirects followed."""
         url = f"{self.url}/{quote(name)}"
         for _ in range(MAX_REDIRECTS + 1):
-            with _transport_errors():
+            with _transport_errors(urlsplit(url).scheme):
                 response = self._pool(url).request(
                     method,
                     url,
@@ -97,7 +97,7 @@ class HttpStore:
         if proxy is None or urllib.request.proxy_bypass(parts.netloc):
             proxy = ""
         if proxy not in self._pools:
-            self._pools[proxy] = _make_pool(proxy)
+            self._pools[proxy] = _make_pool(proxy, f"{parts.scheme}_proxy")
         return self._pools[proxy]
 
 
@@ -120,19 +120,28 @@ class _HttpBody:
         self._response.close()
 
 
-def _make_pool(proxy: str) -> Any:
+def _make_pool(proxy: str, variable: str) -> Any:
     if not proxy:
         return urllib3.PoolManager(maxsize=32)
-    parts = urlsplit(proxy)
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")  # as curl takes it
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+        raise Refused(f"{variable}={redacted(proxy)} is no proxy of the form http://HOST:PORT, and no_proxy names the"
+                      " hosts that need none")  # fmt: skip
     login = f"{parts.username}:{parts.password or ''}" if parts.username else None
     headers = urllib3.make_headers(proxy_basic_auth=login) if login else None
     return urllib3.ProxyManager(
-        f"{parts.scheme}://{parts.hostname}:{parts.port or 80}", maxsize=32, proxy_headers=headers
+        f"{parts.scheme}://{parts.netloc.rpartition('@')[2].removesuffix(f':{port}')}:{port}",
+        maxsize=32,
+        proxy_headers=headers,
     )
 
 
 @contextmanager
-def _transport_errors() -> Iterator[None]:
+def _transport_errors(scheme: str = "http") -> Iterator[None]:
     """urllib3's errors in our words; its own repeat URLs and addresses of objects."""
     try:
         yield
@@ -145,7 +154,10 @@ def _transport_errors() -> Iterator[None]:
     except theirs.ConnectTimeoutError:
         raise Transient("no connection in time") from None
     except theirs.ProxyError as error:
-        raise Transient(f"no way through the proxy ({_last_clause(error.original_error)})") from None
+        reason = _last_clause(error.original_error)
+        raise Transient(
+            f"no way through the proxy that {scheme}_proxy names ({reason}); no_proxy names the hosts that need none"
+        ) from None
     except theirs.ReadTimeoutError:
         raise Transient("silence in the middle") from None
     except theirs.ProtocolError as error:

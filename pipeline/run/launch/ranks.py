@@ -151,7 +151,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
         local_world_size=local_world_size,
         node_rank=node_rank,
         num_nodes=max(node_rank + 1, -(-world_size // max(1, local_world_size))),
-        master_addr=environment["MASTER_ADDR"],
+        master_addr=environment["MASTER_ADDR"].strip("[]"),  # as an IPv6 address stands in a URL
         master_port=_integer(environment, "MASTER_PORT"),
         source="spawned" if SPAWNED_MARK in environment else "torchrun",
     )
@@ -172,8 +172,10 @@ def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
     tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
     counts = expand_tasks_per_node(tasks_per_node) if tasks_per_node else []
     node_list = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not node_list and "MASTER_ADDR" not in environment:
+    if not node_list and num_nodes > 1 and not environment.get("MASTER_ADDR"):
         raise ConfigError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0, or start with srun.")
+    # On one node nobody else has to find it; and that node's name in Slurm need not be one of the network.
+    first = "127.0.0.1" if num_nodes == 1 else first_host(node_list or "")
     return RankInfo(
         rank=_integer(environment, "SLURM_PROCID"),
         world_size=world_size,
@@ -181,7 +183,7 @@ def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
         local_world_size=counts[node_rank] if node_rank < len(counts) else -(-world_size // max(1, num_nodes)),
         node_rank=node_rank,
         num_nodes=num_nodes,
-        master_addr=environment.get("MASTER_ADDR") or first_host(node_list or ""),
+        master_addr=environment.get("MASTER_ADDR", "").strip("[]") or first,
         master_port=_integer(environment, "MASTER_PORT") if "MASTER_PORT" in environment else _slurm_port(environment),
         source="slurm",
     )

@@ -26,6 +26,7 @@ from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.run.launch.ends import ENDING_SIGNALS, Ended, exit_code_of
 from pipeline.run.launch.limits import check_processes
+from pipeline.run.launch.network import check_loopback, interfaces
 from pipeline.run.launch.ports import is_free, reserved_port
 from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
 from pipeline.run.launch.variables import check_variables, start_torch
@@ -94,6 +95,7 @@ def as_ranks(
         ranks = find_ranks(cluster.devices)
         check_processes(cluster, num_workers, ranks)
         if ranks is None or ranks.source == "single":
+            check_loopback(ranks, interfaces())
             check()
         if ranks is not None:
             start_torch(is_torchrun=ranks.source == "torchrun")

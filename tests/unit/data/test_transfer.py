@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+import socket
 import ssl
 import threading
 import time
@@ -333,14 +334,32 @@ def test_a_login_is_of_its_host_alone(serve: Serve, tmp_path: Path, monkeypatch:
     assert "netrc cannot be read" in sentence and "secret-of-mine" not in sentence
 
 
-def test_a_proxy_of_the_environment_is_used(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["http://{}", "{}", "http://me:word@{}"])
+def test_a_proxy_of_the_environment_is_used(form: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("http_proxy", form.format(server.url.removeprefix("http://")))
     store = open_store("http://shards.invalid", SHORT.timeouts)
     file = io.BytesIO()
     fetch(store, NAME, file, expected=WHOLE, budget=SHORT)
     assert file.getvalue() == CONTENT
     assert [r.path for r in server.requests()] == [f"http://shards.invalid/{NAME}"]
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:x", "http://"])
+def test_what_is_no_proxy_is_said_and_tried_once(proxy: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    monkeypatch.setenv("http_proxy", proxy)
+    sentence = refused(server)
+    assert f"http_proxy={proxy} is no proxy of the form http://HOST:PORT, and no_proxy names" in sentence
+    assert not server.requests()
+
+
+def test_a_proxy_that_does_not_answer_is_named_by_its_variable(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    sentence = refused(server)
+    assert "no way through the proxy that http_proxy names (Connection refused); no_proxy names the hosts" in sentence
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "http://", "s3:///x", "gs://bucket/x", "pipe:cat x://y"])

@@ -41,6 +41,19 @@ def test_torchrun_variables() -> None:
     assert find_ranks(1, TORCHRUN) == RankInfo(3, 4, 1, 2, 1, 2, "head", 29500, "torchrun")
 
 
+def test_an_address_of_ipv6_may_stand_in_brackets() -> None:
+    for variables in (TORCHRUN, SLURM_STEP):
+        for address in ("fd00::1", "[fd00::1]"):
+            ranks = find_ranks(1, variables | {"MASTER_ADDR": address})
+            assert ranks is not None and ranks.master_addr == "fd00::1"
+
+
+def test_a_node_of_slurms_need_not_be_a_name_of_the_network() -> None:
+    one_node = {"SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "no-host-name"}
+    ranks = find_ranks(1, SLURM_STEP | one_node | {"SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "4"})
+    assert ranks is not None and ranks.master_addr == "127.0.0.1"
+
+
 def test_torchrun_variables_win_over_a_slurm_step() -> None:
     ranks = find_ranks(1, SLURM_STEP | TORCHRUN)
     assert ranks is not None and ranks.source == "torchrun"

@@ -210,6 +210,23 @@ def test_a_port_that_another_program_has_is_a_sentence_at_once(tmp_path: Path) -
     assert code == 2 and "is another program's: set MASTER_PORT" in message
 
 
+def test_ranks_that_meet_and_then_get_no_connections_say_so(tmp_path: Path) -> None:
+    """As behind a firewall that lets one port through: gloo alone would wait several times as long."""
+    body = """
+    import dataclasses, time
+    import torch.distributed as dist
+    if ranks.rank == 1:
+        dist.init_process_group = lambda *args, **kwargs: time.sleep(600)
+    patience = dataclasses.replace(cluster, timeout_seconds=4)
+    tell(outcome=outcome(lambda: join_group(ranks, compute, patience).__enter__()))
+    os._exit(0)
+    """
+    for rank, facts in enumerate(on_ranks(2, tmp_path, body)):
+        code, message = facts["outcome"]
+        assert code == 1 and message.startswith(f"Rank {rank} got no connections with the others within 4 s"), message
+        assert "rank 1 on " in message and "(lo). Can they reach one another there" in message
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     with reserved_port() as port:

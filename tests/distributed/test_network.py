@@ -1,0 +1,41 @@
+"""Networks as people have them, in namespaces of their own: names that lead nowhere, interfaces that are not there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import SMALL, run, train
+from tests.distributed.test_lab import PATH, PRIVATE, REPOSITORY, possible
+
+pytestmark = pytest.mark.usefixtures("possible")
+__all__ = ["possible"]
+
+AS_DEBIAN = """
+printf '127.0.0.1 localhost\\n127.0.1.1 n%s\\n' "$RANK" > "$0.$RANK"
+hostname "n$RANK" && mount --bind "$0.$RANK" /etc/hosts && unset GLOO_SOCKET_IFNAME && exec "$@"
+"""
+"""Before a rank of the lab: its machine's own name stands for 127.0.1.1, as Debian and Ubuntu install it."""
+
+
+def test_machines_whose_names_stand_for_themselves_find_one_another(shards: Path, tmp_path: Path) -> None:
+    where = [f"run_root={tmp_path}/runs", f"data.root={shards}", "name=a", "cluster.timeout_seconds=60", *SMALL]
+    machine = ["unshare", "--mount", "--uts", "sh", "-c", AS_DEBIAN, f"{tmp_path}/hosts"]
+    lab = ["-m", "pipeline.lab", f"run_root={tmp_path}", "servers=2", "num_threads=1", "--", *machine]
+    ready = [sys.executable, "-m", "pipeline.ready", *where]
+    output = run([*lab, *ready], cwd=REPOSITORY, environment={"PATH": PATH}).output
+    assert "2 on n0, n1, gloo" in output and output.count("Gbit/s, ") == 2 and "\nReady.\n" in output, output
+
+
+def test_an_interface_that_is_not_there_is_a_sentence_on_every_rank(shards: Path, tmp_path: Path) -> None:
+    variables = {"GLOO_SOCKET_IFNAME": "ib0"}
+    output = train(tmp_path, shards, "a", 2, expect=2, environment=variables).output
+    assert output.count("error: GLOO_SOCKET_IFNAME=ib0: ") == 2 and "[rank 1] error: " in output, output
+    assert "Traceback" not in output and "frame #" not in output
+
+
+def test_a_network_namespace_without_a_loopback_is_a_sentence(shards: Path, tmp_path: Path) -> None:
+    where = [f"run_root={tmp_path}/runs", f"data.root={shards}", "name=a", "cluster.devices=2", *SMALL]
+    output = run(["-m", "pipeline.train", *where], expect=2, prefix=[*PRIVATE, "--net"]).output
+    assert output.count("The loopback interface of ") == 1 and "`ip link set lo up`" in output, output
+    assert "Traceback" not in output and "frame #" not in output
