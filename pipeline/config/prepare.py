@@ -32,6 +32,9 @@ class PrepareConfig:
     split: str | None = None
     """The split to write. Null: every split that the source has. Where it has none of its own, the name to give it
     (null: train). A `test` folder becomes `val`, unless there is a `val` too."""
+    val_fraction: float | None = None
+    """Share of each class to hold out as the split `val`, of a source that has one split alone. Pictures of the same
+    bytes stay on one side; `seed` says which are held out. Null: none."""
     layout: str | None = None
     """What the outermost folders of the source are: `classes` or `splits`. Null: recognised, by the names of splits
     (Train, training, valid, test2017 ...) and by what lies where; asked for where both could be meant."""
@@ -74,6 +77,14 @@ class PrepareConfig:
         require(
             self.source is None or not self.verify,
             f"verify=true checks out={self.out} and reads no source: leave out source={self.source}, or verify=.",
+        )
+        require(
+            self.val_fraction is None or 0 < self.val_fraction < 1,
+            f"val_fraction={self.val_fraction} is the share to hold out: between 0 and 1, such as 0.1.",
+        )
+        require(
+            self.val_fraction is None or self.split is None,
+            f"val_fraction={self.val_fraction} writes two splits, train and val: leave split={self.split} out.",
         )
         one_of("check", self.check, CHECKS)
         name = self.split or "train"

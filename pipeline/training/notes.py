@@ -66,5 +66,8 @@ def announce(setup: Setup, owed_bytes: int) -> None:
         local_world_size=world.ranks.local_world_size,
         world_size=world.size,
     )
-    for warning in filter(None, (interleaved, misfit) if world.is_rank_zero else ()):
+    unvalidated = (
+        shards.why_not_validated and f"nothing is validated, and no checkpoint is the best: {shards.why_not_validated}"
+    )
+    for warning in filter(None, (unvalidated, interleaved, misfit) if world.is_rank_zero else ()):
         print(f"warning: {warning}", file=sys.stderr, flush=True)

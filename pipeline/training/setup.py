@@ -18,6 +18,8 @@ class Shards:
     validation: ShardIndex | None
     num_classes: int
     """Outputs of the classifier."""
+    why_not_validated: str = ""
+    """Where nobody asked for a validation and the split for one is missing: the sentence that says so."""
 
 
 @dataclass(frozen=True)

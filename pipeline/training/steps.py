@@ -21,8 +21,9 @@ from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.trees import plain
 from pipeline.data.batches import LoadedBatch
-from pipeline.data.index import open_split
+from pipeline.data.index import ShardIndex, open_split
 from pipeline.data.loader import evaluation_loader, training_loader
+from pipeline.data.shards.manifest import NoSplitError
 from pipeline.models import zoo
 from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
@@ -111,6 +112,27 @@ def begin_attempt(setup: Setup) -> int:
     return world.first_decides(begin)
 
 
+def open_validation(config: TrainConfig, leads: bool) -> tuple[ShardIndex | None, str]:
+    """(the split to validate on, why there is none although nobody forbade it).
+
+    Args:
+        config: Of the command.
+        leads: Whether this rank is the first of its machine.
+
+    Raises:
+        DataError: it is damaged; or it is missing, and the configuration says when to validate.
+    """
+    every = config.trainer.validate_every_steps
+    if every == 0:
+        return None, ""
+    try:
+        return open_split(config.data, config.data.val_split, is_local_leader=leads), ""
+    except NoSplitError as error:
+        if every is not None:
+            raise
+        return None, str(error)
+
+
 def open_shards(config: TrainConfig, world: World) -> Shards:
     """Index and verify the shards: the first rank of each machine, then the others from the index it leaves.
 
@@ -121,8 +143,7 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
 
     def open_both(leads: bool) -> Shards:
         training = open_split(config.data, config.data.train_split, is_local_leader=leads)
-        wants_validation = config.trainer.validate_every_steps != 0
-        validation = open_split(config.data, config.data.val_split, is_local_leader=leads) if wants_validation else None
+        validation, missing = open_validation(config, leads)
         num_classes = config.model.num_classes or training.num_classes
         if training.classes is not None and num_classes < training.num_classes:
             raise ConfigError(
@@ -142,7 +163,7 @@ def open_shards(config: TrainConfig, world: World) -> Shards:
                     f"and {told}{num_classes}: prepare the shards again with the right classes into an empty out=, or"
                     " set model.num_classes to more than the highest label.",
                 )
-        return Shards(training, validation, num_classes)
+        return Shards(training, validation, num_classes, missing)
 
     shards = world.locally_first(open_both)
     hashes = [index.index_hash for index in (shards.training, shards.validation) if index is not None]

@@ -17,7 +17,7 @@ from pipeline.data.prepare.sources import PictureSource, SourceImage
 from pipeline.data.prepare.writer import SplitPlan, cannot_write
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, Split
 
-Request = dict[str, str | int | None]
+Request = dict[str, str | int | float | None]
 """The settings that determine the shards, as the manifest records them."""
 NUM_CALIBRATION_IMAGES = 64
 """Where pictures are encoded again, the size to plan with is the mean over this many of them."""

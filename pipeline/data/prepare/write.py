@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pipeline.core.progress import progress_bar
 from pipeline.data.pictures import Encoding
 from pipeline.data.prepare.builtin import BuiltinPictures
+from pipeline.data.prepare.holdout import hold_out
 from pipeline.data.prepare.label_files import read_labels
 from pipeline.data.prepare.opening import BUILTIN, open_source, read_classes
 from pipeline.data.prepare.request import (
@@ -59,6 +60,8 @@ def prepare_shards(config: "PrepareConfig") -> None:
             labels=Path(config.labels) if config.labels else None,
             out=out,
         )
+        if config.val_fraction is not None:
+            source = hold_out(source, config.val_fraction, config.seed)
         _announce(source, config)
         encoding = Encoding(config.short_side, config.jpeg_quality, config.check)
         plans = plan_splits(
@@ -102,6 +105,8 @@ def _request(config: "PrepareConfig", classes: tuple[str, ...] | None) -> Reques
     if config.labels:
         said = "\n".join(f"{name} {of}" for name, of in sorted(read_labels(Path(config.labels)).items()))
         request["labels_sha256"] = hashlib.sha256(said.encode()).hexdigest()
+    if config.val_fraction is not None:
+        request["val_fraction"] = config.val_fraction
     if config.check != "pixels":
         request["check"] = config.check
     if config.source == BUILTIN:

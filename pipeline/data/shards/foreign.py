@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import read_regular
-from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from pipeline.data.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, NoSplitError
 
 INFO_NAMES = ("_info.json", "info.json")
 """As timm's reader looks for it."""
@@ -132,7 +132,7 @@ def find_split(root: Path, split: str) -> ForeignSplit:
     if not by_prefix:
         known = f"; {info.where} knows the splits {', '.join(sorted(info.splits))}" if info.splits else ""
         tars = f"the tars there are {there[0]} .. {there[-1]}" if there else "no tar at all"
-        raise DataError(
+        raise NoSplitError(
             f"{root} has no {MANIFEST_NAME} and no shards {split}-*.tar ({tars}{known}): give the directory of the"
             " shards as data.root, and as the split what stands before the `-`, or file names with braces."
         )

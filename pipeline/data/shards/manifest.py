@@ -20,8 +20,16 @@ MAKE_ANEW = "Copy it again from where it was made, or run `prepare` again into a
 MAX_MANIFEST_BYTES = 256_000_000
 """A shard takes some 200 bytes of it and a bad picture some 100: no set comes near. It is read into memory as a whole,
 and may come from a server that sends without end."""
+WAYS_TO_A_SPLIT = (
+    "Name one of them (data.val_split=, data.train_split=, data.split=), prepare the pictures anew with"
+    " val_fraction=0.1, or train without validation (trainer.validate_every_steps=0)."
+)
 # Neither a path nor a URL, whose scheme ends with a colon: `pipe:` would be a command.
 _PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/:\x00-\x1f]+")
+
+
+class NoSplitError(DataError):
+    """The shards are there, and the split asked for is not one of theirs."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,11 @@ class Manifest:
         """The split called `name`.
 
         Raises:
-            DataError: there is none; the message names those that exist.
+            NoSplitError: there is none; the message names those that exist, and every way out.
         """
         if name not in self.splits:
             known = ", ".join(sorted(self.splits)) or "none"
-            raise DataError(f"There is no split {name!r} in these shards (there is: {known}). Choose one of them.")
+            raise NoSplitError(f"There is no split {name!r} in these shards (there is: {known}). {WAYS_TO_A_SPLIT}")
         return self.splits[name]
 
 

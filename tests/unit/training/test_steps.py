@@ -19,6 +19,7 @@ from pipeline.data.shards.manifest import Manifest, Split
 from pipeline.run.checkpoint import AtomicCheckpointIO, checkpoint_path, sidecar_path
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training import steps
+from pipeline.training.preflight import check_before_ranks
 from pipeline.training.resume import free_fields, must_match
 from pipeline.training.world import World
 from tests.making.pictures import picture
@@ -106,7 +107,6 @@ def spoil(shards: Path, how: str) -> None:
         ("a label too high", "000001"),
         ("a label below zero", "000001"),
         ("not a label", "000001"),
-        ("no validation split", "val"),
     ],
 )
 def test_shards_that_are_not_what_they_say_are_data_errors(
@@ -157,6 +157,23 @@ def test_a_validation_label_that_training_does_not_know_is_named(
 
 
 # --- the run directory ---
+
+
+def test_without_a_validation_split_it_trains_and_says_so_unless_validation_is_asked_for(
+    tmp_path: Path, shards: Path, world: World
+) -> None:
+    spoil(shards, "no validation split")
+    check_before_ranks(configure(tmp_path))
+    opened = steps.open_shards(configure(tmp_path), world)
+    assert opened.validation is None
+    ways = ("data.val_split=", "val_fraction=", "trainer.validate_every_steps=0")
+    assert "no split 'val'" in opened.why_not_validated and all(way in opened.why_not_validated for way in ways)
+    silent = steps.open_shards(configure(tmp_path, "trainer.validate_every_steps=0"), world)
+    assert (silent.validation, silent.why_not_validated) == (None, "")
+    asked = configure(tmp_path, "trainer.validate_every_steps=2")
+    for check in (check_before_ranks, lambda config: steps.open_shards(config, world)):
+        with pytest.raises(DataError, match="no split 'val'"):
+            check(asked)
 
 
 @pytest.fixture
