@@ -29,26 +29,36 @@ class Bar:
         """Show that `num_done` of the total are done; `what` replaces the words before the bar."""
         self.progress.update(self.task, completed=num_done, description=what)
 
+    def describe(self, what: str) -> None:
+        """Replace the words before the bar."""
+        self.progress.update(self.task, description=what)
+
+    @property
+    def num_columns(self) -> int:
+        """Width of the terminal in characters."""
+        return self.progress.console.width
+
     def print(self, line: str) -> None:
         """Print a line above the bar, on stderr; printed too where no bar is shown."""
         self.progress.console.print(line, highlight=False, markup=False)
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, *, unit: str = "items") -> Generator[Bar]:
+def progress_bar(what: str, total: int, *, unit: str = "items", bar_columns: int = 40) -> Generator[Bar]:
     """Show a bar while the block runs, and remove it at its end.
 
     Args:
         what: Words before the bar.
         total: When the work is done, in `unit`.
         unit: `items` (counted, with the time that remains), `bytes`, or `runs` (counted, with the time that passed).
+        bar_columns: Width of the bar itself in characters.
     """
     console = Console(stderr=True)
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     clock = TimeElapsedColumn() if unit == "runs" else TimeRemainingColumn()
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_columns),
         count,
         clock,
         console=console,

@@ -26,6 +26,7 @@ from pipeline.run.record.tracking import Tracker
 from pipeline.training import drift, resume, same_run
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.lightning import validate_now
+from pipeline.training.narrator import Narrator
 from pipeline.training.setup import Setup
 from pipeline.training.timing import StepClock, TimedLoader
 from pipeline.training.watchdog import StepWatchdog
@@ -63,10 +64,11 @@ class Attempt(pl.Callback):
         tracker: Tracker,
         loader: TimedLoader,
         watchdog: StepWatchdog,
+        narrator: Narrator,
     ) -> None:
         self.config, self.world, self.plan, self.directory = setup.config, setup.world, setup.plan, setup.run
         self.learner, self.ledger, self.powersgd = learner, ledger, powersgd
-        self.tracker, self.loader, self.watchdog = tracker, loader, watchdog
+        self.tracker, self.loader, self.watchdog, self.narrator = tracker, loader, watchdog, narrator
         self.io = checkpoints.AtomicCheckpointIO(keep=self.config.trainer.keep_checkpoints, raises=False)
         self.clock = StepClock()
         self.plateau = PlateauDetector(
@@ -186,6 +188,7 @@ class Attempt(pl.Callback):
     def _write_pending(self) -> None:
         if self._pending is not None:
             self.tracker.log(*self._pending)
+            self.narrator.tell(*self._pending)
             self._pending = None
 
     def _resume_time(self) -> None:
@@ -352,6 +355,7 @@ class Attempt(pl.Callback):
     ) -> None:
         """A validation may be long, and a signal cannot wait for its end. Ranks have equally many micro-batches."""
         del trainer, pl_module, outputs, batch, dataloader_idx
+        self.narrator.validating(batch_idx + 1)
         if (batch_idx + 1) % STOP_EVERY_BATCHES == 0 and self.learner.some_rank_says(self.world.stop.asked):
             self.leave(self.learner.committed_steps)
 

@@ -19,7 +19,6 @@ callbacks inside the strategy's validation phase.
 """
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
@@ -95,7 +93,7 @@ def make_trainer(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=any(isinstance(callback, RichProgressBar) for callback in callbacks),
+        enable_progress_bar=False,
     )
 
     def validation_due(_: Any) -> bool:
@@ -134,11 +132,6 @@ def quieten() -> None:
         ".*You defined a `validation_step` but have no `val_dataloader`.*",  # trainer.validate_every_steps=0
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def progress_bars(is_rank_zero: bool) -> list[RichProgressBar]:
-    """One bar on rank 0's terminal, none elsewhere: log files are not terminals."""
-    return [RichProgressBar(leave=True)] if is_rank_zero and sys.stdout.isatty() else []
 
 
 class BucketWarmUp(pl.Callback):

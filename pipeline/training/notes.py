@@ -1,13 +1,16 @@
-"""The conditions of a training in words: for who started it, before the first step, and for its W&B run."""
+"""A training in words: its conditions, for who started it and for its W&B run, and what came of it."""
 
+import json
 import sys
 
 from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.wire import gloo
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.training import BatchSplit, TrainConfig
-from pipeline.core.units import format_bandwidth
+from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
+from pipeline.report.page import write_run_report
 from pipeline.run.launch.ranks import lab_conditions
 from pipeline.training.setup import Setup
 from pipeline.training.world import World
@@ -71,3 +74,36 @@ def announce(setup: Setup, owed_bytes: int) -> None:
     )
     for warning in filter(None, (unvalidated, interleaved, misfit) if world.is_rank_zero else ()):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def conclude(setup: Setup, learnt: str, speed: str, quarantine: str) -> None:
+    """Print what a finished run has learnt, how fast, and what it sent; write its report. Rank 0 alone.
+
+    Args:
+        setup: What was settled before the first step.
+        learnt: Losses and accuracies in a sentence.
+        speed: Where the time went, in a sentence.
+        quarantine: A line on pictures that were replaced; empty if none were.
+    """
+    if not setup.world.is_rank_zero:
+        return
+    with setup.run.writing():
+        print(
+            f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
+            + (f"  learnt      {learnt}\n" if learnt else "")
+            + f"  the wire    {_wire(json.loads(setup.run.ledger.read_text()))}\n"
+            + f"{quarantine}  report      {write_run_report(setup.run.path)}",
+            flush=True,
+        )
+
+
+def _wire(ledger: LedgerJson) -> str:
+    """What all committed steps sent, and whether the ledger closed."""
+    measured = ledger["transport"]["measured_bytes_per_rank"]
+    sent = "not measured" if measured is None else f"{format_bytes(sum(measured))} sent in training by all ranks"
+    verdicts = {
+        True: "as predicted, to the byte: the ledger closed",
+        False: "not what was predicted: the ledger is not closed, see the report",
+        None: "so that the ledger has nothing to compare",
+    }
+    return f"{sent}, {verdicts[ledger['closed']]}"

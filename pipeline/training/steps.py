@@ -25,7 +25,6 @@ from pipeline.data.index import ShardIndex, open_split
 from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.data.shards.manifest import NoSplitError
 from pipeline.models import zoo
-from pipeline.report.page import write_run_report
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.preempt import StopRequest
@@ -37,8 +36,9 @@ from pipeline.training import resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.learner import Learner
-from pipeline.training.lightning import BucketWarmUp, make_trainer, progress_bars
-from pipeline.training.notes import announce, training_notes
+from pipeline.training.lightning import BucketWarmUp, make_trainer
+from pipeline.training.narrator import narrating
+from pipeline.training.notes import announce, conclude, training_notes
 from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.preflight import check_model
 from pipeline.training.same_run import facts_of, state_facts
@@ -341,11 +341,20 @@ def fit(setup: Setup) -> None:
     powersgd = make_powersgd(setup)
     ledger = make_ledger(setup, learner, begin_attempt(setup))
     announce(setup, ledger.gradient_bytes)
-    with run.writing(), make_tracker(setup) as tracker:
+    best = None if setup.start.section is None else setup.start.section.get("best_score")
+    telling = narrating(config.name, setup.plan, setup.start.step, best_top1=best, is_teller=world.is_rank_zero)
+    with run.writing(), make_tracker(setup) as tracker, telling as narrator:
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
         attempt = Attempt(
-            setup, learner, ledger=ledger, powersgd=powersgd, tracker=tracker, loader=loader, watchdog=watchdog
+            setup,
+            learner,
+            ledger=ledger,
+            powersgd=powersgd,
+            tracker=tracker,
+            loader=loader,
+            watchdog=watchdog,
+            narrator=narrator,
         )
         bad_samples = BadSamples(setup.shards.training, config.data.max_bad_fraction, run.quarantine)
         # The order matters. The watchdog watches the warm-up's collectives and is patient before a checkpoint is
@@ -353,7 +362,6 @@ def fit(setup: Setup) -> None:
         callbacks = [
             watchdog,
             BucketWarmUp(world, config.input.size),
-            *progress_bars(world.is_rank_zero),
             attempt,
             bad_samples,
         ]
@@ -361,7 +369,7 @@ def fit(setup: Setup) -> None:
         with attempt.recorded():
             trainer.fit(learner, loader, make_validation_loader(setup))
         tracker.summarize(attempt.summary())
-    _close(setup, attempt, bad_samples)
+    conclude(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence())
 
 
 def make_training_loader(setup: Setup) -> DataLoader[LoadedBatch]:
@@ -386,12 +394,3 @@ def make_validation_loader(setup: Setup) -> DataLoader[LoadedBatch] | None:
         return None
     reader = setup.world.reader(config.data.num_workers)
     return evaluation_loader(index, config.input, reader, batch_size=config.trainer.evaluation_batch_per_rank)
-
-
-def _close(setup: Setup, attempt: Attempt, bad_samples: BadSamples) -> None:
-    """The summary on stdout, and the report."""
-    if not setup.world.is_rank_zero:
-        return
-    done = f"{setup.config.name}: {setup.plan.num_steps} steps done. {attempt.sentence()}\n{bad_samples.sentence()}"
-    with setup.run.writing():
-        print(f"{done}  report      {write_run_report(setup.run.path)}", flush=True)

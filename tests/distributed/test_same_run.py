@@ -70,7 +70,7 @@ def test_weights_and_shards_are_compared_where_paths_may_differ(two_ranks: Pair,
         torch.save(saved["state_dict"], tmp_path / f"{name}.pt")
 
     def words(name: str) -> list[str]:
-        paths = [f"data.root={tmp_path / name}", f"checkpoint={tmp_path / name}.pt"]
+        paths = ["model=squeezenet1_1", f"data.root={tmp_path / name}", f"checkpoint={tmp_path / name}.pt"]
         return ["name=check", f"run_root={tmp_path}", "model.num_classes=1000", *paths, *EVALUATE]
 
     for rank in (ended := start_by_hand("evaluate", [words("here"), words("there")])):

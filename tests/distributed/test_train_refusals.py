@@ -90,7 +90,7 @@ def test_a_run_that_another_process_took_over_is_left_to_it(shards: Path, tmp_pa
     assert f"step={3:09d}.ckpt" in found and not (run_directory / "report.html").exists()
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_trouble_that_may_not_stop_a_run(devices: int, tmp_path: Path) -> None:
     """Two bad pictures within the budget, and a W&B server that is not there."""
     shards = write_shards(tmp_path / "shards", damaged=(17, 41))

@@ -24,6 +24,7 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training.attempt import Attempt
 from pipeline.training.learner import Learner, StepResult
+from pipeline.training.narrator import Narrator
 from pipeline.training.plan import make_plan
 from pipeline.training.setup import Setup, Start
 from pipeline.training.timing import TimedLoader
@@ -84,6 +85,7 @@ class Training:
             tracker=cast(Any, SimpleNamespace(log=lambda step, row: self.rows.append((step, dict(row))))),
             loader=TimedLoader(cast(Any, SimpleNamespace(num_workers=0))),
             watchdog=StepWatchdog(world, self.learner, 10.0),
+            narrator=Narrator("a", self.plan, step, best_top1=best, bar=None, has_lines=False),
         )
         self.attempt._sync_record = lambda: None  # type: ignore[method-assign]
         self.attempt._settle = self._settle  # type: ignore[method-assign]

@@ -82,6 +82,7 @@ def test_older_checkpoints_tell_their_input_among_their_settings(tmp_path: Path)
     assert load_trained(path, NOTHING).input == InputConfig().resized(56)
 
 
+@pytest.mark.not_quick
 def test_weights_of_others_name_no_model_and_it_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "theirs.pth"
     theirs = torchvision.models.squeezenet1_1(num_classes=7)
