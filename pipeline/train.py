@@ -51,6 +51,7 @@ def train_as(ranks: "RankInfo", config: TrainConfig, stop: "StopRequest") -> int
             start = steps.find_start(config, world, run, shards.training.index_hash, shards.training.classes)
             setup = steps.Setup(config, world, shards, plan, run, start)
             if setup.is_finished:
+                setup.refuse_without_effect()
                 world.say(f"{config.name} is finished: {start.step} of {plan.num_steps} steps are done. Nothing to do.")
             else:
                 steps.fit(setup)

@@ -7,12 +7,13 @@ python -m pipeline.COMMAND --cfg job         the composed configuration (as any 
 
 import contextlib
 import os
+import re
 import shlex
 import stat
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -284,15 +285,22 @@ def _run_hydra_application(
         # The ranks a command starts are given its command line: this job's part of it, without Hydra's own flags.
         sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
         secrets.refuse_values(OmegaConf.to_container(configuration, resolve=False))
-        container = OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
-        codes.append(int(body(build(schema, typing.cast(dict[str, Any], container))) or 0))
+        container = typing.cast(
+            dict[str, Any], OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
+        )
+        if "name" in container and (own := _of_job(swept, HydraConfig.get().overrides.task)):
+            container["name"] = f"{container['name']}/{own}"
+            sys.argv.append(f"name={literal(container['name'])}")  # the last one counts
+        codes.append(int(body(build(schema, container)) or 0))
 
     is_sweep = any(argument in ("--multirun", "-m") for argument in arguments)
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
+    typed = as_typed(overrides, schema, is_sweep=is_sweep)
+    swept = _swept_keys(typed) if is_sweep else frozenset[str]()
     sys.argv = [
         f"pipeline.{command}",
-        *as_typed(overrides, schema, is_sweep=is_sweep),
+        *typed,
         "hydra.run.dir=.",
         "hydra.sweep.dir=.",
         "hydra.sweep.subdir=.",
@@ -303,3 +311,24 @@ def _run_hydra_application(
     ]
     hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
     return next((code for code in codes if code), ExitCode.DONE)
+
+
+def _swept_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Return the keys that have several values under --multirun; none where the name is one of them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    keys: set[str] = set()
+    for override in overrides:
+        with contextlib.suppress(HydraException):  # Hydra itself will say so
+            if parser.parse_override(override).is_sweep_override():
+                keys.add(split_override(override)[0])
+    return frozenset() if "name" in keys else frozenset(keys)
+
+
+def _of_job(swept: Collection[str], overrides: Sequence[str]) -> str:
+    """Return what tells one job of a sweep from the others, as a part of a name: `recipe.lr=0.1,seed=2`."""
+    pairs = (split_override(override) for override in overrides)
+    own = ",".join(f"{key}={value}" for key, value in pairs if key in swept)
+    return re.sub(r"[^A-Za-z0-9_.+=@,-]+", "-", own.replace("'", "").replace('"', ""))

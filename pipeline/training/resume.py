@@ -10,11 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.training import TrainConfig
-from pipeline.core.errors import CheckpointError
+from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.trees import flat, plain
 from pipeline.run.checkpoint_files import SectionJson
 from pipeline.run.provenance import versions
 
+NO_PART_OF_THE_RESULT = (
+    "cluster.",
+    "tracking.",
+    "data.root",
+    "data.cache_",
+    "data.num_workers",
+    "data.fetch_",
+    "data.verify",
+)
 NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
 
 
@@ -69,6 +78,31 @@ def changes(config: TrainConfig, world_size: int, section: SectionJson, made_wit
     now = versions()
     packages = _differences(made_with, {name: now.get(name) for name in made_with})
     return [*fields, *ranks, *packages]
+
+
+def refuse_without_effect(config: TrainConfig, section: SectionJson) -> None:
+    """Refuse what a command changes of a finished run: nothing of it would have an effect.
+
+    Where it runs, how it is watched and where its shards lie may be anything.
+
+    Args:
+        config: Of the command.
+        section: Our part of the run's last checkpoint. What an older one does not tell is not compared.
+
+    Raises:
+        ConfigError: Something is changed.
+    """
+    now = free_fields(config)
+    saved = {
+        key: value
+        for key, value in (section.get("free_fields") or {}).items()
+        if key in now and not key.startswith(NO_PART_OF_THE_RESULT)
+    }
+    if different := _differences(saved, {key: now[key] for key in saved}):
+        raise ConfigError(
+            f"{config.name} is finished, and what the command changes would have no effect ({'; '.join(different)}):"
+            " give another name= for a new run, or raise trainer.max_steps or trainer.max_epochs to go on with it."
+        )
 
 
 def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:

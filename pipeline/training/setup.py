@@ -7,6 +7,7 @@ from pipeline.data.index import ShardIndex
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.training.plan import StepPlan
+from pipeline.training.resume import refuse_without_effect
 from pipeline.training.world import World
 
 
@@ -60,3 +61,12 @@ class Setup:
     def is_finished(self) -> bool:
         """Whether earlier attempts have committed all steps."""
         return self.start.step >= self.plan.num_steps
+
+    def refuse_without_effect(self) -> None:
+        """Refuse what the command changes of a finished run.
+
+        Raises:
+            ConfigError: something that would have made another run.
+        """
+        if self.start.section is not None:
+            refuse_without_effect(self.config, self.start.section)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: composition, nearest keys, exit codes."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.core.cli import compose, help_text
 from pipeline.core.errors import ConfigError
 from pipeline.core.help import field_docs
 from pipeline.core.typed import build
+from pipeline.run.directory import validate_name
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = ["name=x", "data.root=somewhere", "trainer.max_steps=1"]
@@ -167,3 +169,39 @@ def test_cfg_job_prints_the_configuration_and_leaves_nothing(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "max_steps: 1" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+SAY_WHAT_IS_RUN = """
+import shlex, sys
+from pipeline.config.training import TrainConfig
+from pipeline.core.cli import run_command
+
+def say(config):
+    print(config.name, config.recipe.lr, config.seed, shlex.join(sys.argv[1:]))
+
+run_command("train", TrainConfig, say)
+"""
+
+
+@pytest.mark.not_quick
+@pytest.mark.parametrize(
+    ("swept", "names"),
+    [
+        (("name=x", "recipe.lr=0.1,0.2", "seed=3"), ["x/recipe.lr=0.1", "x/recipe.lr=0.2"]),
+        (("name=x", "data.root=a b,~/c", "seed=1,2"), None),
+        (("name=x,y", "recipe.lr=0.1"), ["x", "y"]),
+        (("name=x", "recipe.lr=0.1"), ["x"]),
+    ],
+)
+def test_each_job_of_a_sweep_has_a_name_of_its_own(swept: tuple[str, ...], names: list[str] | None) -> None:
+    """The ranks are started with it too."""
+    line = [sys.executable, "-c", SAY_WHAT_IS_RUN, "data.root=r", "trainer.max_steps=1", *swept, "--multirun"]
+    answer = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    jobs = [shlex.split(text) for text in answer.stdout.splitlines() if not text.startswith("[")]
+    told = [job[0] for job in jobs]
+    assert told == names if names else len(set(told)) == 4, answer.stdout
+    for name, lr, seed, *overrides in jobs:
+        config = compose("train", TrainConfig, overrides)
+        assert (config.name, str(config.recipe.lr), str(config.seed)) == (name, lr, seed)
+        validate_name(name)

@@ -5,6 +5,7 @@ import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -287,6 +288,22 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
         "recipe.lr was 0.04 and is 0.5",
     }
     assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES).changes == ()
+
+
+def test_a_finished_run_takes_no_other_settings(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
+    """Where it runs and how it is watched may differ; what would have made another run is not swallowed."""
+    save(configure(tmp_path), opened, 4)
+
+    def again(*overrides: str) -> None:
+        config = configure(tmp_path, *overrides)
+        start = steps.find_start(config, world, opened, HASH, NAMES)
+        steps.Setup(config, world, cast(Any, None), cast(Any, None), opened, start).refuse_without_effect()
+
+    again()
+    again("cluster.num_threads=1", "tracking=disabled", "data.num_workers=3", "data.root=elsewhere")
+    for override in ("recipe.lr=0.5", "data.size=48", "trainer.max_steps=3", "data.augment.flip=false"):
+        with pytest.raises(ConfigError, match=rf"a is finished.*{override.partition('=')[0]} was .*another name="):
+            again(override)
 
 
 def test_other_packages_are_said(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
