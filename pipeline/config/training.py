@@ -5,7 +5,7 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
@@ -109,6 +109,28 @@ class RecipeConfig:
         require(0 <= self.label_smoothing < 1, f"recipe.label_smoothing={self.label_smoothing} must be in [0, 1).")
         require(self.grad_clip_norm >= 0, f"recipe.grad_clip_norm={self.grad_clip_norm} must not be negative.")
         require(0 <= self.ema_decay < 1, f"recipe.ema_decay={self.ema_decay} must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """The weights that a run begins with. A run that resumes goes on from its own."""
+
+    checkpoint: PathText | None = None
+    """A run, a checkpoint, a torchvision state dict or the Caffe .npz to begin from; null: drawn as the model says."""
+    head: str | None = None
+    """The layer that gives the classes: `keep` it, or draw a `new` one. Null: kept if it is of the same classes, as far
+    as names and numbers tell; else asked for."""
+    freeze: tuple[str, ...] = ()
+    """Modules that stay as they are, by name ([features], [features.3]), or [all_but_head]. Their gradients are neither
+    computed nor sent, and they compute as in evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.head is not None:
+            one_of("init.head", self.head, ("new", "keep"))
+        require(
+            self.checkpoint is not None or self.head is None,
+            f"init.head={self.head} is about weights to begin from: give init.checkpoint= too.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +313,7 @@ class TrainConfig:
     seed: int = 0
     data: DataConfig
     model: ModelConfig
+    init: InitConfig = field(default_factory=InitConfig)
     recipe: RecipeConfig
     batch: BatchConfig
     trainer: TrainerConfig

@@ -7,7 +7,7 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,8 +80,10 @@ class Learner(pl.LightningModule):
         compare_every_steps: ranks compare their weights after so many steps; 0: never.
         memory_format: memory layout of the activations.
         origin: context that labels the collectives inside it.
+        frozen: modules whose parameters are not trained; they compute as in evaluation.
     """
 
+    frozen: tuple[nn.Module, ...]
     average: AveragedModel | None
     """Exponential moving average of the weights; None without one (recipe.ema_decay=0)."""
 
@@ -100,6 +102,7 @@ class Learner(pl.LightningModule):
         compare_every_steps: int = 0,
         memory_format: torch.memory_format = torch.contiguous_format,
         origin: Origin = lambda _: nullcontext(),
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -128,6 +131,7 @@ class Learner(pl.LightningModule):
             average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
         # Past nn.Module's registry: DDP must not see a second set of weights.
         object.__setattr__(self, "average", average)
+        object.__setattr__(self, "frozen", tuple(frozen))  # of the model already
 
     @property
     def averaged_model(self) -> nn.Module:
@@ -159,6 +163,8 @@ class Learner(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this micro-step and set the learning rate of this step."""
         del batch, batch_idx
+        for module in self.frozen:  # Lightning puts the whole model into training at each start and after validations
+            module.eval()
         numbers = (self.seed, self.committed_steps, self._micro, self._rank)
         arithmetic.seed_generators(numbers, self.device)
         if self._micro == 0:

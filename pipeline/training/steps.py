@@ -24,7 +24,6 @@ from pipeline.data.batches import LoadedBatch
 from pipeline.data.index import ShardIndex, open_split
 from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.data.shards.manifest import NoSplitError
-from pipeline.models import zoo
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.preempt import StopRequest
@@ -35,6 +34,7 @@ from pipeline.run.record.wandb_variables import check_variables
 from pipeline.training import resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
+from pipeline.training.begin import make_model
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
@@ -234,7 +234,7 @@ def make_learner(setup: Setup) -> Learner:
     torch.manual_seed(config.seed)
 
     def make() -> Learner:
-        model = zoo.build(config.model.name, shards.num_classes, **config.model.metaparameters)
+        model, frozen = make_model(config, shards, world.say, is_fresh=start.content is None)
         learner = Learner(
             model,
             recipe=config.recipe,
@@ -248,6 +248,7 @@ def make_learner(setup: Setup) -> Learner:
             compare_every_steps=config.trainer.compare_weights_every_steps,
             memory_format=world.compute.memory_format,
             origin=world.exchanging,
+            frozen=frozen,
         )
         if start.content is not None and start.info is not None and start.section is not None:
             with checkpoints.taking("the weights or the optimiser's state", start.info.path):

@@ -53,6 +53,8 @@ class Trained:
     """The pictures it expects."""
     classes: tuple[str, ...] | None
     """Class names in the order of the outputs; None: the file does not tell."""
+    metaparameters: Mapping[str, object]
+    """What makes it a variant of the model."""
     origin: str
     """Where the weights come from, in words."""
     unwrapped: str = ""
@@ -181,6 +183,7 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
         num_outputs=num_outputs,
         input=seen,
         classes=None if classes is None else tuple(classes),
+        metaparameters=metaparameters,
         origin=f"{path} (step {section['step']})" if "step" in section else str(path),
         unwrapped=f" ({'; '.join(said)})" if said else "",
         differences=tuple(differences),
