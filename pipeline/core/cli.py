@@ -11,6 +11,7 @@ import re
 import shlex
 import stat
 import sys
+import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -298,18 +299,19 @@ def _run_hydra_application(
     flags = [argument for argument in arguments if "=" not in argument or argument.startswith("-")]
     typed = as_typed(overrides, schema, is_sweep=is_sweep)
     swept = _swept_keys(typed) if is_sweep else frozenset[str]()
-    sys.argv = [
-        f"pipeline.{command}",
-        *typed,
-        "hydra.run.dir=.",
-        "hydra.sweep.dir=.",
-        "hydra.sweep.subdir=.",
-        "hydra.output_subdir=null",
-        "hydra/job_logging=none",
-        "hydra/hydra_logging=none",
-        *flags,  # last: Hydra's parser takes overrides in one run only
-    ]
-    hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
+    with tempfile.TemporaryDirectory(prefix="sweep-") as sweep_directory:  # Hydra leaves a multirun.yaml there
+        sys.argv = [
+            f"pipeline.{command}",
+            *typed,
+            "hydra.run.dir=.",
+            f"hydra.sweep.dir={sweep_directory}",
+            "hydra.sweep.subdir=.",
+            "hydra.output_subdir=null",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+            *flags,  # last: Hydra's parser takes overrides in one run only
+        ]
+        hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
     return next((code for code in codes if code), ExitCode.DONE)
 
 

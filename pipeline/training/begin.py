@@ -8,10 +8,11 @@ from torch import nn
 
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import ConfigError
+from pipeline.core.files import sha256_of_file
 from pipeline.core.typed import nearest
 from pipeline.models import zoo
 from pipeline.training.setup import Shards
-from pipeline.training.trained import Trained, load_trained
+from pipeline.training.trained import Trained, find_checkpoint, load_trained
 
 ALL_BUT_HEAD = "all_but_head"
 
@@ -35,6 +36,12 @@ def make_model(
         for said in begin_from(config, model, shards.num_classes, shards.training.classes):
             say(f"{config.name} {said}.")
     return model, freeze(model, config.init.freeze)
+
+
+def sha256_of_beginning(config: TrainConfig) -> str | None:
+    """Return the hexadecimal SHA-256 of the weights that a new run begins with; None: they are drawn."""
+    path = config.init.checkpoint
+    return None if path is None else sha256_of_file(find_checkpoint(Path(path)))
 
 
 def head_of(model: nn.Module) -> str:

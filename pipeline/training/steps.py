@@ -34,7 +34,7 @@ from pipeline.run.record.wandb_variables import check_variables
 from pipeline.training import resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
-from pipeline.training.begin import make_model
+from pipeline.training.begin import make_model, sha256_of_beginning
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
@@ -264,7 +264,8 @@ def make_learner(setup: Setup) -> Learner:
         return learner
 
     learner = world.agree(make)
-    world.require_same_run(state_facts(learner.state_dict(), start.info.sha256 if start.info else None))
+    origin = start.info.sha256 if start.info else world.agree(lambda: sha256_of_beginning(config))
+    world.require_same_run(state_facts(learner.state_dict(), origin))
     return learner
 
 

@@ -193,11 +193,14 @@ run_command("train", TrainConfig, say)
         (("name=x", "recipe.lr=0.1"), ["x"]),
     ],
 )
-def test_each_job_of_a_sweep_has_a_name_of_its_own(swept: tuple[str, ...], names: list[str] | None) -> None:
-    """The ranks are started with it too."""
+def test_each_job_of_a_sweep_has_a_name_of_its_own(
+    swept: tuple[str, ...], names: list[str] | None, tmp_path: Path
+) -> None:
+    """The ranks are started with it too. Nothing is left in the folder."""
     line = [sys.executable, "-c", SAY_WHAT_IS_RUN, "data.root=r", "trainer.max_steps=1", *swept, "--multirun"]
-    answer = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
+    assert not list(tmp_path.iterdir())
     jobs = [shlex.split(text) for text in answer.stdout.splitlines() if not text.startswith("[")]
     told = [job[0] for job in jobs]
     assert told == names if names else len(set(told)) == 4, answer.stdout

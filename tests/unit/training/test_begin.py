@@ -78,12 +78,12 @@ def test_the_head_is_what_depends_on_the_classes(name: str) -> None:
 
 def test_modules_are_frozen_by_name_and_what_there_is_not_is_named() -> None:
     model = zoo.build("squeezenet1_1", 4)
-    assert freeze(model, ["features.0", "features.3"]) == [model.features[0], model.features[3]]
+    assert freeze(model, ["features.0", "features.3"]) == [model.get_submodule(f"features.{at}") for at in (0, 3)]
     assert {name.rpartition(".")[0] for name, value in model.named_parameters() if not value.requires_grad} >= {
         "features.0",
         "features.3.squeeze",
     }
-    with pytest.raises(ConfigError, match=r"no module 'featurs' with parameters. Did you mean 'features'"):
-        freeze(model, ["featurs"])
+    with pytest.raises(ConfigError, match=r"no module 'feature' with parameters. Did you mean 'features'"):
+        freeze(model, ["feature"])
     with pytest.raises(ConfigError, match=r"leaves nothing to train"):
         freeze(model, ["features", "classifier"])

@@ -69,7 +69,9 @@ def test_another_value_of_a_key_is_refused_or_said_to_be_harmless(command: str, 
 def test_what_may_differ_is_few_and_in_the_schema() -> None:
     keys = dict(leaf_hints(TrainConfig))
     assert same_run.MAY_DIFFER.keys() <= keys.keys()
-    assert {key for key, hint in keys.items() if is_path(hint)} == {"run_root", "data.root", "data.cache_dir"}
+    assert {key for key, hint in keys.items() if is_path(hint)} == {
+        *("run_root", "data.root", "data.cache_dir", "init.checkpoint")
+    }
 
 
 @pytest.mark.parametrize("name", same_run.VARIABLES)
