@@ -91,14 +91,16 @@ def conclude(setup: Setup, learnt: str, speed: str, quarantine: str) -> None:
         print(
             f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
             + (f"  learnt      {learnt}\n" if learnt else "")
-            + f"  the wire    {_wire(json.loads(setup.run.ledger.read_text()))}\n"
+            + f"  the wire    {_wire(setup.world.size, json.loads(setup.run.ledger.read_text()))}\n"
             + f"{quarantine}  report      {write_run_report(setup.run.path)}",
             flush=True,
         )
 
 
-def _wire(ledger: LedgerJson) -> str:
+def _wire(world_size: int, ledger: LedgerJson) -> str:
     """What all committed steps sent, and whether the ledger closed."""
+    if world_size == 1:
+        return "nothing was sent: one rank has its gradients to itself"
     measured = ledger["transport"]["measured_bytes_per_rank"]
     sent = "not measured" if measured is None else f"{format_bytes(sum(measured))} sent in training by all ranks"
     verdicts = {
