@@ -40,7 +40,7 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss or a gradient is NaN or infinite; or the gradient stays exactly 0, and nothing is learnt any more."""
 
     exit_code = ExitCode.NON_FINITE
 

@@ -1,11 +1,11 @@
-"""SqueezeNet is known to stick at loss = ln(classes). This notices, and says what to do."""
+"""SqueezeNet is known to stick at loss = ln(classes), and to die there. This notices, and says what to do."""
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+NUM_DEAD_STEPS = 40
+LEARNT_BY_HEART = 1e-3
+"""Nats. Below this loss a gradient may round to 0."""
 
 
 class PlateauDetector:
@@ -31,13 +31,12 @@ class PlateauDetector:
         self._losses: deque[float] = deque(maxlen=window)
         self._has_spoken = False
 
-    def update(self, step: int, mean_loss: float, live_share: float | None = None) -> str | None:
+    def update(self, step: int, mean_loss: float) -> str | None:
         """Return the advice, or None while there is nothing to say.
 
         Args:
             step: optimiser steps done so far, this one included.
             mean_loss: training loss of this step, in nats, averaged over all ranks.
-            live_share: what `live_conv10_share` says of this step's logits, if somebody looked.
         """
         self._losses.append(mean_loss)
         window = self._losses.maxlen
@@ -51,20 +50,14 @@ class PlateauDetector:
         if self._has_spoken:
             return None
         self._has_spoken = True
-        return self._advice(step, mean, live_share)
+        return self._advice(step, mean)
 
-    def _advice(self, step: int, mean: float, live_share: float | None) -> str:
+    def _advice(self, step: int, mean: float) -> str:
         found = (
             f"Stuck at step {step}: the mean loss of the last {len(self._losses)} steps is {mean:.4f}, and"
             f" ln({self._num_classes}) = {self.uninformed_loss:.4f} is what a network gets that tells no class from"
             " another."
         )
-        if live_share == 0.0:
-            return (
-                f"{found} Every output of conv10 is negative, so its ReLU makes every gradient exactly 0 and this run"
-                " cannot recover: start again with model.metaparameters.final_relu=false, or with a lower recipe.lr and"
-                " a longer recipe.warmup_steps."
-            )
         return (
             f"{found} Try, in this order: a lower recipe.lr, a longer recipe.warmup_steps,"
             " model.metaparameters.final_relu=false, another seed; and check that initialisation and input belong"
@@ -72,10 +65,30 @@ class PlateauDetector:
         )
 
 
-def live_conv10_share(logits_BK: "Tensor") -> float:
-    """Return the share of the K classes whose logit is above 0 for at least one of the B pictures.
+class DeadNetworkDetector:
+    """Watches for a gradient of exactly 0 at a loss that is not: a state that training cannot leave.
 
-    Behind conv10's ReLU a logit of 0 means that the whole map of that class is negative and passes no gradient. 0.0: no
-    class does, the state that training cannot leave.
+    SqueezeNet gets there when every output of conv10 is negative, so that its ReLU passes no gradient. A network that
+    has learnt its pictures by heart has no gradient either, and no loss.
     """
-    return (logits_BK > 0).any(dim=0).float().mean().item()
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+
+    def update(self, step: int, mean_loss: float, grad_norm: float) -> str | None:
+        """Return the verdict, after NUM_DEAD_STEPS such steps in a row, or None.
+
+        Args:
+            step: Optimiser steps done so far, this one included.
+            mean_loss: Training loss of this step in nats, averaged over all ranks.
+            grad_norm: Norm of its reduced gradient.
+        """
+        self._num_steps = self._num_steps + 1 if grad_norm == 0 and mean_loss > LEARNT_BY_HEART else 0
+        if self._num_steps < NUM_DEAD_STEPS:
+            return None
+        return (
+            f"Step {step}: the gradient has been exactly 0 for {NUM_DEAD_STEPS} steps at a loss of {mean_loss:.4f}, so"
+            " that this network cannot learn any more: every ReLU before the classes is off. Start again under another"
+            " name= with model.metaparameters.final_relu=false (SqueezeNet), a lower recipe.lr, or a longer"
+            " recipe.warmup_steps."
+        )

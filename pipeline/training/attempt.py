@@ -17,10 +17,10 @@ import pytorch_lightning as pl
 from pipeline.comm.ledger.document import Conditions
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.powersgd import PowerSGD
-from pipeline.core.errors import CheckpointError, DriftError, Preempted
+from pipeline.core.errors import CheckpointError, DriftError, NonFiniteError, Preempted
 from pipeline.core.files import write_json_atomic
 from pipeline.core.trees import plain
-from pipeline.models.plateau import PlateauDetector
+from pipeline.models.plateau import DeadNetworkDetector, PlateauDetector
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
 from pipeline.training import drift, resume, same_run
@@ -74,6 +74,7 @@ class Attempt(pl.Callback):
         self.plateau = PlateauDetector(
             setup.shards.num_classes, after_steps=max(200, 2 * self.config.recipe.warmup_steps)
         )
+        self.dead = DeadNetworkDetector()
         self.shards_hash = setup.shards.training.index_hash
         self.classes = setup.shards.training.classes
         section = setup.start.section
@@ -94,6 +95,7 @@ class Attempt(pl.Callback):
 
         Raises:
             DriftError: the ranks' weights are not the same.
+            NonFiniteError: the gradient stays 0.
             Preempted: asked to leave.
         """
         if result.drifted:
@@ -102,6 +104,8 @@ class Attempt(pl.Callback):
         if warning := self.plateau.update(step, result.loss):
             print(f"warning: {warning}", file=sys.stderr)
         self._pending = (step, row)
+        if verdict := self.dead.update(step, result.loss, result.grad_norm):
+            raise NonFiniteError(verdict)
         if not self.plan.validation_due(step):  # else the row waits for its results, and the save for the score
             self._write_pending()
             self._save_if_due(step, None)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.models.plateau import PlateauDetector, live_conv10_share
+from pipeline.models import zoo
+from pipeline.models.plateau import NUM_DEAD_STEPS, DeadNetworkDetector, PlateauDetector
 
 
 def sentences(detector: PlateauDetector, losses: Iterable[float], first_step: int = 1) -> list[tuple[int, str]]:
@@ -68,15 +68,36 @@ def test_the_advice_names_what_to_change() -> None:
         assert remedy in sentence
 
 
-def test_dead_conv10_is_told_apart() -> None:
-    detector = PlateauDetector(10, window=1, after_steps=0)
-    sentence = detector.update(9, math.log(10), live_share=0.0)
-    assert sentence is not None and "cannot recover" in sentence
+def verdicts(steps: Iterable[tuple[float, float]]) -> list[int]:
+    """Steps at which (loss, gradient's norm) of each is called dead."""
+    detector = DeadNetworkDetector()
+    return [step for step, (loss, norm) in enumerate(steps, 1) if detector.update(step, loss, norm)]
 
 
-@pytest.mark.parametrize(
-    ("logits", "share"),
-    [([[0.0, 0.0], [0.0, 0.0]], 0.0), ([[0.0, 1.0], [0.0, 0.0]], 0.5), ([[0.1, 0.0], [0.0, 2.0]], 1.0)],
-)
-def test_live_share_counts_classes_that_any_picture_wakes(logits: list[list[float]], share: float) -> None:
-    assert live_conv10_share(torch.tensor(logits)) == share
+def test_a_gradient_that_stays_0_is_the_end() -> None:
+    ln = math.log(10)
+    alive, dead = [(ln, 0.3)] * 77, [(ln, 0.0)] * NUM_DEAD_STEPS
+    assert verdicts([*alive, *dead]) == [77 + NUM_DEAD_STEPS]
+    assert verdicts([*dead[1:], (ln, 1e-30), *dead[1:]]) == []
+
+
+def test_what_is_learnt_by_heart_has_no_gradient_either() -> None:
+    assert verdicts([(0.0, 0.0)] * 200) == []
+
+
+def test_every_relu_off_is_such_an_end() -> None:
+    """SqueezeNet with all of conv10's outputs negative: real gradients, and nothing that training could change."""
+    model = zoo.build("squeezenet1_1", 10)
+    with torch.no_grad():
+        model.get_parameter("classifier.1.bias").fill_(-100.0)
+    detector, optimizer = DeadNetworkDetector(), torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+    images_BCHW, labels_B = torch.randn(4, 3, 32, 32), torch.arange(4)
+    said = None
+    for step in range(1, NUM_DEAD_STEPS + 1):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images_BCHW), labels_B)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        said = detector.update(step, loss.item(), norm.item())
+        optimizer.step()
+    assert said is not None and "final_relu=false" in said

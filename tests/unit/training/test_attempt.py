@@ -19,7 +19,8 @@ from pipeline.comm.timeline import Timeline
 from pipeline.config.training import TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute
-from pipeline.core.errors import Preempted
+from pipeline.core.errors import NonFiniteError, Preempted
+from pipeline.models.plateau import NUM_DEAD_STEPS
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training.attempt import Attempt
@@ -183,3 +184,13 @@ def test_what_the_attempt_was_like_is_said_in_words() -> None:
     attempt.clock.wait_seconds.clear()
     attempt.clock.wait_seconds.append(0.0)
     assert "keeps up" in attempt.sentence()
+
+
+def test_a_dead_network_ends_the_run() -> None:
+    """After so many steps with a gradient of 0; what was done before stands."""
+    training = Training(num_steps=90, validate=0, save=0)
+    with pytest.raises(NonFiniteError, match=rf"Step {NUM_DEAD_STEPS + 5}: .*cannot learn any more"):
+        for step in range(1, 91):
+            norm = 1.0 if step <= 5 else 0.0
+            training.attempt.step_done(StepResult(step, loss=2.3, top1=0.1, lr=0.1, grad_norm=norm))
+    assert [step for step, _ in training.rows] == list(range(1, NUM_DEAD_STEPS + 5))
