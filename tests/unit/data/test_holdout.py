@@ -71,9 +71,9 @@ def test_what_cannot_be_held_out_is_refused() -> None:
     both = PictureSource("folders", ("a",), {"train": alone.splits["train"], "val": ()}, alone.read)
     with pytest.raises(DataError, match=r"this one has train, val: leave val_fraction= out"):
         hold_out(both, 0.5, 0)
-    for keys in ({"val_fraction": 1.0}, {"val_fraction": 0.1, "split": "train"}):
+    for fraction, split in ((1.0, None), (0.1, "train")):
         with pytest.raises(ConfigError, match=r"val_fraction="):
-            PrepareConfig(source="x", out="y", **keys)
+            PrepareConfig(source="x", out="y", val_fraction=fraction, split=split)
 
 
 def test_one_folder_becomes_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,8 +81,13 @@ def test_one_folder_becomes_two_splits(tmp_path: Path, capsys: pytest.CaptureFix
     files = pictures({"cat": 8, "dog": 6})
     files["dog/copy.jpg"] = files["dog/0000.jpg"]
     source = write_files(tmp_path / "animals", files)
-    keys = {"source": str(source), "out": str(tmp_path / "out"), "num_workers": 1}
-    prepare_shards(PrepareConfig(**keys, val_fraction=0.25))
+
+    def prepare(fraction: float) -> None:
+        prepare_shards(
+            PrepareConfig(source=str(source), out=str(tmp_path / "out"), num_workers=1, val_fraction=fraction)
+        )
+
+    prepare(0.25)
     said = capsys.readouterr().out
     assert "pictures are held out as the split 'val'. 1 have the bytes of another one" in said
     manifest = Manifest.load(tmp_path / "out")
@@ -92,7 +97,7 @@ def test_one_folder_becomes_two_splits(tmp_path: Path, capsys: pytest.CaptureFix
     )
     samples = {split: {sample.jpeg for sample in stored_samples(tmp_path / "out", split)} for split in manifest.splits}
     assert not samples["train"] & samples["val"]
-    prepare_shards(PrepareConfig(**keys, val_fraction=0.25))
+    prepare(0.25)
     assert capsys.readouterr().out.startswith("Finished already: train, val")
     with pytest.raises(DataError, match=r"made otherwise: .*val_fraction"):
-        prepare_shards(PrepareConfig(**keys, val_fraction=0.5))
+        prepare(0.5)
