@@ -49,6 +49,7 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
     with join_group(ranks, choose, config.cluster, facts=facts) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
         trained = world.agree(lambda: load_trained(Path(config.checkpoint), config.model, size=config.data.size))
+        world.agree(lambda: scoring.check_batch(config, trained, ranks.local_world_size))
         label_of_class = world.agree(lambda: scoring.match_outputs(trained, index))
         world.require_same_run(scoring.facts_of_content(trained, index, label_of_class))
         for difference in trained.differences:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.config.data import DataConfig
-from pipeline.config.model import InputConfig, ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.config.training import ClusterConfig, TrainerConfig
 from pipeline.core.typed import PathText, one_of, require
 
@@ -37,11 +37,6 @@ class EvaluateConfig:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))
         require(self.batch_per_rank > 0, f"batch_per_rank={self.batch_per_rank} must be positive.")
         require(self.data.root is not None, "data.root is not set: give the directory that holds the shards.")
-
-    @property
-    def input(self) -> InputConfig:
-        """The model's input at the crop side used here."""
-        return self.model.input.resized(self.data.size)
 
     @property
     def trainer(self) -> TrainerConfig:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -156,6 +157,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     """Return a bool, int, float or str; an int is taken as a float, a bool is no number."""
     if hint is float and is_whole(value):
+        require(abs(value) <= sys.float_info.max, f"{key} has more digits than a number to compute with may have.")
         return float(value)
     require(
         hint is not str or not isinstance(value, int | float),

@@ -101,7 +101,7 @@ def bits_per_second(rate: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]*)", rate.strip().lower())
     unit = match[2] if match else ""
-    if match is None or (unit and unit not in UNITS) or float(match[1]) * UNITS.get(unit, 1) < 1:
+    if match is None or (unit and unit not in UNITS) or not 1 <= float(match[1]) * UNITS.get(unit, 1) < math.inf:
         hint = ": tc takes that for bytes per second" if unit.endswith("bps") else ""
         raise ConfigError(f"bandwidth={rate} is not a rate such as 1gbit, 100mbit or 2.5gbit{hint}.")
     return round(float(match[1]) * UNITS.get(unit, 1))

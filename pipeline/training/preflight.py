@@ -52,11 +52,9 @@ def check_evaluation(config: EvaluateConfig, split: str) -> None:
     """Raise the user error that every rank of this evaluation would raise.
 
     Raises:
-        ConfigError: the model, its metaparameters, or pictures that it cannot take or that fit into no memory.
+        ConfigError: the model or its metaparameters. What its pictures are, the weights say.
         DataError: no shards at data.root, or not the split.
     """
-    side = max(config.input.size, config.input.resize_side)
-    check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=config.cluster.devices)
     if config.model.name:  # else the checkpoint says which it is
         zoo.check(config.model.name, config.model.metaparameters)
     check_root(config.data, split)

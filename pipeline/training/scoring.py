@@ -14,6 +14,7 @@ from pipeline.data.quarantine import NUM_BAD_SHOWN, BadSample
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
 from pipeline.run.directory import RunDirectory
+from pipeline.run.launch.limits import check_pictures
 from pipeline.training.drift import checksums
 from pipeline.training.trained import Trained
 from pipeline.training.world import World
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 
 NUM_NAMES_SHOWN = 10
+
+
+def check_batch(config: "EvaluateConfig", trained: Trained, local_world_size: int) -> None:
+    """Raise `ConfigError` for more pictures at once than the ranks of a machine can hold, at the size they are fed."""
+    side = max(trained.input.size, trained.input.resize_side)
+    check_pictures("batch_per_rank", config.batch_per_rank, side, num_ranks=local_world_size)
 
 
 def match_outputs(trained: Trained, index: ShardIndex) -> tuple[int, ...] | None:

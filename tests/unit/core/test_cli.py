@@ -51,6 +51,7 @@ def test_a_wrong_key_or_choice_names_the_nearest(override: str, nearest: str) ->
         ("data.augment.scale=[nan,1]", "scale[0]=nan is no number"),
         (f"recipe.lr={'9' * 5000}", "9'... cannot be read: give a number"),
         ("trainer.max_epochs=1e999", "max_epochs=inf is no number"),
+        (f"recipe.lr={'9' * 400}", "recipe.lr has more digits than a number"),
     ],
 )
 def test_what_is_no_number_is_none(override: str, said: str) -> None:

@@ -11,6 +11,7 @@ import torchvision
 from PIL import Image
 
 from pipeline import load_model
+from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.registry import preset_input
@@ -21,6 +22,7 @@ from pipeline.models import zoo
 from pipeline.models.normalizer import Normalizer
 from pipeline.run.checkpoint import SECTION, AtomicCheckpointIO
 from pipeline.training import prediction
+from pipeline.training.scoring import check_batch
 from pipeline.training.trained import load_trained
 
 CLASSES = ("ant", "bee", "cat")
@@ -74,6 +76,13 @@ def test_a_checkpoint_says_all_that_is_needed(checkpoint: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"squeezenet1_1 cannot take pictures of 8 x 8 .* data\.size to 17"):
         load_trained(checkpoint, NOTHING, size=8)
+
+
+def test_what_fits_into_memory_depends_on_the_size_that_is_fed(checkpoint: Path) -> None:
+    keys = [f"checkpoint={checkpoint}", "data.root=r", "batch_per_rank=1000000000"]
+    config = compose("evaluate", EvaluateConfig, keys)
+    with pytest.raises(ConfigError, match=r"batch_per_rank=1000000000 pictures of 48 x 48 pixels"):
+        check_batch(config, load_trained(checkpoint, NOTHING), 1)
 
 
 def test_older_checkpoints_tell_their_input_among_their_settings(tmp_path: Path) -> None:
