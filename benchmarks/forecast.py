@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
-from pipeline.report.runs import is_run
+from pipeline.reporting.runs import is_run
 
 MODELS = {"squeezenet1_0": 40, "resnet18": 30, "alexnet": 8}  # steps of a run
 FITTED_BANDWIDTH = "1gbit"

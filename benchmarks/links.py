@@ -138,7 +138,7 @@ def print_table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
 def draw(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Step time by model: a rank alone, and on two servers by link, with the share of its speed that a rank keeps."""
     from pipeline.core.units import format_bandwidth, format_seconds
-    from pipeline.report import figures
+    from pipeline.reporting import figures
 
     marks = {None: ("o", figures.GREY), "1gbit": ("s", figures.BLUE), "100mbit": ("D", figures.ORANGE)}
 

@@ -22,10 +22,10 @@ def compare(config: CompareConfig) -> int:
 
     from pipeline.comparison import candidates, measure, tracking
     from pipeline.comparison.result import compare_outcomes, write_files
-    from pipeline.report.comparison_tables import terminal_table
-    from pipeline.report.page import write_comparison_report
-    from pipeline.report.runs import read_run
-    from pipeline.report.sections import comparison_sentence
+    from pipeline.reporting.comparison_tables import terminal_table
+    from pipeline.reporting.page import write_comparison_report
+    from pipeline.reporting.runs import read_run
+    from pipeline.reporting.sections import comparison_sentence
 
     if config.runs:
         outcomes = measure.read_outcomes(config)

@@ -15,7 +15,7 @@ from pipeline.core.errors import ExitCode
 def dashboard(config: DashboardConfig) -> int:
     """Write both specifications; publish them if asked. Returns the exit code."""
     from pipeline.core.files import write_json_atomic
-    from pipeline.report import wandb_pages
+    from pipeline.reporting import wandb_pages
     from pipeline.run.directory import validate_name
 
     validate_name(config.name)

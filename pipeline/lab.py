@@ -26,7 +26,7 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
     from rich.console import Console
 
     from pipeline.core.files import write_json_atomic
-    from pipeline.report.tables import lab_table
+    from pipeline.reporting.tables import lab_table
     from pipeline.run.directory import validate_name
     from pipeline.run.lab.cluster import Layout, open_lab
     from pipeline.run.launch.limits import check_count

@@ -18,8 +18,8 @@ def plan(config: PlanConfig) -> int:
 
     from pipeline.forecasting.grid import forecast
     from pipeline.forecasting.source import read_source
-    from pipeline.report.forecast import forecast_sentences, forecast_table, write_forecast
-    from pipeline.report.runs import read_run
+    from pipeline.reporting.forecast import forecast_sentences, forecast_table, write_forecast
+    from pipeline.reporting.runs import read_run
 
     compute = [read_run(Path(directory)) for directory in config.compute_runs]
     runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]

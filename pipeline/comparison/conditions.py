@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.comparison import ConditionJson
-from pipeline.report.runs import RunRecord
+from pipeline.reporting.runs import RunRecord
 
 Conditions = dict[str, ConditionJson | None]
 """Conditions by their names in words; None: the run did not record it."""

@@ -23,7 +23,7 @@ from pipeline.core.progress import progress_bar
 from pipeline.core.typed import require
 from pipeline.models import zoo
 from pipeline.models.facts import model_facts
-from pipeline.report.runs import RunRecord, read_run
+from pipeline.reporting.runs import RunRecord, read_run
 from pipeline.run.memory import available_memory, refusal
 
 LONGEST_REASON = 300  # characters of a run's last words

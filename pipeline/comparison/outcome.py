@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.core.errors import ExitCode, LedgerError
 from pipeline.models.facts import ModelFacts
-from pipeline.report.runs import RunRecord
+from pipeline.reporting.runs import RunRecord
 
 
 @dataclass(frozen=True)

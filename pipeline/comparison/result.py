@@ -82,8 +82,8 @@ def _base(outcomes: Sequence[Outcome], model: str) -> Outcome:
 
 def write_files(result: ComparisonJson, directory: Path) -> None:
     """Write comparison.json and .csv, and each figure as .png and .svg; of figures not drawn now, none is left."""
-    from pipeline.report import comparison_figures, figures
-    from pipeline.report.comparison_tables import comparison_csv
+    from pipeline.reporting import comparison_figures, figures
+    from pipeline.reporting.comparison_tables import comparison_csv
 
     directory.mkdir(parents=True, exist_ok=True)
     write_json_atomic(directory / "comparison.json", result)

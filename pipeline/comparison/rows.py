@@ -13,7 +13,7 @@ from pipeline.core.missing import Missing, known, to_json
 from pipeline.core.schemas.comparison import ModelRowJson
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts
-from pipeline.report.runs import RunRecord
+from pipeline.reporting.runs import RunRecord
 
 T = TypeVar("T")
 Draft = dict[str, object]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.training import CompareTrackingConfig
 from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson, ModelRowJson
-from pipeline.report.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
+from pipeline.reporting.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
 from pipeline.run.record.tracking import kept_id
 from pipeline.run.record.wandb_mirror import WandbMirror
 from pipeline.run.record.wandb_variables import mode_here

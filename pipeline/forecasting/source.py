@@ -10,7 +10,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.ledger import CallJson, LedgerJson
 from pipeline.core.typed import require
 from pipeline.core.units import bits_per_second
-from pipeline.report.runs import RunRecord
+from pipeline.reporting.runs import RunRecord
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
-from pipeline.report.page import write_run_report
+from pipeline.reporting.page import write_run_report
 from pipeline.run.launch.ranks import lab_conditions
 from pipeline.training.setup import Setup
 from pipeline.training.world import World

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.comm.wire import gloo
-from pipeline.report import dashboards
+from pipeline.reporting import dashboards
 from tests.commands import TIMES, rows, train_recorded
 from tests.making.pairs import PAIR_OPTIONS, Pair
 from tests.making.shards import CLASSES, NUM_VALIDATION

@@ -22,8 +22,8 @@ from pipeline.core.cli import compose, compose_container
 from pipeline.core.errors import ExitCode
 from pipeline.core.trees import plain
 from pipeline.core.typed import build
-from pipeline.report import sections
-from pipeline.report.runs import read_run
+from pipeline.reporting import sections
+from pipeline.reporting.runs import read_run
 from tests.fuzzing.damage import TEXTS, damage_bytes, damage_tree, odd_value
 from tests.fuzzing.pool import Target, WrongResultError
 from tests.making.runs import handmade_run

@@ -23,7 +23,7 @@ from pipeline.core.overrides import as_typed
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
-from pipeline.report.runs import read_run
+from pipeline.reporting.runs import read_run
 from tests.json_shape import mismatches
 from tests.making.runs import MakeRun
 

@@ -18,7 +18,7 @@ from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.missing import Missing
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.models.facts import model_facts
-from pipeline.report.comparison_tables import comparison_tables
+from pipeline.reporting.comparison_tables import comparison_tables
 from tests.making.runs import MakeRun, timed_run
 
 SQUEEZENET_BYTES, ALEXNET_BYTES = 4_993_696, 244_403_360

@@ -23,7 +23,7 @@ from pipeline.forecasting.grid import (
     step_on,
 )
 from pipeline.forecasting.source import Source, read_source
-from pipeline.report.runs import read_run
+from pipeline.reporting.runs import read_run
 from tests.json_shape import mismatches
 from tests.making.runs import handmade_run, timed_run
 

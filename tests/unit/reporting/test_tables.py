@@ -8,8 +8,8 @@ from rich.console import Console
 
 from pipeline.core.schemas.comparison import ModelRowJson
 from pipeline.core.schemas.ledger import LedgerJson
-from pipeline.report.comparison_tables import comparison_csv, comparison_tables, terminal_table
-from pipeline.report.tables import collectives_table
+from pipeline.reporting.comparison_tables import comparison_csv, comparison_tables, terminal_table
+from pipeline.reporting.tables import collectives_table
 from tests.making.runs import handmade_comparison, handmade_row, handmade_run
 
 ROW = handmade_row(

@@ -17,7 +17,7 @@ from pipeline.core.units import (
     format_seconds,
     format_times,
 )
-from pipeline.report.tables import Column, Table, make_table
+from pipeline.reporting.tables import Column, Table, make_table
 
 OPEN, UNMEASURED = "*", "?"
 """After the name of a row whose ledger does not close, or was not measured."""

@@ -15,8 +15,8 @@ from pipeline.core.files import write_bytes_atomic
 from pipeline.core.schemas.comparison import ModelRowJson
 from pipeline.core.schemas.ledger import LayerJson
 from pipeline.core.units import format_bytes, format_percent, format_times
-from pipeline.report.comparison_tables import is_baseline, row_label
-from pipeline.report.runs import RunRecord
+from pipeline.reporting.comparison_tables import is_baseline, row_label
+from pipeline.reporting.runs import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

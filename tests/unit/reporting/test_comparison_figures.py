@@ -3,8 +3,8 @@
 import xml.etree.ElementTree as ElementTree
 
 from pipeline.core.schemas.comparison import ModelLayerJson, ModelRowJson
-from pipeline.report import comparison_figures, figures
-from pipeline.report.comparison_figures import Layered, Rated, best_models, draw_all, layers_label
+from pipeline.reporting import comparison_figures, figures
+from pipeline.reporting.comparison_figures import Layered, Rated, best_models, draw_all, layers_label
 from tests.making.runs import handmade_comparison, handmade_row
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import DataError
-from pipeline.report.runs import read_run
+from pipeline.reporting.runs import read_run
 from tests.making.runs import MakeRun
 
 

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.report import dashboards
-from pipeline.report.dashboards import Bars, Lines, Panel, Points, Section
+from pipeline.reporting import dashboards
+from pipeline.reporting.dashboards import Bars, Lines, Panel, Points, Section
 
 with warnings.catch_warnings():
     # 2026-11: wandb-workspaces 0.4 declares its models with validators that pydantic calls deprecated.

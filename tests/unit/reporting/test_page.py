@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.core.errors import DataError
 from pipeline.core.schemas.comparison import ComparisonJson
-from pipeline.report.page import write_comparison_report, write_run_report
-from pipeline.report.runs import read_run
+from pipeline.reporting.page import write_comparison_report, write_run_report
+from pipeline.reporting.runs import read_run
 from tests.making.runs import MakeRun, handmade_comparison, handmade_row
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

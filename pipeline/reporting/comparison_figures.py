@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.schemas.comparison import ComparisonJson, ModelLayerJson, ModelRowJson
 from pipeline.core.units import format_bytes, format_percent, format_rate, format_seconds
-from pipeline.report.comparison_tables import row_label
-from pipeline.report.figures import (
+from pipeline.reporting.comparison_tables import row_label
+from pipeline.reporting.figures import (
     BLUE,
     GREY,
     INK,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import dashboards, wandb_pages
+from pipeline.reporting import dashboards, wandb_pages
 
 # design.md, "Names of metrics".
 METRICS = (

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.schemas.ledger import LayerJson
-from pipeline.report import figures
-from pipeline.report.runs import read_run
+from pipeline.reporting import figures
+from pipeline.reporting.runs import read_run
 from tests.making.runs import MakeRun, handmade_row
 
 ROWS = [

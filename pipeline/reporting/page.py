@@ -9,10 +9,10 @@ from typing import cast
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_text_atomic
 from pipeline.core.schemas.comparison import ComparisonJson
-from pipeline.report import comparison_figures
-from pipeline.report.comparison_tables import comparison_tables, sources
-from pipeline.report.runs import RunRecord, is_run, read_run
-from pipeline.report.sections import (
+from pipeline.reporting import comparison_figures
+from pipeline.reporting.comparison_tables import comparison_tables, sources
+from pipeline.reporting.runs import RunRecord, is_run, read_run
+from pipeline.reporting.sections import (
     Fact,
     ForecastView,
     LearningView,
@@ -30,7 +30,7 @@ from pipeline.report.sections import (
     run_sentence,
     svg_figure,
 )
-from pipeline.report.tables import Table
+from pipeline.reporting.tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 

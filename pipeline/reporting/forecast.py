@@ -18,10 +18,10 @@ from pipeline.core.units import (
     format_rate,
     format_seconds,
 )
-from pipeline.report import figures
-from pipeline.report.page import Page, render
-from pipeline.report.sections import Fact, ForecastView, not_measured, svg_figure
-from pipeline.report.tables import Column, Row, Table, make_table
+from pipeline.reporting import figures
+from pipeline.reporting.page import Page, render
+from pipeline.reporting.sections import Fact, ForecastView, not_measured, svg_figure
+from pipeline.reporting.tables import Column, Row, Table, make_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

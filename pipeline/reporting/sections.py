@@ -17,9 +17,9 @@ from pipeline.core.units import (
     format_seconds,
     format_times,
 )
-from pipeline.report import figures
-from pipeline.report.runs import RunRecord
-from pipeline.report.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
+from pipeline.reporting import figures
+from pipeline.reporting.runs import RunRecord
+from pipeline.reporting.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
