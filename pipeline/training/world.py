@@ -280,6 +280,11 @@ def join_group(
             raise
         if stop is not None and stop.asked:
             raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
+        if stop is not None and stop.was_just_resumed():
+            raise Preempted(
+                f"Rank {ranks.rank} was suspended for longer than the ranks wait for one another ({_gist(error)})."
+                " The same command goes on from the last checkpoint."
+            ) from error
         where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
         raise PeerLost(
             f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"

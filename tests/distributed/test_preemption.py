@@ -52,6 +52,29 @@ def test_every_process_of_three_ranks_is_told_again_and_again(three_ranks: Path,
     assert_same(Pair(tmp_path, 3))
 
 
+def test_suspended_and_resumed_it_goes_on_or_stops_to_go_on(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
+    """The launcher alone, its ranks alone, both: at the start, in a step, in a save, with a signal that waits.
+
+    Then the ranks for longer than they wait for one another.
+    """
+    take_unbroken(tmp_path, two_ranks.root)
+    goes_on = (
+        "0 start SIGSTOP supervisor; 1 step1.0 SIGSTOP ranks; 0 step2.0 SIGSTOP supervisor; 0 step2.0 SIGSTOP ranks; "
+        "0 save3 SIGSTOP supervisor; 0 save3 SIGSTOP ranks"
+    )
+    stops = "0 step6.0 SIGSTOP supervisor; 0 step6.0 SIGTERM supervisor; 0 step6.0 SIGSTOP ranks"
+    environment = {"SUSPEND_SECONDS": "2.5", "SIGNAL_AT": f"{goes_on}; {stops}"}
+    ended = train_recorded(tmp_path, shards, "resumed", 2, *PAIR_OPTIONS, expect=75, environment=environment)
+    assert sorted(what for _, what in fired(tmp_path / "resumed.fed")) == sorted(f"{goes_on}; {stops}".split("; "))
+    assert "Traceback" not in ended.output and saved_step(tmp_path / "resumed") in (6, 7), ended.output
+    environment = {"SUSPEND_SECONDS": "8", "SIGNAL_AT": "1 step9.0 SIGSTOP supervisor; 1 step9.0 SIGSTOP ranks"}
+    options = (*PAIR_OPTIONS, "cluster.step_timeout_seconds=4")
+    ended = train_recorded(tmp_path, shards, "resumed", 2, *options, expect=75, environment=environment)
+    assert "was suspended for longer than the ranks wait for one another" in ended.output, ended.output
+    train_recorded(tmp_path, shards, "resumed", 2, *PAIR_OPTIONS)
+    assert_same(Pair(tmp_path, 2))
+
+
 def test_a_validation_is_broken_off_and_made_up_for(shards: Path, tmp_path: Path) -> None:
     """Signals before a validation and inside one. Its row is written by the attempt that ends it."""
     options = ("trainer.evaluation_batch_per_rank=1",)

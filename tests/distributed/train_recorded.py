@@ -12,7 +12,8 @@ SIGNAL_AT, if set: "rank place signal target; ...": that rank sends that signal 
 `join` (about to meet the other ranks), `start` (joined, before the shards are opened), `loader` (the training loader is
 made: all is open, and no step made), `step<n>.<micro>` (fed, 0-based), `save<n>` (a save of step n begins),
 `validation<n>` (fed its micro-batch n). Targets: `rank`, itself; `supervisor`; `ranks`, all of them;
-`everything`, as Slurm does it: each process of the run but the supervisor.
+`everything`, as Slurm does it: each process of the run but the supervisor. After SIGSTOP the targets are resumed when
+SUSPEND_SECONDS are over.
 Before any of this happens it is noted in `<FED_TO>/fired`: a line of the time and what KILL_AT or SIGNAL_AT says.
 """
 
@@ -145,10 +146,21 @@ def record(directory: Path, rank: int, kill_at: list[str]) -> None:
 
 def send(number: signal.Signals, target: str) -> None:
     """To processes of this run, which carry FED_TO; dead ones excepted."""
+    pids = targets(target)
+    if number == signal.SIGSTOP:
+        resume = f"sleep {os.environ['SUSPEND_SECONDS']}; kill -CONT {' '.join(map(str, pids))}"
+        subprocess.Popen(["sh", "-c", resume], start_new_session=True)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def targets(target: str) -> list[int]:
+    """Process ids of a target, this process last."""
     supervisor = os.getppid()
     if target == "supervisor":
-        os.kill(supervisor, number)
-        return
+        return [supervisor]
+    found = []
     mark = f"FED_TO={os.environ['FED_TO']}".encode()
     for directory in Path("/proc").glob("[0-9]*"):
         pid = int(directory.name)
@@ -157,7 +169,8 @@ def send(number: signal.Signals, target: str) -> None:
             if {"rank": pid == os.getpid(), "ranks": is_rank, "everything": pid != supervisor}[target] and (
                 mark in (directory / "environ").read_bytes().split(b"\0")
             ):
-                os.kill(pid, number)
+                found.append(pid)
+    return sorted(found, key=lambda pid: pid == os.getpid())
 
 
 def signal_at(events: str, directory: Path, rank: int) -> None:

@@ -8,15 +8,19 @@
 4. If no such moment comes within `grace_seconds` (a collective is stuck), the process leaves with the same code and
    the stacks of its threads on stderr. The checkpoints saved before are untouched.
 5. Once training is over, a wish is too late to matter.
+6. SIGCONT is no wish. It says that this process may have been suspended: what waited in vain is then no fault of
+   anybody's, and the patience of 4 begins anew.
 
 Nothing here imports torch: signals are blocked before it is loaded.
 """
 
 import faulthandler
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -26,6 +30,9 @@ from pipeline.core.errors import ExitCode
 # SIGINT comes from a keyboard.
 EARLY_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (*EARLY_SIGNALS, signal.SIGINT)
+JUST_RESUMED_SECONDS = 30.0
+# For the thread that waits for signals to hear of SIGCONT, when all threads run again at the same moment.
+HEARING_SECONDS = 0.2
 
 
 def block_early() -> None:
@@ -48,6 +55,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         """The first signal that came while training."""
         self._phase = "idle"
+        self._heard_at = self._resumed_at = -math.inf
         self._lock = threading.RLock()  # a signal that a library unblocked may come while this thread holds it
         self._timer: threading.Timer | None = None
 
@@ -61,6 +69,11 @@ class StopRequest:
         """Name of the signal, for sentences; `a signal` where another rank got it."""
         return "a signal" if self.signal is None else self.signal.name
 
+    def was_just_resumed(self) -> bool:
+        """Whether this process was suspended until a moment ago, as far as signals tell. Takes a moment itself."""
+        time.sleep(HEARING_SECONDS)
+        return time.monotonic() - self._resumed_at < JUST_RESUMED_SECONDS
+
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Hear signals inside the block. They stay blocked after it, and wait for the next one who takes them.
@@ -68,7 +81,7 @@ class StopRequest:
         Call in the main thread, before any other thread exists.
         """
         # What was ignored at start (SIGINT of a background job, SIGHUP under nohup) stays so.
-        heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        heard = {number for number in (*SIGNALS, signal.SIGCONT) if signal.getsignal(number) != signal.SIG_IGN}
         if not heard:
             yield self
             return
@@ -102,14 +115,21 @@ class StopRequest:
     def hear(self, number: signal.Signals) -> None:
         """React to a signal."""
         with self._lock:
+            if number == signal.SIGCONT:
+                self._resumed_at = time.monotonic()
+                return
             if self._phase == "starting":
                 self._leave(f"{number.name} before the first step: nothing is lost. The same command goes on.")
             if self._phase != "training" or self.signal is not None:
                 return
             self.signal = number
-            self._timer = threading.Timer(self.grace_seconds, self._leave_late)
-            self._timer.daemon = True
-            self._timer.start()
+            self._await_step()
+
+    def _await_step(self) -> None:
+        self._heard_at = time.monotonic()
+        self._timer = threading.Timer(self.grace_seconds, self._leave_late)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _set_phase(self, phase: str) -> None:
         with self._lock:
@@ -123,8 +143,11 @@ class StopRequest:
             self.hear(number)
 
     def _leave_late(self) -> None:
+        time.sleep(HEARING_SECONDS)
         with self._lock:
-            if self._phase == "training":
+            if self._phase == "training" and self._resumed_at > self._heard_at:
+                self._await_step()
+            elif self._phase == "training":
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 self._leave(
                     f"{self.name} came {self.grace_seconds:g} s ago and no step has ended since: this rank leaves"

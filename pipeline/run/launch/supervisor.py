@@ -1,7 +1,7 @@
 """Start the ranks of one machine as child processes, and answer for them with one exit code.
 
 1. The parent imports no torch and has one thread. It blocks the signals it cares about and takes them one at a time
-   with `sigtimedwait`, so there is no handler and no moment at which a signal is lost.
+   with `sigtimedwait`, so there is no handler and no moment at which a signal is lost. It may be suspended and resumed.
 2. Each child is a command line with torchrun-style variables, in a process group of its own (Ctrl-C reaches it once,
    through the parent), with stdin closed. The kernel kills it should the parent die, however the parent dies.
 3. Signals to the parent are passed on to every rank that still runs.
@@ -42,6 +42,9 @@ FORWARDED_SIGNALS = (
 # Ends are looked for at least so often: where the parent has other threads, one of them may take a SIGCHLD that
 # arrives while this one is not waiting, and the kernel then drops it.
 LONGEST_WAIT_SECONDS = 1.0
+POLL_SECONDS = 0.05
+# A wait that ends so much later than it should: the process was suspended (Ctrl-Z, `kill -STOP`, `scontrol suspend`).
+SUSPENDED_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -316,20 +319,31 @@ class _Supervision:
         """Wait until every rank has ended. Returns the exit code."""
         children = self._children
         while children.running:
-            seconds = min(max(0.0, self._deadline - time.monotonic()), LONGEST_WAIT_SECONDS)
-            received = signal.sigtimedwait(signals, seconds)
-            if received is not None and received.si_signo != signal.SIGCHLD:
-                self._pass_on(signal.Signals(received.si_signo))
+            received = self._wait(signals)
+            if received is not None and received != signal.SIGCHLD:
+                self._pass_on(received)
             children.reap()
             self._look_at_ends()
             if children.running and time.monotonic() >= self._deadline:
                 self._press_harder()
         return exit_code_of(children.ended, self._forwarded)
 
+    def _wait(self, signals: set[signal.Signals]) -> signal.Signals | None:
+        """Return the next signal; None where none came for a while.
+
+        Time in which this process was suspended counts for nobody: its ranks may have been suspended with it.
+        """
+        began = time.monotonic()
+        seconds = min(max(0.0, self._deadline - began), LONGEST_WAIT_SECONDS)
+        received = _next_signal(signals, seconds)
+        late_seconds = time.monotonic() - began - seconds - POLL_SECONDS
+        self._deadline += late_seconds if late_seconds > SUSPENDED_SECONDS else 0.0
+        return received
+
     def is_told_to_end(self, signals: set[signal.Signals]) -> bool:
         """Pass on what has come while ranks are being started; returns whether no more are wanted."""
-        while (received := signal.sigtimedwait(signals - {signal.SIGCHLD}, 0)) is not None:
-            self._pass_on(signal.Signals(received.si_signo))
+        while (received := _next_signal(signals - {signal.SIGCHLD}, 0)) is not None:
+            self._pass_on(received)
         return not ENDING_SIGNALS.isdisjoint(self._forwarded)
 
     def _pass_on(self, number: signal.Signals) -> None:
@@ -365,6 +379,18 @@ class _Supervision:
             self._children.told_to_stop = True
             self._children.kill()
             self._deadline = math.inf
+
+
+def _next_signal(signals: set[signal.Signals], seconds: float) -> signal.Signals | None:
+    """Wait for one of `signals`; None: none came in time.
+
+    Looked for now and then: Python 3.11's `sigtimedwait`, suspended for longer than its timeout, returns a signal made
+    of what happens to lie on the stack.
+    """
+    deadline = time.monotonic() + seconds
+    while (received := signal.sigtimedwait(signals, 0)) is None and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return None if received is None else signal.Signals(received.si_signo)
 
 
 def _say(text: str) -> None:
