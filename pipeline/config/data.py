@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from pipeline.config.model import require_side
 from pipeline.core.secrets import refuse_secret
 from pipeline.core.typed import PathText, one_of, require
 
@@ -67,7 +68,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         one_of("data.verify", self.verify, ("size", "sha256"))
         one_of("data.tail", self.tail, ("drop", "pad"))
-        require(self.size is None or self.size > 0, f"data.size={self.size} must be a positive number of pixels.")
+        if self.size is not None:
+            require_side("data.size", self.size)
         require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers={self.num_workers} must be >= 0.")
         require(self.shuffle_block >= 0, f"data.shuffle_block={self.shuffle_block} must be >= 0.")
         refuse_secret("data.root", self.root)

@@ -6,6 +6,16 @@ from dataclasses import dataclass, field
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.core.typed import one_of, require
 
+MAX_CLASSES = 10_000_000
+"""The largest public sets have some 22,000; a classifier of more than this fits nowhere."""
+MAX_SIDE = 65_535
+"""Pixels: JPEG has no larger pictures."""
+
+
+def require_side(key: str, pixels: int) -> None:
+    """Raise `ConfigError` unless a picture can have sides of so many pixels."""
+    require(0 < pixels <= MAX_SIDE, f"{key}={pixels} must be a positive number of pixels, and at most {MAX_SIDE:,}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
@@ -24,7 +34,8 @@ class InputConfig:
     def __post_init__(self) -> None:
         one_of("model.input.resize_mode", self.resize_mode, ("short", "warp", "none"))
         one_of("model.input.channel_order", self.channel_order, ("rgb", "bgr"))
-        require(self.size > 0, f"model.input.size={self.size} must be a positive number of pixels.")
+        require_side("model.input.size", self.size)
+        require_side("model.input.resize_side", self.resize_side)
         require(
             self.resize_mode == "none" or self.resize_side >= self.size,
             f"model.input.resize_side={self.resize_side} is smaller than the crop {self.size}: raise it to that.",
@@ -52,6 +63,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.num_classes is None or self.num_classes >= 2,
-            f"model.num_classes={self.num_classes} must be at least 2, or null to take it from the shards.",
+            self.num_classes is None or 2 <= self.num_classes <= MAX_CLASSES,
+            f"model.num_classes={self.num_classes} must be at least 2, or null to take it from the shards, and at most"
+            f" {MAX_CLASSES:,}.",
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import ModelConfig, require_side
 from pipeline.core.typed import PathText, one_of, require
 
 FORMATS = ("table", "jsonl", "csv")
@@ -35,4 +35,5 @@ class PredictConfig:
         one_of("format", self.format, FORMATS)
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         require(self.top >= 1, f"top={self.top} must be at least 1.")
-        require(self.size is None or self.size > 0, f"size={self.size} must be a positive number of pixels.")
+        if self.size is not None:
+            require_side("size", self.size)

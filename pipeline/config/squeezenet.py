@@ -10,6 +10,8 @@ from pipeline.core.typed import is_number, is_whole, one_of, require
 
 FIRE_LAYERS = range(2, 10)
 NUM_DOWNSAMPLABLE_LAYERS = 9
+MOST_FILTERS = 1_000_000
+"""A layer of more fits into no memory; beyond it torch's own arithmetic overflows."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class SqueezeNetConfig:
         for key, lowest in (("base_e", 1), ("incr_e", 0), ("freq", 1), ("conv10_pad", 0)):
             value = getattr(self, key)
             require(
-                is_whole(value) and value >= lowest, f"{key}={value!r} must be a whole number of at least {lowest}."
+                is_whole(value) and lowest <= value <= MOST_FILTERS,
+                f"{key}={value!r} must be a whole number of at least {lowest}, and at most {MOST_FILTERS:,}.",
             )
         within = is_number(self.pct3x3) and 0 < self.pct3x3 < 1
         require(within, f"pct3x3={self.pct3x3!r} must be a share between 0 and 1, such as 0.5.")

@@ -26,7 +26,7 @@ from pipeline.core.overrides import as_typed, literal, split_override
 from pipeline.core.streams import has_lost_output
 from pipeline.core.surroundings import settle_surroundings
 from pipeline.core.trees import dotted_keys, flat
-from pipeline.core.typed import build, leaf_hints, nearest, optional, require
+from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
 T = TypeVar("T")
 CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
@@ -73,7 +73,7 @@ def run_command(
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
     for argument in arguments:
-        if not _is_text(argument):
+        if not is_text(argument):
             raise ConfigError(
                 f"{argument!r} is not UTF-8, and config.yaml and the record of the command are: rename what it names"
                 " (convmv does), or give a link to it with another name (ln -s)."
@@ -96,11 +96,6 @@ def _without_carriage_returns(arguments: Sequence[str]) -> list[str]:
         print("warning: carriage returns at the ends of arguments are left out: the command stands in a file with"
               " Windows' line ends (CRLF).", file=sys.stderr)  # fmt: skip
     return [argument for argument, before in zip(clean, arguments, strict=True) if argument or not before]
-
-
-def _is_text(argument: str) -> bool:
-    """Return whether an argument can be written down: bytes that are not UTF-8 come as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _only_tells(arguments: Sequence[str]) -> bool:
@@ -232,7 +227,7 @@ def config_groups() -> dict[str, tuple[str, ...]]:
 
 def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
     known = groups[group]
-    if choice not in (*known, "null"):
+    if choice not in known:
         raise ConfigError(f"{group}={choice!r} does not exist.{nearest(choice, known)} Known: {', '.join(known)}.")
 
 

@@ -49,6 +49,11 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_text(text: str) -> bool:
+    """Return whether UTF-8 can write a text: bytes that were not UTF-8 come as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def optional(hint: Any) -> tuple[Any, bool]:
     """Return the type without what annotates it, and whether None is one of its values."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -167,6 +172,14 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     require(
         not isinstance(value, str) or "\0" not in value,
         f"{key}={value!r} holds a character of value 0, which stands in no name and no text: write it without.",
+    )
+    require(
+        not isinstance(value, str) or is_text(value),
+        f"{key}={value!r} holds half a character (a lone surrogate), which can be written into no file: correct it.",
+    )
+    require(
+        not is_whole(value) or -(2**63) <= value < 2**63,
+        f"{key} has more digits than a number to compute with may have.",
     )
     require(
         not isinstance(value, float) or math.isfinite(value),

@@ -237,6 +237,7 @@ def _load_table(path: Path, shards: tuple[ShardFile, ...], known: str) -> Sample
             if str(archive["known"]) != known:
                 return None
             table = SampleTable.map(path)
+            table.check(shards)  # before its pages are read: what lies there may be of any size
             if table.num_bytes < SHARED_BYTES:
                 table = SampleTable(*(array.copy() for array in table.arrays().values()))
             return table if table.hash_with(shards) == str(archive["index_hash"]) else None

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.config.model import MAX_SIDE
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import require
 
@@ -77,7 +78,8 @@ def cost(model: nn.Module, image_size: int = 224, batch_size: int = 1) -> ModelC
         ConfigError: pictures of this size do not survive the model's downsampling.
     """
     require(
-        image_size >= 1 and batch_size >= 1, f"image_size={image_size} and batch_size={batch_size} must be positive."
+        1 <= image_size <= MAX_SIDE and batch_size >= 1,
+        f"image_size={image_size} must be from 1 to {MAX_SIDE:,}, and batch_size={batch_size} positive.",
     )
     try:
         macs, outputs = _forward_shapes(model, image_size, batch_size)

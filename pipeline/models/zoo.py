@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import MAX_CLASSES, ModelConfig
 from pipeline.config.registry import MODELS, PublishedAccuracy, PublishedRecipe
 from pipeline.core.errors import ConfigError
 from pipeline.core.overrides import split_outside_brackets
@@ -17,6 +17,7 @@ from pipeline.core.typed import is_number, is_whole, nearest, require
 if TYPE_CHECKING:
     from torch import nn
 
+MAX_WIDTH_FACTOR = 100
 FOR_SMALL_PICTURES = "squeezenet_small"
 
 
@@ -79,8 +80,8 @@ def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.M
     """
     check(name, metaparameters)
     require(
-        is_whole(num_classes) and num_classes >= 1,
-        f"num_classes={num_classes!r} must be a whole number of at least 1.",
+        is_whole(num_classes) and 1 <= num_classes <= MAX_CLASSES,
+        f"num_classes={num_classes!r} must be a whole number from 1 to {MAX_CLASSES:,}.",
     )
     entry = MODELS[name]
     if entry.preset is not None:
@@ -100,7 +101,10 @@ def _check_values(name: str, metaparameters: Mapping[str, object]) -> None:
         if key == "zero_init_residual":
             valid, rule = isinstance(value, bool), "true or false"
         elif key == "width_mult":
-            valid, rule = is_number(value) and value > 0, "a factor above 0, such as 0.5"
+            valid, rule = (
+                is_number(value) and 0 < value <= MAX_WIDTH_FACTOR,
+                (f"a factor above 0 and at most {MAX_WIDTH_FACTOR}, such as 0.5"),
+            )
         else:
             valid, rule = is_number(value) and 0 <= value < 1, "a share in [0, 1), such as 0.2"
         require(valid, f"{name}: {key}={value!r} must be {rule}.")

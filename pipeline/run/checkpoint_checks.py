@@ -79,7 +79,7 @@ def require_same_model(
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     common = [key for key in expected if key in found]
-    if wrong := next(filter(None, (_unusable(key, found[key], expected[key]) for key in common)), ""):
+    if wrong := next(filter(None, (unusable(key, found[key], expected[key]) for key in common)), ""):
         raise CheckpointError(f"{path} holds no weights that a model can have: {wrong}. Give another checkpoint.")
     differing = [
         f"{key} is {_shape(found[key])} there and {_shape(expected[key])} here"
@@ -98,8 +98,14 @@ def require_same_model(
         )
 
 
-def _unusable(key: str, found: object, expected: Tensor) -> str:
-    """Say in a clause why a value cannot be the parameter or buffer `expected`, whatever its shape."""
+def unusable(key: str, found: object, expected: Tensor) -> str:
+    """Say in a clause why a value cannot be one for the parameter or buffer `expected`; empty if its type can.
+
+    Args:
+        key: Its name.
+        found: The value. One of another shape is not looked into.
+        expected: Of the type and shape that are needed.
+    """
     if not isinstance(found, Tensor):
         return f"{key} is of type {type(found).__name__}, not a tensor"
     if found.layout != torch.strided or found.is_meta or found.is_quantized:

@@ -7,7 +7,7 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +25,7 @@ from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
+from pipeline.run.checkpoint_checks import unusable
 from pipeline.training import arithmetic, drift
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
@@ -310,17 +311,13 @@ class Learner(pl.LightningModule):
             extra: what `extra_state` returned.
 
         Raises:
-            ValueError: the optimiser's state does not fit the weights.
+            ValueError: the optimiser's state, or the average, does not fit the weights.
         """
         weights = {
             key.removeprefix(NAME_PREFIX): value for key, value in state_dict.items() if key.startswith(NAME_PREFIX)
         }
         self.model.load_state_dict(weights)
-        parameters = list(self.model.parameters())
-        for number, kept in optimizer_state["state"].items():
-            momentum = kept.get("momentum_buffer")
-            if momentum is not None and (momentum.shape, momentum.dtype) != (parameters[number].shape, torch.float32):
-                raise ValueError(f"the momentum of parameter {number} is {tuple(momentum.shape)} of {momentum.dtype}")
+        _check_momenta(optimizer_state, list(self.model.parameters()))
         self.optimizer_state = optimizer_state
         if self.average is not None:
             # A run that had no average before starts it from the weights it has now.
@@ -328,4 +325,24 @@ class Learner(pl.LightningModule):
             if source is None:
                 self.average.module.load_state_dict(weights)
             else:
+                expected = self.average.state_dict()
+                if wrong := next(filter(None, (unusable(key, source[key], expected[key]) for key in expected)), ""):
+                    raise ValueError(f"in the averaged weights {wrong}")
                 self.average.load_state_dict(source)
+
+
+def _check_momenta(optimizer_state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError unless each momentum that was saved is one of a parameter; SGD would take it as it is."""
+    state = optimizer_state["state"]
+    if any(group["momentum"] for group in optimizer_state["param_groups"]) and not state:
+        raise ValueError("the momenta are missing")
+    for number, kept in state.items():
+        momentum, name = kept.get("momentum_buffer"), f"the momentum of parameter {number}"
+        if number not in range(len(parameters)):
+            raise ValueError(f"{name} is of none of the {len(parameters)} there are")
+        if momentum is None:
+            continue
+        if wrong := unusable(name, momentum, parameters[number]):
+            raise ValueError(wrong)
+        if (momentum.shape, momentum.dtype) != (parameters[number].shape, torch.float32):
+            raise ValueError(f"{name} is {tuple(momentum.shape)} of {momentum.dtype}")

@@ -157,7 +157,7 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
     content = {} if is_caffe else _read(path)
     section: Mapping[str, Any] = checkpoints.section_of(content, path) if checkpoints.SECTION in content else {}
     with checkpoints.taking("the weights", path):
-        state, said = (None, []) if is_caffe else _state_dict(content)
+        state, said = (None, []) if is_caffe else _state_dict(content, path)
     name = asked.name or section.get("model")
     if name is None:
         raise ConfigError(f"{path} does not say which model it is: add model=NAME.{_that_fit(state)}")
@@ -167,15 +167,16 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
         trained_input = _trained_input(section)
     seen, differences = _input(asked, name, trained_input, size)
     zoo.check_pictures(ModelConfig(name=name, metaparameters=metaparameters), seen.size)
+    if state is not None:
+        with torch.device("meta"):  # without memory: the file may say that it is of any size
+            wanted = zoo.build(name, num_outputs, **metaparameters).state_dict()
+        with checkpoints.taking("the weights", path):
+            checkpoints.require_same_model(wanted, state, path=path, model=name, found_model=section.get("model"))
     model = zoo.build(name, num_outputs, **metaparameters)
     if state is None:
         load_npz(path, model)
     else:
-        with checkpoints.taking("the weights", path):
-            checkpoints.require_same_model(
-                model.state_dict(), state, path=path, model=name, found_model=section.get("model")
-            )
-            model.load_state_dict(state)
+        model.load_state_dict(state)
     classes = section.get("classes")
     return Trained(
         model=model.eval(),
@@ -195,39 +196,51 @@ def _read(path: Path) -> checkpoints.Content:
     return checkpoints.load(path) if checkpoints.sidecar_path(path).exists() else checkpoints.load_foreign(path)
 
 
-def _state_dict(content: checkpoints.Content) -> tuple[dict[str, Tensor], list[str]]:
+def _state_dict(content: checkpoints.Content, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Weights under the model's own names, and out of what they were taken where the file is not ours.
 
     A run with averaged weights validates, and so is judged by, the average.
     """
-    if checkpoints.SECTION not in content:
-        return unwrap(content)
-    average = content[checkpoints.SECTION].get("learner", {}).get("average")
-    return unwrap(average or content["state_dict"])[0], []
+    if checkpoints.SECTION in content:
+        average = content[checkpoints.SECTION].get("learner", {}).get("average")
+        state, said = unwrap(average or content["state_dict"])[0], []
+    else:
+        state, said = unwrap(content)
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} holds no weights: {key!r} is of type {type(value).__name__}, not a tensor. Give a checkpoint,"
+                " or the state dict of a model."
+            )
+    return state, said
 
 
 def _num_outputs(state: Mapping[str, Tensor] | None, name: str, metaparameters: Mapping[str, object]) -> int:
     """As many as the classifier's weights are for. The last entry of every model of the zoo is its classifier's."""
     if state is None:
         return NUM_IMAGENET_CLASSES
-    with torch.device("meta"):
-        last = list(zoo.build(name, NUM_IMAGENET_CLASSES, **metaparameters).state_dict())[-1]
-    found = state.get(last)
+    found = state.get(list(_shapes(name, NUM_IMAGENET_CLASSES, metaparameters))[-1])
     return len(found) if found is not None and found.ndim else NUM_IMAGENET_CLASSES
+
+
+def _shapes(name: str, num_outputs: int, metaparameters: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = zoo.build(name, num_outputs, **metaparameters).state_dict()
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def _that_fit(state: Mapping[str, Tensor] | None) -> str:
     """Name the models whose weights have these names and shapes, as a sentence."""
     if state is None:
         return " The authors' weights are model=squeezenet1_0_caffe."
-    fit: list[str] = []
-    for name in zoo.names():
-        with torch.device("meta"):
-            wanted = zoo.build(name, _num_outputs(state, name, {})).state_dict()
-        if {key: tuple(value.shape) for key, value in wanted.items()} == {
-            key: tuple(value.shape) for key, value in state.items()
-        }:
-            fit.append(f"model={name}")
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    has_filters = any(len(shape) == 4 for shape in shapes.values())  # each model takes a good part of a second to build
+    fit = [
+        f"model={name}"
+        for name in (zoo.names() if has_filters else ())
+        if _shapes(name, NUM_IMAGENET_CLASSES, {}).keys() == shapes.keys()
+        and _shapes(name, _num_outputs(state, name, {}), {}) == shapes
+    ]
     return f" Its weights have the shapes of {' and of '.join(fit)}." if fit else " No model here has weights like it."
 
 

@@ -26,6 +26,7 @@ WAYS_TO_A_SPLIT = (
 )
 # Neither a path nor a URL, whose scheme ends with a colon: `pipe:` would be a command.
 _PLAIN_NAME = re.compile(r"(?!\.{0,2}$)[^/:\x00-\x1f]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class NoSplitError(DataError):
@@ -159,7 +160,11 @@ def _parse(value: Any, path: str) -> Manifest:
         if value["schema"] != SCHEMA:
             raise DataError(f"{path} has schema {value['schema']!r}, and this version reads schema {SCHEMA}.")
         classes = tuple(value["classes"])
-        if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        if (
+            not isinstance(value["classes"], list)
+            or not all(isinstance(name, str) for name in classes)
+            or len(set(classes)) != len(classes)
+        ):
             raise DataError(f"{path}: `classes` must be distinct strings in index order. {MAKE_ANEW}")
         splits = {name: _parse_split(name, split, path) for name, split in value["splits"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -189,9 +194,11 @@ def _parse_split(name: str, value: SplitJson, path: str) -> Split:
 def _parse_shard(value: ShardJson, path: str) -> Shard:
     shard = Shard(name=value["name"], bytes=value["bytes"], sha256=value["sha256"], num_samples=value["num_samples"])
     is_plain_name = isinstance(shard.name, str) and bool(_PLAIN_NAME.fullmatch(shard.name))
+    is_hash = isinstance(shard.sha256, str) and bool(_SHA256.fullmatch(shard.sha256))
     counts = (shard.bytes, shard.num_samples)
-    if not is_plain_name or not all(type(count) is int and count >= 0 for count in counts):
+    if not is_plain_name or not is_hash or not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise DataError(
-            f"{path}: the shard {value!r} must have a plain file name and counts that are not negative. {MAKE_ANEW}"
+            f"{path}: the shard {value!r} must have a plain file name, a SHA-256 of 64 hexadecimal digits and counts"
+            f" that are not negative. {MAKE_ANEW}"
         )
     return shard

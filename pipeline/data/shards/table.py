@@ -126,13 +126,12 @@ class SampleTable:
             DataError: it is damaged, or is not about these shards.
         """
         try:
-            most = sum(shard.bytes // MIN_SAMPLE_BYTES for shard in shards)
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-                if sum(item.file_size for item in archive.infolist()) > most * SAMPLE_BYTES + 2**16:
+                if sum(item.file_size for item in archive.infolist()) > most_bytes(shards):
                     raise ValueError("more samples than there is room for")
             with np.load(path, allow_pickle=False) as arrays:
                 table = cls(**{name: arrays[name] for name in ARRAYS})
-            table._check(shards)
+            table.check(shards)
         except Exception as error:  # zlib, zipfile and NumPy have many words for a file that is not theirs
             raise DataError(
                 f"The index of the shards is not of these shards ({error}): prepare them again into an empty out=, or"
@@ -162,8 +161,10 @@ class SampleTable:
                 members = {item.filename.removesuffix(".npy"): item for item in archive.infolist()}
             return cls(*(_mapped(file, members[name]) for name in ARRAYS), mapped_from=(path, found))
 
-    def _check(self, shards: tuple[ShardFile, ...]) -> None:
+    def check(self, shards: tuple[ShardFile, ...]) -> None:
         """Raise ValueError unless every sample lies in its shard and every shard has its samples."""
+        if self.num_bytes > most_bytes(shards):
+            raise ValueError("more samples than there is room for")
         kinds = {"shard": "<i4", "offset": "<i8", "length": "<i4", "label": "<i4"}
         for name, array in self.arrays().items():
             is_right = array.dtype.str == kinds[name] if name in kinds else array.dtype.kind == "S"
@@ -179,6 +180,11 @@ class SampleTable:
             raise ValueError("a sample beyond the end of its shard")
         if np.any(self.length > MAX_IMAGE_BYTES):
             raise ValueError(f"a picture of more than {MAX_IMAGE_BYTES} bytes")
+
+
+def most_bytes(shards: tuple[ShardFile, ...]) -> int:
+    """Return what the arrays of a table of these shards can take, with what an archive puts around them."""
+    return sum(shard.bytes // MIN_SAMPLE_BYTES for shard in shards) * SAMPLE_BYTES + 2**16
 
 
 def _mapped(file: BinaryIO, member: zipfile.ZipInfo) -> NDArray[Any]:

@@ -51,6 +51,10 @@ def test_a_wrong_key_or_choice_names_the_nearest(override: str, nearest: str) ->
         ("data.augment.scale=[nan,1]", "scale[0]=nan is no number"),
         (f"recipe.lr={'9' * 5000}", "9'... cannot be read: give a number"),
         ("trainer.max_epochs=1e999", "max_epochs=inf is no number"),
+        (f"trainer.max_steps={2**63}", "trainer.max_steps has more digits than a number"),
+        ("model.num_classes=9007199254740993", "at most 10,000,000"),
+        ("data.size=65536", "data.size=65536 must be a positive number of pixels, and at most 65,535"),
+        ("model=null", "model='null' does not exist"),
         (f"recipe.lr={'9' * 400}", "recipe.lr has more digits than a number"),
     ],
 )
@@ -64,6 +68,11 @@ def test_a_text_of_a_file_holds_no_character_of_value_0() -> None:
     values = cli.compose_container("train", TrainConfig, BASE)
     with pytest.raises(ConfigError, match=r"run_root='x\\x00' holds a character of value 0"):
         build(TrainConfig, values | {"run_root": "x\0"})
+
+
+def test_a_text_can_be_written_into_files() -> None:
+    with pytest.raises(ConfigError, match=r"data.root='\\ud800' holds half a character"):
+        compose("train", TrainConfig, [*BASE, "data.root=\ud800"])
 
 
 def test_metaparameters_are_open() -> None:

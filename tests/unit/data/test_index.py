@@ -252,6 +252,21 @@ def test_a_shared_index_that_was_damaged_is_made_anew(shared: Path) -> None:
     assert again.index_hash == expected and again.table.mapped_from
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"length": np.full(9, 2**30, "<i4")}, {"label": np.zeros((9, 1), "<i4")}, {"key": np.zeros(2**21, "S64")}],
+)
+def test_a_shared_index_of_what_cannot_be_is_not_read(shared: Path, change: dict[str, Any]) -> None:
+    expected = ShardIndex.open(shared, "train").index_hash
+    (cache,) = (shared / CACHE_DIRECTORY).iterdir()
+    with np.load(cache, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files} | change
+    table = SampleTable(**{name: arrays[name] for name in ARRAYS})
+    arrays["index_hash"] = np.array(table.hash_with(local.shards_there(shared, "train")[2]))
+    np.savez(cache, **arrays)
+    assert ShardIndex.open(shared, "train").index_hash == expected
+
+
 def test_a_worker_that_is_sent_an_index_replaced_meanwhile_refuses_it(shared: Path) -> None:
     index = ShardIndex.open(shared, "train")
     sent = pickle.dumps(index)

@@ -85,6 +85,7 @@ def test_no_manifest_means_unfinished(tmp_path: Path) -> None:
         ({"schema": 2}, "schema 2"),
         ({"classes": ["cat", "cat"]}, "distinct strings"),
         ({"classes": [1, 2]}, "distinct strings"),
+        ({"classes": "ab"}, "distinct strings"),
         ({"splits": {"train": {"num_samples": 4, "shards": []}}}, "says 4 samples.*sum to 0"),
         ({"splits": {"train": {"num_samples": 0}}}, "not a manifest"),
         ({"splits": []}, "not a manifest"),
@@ -111,6 +112,11 @@ def test_contradictions_are_named(tmp_path: Path, change: dict[str, Any], senten
         {"name": 3},
         {"bytes": -1},
         {"bytes": True},
+        {"bytes": 2**63},
+        {"sha256": None},
+        {"sha256": ["ab" * 32]},
+        {"sha256": {"a": 1}},
+        {"sha256": "../x"},
     ],
 )
 def test_a_shard_cannot_lie_elsewhere_or_be_negative(tmp_path: Path, change: dict[str, Any]) -> None:

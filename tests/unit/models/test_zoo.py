@@ -133,7 +133,7 @@ def test_what_does_not_exist_is_refused_with_the_nearest_that_does(
         zoo.build(name, **metaparameters)
 
 
-@pytest.mark.parametrize("num_classes", [0, 2.0, "10", True])
+@pytest.mark.parametrize("num_classes", [0, 2.0, "10", True, 2**53 + 1, 2**80])
 def test_an_impossible_number_of_classes_is_refused(num_classes: Any) -> None:
     with pytest.raises(ConfigError, match="num_classes"):
         zoo.build("resnet18", num_classes)

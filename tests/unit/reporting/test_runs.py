@@ -81,6 +81,7 @@ def test_a_directory_without_a_ledger_is_no_run(tmp_path: Path) -> None:
         (b"{", "not what `train` wrote"),
         (b"name: \xe5", "not what `train` wrote"),
         (b"[" * 5000, "not what `train` wrote"),
+        (b"data: {size: 18446744073709551616}", "data.size has more digits"),
         (b"batch: {max_per_rank: many}", "batch.max_per_rank='many' must be of type int"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -270,6 +271,39 @@ def test_momentum_of_other_weights_is_refused() -> None:
     optimizer_state["state"][0]["momentum_buffer"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"the momentum of parameter 0 is \(3,\) of torch.float32"):
         make_learner(RecipeConfig(lr=0.05)).restore(first.learner.state_dict(), optimizer_state, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda state: state[0].update(momentum_buffer=torch.ones_like(state[0]["momentum_buffer"]) * math.nan),
+            "finite",
+        ),
+        (lambda state: state[0].update(momentum_buffer=state[0]["momentum_buffer"].to("meta")), "without plain values"),
+        (lambda state: state[0].update(momentum_buffer=1.0), "not a tensor"),
+        (lambda state: state.update({-1: state.pop(0)}), "of none of the"),
+        (lambda state: state.clear(), "momenta are missing"),
+    ],
+)
+def test_a_momentum_that_cannot_be_one_is_refused(change: Callable[[dict[Any, Any]], None], said: str) -> None:
+    first = Steps(make_learner(RecipeConfig(lr=0.05)))
+    first.take([pictures(4)])
+    optimizer_state = copy.deepcopy(first.optimizer.state_dict())
+    change(optimizer_state["state"])
+    with pytest.raises(ValueError, match=said):
+        make_learner(RecipeConfig(lr=0.05)).restore(first.learner.state_dict(), optimizer_state, {})
+
+
+def test_an_average_that_no_model_can_have_is_refused() -> None:
+    recipe = RecipeConfig(lr=0.05, ema_decay=0.5)
+    first = Steps(make_learner(recipe))
+    first.take([pictures(4)])
+    extra = first.learner.extra_state()
+    name, value = next((name, value) for name, value in extra["average"].items() if value.is_floating_point())
+    extra["average"] = extra["average"] | {name: torch.full_like(value, math.nan)}
+    with pytest.raises(ValueError, match=r"in the averaged weights .*not finite"):
+        make_learner(recipe).restore(first.learner.state_dict(), first.optimizer.state_dict(), extra)
 
 
 def test_an_edited_recipe_holds_after_a_resume() -> None:

@@ -16,7 +16,7 @@ from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.registry import preset_input
 from pipeline.core.cli import compose
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.data.pixels import eval_view
 from pipeline.models import zoo
 from pipeline.models.normalizer import Normalizer
@@ -107,6 +107,23 @@ def test_weights_of_others_name_no_model_and_it_is_asked_for(tmp_path: Path) -> 
     torch.save({"other.weight": torch.ones(3)}, path)
     with pytest.raises(ConfigError, match="No model here has weights like it"):
         load_model(path)
+
+
+@pytest.mark.parametrize("content", [{"weight": 1}, {0: torch.ones(1), "": {"a": 1}}, {"weight": [1.0]}, {"x": None}])
+def test_what_holds_more_than_tensors_is_no_state_dict(content: dict[Any, Any], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "theirs.pth")
+    for model in ("", "squeezenet1_1"):
+        with pytest.raises(CheckpointError, match=r"holds no weights: .* not a tensor"):
+            load_model(tmp_path / "theirs.pth", model)
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 9_000_000}, {"metaparameters": {"base_e": 900_000}}])
+def test_a_checkpoint_that_says_that_it_is_enormous_is_compared_before_it_is_built(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    path = ours(tmp_path / "step=000000007.ckpt", **change)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_trained(path, NOTHING)
 
 
 def test_a_picture_is_fed_as_in_evaluation(checkpoint: Path, pictures: Path) -> None:
