@@ -25,7 +25,19 @@ from results_page import NOTE, REPOSITORY, links_table, models_table, peers_tabl
 from pipeline.core import cli, schemas
 from pipeline.core.errors import ExitCode
 
-FIRST_COMMANDS = ("prepare", "train", "evaluate", "predict", "compare", "plan", "lab", "dashboard", "ready", "requeue")
+FIRST_COMMANDS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "predict",
+    "compare",
+    "plan",
+    "lab",
+    "report",
+    "dashboard",
+    "ready",
+    "requeue",
+)
 METRIC = re.compile(r"^(train|val|perf|comm|trainer|comparison)/[a-z0-9_]+$|^samples$|^lr$|^best_val_top1$")
 
 

@@ -12,20 +12,8 @@ from pipeline.config.compare import CompareConfig
 from pipeline.core.overrides import literal
 from pipeline.core.typed import require
 from pipeline.run.launch.limits import check_count
-from pipeline.run.launch.ranks import LAB_VARIABLE
+from pipeline.run.launch.ranks import without_ranks
 
-# Ranks that belong to whoever started `compare` must not be taken for those of the runs it starts.
-_RANK_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    LAB_VARIABLE,
-)
 # Ranks that fail agree on it and leave with the same code, but not at the same instant: as in slurm/train.sh.
 _SRUN_DEFAULTS = {"SLURM_WAIT": "300", "SLURM_KILL_BAD_EXIT": "0"}
 _SRUN_EXPORTS = {"SLURM_EXPORT_ENV": "ALL"}  # what this process has, its ranks need, also after `sbatch --export=NONE`
@@ -93,10 +81,9 @@ class Launcher:
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment, without ranks that are not the run's own."""
-        kept = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
         if self.kind == "slurm":
-            return {**_SRUN_DEFAULTS, **kept, **_SRUN_EXPORTS}
-        return {key: value for key, value in kept.items() if not key.startswith("SLURM_")}
+            return {**_SRUN_DEFAULTS, **without_ranks(os.environ, keep_slurm=True), **_SRUN_EXPORTS}
+        return without_ranks(os.environ)
 
 
 def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None = None) -> Launcher:

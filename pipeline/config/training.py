@@ -156,6 +156,9 @@ class TrainerConfig:
     """Ranks compare a checksum of their weights after so many steps, before each checkpoint and at the end; where they
     differ, the run ends with exit code 7. 0: never."""
     evaluation_batch_per_rank: int = 64
+    report_every_seconds: float | None = 60.0
+    """After a checkpoint, report.html is made anew where the last one was begun so long ago, by a process of its own
+    at the lowest priority. Null: at the end alone."""
 
     def __post_init__(self) -> None:
         one_of("trainer.precision", self.precision, ("auto", "fp32", "bf16"))
@@ -177,6 +180,11 @@ class TrainerConfig:
         every = self.compare_weights_every_steps
         require(every >= 0, f"trainer.compare_weights_every_steps={every} must be >= 0 (0: never).")
         require(self.evaluation_batch_per_rank > 0, "trainer.evaluation_batch_per_rank must be positive.")
+        require(
+            self.report_every_seconds is None or self.report_every_seconds >= 0,
+            f"trainer.report_every_seconds={self.report_every_seconds} must be >= 0 (0: after every checkpoint) or"
+            " null.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

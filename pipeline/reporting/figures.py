@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, PAPER = "#1b1d20", "#5d636b", "#d9dce0", "#fefefe"
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#9aa3ad"
+NARROW_INCHES = 4.6
+"""Width of a figure that a phone shows in readable letters, and a page two of side by side."""
 # In the page these become CSS variables, so that the dark page can choose lighter ones.
 _VARIABLES = {
     INK: "--ink",
@@ -35,6 +37,7 @@ _VARIABLES = {
     GREEN: "--green",
     GREY: "--grey",
 }
+LARGEST_SCALE = 1.6
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -161,21 +164,24 @@ def layer_bytes_figure(layers: Sequence[LayerJson], num_shown: int = 12) -> "Fig
         axes.barh(range(len(bars)), sizes, color=colours, height=0.62)
         for position, (_, size, share) in enumerate(bars):
             label_bar(axes, f"{format_bytes(size)} · {format_percent(share)}", size, position)
-        axes.set_xlim(0, max(sizes) * 1.3)
+        axes.set_xlim(0, max(sizes) * 1.6)
         axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         axes.xaxis.set_major_formatter(byte_tick)
         axes.set_xlabel("gradient bytes per optimiser step")
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=4)
         axes.xaxis.grid(True)
 
-    return draw(9.2, 0.8 + 0.34 * len(bars), paint)
+    return draw(1.2 * NARROW_INCHES, 0.8 + 0.34 * len(bars), paint)
 
 
-def learning_figure(run: RunRecord) -> "Figure | None":
-    """Draw loss and top-1 over steps: training faint, its running mean strong, validation as marks."""
+def learning_figures(run: RunRecord) -> "dict[str, Figure]":
+    """Draw loss and top-1 over steps: training faint, its running mean strong, validation as marks.
+
+    Each is a figure of its own, narrow enough for a phone. Empty without recorded steps.
+    """
     steps, _ = run.series("train/loss")
     if not steps:
-        return None
+        return {}
 
     def panel(axes: "Axes", key: str, title: str, scale: float) -> None:
         x, y = run.series(f"train/{key}")
@@ -194,14 +200,16 @@ def learning_figure(run: RunRecord) -> "Figure | None":
         axes.set_xlim(left=0)
         axes.yaxis.grid(True)
 
-    def paint(loss: "Axes", top1: "Axes") -> None:
-        panel(loss, "loss", "Loss (cross-entropy, nats)", 1)
-        loss.set_ylim(bottom=0)
-        panel(top1, "top1", "Top-1 accuracy (%)", 100)
-        top1.set_ylim(0, 103)
-        loss.legend(loc="upper right", fontsize=9, labelcolor=INK)
+    def paint_loss(axes: "Axes") -> None:
+        panel(axes, "loss", "Loss (cross-entropy, nats)", 1)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper right", fontsize=9, labelcolor=INK)
 
-    return draw(9.2, 3.0, paint, num_panels=2)
+    def paint_top1(axes: "Axes") -> None:
+        panel(axes, "top1", "Top-1 accuracy (%)", 100)
+        axes.set_ylim(0, 103)
+
+    return {"loss": draw(NARROW_INCHES, 3.0, paint_loss), "top1": draw(NARROW_INCHES, 3.0, paint_top1)}
 
 
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
@@ -232,7 +240,7 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
         axes.set_ylabel(f"{unit} sent, all servers")
         axes.yaxis.grid(True)
 
-    return draw(9.2, 2.5, paint)
+    return draw(NARROW_INCHES, 3.0, paint)
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -262,7 +270,9 @@ def to_svg(figure: "Figure", name: str) -> str:
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'(?<=[\s])id="', f'id="{name}-', svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", svg)
-    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    # A drawing may grow, but not until its letters look like headings.
+    widest = round(figure.get_figwidth() * 72 * LARGEST_SCALE)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', rf'\1 style="max-width: {widest}px"', svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"'DejaVu Sans'(, [\w'-]+)*", "inherit", svg)
     for colour, variable in _VARIABLES.items():

@@ -10,7 +10,9 @@ from pipeline.core.errors import DataError
 from pipeline.core.files import write_text_atomic
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.reporting import comparison_figures
+from pipeline.reporting.attempts import attempts_table
 from pipeline.reporting.comparison_tables import comparison_tables, sources
+from pipeline.reporting.mistakes import MistakesView, mistakes_view
 from pipeline.reporting.runs import RunRecord, is_run, read_run
 from pipeline.reporting.sections import (
     Fact,
@@ -48,14 +50,27 @@ class Page:
     comparison: list[Table] = field(default_factory=list)
     sources: list[tuple[str, str]] = field(default_factory=list)
     comparison_figures: list[PageFigure] = field(default_factory=list)
+    attempts: Table | None = None
     learning: LearningView | None = None
+    mistakes: MistakesView | None = None
     forecast: ForecastView | None = None
     ledgers: list[LedgerView] = field(default_factory=list)
     not_measured: list[tuple[str, str]] = field(default_factory=list)
     environment: list[Fact] = field(default_factory=list)
 
 
-# --- the two entries ---
+# --- the entries ---
+
+
+def write_report(directory: Path) -> Path:
+    """Write `report.html` into the directory of a run, or of a comparison, or of both.
+
+    Raises:
+        DataError: it holds neither, or something that is damaged.
+    """
+    if not is_run(directory) and (found := read_comparison(directory)) is not None:
+        return write_comparison_report(directory, *found)
+    return write_run_report(directory)
 
 
 def write_run_report(run_directory: Path) -> Path:
@@ -156,7 +171,9 @@ def _comparison_page(
         comparison=comparison_tables(comparison),
         sources=sources(comparison),
         comparison_figures=drawings,
+        attempts=attempts_table(training_run) if training_run else None,
         learning=learning_view(training_run, run_sentence(training_run)) if training_run else None,
+        mistakes=_mistakes(training_run) if training_run else None,
         ledgers=ledgers
         + ([ledger_view(training_run, f"training run {training_run.ledger['run']}", "t")] if training_run else []),
         not_measured=not_measured(reasons),
@@ -165,6 +182,18 @@ def _comparison_page(
 
 
 # --- a run ---
+
+
+def _mistakes(run: RunRecord) -> MistakesView | None:
+    if run.validation is None:
+        return None
+    try:
+        return mistakes_view(run.validation)
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(
+            f"{run.directory / 'validation.json'} is not what `train` wrote ({error!r}): remove it, and the report is"
+            " made without it."
+        ) from error
 
 
 def _run_page(run: RunRecord) -> Page:
@@ -176,7 +205,9 @@ def _run_page(run: RunRecord) -> Page:
         figures_of_merit=merit(run),
         conditions=run_conditions(run),
         command=command_of(run),
+        attempts=attempts_table(run),
         learning=learning_view(run),
+        mistakes=_mistakes(run),
         ledgers=[ledger_view(run, ledger["model"], "run")],
         not_measured=not_measured(ledger["null_reasons"]),
         environment=environment_facts(run.environment),

@@ -1,7 +1,7 @@
 """A run directory, read back: what the report and the comparison are made from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import yaml
 from pipeline.config.training import BatchConfig, BatchSplit, TrainConfig
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.core.schemas.validation import ValidationJson
 from pipeline.core.trees import flat
 from pipeline.core.typed import check_known, require
 from pipeline.core.units import format_bandwidth, median
@@ -31,6 +32,10 @@ class RunRecord:
     """environment.json, of whichever version of the program; see `recorded`."""
     rows: list[dict[str, float | None]]
     """Rows of metrics.jsonl, by step."""
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of attempts.jsonl: every start of the run."""
+    validation: ValidationJson | None = None
+    """What the last validation said of its pictures."""
 
     def setting(self, key: str) -> Any:
         """Return the value of a dotted key of the configuration; None where the run has none."""
@@ -54,6 +59,22 @@ class RunRecord:
         """Return the metric's latest value."""
         values = self.series(key)[1]
         return values[-1] if values else None
+
+    def mean_of_latest(self, key: str, num_values: int) -> float | None:
+        """Return the mean of the metric's latest values: what one step says jumps about."""
+        values = self.series(key)[1][-num_values:]
+        return sum(values) / len(values) if values else None
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of all recorded steps' time that was spent waiting for data; the first step, which warms up, apart."""
+        timed = [
+            (waited, seconds)
+            for row in self.rows
+            if (seconds := row.get("perf/step_seconds")) and (waited := row.get("perf/data_wait_seconds")) is not None
+        ]
+        waits, seconds = zip(*(timed[1:] or timed), strict=True) if timed else ((), ())
+        return min(1.0, sum(waits) / sum(seconds)) if timed else None
 
     @property
     def batch(self) -> BatchSplit:
@@ -143,7 +164,10 @@ def read_run(directory: Path) -> RunRecord:
         DataError: there is no ledger, or a file is not what it should be.
     """
     if not is_run(directory):
-        raise DataError(f"{directory} holds no ledger.json: give the directory of a run that `pipeline.train` made.")
+        raise DataError(
+            f"{directory} holds no ledger.json: give the directory of a run that `pipeline.train` made. One that has"
+            " just begun writes it within half a minute of its first step."
+        )
     ledger = _read_json(directory / "ledger.json")
     if ledger.get("schema") != 1:
         raise DataError(f"{directory / 'ledger.json'} has schema {ledger.get('schema')!r}, this program reads 1.")
@@ -154,7 +178,31 @@ def read_run(directory: Path) -> RunRecord:
         config=_read_yaml(directory / "config.yaml"),
         environment=_read_json(environment) if environment.is_file() else {},
         rows=_read_rows(directory / "metrics.jsonl"),
+        attempts=_read_attempts(directory / "attempts.jsonl"),
+        validation=_read_validation(directory / "validation.json"),
     )
+
+
+def _read_attempts(path: Path) -> list[dict[str, Any]]:
+    """Return one row for each start; a line cut short by a crash was a start too, of which nothing is known."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            rows.append(row if isinstance(row, dict) else {})
+    return rows
+
+
+def _read_validation(path: Path) -> ValidationJson | None:
+    if not path.is_file():
+        return None
+    validation = _read_json(path)
+    if validation.get("schema") != 1:
+        raise DataError(f"{path} has schema {validation.get('schema')!r}, this program reads 1.")
+    return cast(ValidationJson, validation)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

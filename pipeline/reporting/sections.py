@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NUM_STEPS_AVERAGED = 50
+"""As in the lines that a training prints: what a single step says jumps about."""
+
+
 @dataclass(frozen=True)
 class Fact:
     """A labelled value."""
@@ -150,17 +154,14 @@ def command_of(run: RunRecord) -> str:
 
 def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
     """Return curves and their last values below `sentence`; None for a run without recorded steps."""
-    curves = figures.learning_figure(run)
-    if curves is None:
+    curves = figures.learning_figures(run)
+    if not curves:
         return None
-    drawings = [
-        svg_figure(
-            curves,
-            "learning",
-            "Training is the mean over each step’s pictures (faint) and its running mean; "
-            "validation counts every picture once.",
-        )
-    ]
+    captions = {
+        "loss": "Training is the mean over each step’s pictures (faint) and its running mean.",
+        "top1": "Validation counts every picture once.",
+    }
+    drawings = [svg_figure(curve, f"learning-{name}", captions[name]) for name, curve in curves.items()]
     traffic = figures.traffic_figure(run)
     if traffic is not None:
         drawings.append(
@@ -170,18 +171,21 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
                 "Bytes that left a server for another one, added up over all servers since the first step.",
             )
         )
-    last_loss, last_lr = run.last("train/loss"), run.last("lr")
-    wait = run.last("perf/data_wait_share")
-    top5 = run.last("val/top5")
+    loss, train_top1 = (run.mean_of_latest(f"train/{key}", NUM_STEPS_AVERAGED) for key in ("loss", "top1"))
+    wait, top5 = run.data_wait_share, run.last("val/top5")
+    of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, len(run.rows))} steps"
+    best = max(run.series("val/top1")[1], default=None)
     facts = [
         Fact("validation top-1", format_accuracy(run.last("val/top1"))),
+        Fact("best validation top-1", format_accuracy(best)),
         Fact("validation top-5", format_accuracy(top5)) if top5 is not None else None,
         Fact("validation loss", _number(run.last("val/loss"))),
-        Fact("last training loss", _number(last_loss)),
-        Fact("images per second", format_rate(run.images_per_second)),
+        Fact(f"training loss, {of_latest}", _number(loss)),
+        Fact(f"training top-1, {of_latest}", format_accuracy(train_top1)),
+        Fact("pictures per second, median step", format_rate(run.images_per_second)),
         Fact("median step", format_seconds(run.step_seconds)),
-        Fact("waited for data", f"{wait * 100:.1f} %") if wait is not None else None,
-        Fact("last learning rate", _number(last_lr)),
+        Fact("waited for data, mean", f"{wait * 100:.1f} %") if wait is not None else None,
+        Fact("learning rate at the end", _number(run.last("lr"))),
     ]
     title = f"Learning: {run.ledger['model']}, {run.ledger['num_steps']:,} steps"
     return LearningView(title, sentence, [fact for fact in facts if fact and fact.text != MISSING], drawings)

@@ -81,6 +81,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.wandb = self.path / "wandb"
         self.report = self.path / "report.html"
+        self.validation = self.path / "validation.json"
         self._lock = RunLock(self.path / "lock", name)
 
     def open(self, patience_seconds: float = math.inf) -> None:

@@ -27,6 +27,7 @@ from pipeline.training import drift, resume, same_run
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.lightning import validate_now
 from pipeline.training.narrator import Narrator
+from pipeline.training.reporter import Reporter
 from pipeline.training.setup import Setup
 from pipeline.training.timing import StepClock, TimedLoader
 from pipeline.training.watchdog import StepWatchdog
@@ -52,6 +53,8 @@ class Attempt(pl.Callback):
         tracker: takes one row per step, in order.
         loader: the timed training loader.
         watchdog: is patient while a checkpoint is written.
+        narrator: tells each row.
+        reporter: shows a validation's pictures, and has the report made after a checkpoint.
     """
 
     def __init__(
@@ -65,10 +68,12 @@ class Attempt(pl.Callback):
         loader: TimedLoader,
         watchdog: StepWatchdog,
         narrator: Narrator,
+        reporter: Reporter,
     ) -> None:
         self.config, self.world, self.plan, self.directory = setup.config, setup.world, setup.plan, setup.run
         self.learner, self.ledger, self.powersgd = learner, ledger, powersgd
         self.tracker, self.loader, self.watchdog, self.narrator = tracker, loader, watchdog, narrator
+        self.reporter = reporter
         self.io = checkpoints.AtomicCheckpointIO(keep=self.config.trainer.keep_checkpoints, raises=False)
         self.clock = StepClock()
         self.plateau = PlateauDetector(
@@ -117,6 +122,7 @@ class Attempt(pl.Callback):
         """The weights of the last step were validated: complete its row, and save with the score."""
         if self._pending is not None:
             self._pending[1].update({f"val/{key}": results[key] for key in ("loss", "top1", "top5")})
+        self.reporter.validated(self.learner.committed_steps, self.learner.last_outcomes)
         self._save_if_due(self.learner.committed_steps, float(results["top1"]))
         self._write_pending()
         self._resume_time()
@@ -227,6 +233,7 @@ class Attempt(pl.Callback):
             self._agree(lambda: self._settle(path, best_score))
             verdict.refuse()  # now that nothing can be lost
         self._saved_step = step
+        self.reporter.saved()
 
     def _refuse_drift(self) -> None:
         """Compare the ranks' weights to the last one. Collective.

@@ -27,6 +27,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
 from pipeline.run.checkpoint_checks import unusable
 from pipeline.training import arithmetic, drift
+from pipeline.training.confusions import OutcomeRecord, Outcomes
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
@@ -82,6 +83,7 @@ class Learner(pl.LightningModule):
         memory_format: memory layout of the activations.
         origin: context that labels the collectives inside it.
         frozen: modules whose parameters are not trained; they compute as in evaluation.
+        outcomes: records what a validation says of each picture; None: nothing does.
     """
 
     frozen: tuple[nn.Module, ...]
@@ -104,6 +106,7 @@ class Learner(pl.LightningModule):
         memory_format: torch.memory_format = torch.contiguous_format,
         origin: Origin = lambda _: nullcontext(),
         frozen: Sequence[nn.Module] = (),
+        outcomes: OutcomeRecord | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -120,6 +123,8 @@ class Learner(pl.LightningModule):
         self.num_classes = num_classes
         self.last_validation: dict[str, float | int] = {}
         """Results of the last validation; empty before the first."""
+        self.outcomes = outcomes
+        self.last_outcomes: Outcomes | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
         self._rank = rank
@@ -264,6 +269,8 @@ class Learner(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew, with the same network on every rank."""
         self.validation.reset()
+        if self.outcomes is not None:
+            self.outcomes.reset()
         self._share_averaged_buffers()
 
     def _share_averaged_buffers(self) -> None:
@@ -284,6 +291,8 @@ class Learner(pl.LightningModule):
         network.eval()
         logits_BK = network(self.normalizer(batch.images_BCHW, self.activation_format))
         self.validation.update(logits_BK, batch.labels_B, batch.sample_ids_B)
+        if self.outcomes is not None:
+            self.outcomes.update(batch.images_BCHW, logits_BK, batch.labels_B, batch.sample_ids_B)
 
     def some_rank_says(self, yes: bool) -> bool:
         """Whether any rank says yes. Collective."""
@@ -297,6 +306,7 @@ class Learner(pl.LightningModule):
         """Add the ranks' sums up."""
         with self.origin("metrics"):
             self.last_validation = self.validation.compute()
+            self.last_outcomes = None if self.outcomes is None else self.outcomes.gather()
 
     def extra_state(self) -> dict[str, Any]:
         """What the weights and the optimiser do not hold; plain types and tensors only."""

@@ -10,8 +10,8 @@ from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
-from pipeline.reporting.page import write_run_report
 from pipeline.run.launch.ranks import lab_conditions
+from pipeline.training.reporter import write_last_report
 from pipeline.training.setup import Setup
 from pipeline.training.world import World
 
@@ -92,7 +92,7 @@ def conclude(setup: Setup, learnt: str, speed: str, quarantine: str) -> None:
             f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
             + (f"  learnt      {learnt}\n" if learnt else "")
             + f"  the wire    {_wire(setup.world.size, json.loads(setup.run.ledger.read_text()))}\n"
-            + f"{quarantine}  report      {write_run_report(setup.run.path)}",
+            + f"{quarantine}  report      {write_last_report(setup.run)}",
             flush=True,
         )
 

@@ -18,6 +18,7 @@ from pipeline.run.provenance import versions
 NO_PART_OF_THE_RESULT = (
     "cluster.",
     "tracking.",
+    "trainer.report_",
     "data.root",
     "data.cache_",
     "data.num_workers",

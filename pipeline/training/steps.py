@@ -41,6 +41,7 @@ from pipeline.training.narrator import narrating
 from pipeline.training.notes import announce, conclude, training_notes
 from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.preflight import check_model
+from pipeline.training.reporter import outcome_record, reporting
 from pipeline.training.same_run import facts_of, state_facts
 from pipeline.training.setup import Setup, Shards, Start
 from pipeline.training.timing import TimedLoader
@@ -249,6 +250,7 @@ def make_learner(setup: Setup) -> Learner:
             memory_format=world.compute.memory_format,
             origin=world.exchanging,
             frozen=frozen,
+            outcomes=outcome_record(shards.validation),
         )
         if start.content is not None and start.info is not None and start.section is not None:
             with checkpoints.taking("the weights or the optimiser's state", start.info.path):
@@ -345,7 +347,7 @@ def fit(setup: Setup) -> None:
     announce(setup, ledger.gradient_bytes)
     best = None if setup.start.section is None else setup.start.section.get("best_score")
     telling = narrating(config.name, setup.plan, setup.start.step, best_top1=best, is_teller=world.is_rank_zero)
-    with run.writing(), make_tracker(setup) as tracker, telling as narrator:
+    with run.writing(), make_tracker(setup) as tracker, telling as narrator, reporting(setup) as reporter:
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
         attempt = Attempt(
@@ -357,16 +359,12 @@ def fit(setup: Setup) -> None:
             loader=loader,
             watchdog=watchdog,
             narrator=narrator,
+            reporter=reporter,
         )
         bad_samples = BadSamples(setup.shards.training, config.data.max_bad_fraction, run.quarantine)
         # The order matters. The watchdog watches the warm-up's collectives and is patient before a checkpoint is
         # written; the attempt's clock starts after the warm-up; a stop amid a validation comes before its verdict.
-        callbacks = [
-            watchdog,
-            BucketWarmUp(world, config.input.size),
-            attempt,
-            bad_samples,
-        ]
+        callbacks = [watchdog, BucketWarmUp(world, config.input.size), attempt, bad_samples]
         trainer = make_trainer(setup, learner, callbacks=callbacks, io=attempt.io, powersgd=powersgd)
         with attempt.recorded():
             trainer.fit(learner, loader, make_validation_loader(setup))

@@ -1,5 +1,6 @@
 """What a two-rank training leaves behind: its ledger, its mirror, and nothing changed once it is finished."""
 
+import base64
 import hashlib
 import json
 import shutil
@@ -7,11 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import simplejpeg
 
 from pipeline.comm.wire import gloo
+from pipeline.config.model import InputConfig
+from pipeline.core.schemas.validation import ValidationJson
+from pipeline.data.index import ShardIndex
+from pipeline.data.pixels import eval_view
 from pipeline.reporting import dashboards
 from tests.commands import TIMES, rows, train_recorded
+from tests.json_shape import mismatches
 from tests.making.pairs import PAIR_OPTIONS, Pair
 from tests.making.shards import CLASSES, NUM_VALIDATION
 from tests.wandb_file import records
@@ -119,7 +127,8 @@ def test_nothing_that_trains_hides_outside_training(ledger: dict[str, Any]) -> N
     assert issued(ledger, "gradients", "startup")[1] > 0  # the passes that settle the buckets
     for phase in ("validation", "checkpoint"):
         assert issued(ledger, "gradients", phase) == (0, 0)
-    assert issued(ledger, "metrics", "validation")[0] == 3  # one sum per validation
+    # Three validations: a sum, what was said of each picture, and the worst of them as small pictures.
+    assert issued(ledger, "metrics", "validation")[0] == 3 * 3
 
 
 def test_a_killed_attempt_is_listed_with_what_is_not_known_of_it(two_ranks: Pair) -> None:
@@ -186,6 +195,28 @@ def test_a_restarted_run_goes_on_in_the_same_mirrored_run(two_ranks: Pair) -> No
     assert set(ids) != set(mirrored(two_ranks.unbroken)[0])
 
 
+def test_what_was_said_of_each_picture_is_what_was_counted(two_ranks: Pair, shards: Path) -> None:
+    validation = json.loads((two_ranks.unbroken / "validation.json").read_text())
+    assert mismatches(validation, ValidationJson) == []
+    last = rows(two_ranks.unbroken)[-1]
+    assert (validation["step"], validation["num_samples"]) == (11, NUM_VALIDATION)
+    assert validation["num_correct"] == round(last["val/top1"] * NUM_VALIDATION)
+    losses = [picture["loss"] for picture in validation["worst"]]
+    assert losses == sorted(losses, reverse=True) and losses[0] >= last["val/loss"]
+    index = ShardIndex.open(shards, "val")
+    for picture in validation["worst"]:  # each rank's own came to rank 0
+        jpeg = base64.b64decode(picture["jpeg_base64"])
+        assert index.label(picture["sample_id"]) == picture["label"]
+        whole = eval_view(index.read(picture["sample_id"]), InputConfig(size=32))
+        shown = simplejpeg.decode_jpeg(jpeg)
+        assert shown.shape == (96, 96, 3) and np.abs(shown.mean((0, 1)) - whole.mean((0, 1))).max() < 12  # JPEG twice
+
+
+def test_the_report_shows_both_attempts(two_ranks: Pair) -> None:
+    page = (two_ranks.resumed / "report.html").read_text()
+    assert page.count('data-label="changed"') == 2
+
+
 # --- afterwards ---
 
 
@@ -212,7 +243,7 @@ def test_what_the_run_is_made_of_is_written_down(two_ranks: Pair) -> None:
     config = (two_ranks.unbroken / "config.yaml").read_text()
     assert "global_size: 12" in config and "ema_decay: 0.9" in config
     page = (two_ranks.unbroken / "report.html").read_text()
-    assert "4,941,984" in page
+    assert "4,941,984" in page and page.count("<img ") == min(12, NUM_VALIDATION)
     best = json.loads((two_ranks.unbroken / "checkpoints" / "best.ckpt.json").read_text())
     assert best["metric"] == "val/top1" and round(best["score"] * NUM_VALIDATION) == pytest.approx(
         best["score"] * NUM_VALIDATION

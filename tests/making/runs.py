@@ -1,19 +1,23 @@
 """Run directories written by hand, as `train` leaves them: real models' layers, chosen times."""
 
+import base64
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+import simplejpeg
 import torch
 import yaml
 
 from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.comparison.rows import KEYS
 from pipeline.core.schemas.comparison import ComparisonJson, ModelRowJson
+from pipeline.core.schemas.validation import ConfusionJson, ValidationJson
 from pipeline.models import zoo
 
 MakeRun = Callable[..., Path]
@@ -171,6 +175,36 @@ def handmade_run(
             row |= {"val/loss": 2.4 * 0.97**step + 0.12, "val/top1": 1 - 0.92 * 0.97**step, "val/top5": 0.99}
         rows.append(row)
     return HandmadeRun(ledger, config, environment, rows)
+
+
+def handmade_validation(num_classes: int = 10, names: Sequence[str] = (), step: int = 8) -> ValidationJson:
+    """validation.json of three pictures a class, of which one is taken for the next class."""
+    is_complete = num_classes <= 40
+    named = [str(number) for number in range(num_classes if is_complete else 40)]
+    wrong: list[ConfusionJson] = [
+        {"label": label, "predicted": (label + 1) % num_classes, "num_pictures": 1, "num_of_label": 3}
+        for label in range(min(num_classes, 40))
+    ]
+    right: list[ConfusionJson] = [
+        {"label": label, "predicted": label, "num_pictures": 2, "num_of_label": 3} for label in range(num_classes)
+    ]
+    pixels = np.full((96, 96, 3), (200, 120, 40), np.uint8)
+    jpeg = base64.b64encode(simplejpeg.encode_jpeg(pixels, colorspace="RGB")).decode()
+    return {
+        "schema": 1,
+        "step": step,
+        "num_samples": 3 * num_classes,
+        "num_correct": 2 * num_classes,
+        "num_classes": num_classes,
+        "class_names": dict(zip(named, names or [f"kind {number}" for number in named], strict=False)),
+        "is_complete": is_complete,
+        "confusions": [*right, *wrong] if is_complete else wrong,
+        "worst": [
+            {"sample_id": number, "key": f"picture{number}", "shard": "val-000000.tar", "label": number, "predicted":
+             (number + 1) % num_classes, "loss": 9.0 - number, "jpeg_base64": jpeg}
+            for number in range(min(12, num_classes))
+        ],
+    }  # fmt: skip
 
 
 def timed_run(model: str = "squeezenet1_0", bandwidth: float | None = 1e9, **changes: Any) -> HandmadeRun:

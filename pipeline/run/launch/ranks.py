@@ -17,6 +17,10 @@ from pipeline.run.launch.ports import SERVICE_PORTS, free_port
 SPAWNED_MARK = "SQUEEZEWIRE_SPAWNED"
 # What `pipeline.lab` promises its ranks, as JSON.
 LAB_VARIABLE = "SQUEEZEWIRE_LAB"
+RANK_VARIABLES = frozenset(
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+)
+"""By which torchrun, and our own launcher, tell a process its place."""
 # Slurm numbers its own pseudo-steps (batch shell, interactive shell, extern) downwards from 0xfffffffd; real steps
 # count up from 0.
 FIRST_SPECIAL_STEP_ID = 0xFFFFFFF0
@@ -34,6 +38,22 @@ class LabJson(TypedDict):
     """Bandwidth of each link in each direction; None: unshaped."""
     offloads: bool
     interface: str
+
+
+def without_ranks(environment: Mapping[str, str], *, keep_slurm: bool = False) -> dict[str, str]:
+    """Return an environment for a process that shall not take itself for a rank of whoever starts it.
+
+    Args:
+        environment: Of whoever starts it.
+        keep_slurm: Leave Slurm's variables, for `srun`.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in RANK_VARIABLES
+        and name not in (LAB_VARIABLE, SPAWNED_MARK)
+        and (keep_slurm or not name.startswith("SLURM_"))
+    }
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ NEEDED = {
     "prepare": ["source=builtin", "out=x"],
     "compare": ["data.root=x"],
     "plan": ["run=x"],
+    "report": ["run=x"],
 }
 
 

@@ -44,7 +44,8 @@ def test_small_layers_are_summed_not_dropped() -> None:
 
 def test_an_inline_figure_loads_nothing_and_collides_with_nothing(make_run: MakeRun) -> None:
     run = read_run(make_run("first", num_steps=60, validated=True))
-    drawings = {"learning": figures.learning_figure(run), "traffic": figures.traffic_figure(run)}
+    drawings = {**figures.learning_figures(run), "traffic": figures.traffic_figure(run)}
+    assert set(drawings) == {"loss", "top1", "traffic"}
     for name, figure in drawings.items():
         assert figure is not None
         svg = figures.to_svg(figure, name)
@@ -61,7 +62,7 @@ def test_a_run_without_rows_or_traffic_has_no_curves(make_run: MakeRun) -> None:
     directory = make_run("first")
     (directory / "metrics.jsonl").write_text("")
     run = read_run(directory)
-    assert figures.learning_figure(run) is None
+    assert figures.learning_figures(run) == {}
     assert figures.traffic_figure(run) is None
 
 

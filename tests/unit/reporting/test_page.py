@@ -12,8 +12,10 @@ from pipeline.core.errors import DataError
 from pipeline.core.schemas.comparison import ComparisonJson
 from pipeline.reporting.page import write_comparison_report, write_run_report
 from pipeline.reporting.runs import read_run
-from tests.making.runs import MakeRun, handmade_comparison, handmade_row
+from tests.browser import browser
+from tests.making.runs import MakeRun, handmade_comparison, handmade_row, handmade_validation
 
+EMBEDDED = r"data:image/jpeg;base64,[A-Za-z0-9+/]+={0,2}"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -95,13 +97,111 @@ def test_a_run_report_holds_curves_ledger_and_reasons(make_run: MakeRun) -> None
 
 
 def test_nothing_is_loaded_from_anywhere(make_run: MakeRun) -> None:
-    path = write_run_report(make_run("first", num_steps=30))
+    directory = make_run("first", num_steps=30)
+    (directory / "validation.json").write_text(json.dumps(handmade_validation()))
+    path = write_run_report(directory)
     checker = check(path)
-    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", path.read_text())
-    assert not {tag for tag, _, _ in checker.attributes} & {"link", "img", "iframe", "object", "embed"}
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(EMBEDDED, "", path.read_text()))
+    assert not {tag for tag, _, _ in checker.attributes} & {"link", "iframe", "object", "embed"}
     for tag, key, value in checker.attributes:
-        assert key not in ("src", "srcset", "data"), (tag, key, value)
+        if (tag, key) == ("img", "src"):
+            assert re.fullmatch(EMBEDDED, value or "")
+        else:
+            assert key not in ("src", "srcset", "data"), (tag, key, value)
         assert key != "href" or (value or "").startswith("#")
+
+
+ATTEMPTS = (
+    {"attempt": 1, "started": "2026-11-30T12:00:00+00:00", "host": "node1", "world_size": 2, "start_step": 0,
+     "changed": []},
+    {"attempt": 2, "started": "2026-11-30T13:00:00+00:00", "host": "node2", "world_size": 3, "start_step": 20,
+     "changed": ["recipe.lr was 0.04 and is 0.01", "the number of ranks was 2 and is 3"]},
+)  # fmt: skip
+
+
+def run_with_everything(make_run: MakeRun, num_classes: int = 10) -> Path:
+    """A run of two attempts, validated."""
+    directory = make_run("first", num_steps=60, validated=True)
+    (directory / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ATTEMPTS))
+    (directory / "validation.json").write_text(json.dumps(handmade_validation(num_classes)))
+    return directory
+
+
+def test_every_attempt_is_shown_with_what_changed(make_run: MakeRun) -> None:
+    directory = run_with_everything(make_run)
+    with (directory / "attempts.jsonl").open("a") as file:
+        file.write('{"attempt": 3, "sta')  # cut short by a crash: a start too
+    rows = [[text.strip() for _, text in row] for row in check(write_run_report(directory)).rows]
+    first, second, third = (next(row for row in rows if row[0] == number) for number in "123")
+    assert first == ["1", "2026-11-30 12:00:00", "node1", "2", "0 to 20", "the first"]
+    assert second[3:] == ["3", "–", "recipe.lr was 0.04 and is 0.01; the number of ranks was 2 and is 3"]
+    assert third[-1] == "nothing"
+
+
+def test_what_jumps_from_step_to_step_is_shown_as_a_mean(make_run: MakeRun) -> None:
+    directory = make_run("first", num_steps=60)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"train/loss": 2.0, "perf/data_wait_seconds": 0.05}
+    rows[-1] |= {"train/loss": 52.0, "perf/data_wait_seconds": 0.25}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_run_report(directory).read_text()
+    assert "<dt>training loss, mean of the last 50 steps</dt><dd>3</dd>" in page
+    assert "<dt>waited for data, mean</dt><dd>21.4 %</dd>" in page  # (58 x 0.05 + 0.25) / (59 x 0.25)
+
+
+@pytest.mark.parametrize(("num_classes", "num_cells"), [(10, 20), (40, 80), (1000, 0)])
+def test_a_matrix_of_up_to_40_classes_and_a_bounded_table_of_any_number(
+    make_run: MakeRun, num_classes: int, num_cells: int
+) -> None:
+    path = write_run_report(run_with_everything(make_run, num_classes))
+    page = path.read_text()
+    assert len(re.findall(r'<rect class="(?:right|wrong)"', page)) == num_cells
+    pairs = [row for row in check(path).rows if row and row[0][1].startswith("kind ")]
+    assert len(pairs) == min(20, num_classes)
+    assert page.count("<img ") == min(12, num_classes)
+    assert "1 of 3 pictures of kind 3: kind 4" in page or num_classes == 1000
+    assert len(page) < 300_000
+
+
+def test_a_validation_that_was_tampered_with_shows_nothing_of_elsewhere(make_run: MakeRun) -> None:
+    directory = make_run("first")
+    validation = handmade_validation(2, ["<script>alert(1)</script>", "b"])
+    validation["worst"][0]["jpeg_base64"] = '"><script>alert(2)</script>'
+    (directory / "validation.json").write_text(json.dumps(validation))
+    page = write_run_report(directory).read_text()
+    assert page.count("<script>") == 1 and page.count("<img ") == 1
+    (directory / "validation.json").write_text(json.dumps({"schema": 1, "step": 3}))
+    with pytest.raises(DataError, match=r"validation\.json is not what `train` wrote"):
+        write_run_report(directory)
+
+
+CUT_OFF = """[...document.querySelectorAll('body *')].filter(element => {
+    const box = element.getBoundingClientRect();
+    const isCut = element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX !== 'visible';
+    return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1 || isCut);
+}).map(element => element.outerHTML.slice(0, 200))"""
+LEFT_EDGES = "new Set([...document.querySelectorAll('section')].map(e => e.getBoundingClientRect().left)).size"
+
+
+@pytest.mark.not_quick
+def test_on_a_phone_nothing_is_cut_off_in_light_and_in_dark(make_run: MakeRun) -> None:
+    models = {name: make_run(name, model=name) for name in ("squeezenet1_0", "resnet18")}
+    directory = run_with_everything(make_run, 40)
+    alone = write_run_report(directory).rename(directory / "alone.html")
+    (directory / "comparison.json").write_text(json.dumps(comparison_of(models)))
+    papers = set()
+    with browser() as page:
+        for path in (alone, write_run_report(directory)):
+            for width in (390, 1280):
+                for dark in (False, True):
+                    page.show(path, width=width, dark=dark)
+                    assert page.ask("document.documentElement.scrollWidth") <= width
+                    assert page.ask(LEFT_EDGES) == 1
+                    assert width > 390 or page.ask(CUT_OFF) == []
+                    assert page.ask("[...document.images].every(image => image.naturalWidth === 96)")
+                    papers.add((dark, page.ask("getComputedStyle(document.body).backgroundColor")))
+    assert len(papers) == 2  # a colour for light, another for dark
 
 
 def test_ids_are_unique(make_run: MakeRun) -> None:

@@ -27,6 +27,7 @@ from pipeline.training.attempt import Attempt
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.narrator import Narrator
 from pipeline.training.plan import make_plan
+from pipeline.training.reporter import Reporter
 from pipeline.training.setup import Setup, Start
 from pipeline.training.timing import TimedLoader
 from pipeline.training.watchdog import StepWatchdog
@@ -87,6 +88,7 @@ class Training:
             loader=TimedLoader(cast(Any, SimpleNamespace(num_workers=0))),
             watchdog=StepWatchdog(world, self.learner, 10.0),
             narrator=Narrator("a", self.plan, step, best_top1=best, bar=None, has_lines=False),
+            reporter=Reporter(setup.run, None, num_classes=2, every_seconds=None, is_writer=False),
         )
         self.attempt._sync_record = lambda: None  # type: ignore[method-assign]
         self.attempt._settle = self._settle  # type: ignore[method-assign]
