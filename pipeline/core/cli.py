@@ -18,13 +18,15 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline.core import secrets
+from pipeline.core import gate
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave, leave_cause, rank
 from pipeline.core.help import format_help
 from pipeline.core.overrides import as_typed, literal, split_override
+from pipeline.core.secrets import redacted
 from pipeline.core.streams import has_lost_output
 from pipeline.core.surroundings import settle_surroundings
+from pipeline.core.text import printable, shortened
 from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
@@ -34,6 +36,8 @@ CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
 OPEN_KEYS = ("model.metaparameters.",)
 LONGEST_VALUE_SHOWN = 200
 """Characters of a value that cannot be read which its message repeats."""
+LONGEST_MESSAGE = 4000
+"""Characters of an error that are printed: its begin and, for the remedy, its end."""
 
 
 def run_command(
@@ -55,7 +59,8 @@ def run_command(
     try:
         code = int(_run(command, schema, body, arguments))
     except UserError as error:
-        _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {error}")
+        text = shortened(str(error), LONGEST_MESSAGE)
+        _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
         code, has_lost_others = int(error.exit_code), isinstance(error, PeerLost)
     except KeyboardInterrupt:
         _print_error("interrupted")
@@ -79,8 +84,7 @@ def _run(command: str, schema: type[T], body: Callable[[T], int | None], argumen
                 " (convmv does), or give a link to it with another name (ln -s)."
             )
     for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
-        secrets.refuse_secret(*split_override(argument))
-        secrets.refuse_argument(argument)
+        gate.refuse_argument(argument)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text(command, schema), flush=True)
         return ExitCode.DONE
@@ -105,7 +109,7 @@ def _only_tells(arguments: Sequence[str]) -> bool:
 
 def _print_error(text: str) -> None:
     """Print to stderr, marked with the rank unless it is rank 0; URLs without what they may hold of secrets."""
-    text = secrets.redacted(text)
+    text = printable(redacted(text))
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
         print(text if rank() in (None, "0") else f"[rank {rank()}] {text}", file=sys.stderr, flush=True)
 
@@ -137,6 +141,7 @@ def compose_container(command: str, schema: type[Any], overrides: Sequence[str])
         f"No configuration at {CONF_DIRECTORY}: install with `pip install -e .` from the checkout.",
     )
     groups = config_groups()
+    gate.watch_files()
     _check_form(overrides)
     typed, overrides = overrides, as_typed(overrides, schema)
     choices = [override for override in overrides if split_override(override)[0] in groups]
@@ -150,8 +155,7 @@ def compose_container(command: str, schema: type[Any], overrides: Sequence[str])
             opened = [_open_or_check(override, base, groups) for override in overrides]
             _check_values(opened, base, schema)
             composed = hydra_compose(command, opened)
-            secrets.refuse_values(OmegaConf.to_container(composed, resolve=False))
-            container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            container = _resolved(composed)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ConfigError(f"{key} is not set: add {key}=... to the command.") from error
@@ -161,6 +165,16 @@ def compose_container(command: str, schema: type[Any], overrides: Sequence[str])
         raise ConfigError(_one_line(error) if value is None else _no_interpolation(key, value)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    return container
+
+
+def _resolved(composed: Any) -> dict[str, Any]:
+    """Return a composed configuration in plain containers, what none may hold refused before and after resolving."""
+    from omegaconf import OmegaConf
+
+    gate.refuse_values(OmegaConf.to_container(composed, resolve=False))
+    container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    gate.refuse_values(container, is_resolved=True)
     assert isinstance(container, dict)
     return typing.cast(dict[str, Any], container)
 
@@ -273,17 +287,15 @@ def _run_hydra_application(
     """Hand flags (--cfg, --info, --multirun, ...) to Hydra itself. No directory is ever named by the clock."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     codes: list[int] = []
 
     def task(configuration: Any) -> None:
         # The ranks a command starts are given its command line: this job's part of it, without Hydra's own flags.
         sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
-        secrets.refuse_values(OmegaConf.to_container(configuration, resolve=False))
-        container = typing.cast(
-            dict[str, Any], OmegaConf.to_container(configuration, resolve=True, throw_on_missing=True)
-        )
+        container = _resolved(configuration)
         if "name" in container and (own := _of_job(swept, HydraConfig.get().overrides.task)):
             container["name"] = f"{container['name']}/{own}"
             sys.argv.append(f"name={literal(container['name'])}")  # the last one counts
@@ -306,7 +318,13 @@ def _run_hydra_application(
             "hydra/hydra_logging=none",
             *flags,  # last: Hydra's parser takes overrides in one run only
         ]
-        hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
+        gate.refuse_flags(sys.argv[1:])
+        gate.watch_files()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are not printed with a traceback
+        try:
+            hydra.main(config_path=str(CONF_DIRECTORY), config_name=command, version_base="1.3")(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_one_line(error)) from error
     return next((code for code in codes if code), ExitCode.DONE)
 
 

@@ -1,15 +1,8 @@
-"""What a configuration must not hold: secrets, a way to read them, and names of things to call.
-
-Hydra would call what `_target_` names below its own keys, from a command line and from any YAML that it is pointed to;
-`${oc.env:...}` would copy any variable of the environment into `config.yaml`. Models, hooks and recipes come from
-registries; nothing here instantiates what a string names.
-"""
+"""Secrets: how they are known, in what a configuration holds and in what is printed."""
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping
 
 from pipeline.core.errors import ConfigError
 
@@ -24,28 +17,26 @@ _NAME_OF_A_CREDENTIAL = re.compile(
     r"(?i)(?:^|_)(?:\w*token|\w*secret|\w*passw(?:or)?d|\w*passphrase|\w*credentials?|sshpass)$|_pwd$"
 )
 _NAME_OF_A_KEY = re.compile(r"(?i)(?:^|_)\w*?(?:^|_|api|access|secret|auth|private)keys?$")
-# As their makers document them. 40 hexadecimal digits alone are a revision of git's as often as a W&B key of old.
+# As their makers document them. 40 hexadecimal digits alone are a revision of git's as often as a W&B key of old, and
+# 40 of base64 a hash as often as a secret of AWS's: those are known by a variable that holds them.
 _SHAPES_OF_SECRETS = {
-    "a W&B key": re.compile(r"(?<![0-9A-Za-z])local-[0-9a-f]{40}(?![0-9A-Za-z])|wandb_v1_\w{8}"),
-    "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "a GitHub token": re.compile(r"\b(?:gh[pousr]_|github_pat_)\w{20}"),
-    "a Hugging Face token": re.compile(r"\bhf_[0-9A-Za-z]{20}"),
-    "an API key": re.compile(r"\bsk-[0-9A-Za-z_-]{20}|\bxox[abeprs]-\w{8}"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"),
-    # A short number is none (`max_token=128`), nor what a part of a path begins with (`sweep/token=word`).
-    "a password": re.compile(
-        r"(?i)(?<!/)(?:passw(?:or)?d|secret|token|api_?key)['\"]?\s*[=:]\s*(?!\d{1,6}(?![\w.-]))[^\s=:]"
-    ),
+    name: re.compile(f"(?<![0-9A-Za-z])(?:{shape})")
+    for name, shape in {
+        "a W&B key": r"local-[0-9a-f]{40}(?![0-9A-Za-z])|wandb_v1_\w{8}",
+        "an AWS key": r"(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Za-z])",
+        "a GitHub token": r"(?:gh[pousr]_|github_pat_)\w{20}",
+        "a GitLab token": r"gl(?:pat|ptt|dt|rt|cbt|ft|soat|agent|oas|imt)-[\w-]{16}",
+        "a Google key": r"AIza[\w-]{35}|ya29\.[\w-]{20}|GOCSPX-[\w-]{20}",
+        "a Hugging Face token": r"(?:hf|api_org)_[0-9A-Za-z]{20}",
+        "an API key": r"sk-[0-9A-Za-z_-]{20}|[sr]k_live_\w{16}|npm_[0-9A-Za-z]{36}|pypi-[\w-]{32}",
+        "a Slack token": r"xox[abeoprs]-\w{8}|xapp-\d-\w{8}|hooks\.slack\.com/services/\w",
+        "a JSON web token": r"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*",
+        "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+        # A short number is none (`max_token=128`), nor what a part of a path begins with (`sweep/token=word`).
+        "a password": r"(?i:(?<!/)(?:\w*_)?(?:passw(?:or)?d|secret|token|api_?key|secret_?access_?key))"
+        r"['\"]?\s*[=:]\s*(?!\d{1,6}(?![\w.-]))[^\s=:]",
+    }.items()
 }
-
-CALLS = "_target_"
-FROM_ENVIRONMENT = "oc.env"
-_NAMES_A_CALL = re.compile(rf"(?<!\w){CALLS}(?!\w)")
-_READS_ENVIRONMENT = re.compile(rf"\$\{{[\s\S]*(?<!\w){re.escape(FROM_ENVIRONMENT)}(?!\w)")
-# Hydra's flags that name a directory of more configuration.
-CONFIG_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
-# The flag's value may stand in the next argument, so an argument that is a directory is looked through too.
-YAML_SUFFIXES = {".yaml", ".yml"}
 
 
 def redacted(text: str) -> str:
@@ -93,67 +84,3 @@ def _is_credential(name: str, value: str) -> bool:
         return False
     is_mixed = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
     return bool(_NAME_OF_A_CREDENTIAL.search(name) or (_NAME_OF_A_KEY.search(name) and is_mixed))
-
-
-def refuse_argument(argument: str) -> None:
-    """Raise `ConfigError` for an argument of a command line that no configuration may hold.
-
-    Also for one that names a directory of YAML files in which one may not be read.
-    """
-    key, _, value = argument.partition("=")
-    refuse_key("An argument" if value == "" else _shown(key), argument, os.environ)
-    _refuse_text(_shown(key), argument)
-    is_flag = key in CONFIG_FLAGS
-    if (is_flag and value) or "=" not in argument:
-        directory = Path(value if is_flag else argument)
-        if directory.is_dir():
-            _refuse_files(directory)
-
-
-def refuse_values(container: Any) -> None:
-    """Raise `ConfigError` for a composed configuration, before its interpolations are resolved."""
-    for key, text in _texts(container, ""):
-        refuse_key(key, text, os.environ)
-        _refuse_text(key, text)
-
-
-def _refuse_text(key: str, text: str) -> None:
-    if _NAMES_A_CALL.search(text):
-        raise ConfigError(f"{key} names something to call ({CALLS}), and a configuration is data: leave it out.")
-    if _READS_ENVIRONMENT.search(text):
-        raise ConfigError(
-            f"{key} reads the environment ({FROM_ENVIRONMENT}), of which a copy would stay in config.yaml: write the"
-            " value, or let the shell do it ($NAME)."
-        )
-
-
-def _refuse_files(directory: Path) -> None:
-    import yaml
-
-    for path in sorted(path for path in directory.rglob("*") if path.suffix in YAML_SUFFIXES):
-        try:
-            text = path.read_text()
-            yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            first = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{path} is no plain YAML and is not read ({first}).") from error
-        _refuse_text(str(path), text)
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text) for every key and every string."""
-    if isinstance(value, dict):
-        for name, inner in cast(dict[Any, Any], value).items():
-            yield f"{key}{name}", str(name)
-            yield from _texts(inner, f"{key}{name}.")
-    elif isinstance(value, list | tuple):
-        for inner in cast(list[Any], value):
-            yield from _texts(inner, key)
-    elif isinstance(value, str):
-        yield key.rstrip("."), value
-
-
-def _shown(key: str) -> str:
-    """Return the key of an argument; "An argument" where it does not look like a key."""
-    name = key.lstrip("+~")
-    return name if len(name) < 60 and all(part.isidentifier() for part in name.split(".")) else "An argument"

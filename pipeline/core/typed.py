@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeGuard, TypeVar
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.trees import flat
 
 T = TypeVar("T")
 _IS_PATH = "path"
@@ -153,6 +154,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         )
     if origin is dict or hint is dict:
         require(isinstance(value, Mapping), f"{key}={value!r} must be a group of keys.")
+        for name, inner in flat(value, f"{key}.").items():
+            for item in typing.cast("list[object]", inner) if isinstance(inner, list | tuple) else [inner]:
+                _check_scalar(item, name)
         return dict(value)
     if hint is Any:
         return value
@@ -169,6 +173,14 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
         f"{key}={value!r} stands without quotes in a YAML file, where it is no text, and how it was written is lost"
         f" (2024_11_29 is 20241129 there): put it in quotes.",
     )
+    _check_scalar(value, key)
+    matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    require(matches, f"{key}={value!r} must be of type {hint.__name__}.")
+    return value
+
+
+def _check_scalar(value: object, key: str) -> None:
+    """Raise `ConfigError` for what no key may hold, whatever its type."""
     require(
         not isinstance(value, str) or "\0" not in value,
         f"{key}={value!r} holds a character of value 0, which stands in no name and no text: write it without.",
@@ -185,9 +197,6 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
         not isinstance(value, float) or math.isfinite(value),
         f"{key}={value} is no number to compute with: give a finite one.",
     )
-    matches = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    require(matches, f"{key}={value!r} must be of type {hint.__name__}.")
-    return value
 
 
 def _path(text: str, key: str) -> str:

@@ -1,5 +1,6 @@
 """From a word on the command line to a source of pictures."""
 
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import ConfigError, DataError
@@ -104,6 +105,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         raise DataError(f"classes={path} cannot be read: {error}. Give a text file with one name per line.") from error
     if not names or "" in names:
         raise DataError(f"classes={path} is empty or has an empty line between names. Give one name per line.")
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if len(set(names)) < len(names):
+        ((twice, _),) = Counter(names).most_common(1)
         raise DataError(f"classes={path} names {twice!r} twice. An index must mean one class.")
     return names

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -181,7 +182,7 @@ def _parse_split(name: str, value: SplitJson, path: str) -> Split:
     split = Split(shards=shards, extra=extra)
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(names).most_common(1)
         raise DataError(f"{path}: split {name!r} lists {twice!r} twice. {MAKE_ANEW}")
     if split.num_samples != value["num_samples"]:
         raise DataError(

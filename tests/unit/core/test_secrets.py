@@ -35,6 +35,13 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
         ("ghp_" + "a1B2" * 9, "GitHub"),
         ("hf_" + "a1B2" * 8, "Hugging Face"),
         ("sk-" + "a1B2" * 8, "API key"),
+        ("run_sk-proj-" + "a1B2" * 8, "API key"),
+        ("eyJhbGciOiJIUzI1" + "NiJ9.eyJzdWIiOiIxMjM0.c2lnbmF0dXJl", "JSON web token"),
+        ("runs/glp" + "at-" + "a1B2" * 5, "GitLab"),
+        ("x_AIz" + "a" + "a1B2-" * 7, "Google"),
+        ("xox" + "b-" + "1234567890", "Slack"),
+        ("aws_secret_access_key = " + "a1B2/+" * 7, "password"),
+        ("wJalr" + "a1B2/" * 7, "the value of AWS_SECRET_ACCESS_KEY"),
         ("-----BEGIN RSA " + "PRIVATE KEY-----", "private key"),
         ("password=hunter2", "password"),
         ("a,api_key: hunter2", "password"),
@@ -43,7 +50,15 @@ def command(*arguments: str, environment: dict[str, str] | None = None) -> subpr
 )
 def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        refuse_key("tracking.entity", value, {"MY_TOKEN": "swordfish-77", "WANDB_API_KEY": REVISION[::-1]})
+        refuse_key(
+            "tracking.entity",
+            value,
+            {
+                "MY_TOKEN": "swordfish-77",
+                "WANDB_API_KEY": REVISION[::-1],
+                "AWS_SECRET_ACCESS_KEY": "wJalr" + "a1B2/" * 7,
+            },
+        )
     assert "If " in str(raised.value)
     assert what in str(raised.value) and value not in str(raised.value) and "swordfish" not in str(raised.value)
 
@@ -53,7 +68,7 @@ def test_what_looks_like_a_secret_is_refused_and_not_shown(value: str, what: str
     [
         *("runs/first", "sweep/lr=0.1", "s3://bucket/imagenet", "train-{0000..1023}.tar", "tokenizer", "a" * 64, "key"),
         *(REVISION, f"models--timm/snapshots/{REVISION}", "sweep/max_token=128", "lr=0.1,token=64", "keyboard-us", ""),
-        *("sweep/token=word", "/data/secret:garden"),
+        *("sweep/token=word", "/data/secret:garden", "a1B2/+Zx" * 5, "eyJ.eyJ.x", "mask-" + "abcd" * 6),
     ],
 )
 def test_what_is_no_secret_is_taken(value: str) -> None:
@@ -156,7 +171,7 @@ def test_yaml_from_elsewhere_is_data(text: str, words: str, flag: str, tmp_path:
     folder.mkdir(parents=True)
     (folder / "evil.yaml").write_text("# @package _global_\n" + text.format(marker=marker))
     arguments = flag.format(tmp_path / "conf").split()
-    ended = command(*arguments, "--cfg=job", *BASE, "+experiment=evil", environment={"WANDB_API_KEY": KEY})
+    ended = command(*arguments, "--cfg=job", *BASE, "experiment=evil", environment={"WANDB_API_KEY": KEY})
     assert ended.returncode == 2 and words in ended.stderr, ended.stderr
     assert not marker.exists() and KEY not in ended.stdout + ended.stderr
 
