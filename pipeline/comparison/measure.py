@@ -199,4 +199,6 @@ def _read_alone(directories: Sequence[str]) -> dict[str, RunRecord]:
 def model_of(record: RunRecord) -> str:
     """Return a run's model as a spec: its name and what its metaparameters add to it."""
     told = record.config.get("model") or {}
-    return zoo.format_spec(told.get("name", record.ledger["model"]), told.get("metaparameters") or {})
+    name, metaparameters = told.get("name") or record.ledger["model"], told.get("metaparameters") or {}
+    zoo.check(name, metaparameters)
+    return zoo.format_spec(name, metaparameters)

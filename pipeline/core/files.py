@@ -15,6 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.core.units import format_bytes
+
 # The temporary name cannot be guessed, so that nobody lays a link in its place; it ends with the writer's pid, by which
 # a sweep tells what is left over from what is being written.
 TEMPORARY_MARK = ".tmp."
@@ -22,6 +24,10 @@ TEMPORARY_MARK = ".tmp."
 NO_LOCKS_HERE = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 """What `try_lock` raises, as an OSError's errno, on a file system without locks."""
 LOCK_POLL_SECONDS = 0.02
+MOST_SWELLING = 16
+"""Times its own size that an archive may take unpacked: weights, many of them zero, become a tenth when packed."""
+FREE_UNPACKED_BYTES = 2**24
+"""Bytes that any archive may take besides."""
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -159,6 +165,24 @@ def try_lock(descriptor: int, *, shared: bool = False, seconds: float = 0.0, whi
         if time.monotonic() - since >= seconds:
             return False
         time.sleep(LOCK_POLL_SECONDS)
+
+
+def would_unpack(file: BinaryIO) -> str:
+    """Say in a clause that a zip archive would take far more memory than its own size; empty if it would not.
+
+    Args:
+        file: The archive, which is left at its start.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: It cannot be read, or is none.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        unpacked_bytes = sum(part.file_size for part in archive.infolist())
+    file.seek(0)
+    if unpacked_bytes <= MOST_SWELLING * num_bytes + FREE_UNPACKED_BYTES:
+        return ""
+    return f"would take {format_bytes(unpacked_bytes)} of memory, from {format_bytes(num_bytes)}"
 
 
 def what_it_is(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Weights made elsewhere: the Caffe-named `.npz` of SqueezeNet v1.0, loaded strictly."""
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import what_it_is
+from pipeline.core.files import open_regular, what_it_is, would_unpack
 from pipeline.models.squeezenet import SqueezeNet
 
 if TYPE_CHECKING:
@@ -43,13 +42,16 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
     try:
         if wrong := what_it_is(path):
             raise CheckpointError(f"{path} is not a readable .npz file: it {wrong}.")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = _tensors_of(archive)
+        with open_regular(path) as file:
+            if wrong := would_unpack(file):
+                raise CheckpointError(f"{path} {wrong}: it holds no weights.")
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = _tensors_of(archive)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: give the path of a .npz file.") from error
     except CheckpointError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zlib, zipfile and NumPy have many words for a file that is not theirs
         reason = "it holds pickled objects" if "pickle" in str(error) else error  # numpy advises to run them
         raise CheckpointError(f"{path} is not a readable .npz file ({reason}): copy it again.") from error
     _copy_strictly(arrays, targets, path)

@@ -157,7 +157,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
 def format_spec(name: str, metaparameters: Mapping[str, object]) -> str:
     """Write the spec that `parse_spec` reads, without spaces, metaparameters in alphabetical order."""
     items = (
-        f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'), default=str)}"
         for key, value in sorted(metaparameters.items())
     )
     return f"{name}:{','.join(items)}" if metaparameters else name

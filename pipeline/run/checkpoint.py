@@ -35,7 +35,7 @@ from typing_extensions import override
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import TEMPORARY_MARK, fsync_directory, sweep_temporaries, write_json_atomic
-from pipeline.run.checkpoint_checks import require_same_model, taking
+from pipeline.run.checkpoint_checks import RESTORE, require_same_model, taking
 from pipeline.run.checkpoint_files import (
     BEST_NAME,
     POINTER_NAME,
@@ -62,6 +62,7 @@ from pipeline.run.provenance import versions
 
 __all__ = [
     "BEST_NAME",
+    "RESTORE",
     "SECTION",
     "AtomicCheckpointIO",
     "CheckpointInfo",

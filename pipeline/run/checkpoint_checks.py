@@ -1,18 +1,26 @@
 """What must hold of a checkpoint's content before it is used: its types, its tensors, the model it is of."""
 
 import contextlib
+import pickletools
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
+from pipeline.core.files import open_regular, would_unpack
+from pipeline.core.units import format_bytes
 
 LONGEST_CAUSE = 300
 """Characters of what a library says that are repeated."""
+MOST_PICKLE_BYTES = 2**24
+"""Ours take some 100 KB: the names of the tensors, and what is no tensor."""
+NUM_LEGACY_PICKLES = 5
+"""At the start of what torch.save wrote before it wrote archives: magic number, version, system, content, keys."""
 RESTORE = "restore it with its .json from a backup, or give another checkpoint"
 
 
@@ -35,6 +43,36 @@ def of_another_type(record: Mapping[str, Any], schema: Any) -> str:
     hints = get_type_hints(schema)
     wrong = (key for key, value in record.items() if key in hints and not is_of_type(value, hints[key]))
     return next((f"its {key!r} is of type {type(record[key]).__name__}" for key in wrong), "")
+
+
+def would_swell(path: Path) -> str:
+    """Say in a clause why reading a file that torch.save may have written would take far more memory than its size.
+
+    Nothing is read but the names of its parts and its pickle, which is not run. What else is wrong is torch's to say.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: It cannot be read as a pickle or an archive.
+    """
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return next(filter(None, (_swells(file) for _ in range(NUM_LEGACY_PICKLES))), "")
+        if swells := would_unpack(file):
+            return swells
+        with zipfile.ZipFile(file) as archive:
+            pickles = [part for part in archive.infolist() if part.filename.rpartition("/")[2] == "data.pkl"]
+            return next(filter(None, (_swells(archive.open(part)) for part in pickles)), "")
+
+
+def _swells(pickle: IO[bytes]) -> str:
+    """Judge one pickle: an operation of a byte may make an object of 64, and `bytearray(n)` takes n bytes."""
+    start = pickle.tell()
+    for operation, argument, position in pickletools.genops(pickle):
+        if position is not None and position - start > MOST_PICKLE_BYTES:
+            return f"holds more than {format_bytes(MOST_PICKLE_BYTES)} of values beside its tensors"
+        if operation.name == "GLOBAL" and str(argument).endswith("bytearray"):
+            return "holds a bytearray, which may be of any size"
+    return ""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -14,7 +14,7 @@ import torch
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import read_regular, sha256_of_file, what_it_is
-from pipeline.run.checkpoint_checks import RESTORE, of_another_type
+from pipeline.run.checkpoint_checks import RESTORE, of_another_type, would_swell
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
 BEST_NAME = "best.ckpt"
@@ -219,7 +219,7 @@ def load_foreign(path: Path) -> Content:
 def _load(path: Path, *, is_proven: bool = True) -> Content:
     """Read a file of weights; one that nothing has proven by the checksums within it, which torch does not look at."""
     try:
-        if wrong := what_it_is(path) or ("" if is_proven else _damaged_member(path)):
+        if wrong := what_it_is(path) or would_swell(path) or ("" if is_proven else _damaged_member(path)):
             raise CheckpointError(f"{path} {wrong}.")
         with torch.serialization.safe_globals([argparse.Namespace]):  # of torchvision's references; mere values
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -257,7 +257,7 @@ def section_of(content: Content, path: Path, step: int | None = None) -> Section
     section = content.get(SECTION)
     if not isinstance(section, dict):
         raise CheckpointError(f"{path} was not saved by a training of squeezewire: {RESTORE}.")
-    if wrong := of_another_type(section, SectionJson):
+    if wrong := of_another_type(section, SectionJson) or _lost_average(section):
         raise CheckpointError(f"{path} is not as it was saved ({wrong}): {RESTORE}.")
     classes = section.get("classes") or []
     if len(set(classes)) < len(classes) or len(classes) > section.get("num_classes", len(classes)):
@@ -265,6 +265,14 @@ def section_of(content: Content, path: Path, step: int | None = None) -> Section
     if step is not None and section.get("step") != step:
         raise CheckpointError(f"{path} holds step {section.get('step')}, and its sidecar says {step}: {RESTORE}.")
     return cast(SectionJson, section)
+
+
+def _lost_average(section: Mapping[str, Any]) -> str:
+    """Say in a clause that averaged weights are missing: what is judged in their place would be other weights."""
+    has_average = (section.get("free_fields") or {}).get("recipe.ema_decay") and not (section.get("learner") or {}).get(
+        "average"
+    )
+    return "its averaged weights are missing" if has_average else ""
 
 
 def _why_unread(error: Exception) -> str:

@@ -282,7 +282,7 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
     config, world, start = setup.config, setup.world, setup.start
     saved = None if start.section is None else start.section.get("powersgd")
     if config.comm.hook != "powersgd":
-        if saved is not None and saved["errors"]:
+        if saved is not None and saved.get("errors"):
             world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
         return None
     powersgd = PowerSGD(

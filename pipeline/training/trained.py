@@ -26,6 +26,7 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run.wrappers import unwrap
 
 NUM_IMAGENET_CLASSES = 1000
+_NEEDED = frozenset(("model", "num_classes", "metaparameters"))
 _OLD_INPUT = "model.input."
 """What checkpoints without a field of its own tell of the input, by dotted key of the configuration."""
 
@@ -156,6 +157,8 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
     is_caffe = path.suffix == ".npz"
     content = {} if is_caffe else _read(path)
     section: Mapping[str, Any] = checkpoints.section_of(content, path) if checkpoints.SECTION in content else {}
+    if section and (lost := _NEEDED - section.keys()):  # without them another network might fit the weights
+        raise CheckpointError(f"{path} is not as it was saved (its {min(lost)!r} is missing): {checkpoints.RESTORE}.")
     with checkpoints.taking("the weights", path):
         state, said = (None, []) if is_caffe else _state_dict(content, path)
     name = asked.name or section.get("model")

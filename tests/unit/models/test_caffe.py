@@ -116,6 +116,21 @@ def test_a_single_array_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]
     assert "not a readable .npz" in refused(path, small_model())
 
 
+def test_a_file_that_swells_is_refused_before_it_is_read(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, allow_pickle=False, **arrays | {"conv1.weight": np.zeros(2**25, np.float32)})
+    assert "would take 1" in refused(path, small_model())
+
+
+def test_packed_data_that_is_damaged_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    content = bytearray(path.read_bytes())
+    content[60:90] = bytes(range(30))
+    path.write_bytes(content)
+    assert "not a readable .npz" in refused(path, small_model())
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     path = write(tmp_path / "weights.npz", arrays)
     path.write_bytes(path.read_bytes()[:-1000])

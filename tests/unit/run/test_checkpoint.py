@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import time
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import CheckpointError
+from pipeline.core.files import sha256_of_file
+from pipeline.run import checkpoint_checks
 from pipeline.run.checkpoint import (
     SECTION,
     AtomicCheckpointIO,
@@ -298,6 +302,69 @@ def test_a_flipped_bit_of_a_foreign_weight_is_found(tmp_path: Path) -> None:
         load_foreign(path)
 
 
+class Swollen:
+    """A kilobyte that becomes a gigabyte when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (bytearray, (2**30,))
+
+
+def packed(path: Path, *, num_zeros: int) -> None:
+    """Pack a checkpoint as zip does, with so many bytes of zeros in place of its tensors."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, bytes(num_zeros) if "/data/" in name and num_zeros else content)
+
+
+@pytest.mark.parametrize("is_proven", [True, False])
+@pytest.mark.parametrize(
+    ("content", "num_zeros", "said"),
+    [
+        ({"weight": torch.ones(8)}, 2**27, "would take 134.22 MB of memory, from 13"),
+        ({"weight": Swollen()}, None, "holds a bytearray, which may be of any size"),
+        ({"weight": [[] for _ in range(2**10)]}, None, "holds more than 1.02 kB of values beside its tensors"),
+    ],
+)
+def test_a_file_that_swells_is_refused_before_it_is_read(
+    content: dict[str, Any],
+    num_zeros: int | None,
+    said: str,
+    is_proven: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint_checks, "MOST_PICKLE_BYTES", 2**10)
+    path = tmp_path / "step=000000001.ckpt"
+    torch.save(content, path)
+    if num_zeros is not None:
+        packed(path, num_zeros=num_zeros)
+    if is_proven:
+        record = {"step": 1, "num_bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        sidecar_path(path).write_text(json.dumps(record))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as raised:
+            (load if is_proven else load_foreign)(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert said in str(raised.value)
+
+
+def test_weights_of_others_may_be_packed_or_of_the_old_format(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.zeros(10**6)}, path)
+    packed(path, num_zeros=0)
+    assert len(load_foreign(path)["weight"]) == 10**6
+    torch.save({"weight": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_foreign(path)["weight"], torch.ones(3))
+    torch.save({"weight": Swollen()}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="holds a bytearray"):
+        load_foreign(path)
+
+
 def test_a_foreign_state_dict_is_read(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pth")
     assert torch.equal(load_foreign(tmp_path / "weights.pth")["weight"], torch.ones(2))
@@ -318,6 +385,7 @@ SECTION_AS_SAVED = {"step": 3, "world_size": 1, "model": "x", "classes": ["a"], 
         ({"classes": ["a", "a"]}, "its classes are not those of its outputs"),
         ({"classes": ["a", "b"], "num_classes": 1}, "its classes are not those of its outputs"),
         ({"learner": None}, "its 'learner' is of type NoneType"),
+        ({"free_fields": {"recipe.ema_decay": 0.9}}, "its averaged weights are missing"),
     ],
 )
 def test_a_section_that_is_not_as_it_was_saved_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:

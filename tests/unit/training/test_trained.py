@@ -117,6 +117,15 @@ def test_what_holds_more_than_tensors_is_no_state_dict(content: dict[Any, Any], 
             load_model(tmp_path / "theirs.pth", model)
 
 
+@pytest.mark.parametrize("key", ["model", "num_classes", "metaparameters"])
+def test_a_part_that_is_missing_is_not_guessed(key: str, checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    del content[SECTION][key]
+    torch.save(content, tmp_path / "step=000000007.ckpt")
+    with pytest.raises(CheckpointError, match=f"its '{key}' is missing"):
+        load_trained(tmp_path / "step=000000007.ckpt", NOTHING)
+
+
 @pytest.mark.parametrize("change", [{"num_classes": 9_000_000}, {"metaparameters": {"base_e": 900_000}}])
 def test_a_checkpoint_that_says_that_it_is_enormous_is_compared_before_it_is_built(
     change: dict[str, Any], tmp_path: Path
