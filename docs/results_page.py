@@ -47,6 +47,7 @@ REMARKS = {
     "\nMemory grows with the images, because one process holds what is known of each: a coarse figure.",
     "checkpoint_save": "`torch.save` syncs and proves nothing. Measured on a virtual disk.",
     "rank_checks": "Taken while other work kept the machine busy: `least_seconds` is of the quietest of 50 starts.",
+    "long_record": "Taken while other work kept the machine busy.",
     "epoch_start": "`first`: without an index, all shards are scanned once; `cached`: with the index at hand.",
     "train_step": "How it is measured: [benchmarks/README.md](../benchmarks/README.md#how-the-step-is-measured).",
 }

@@ -98,8 +98,7 @@ def watch_files() -> None:
 
     def load_config(self: Any, config_path: str) -> Any:
         # As Hydra does, which passes over a folder that is not there.
-        where: str = os.path.join(self.path, self._normalize_file_name(config_path))  # noqa: PTH118
-        path = Path(os.path.realpath(where))
+        path = Path(os.path.realpath(f"{self.path}/{self._normalize_file_name(config_path)}"))
         if path.exists():  # else Hydra says where it looked
             _refuse_file(path)
         return load(self, config_path)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipeline.core.files import write_bytes_atomic
 from pipeline.core.schemas.comparison import ModelRowJson
 from pipeline.core.schemas.ledger import LayerJson
@@ -38,6 +40,8 @@ _VARIABLES = {
     GREY: "--grey",
 }
 LARGEST_SCALE = 1.6
+NUM_SPANS = 1000
+"""A curve of more than twice as many values is drawn by the least and the largest of each of so many spans."""
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -186,17 +190,24 @@ def learning_figures(run: RunRecord) -> "dict[str, Figure]":
     def panel(axes: "Axes", key: str, title: str, scale: float) -> None:
         x, y = run.series(f"train/{key}")
         y = [value * scale for value in y]
-        axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.55)
-        axes.plot(x, _running_mean(y, max(1, len(y) // 40)), color=BLUE, label="training")
+        num_values = len(x)
+        axes.plot(*thinned(x, y), color=GREY, linewidth=0.7, alpha=0.55)
+        axes.plot(*thinned(x, _running_mean(y, max(1, len(y) // 40))), color=BLUE, label="training")
         x, y = run.series(f"val/{key}")
         if x:
             y = [value * scale for value in y]
             axes.plot(
-                x, y, color=ORANGE, marker="o", markersize=4, linewidth=1.2, linestyle=(0, (3, 2)), label="validation"
+                *thinned(x, y),
+                color=ORANGE,
+                marker="o",
+                markersize=4,
+                linewidth=1.2,
+                linestyle=(0, (3, 2)),
+                label="validation",
             )
             axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), (0, 6), textcoords="offset points", ha="right", va="bottom")
         axes.set_title(title, loc="left", fontsize=10, color=INK)
-        axes.set_xlabel("step")
+        axes.set_xlabel(_step_label(num_values))
         axes.set_xlim(left=0)
         axes.yaxis.grid(True)
 
@@ -212,13 +223,32 @@ def learning_figures(run: RunRecord) -> "dict[str, Figure]":
     return {"loss": draw(NARROW_INCHES, 3.0, paint_loss), "top1": draw(NARROW_INCHES, 3.0, paint_top1)}
 
 
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Return what of a curve is drawn: all of it, or of each of NUM_SPANS spans of as many values the extremes.
+
+    No peak is lost, and the first and the last value stay.
+    """
+    num_values = len(values)
+    if num_values <= 2 * NUM_SPANS:
+        return list(steps), list(values)
+    found, kept = np.asarray(values), {0, num_values - 1}
+    for span in range(NUM_SPANS):
+        begin, end = span * num_values // NUM_SPANS, (span + 1) * num_values // NUM_SPANS
+        kept |= {begin + int(found[begin:end].argmin()), begin + int(found[begin:end].argmax())}
+    return [steps[position] for position in sorted(kept)], [values[position] for position in sorted(kept)]
+
+
+def _step_label(num_values: int) -> str:
+    is_thinned = num_values > 2 * NUM_SPANS
+    return f"step (drawn: least and largest of every {num_values // NUM_SPANS:,})" if is_thinned else "step"
+
+
 def _running_mean(values: Sequence[float], radius: int) -> list[float]:
     """Return the mean over up to `radius` neighbours on each side, for each value."""
-    means = []
-    for position in range(len(values)):
-        window = values[max(0, position - radius) : position + radius + 1]
-        means.append(sum(window) / len(window))
-    return means
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    positions = np.arange(len(values))
+    begins, ends = np.maximum(positions - radius, 0), np.minimum(positions + radius + 1, len(values))
+    return ((sums[ends] - sums[begins]) / (ends - begins)).tolist()
 
 
 def traffic_figure(run: RunRecord) -> "Figure | None":
@@ -230,13 +260,14 @@ def traffic_figure(run: RunRecord) -> "Figure | None":
     def paint(axes: "Axes") -> None:
         unit, scale = ("GB", 1.0) if gigabytes[-1] >= 1 else ("MB", 1e3)
         y = [value * scale for value in gigabytes]
-        axes.fill_between(steps, y, color=BLUE, alpha=0.14, linewidth=0)
-        axes.plot(steps, y, color=BLUE)
+        x, thin = thinned(steps, y)
+        axes.fill_between(x, thin, color=BLUE, alpha=0.14, linewidth=0)
+        axes.plot(x, thin, color=BLUE)
         total = format_bytes(gigabytes[-1] * 1e9)
         axes.annotate(total, (steps[-1], y[-1]), (-6, 2), textcoords="offset points", ha="right", va="bottom")
         axes.set_xlim(0, steps[-1])
         axes.set_ylim(0, y[-1] * 1.15)
-        axes.set_xlabel("step")
+        axes.set_xlabel(_step_label(len(steps)))
         axes.set_ylabel(f"{unit} sent, all servers")
         axes.yaxis.grid(True)
 

@@ -1,10 +1,12 @@
 """A run directory, read back: what the report and the comparison are made from."""
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import yaml
 
 from pipeline.config.training import BatchConfig, BatchSplit, TrainConfig
@@ -16,6 +18,9 @@ from pipeline.core.typed import check_known, require
 from pipeline.core.units import format_bandwidth, median
 
 STEP = "trainer/step"
+Column = np.ndarray[tuple[int], np.dtype[np.float64]]
+ROWS_AT_ONCE = 4096
+BY_HAND = "the file was changed by hand"
 LONGEST_CAUSE = 300
 """Characters of what a parser says that are repeated."""
 
@@ -30,8 +35,10 @@ class RunRecord:
     """config.yaml, of whichever version of the program; see `setting`."""
     environment: dict[str, Any]
     """environment.json, of whichever version of the program; see `recorded`."""
-    rows: list[dict[str, float | None]]
-    """Rows of metrics.jsonl, by step."""
+    num_rows: int
+    """Rows of metrics.jsonl."""
+    metrics: dict[str, Column]
+    """Each metric of metrics.jsonl, and the step, by row; NaN where it was not recorded."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Rows of attempts.jsonl: every start of the run."""
     validation: ValidationJson | None = None
@@ -47,13 +54,11 @@ class RunRecord:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return (steps, values) of a metric, where it was recorded."""
-        steps, values = [], []
-        for row in self.rows:
-            step, value = row.get(STEP), row.get(key)
-            if step is not None and value is not None:
-                steps.append(int(step))
-                values.append(float(value))
-        return steps, values
+        if key not in self.metrics or STEP not in self.metrics:
+            return [], []
+        steps, values = self.metrics[STEP], self.metrics[key]
+        is_recorded = ~np.isnan(values) & ~np.isnan(steps)
+        return steps[is_recorded].astype(np.int64).tolist(), values[is_recorded].tolist()
 
     def last(self, key: str) -> float | None:
         """Return the metric's latest value."""
@@ -68,11 +73,9 @@ class RunRecord:
     @property
     def data_wait_share(self) -> float | None:
         """Share of all recorded steps' time that was spent waiting for data; the first step, which warms up, apart."""
-        timed = [
-            (waited, seconds)
-            for row in self.rows
-            if (seconds := row.get("perf/step_seconds")) and (waited := row.get("perf/data_wait_seconds")) is not None
-        ]
+        waited = dict(zip(*self.series("perf/data_wait_seconds"), strict=True))
+        of_steps = zip(*self.series("perf/step_seconds"), strict=True)
+        timed = [(waited[step], seconds) for step, seconds in of_steps if seconds and step in waited]
         waits, seconds = zip(*(timed[1:] or timed), strict=True) if timed else ((), ())
         return min(1.0, sum(waits) / sum(seconds)) if timed else None
 
@@ -172,12 +175,14 @@ def read_run(directory: Path) -> RunRecord:
     if ledger.get("schema") != 1:
         raise DataError(f"{directory / 'ledger.json'} has schema {ledger.get('schema')!r}, this program reads 1.")
     environment = directory / "environment.json"
+    num_rows, metrics = _read_metrics(directory / "metrics.jsonl")
     return RunRecord(
         directory=directory,
         ledger=cast(LedgerJson, ledger),
         config=_read_yaml(directory / "config.yaml"),
         environment=_read_json(environment) if environment.is_file() else {},
-        rows=_read_rows(directory / "metrics.jsonl"),
+        num_rows=num_rows,
+        metrics=metrics,
         attempts=_read_attempts(directory / "attempts.jsonl"),
         validation=_read_validation(directory / "validation.json"),
     )
@@ -230,15 +235,53 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_rows(path: Path) -> list[dict[str, float | None]]:
-    """Return rows by step. A last line without its end is a write cut short by a kill and is left out."""
+def _read_metrics(path: Path) -> tuple[int, dict[str, Column]]:
+    """Return the number of rows and the metrics in them, each by step: numbers alone, 8 bytes for each.
+
+    A last line without its end is a write cut short by a kill and is left out.
+    """
     if not path.is_file():
-        return []
-    *whole, _cut_short = path.read_text().split("\n")
-    rows: list[dict[str, float | None]] = []
-    for number, line in enumerate(whole, start=1):
+        return 0, {}
+    num_rows, columns = 0, dict[str, list[Column]]()
+    num_chunks = 0
+    with path.open("rb") as file:
+        while lines := list(itertools.islice(file, ROWS_AT_ONCE)):
+            if not lines[-1].endswith(b"\n"):
+                lines.pop()
+            rows = _parse_rows(lines, path, num_rows)
+            for key in set[str]().union(*rows) - columns.keys():
+                columns[key] = [np.full(ROWS_AT_ONCE, np.nan) for _ in range(num_chunks)]
+            for key, column in columns.items():
+                try:
+                    column.append(np.array([row.get(key) for row in rows], np.float64))
+                except (ValueError, TypeError, OverflowError) as error:
+                    raise DataError(f"{path}: {key} is no number in every row ({error}): {BY_HAND}.") from error
+            num_rows, num_chunks = num_rows + len(rows), num_chunks + 1
+    metrics = {key: np.concatenate(column) for key, column in columns.items()}
+    if STEP in metrics and np.any(np.diff(metrics[STEP]) < 0):
+        order = np.argsort(metrics[STEP], kind="stable")
+        metrics = {key: column[order] for key, column in metrics.items()}
+    return num_rows, metrics
+
+
+def _parse_rows(lines: list[bytes], path: Path, num_before: int) -> list[dict[str, Any]]:
+    """Return the rows in lines, parsed at once: that takes a third less than each by itself.
+
+    Args:
+        lines: Whole lines.
+        path: Their file, for messages.
+        num_before: Lines of it before these.
+    """
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        rows = []
+    if len(rows) == len(lines) and all(isinstance(row, dict) for row in rows):
+        return rows
+    for number, line in enumerate(lines, start=num_before + 1):
         try:
-            rows.append(json.loads(line))
+            if not isinstance(json.loads(line), dict):
+                raise ValueError("it holds no keys and values")
         except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}): the file was changed by hand.") from error
-    return sorted(rows, key=lambda row: row.get(STEP) or 0)
+            raise DataError(f"{path} line {number} is not JSON ({error}): {BY_HAND}.") from error
+    raise AssertionError(f"{path}: lines that are rows one by one, and not together")

@@ -173,7 +173,7 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
         )
     loss, train_top1 = (run.mean_of_latest(f"train/{key}", NUM_STEPS_AVERAGED) for key in ("loss", "top1"))
     wait, top5 = run.data_wait_share, run.last("val/top5")
-    of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, len(run.rows))} steps"
+    of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, run.num_rows)} steps"
     best = max(run.series("val/top1")[1], default=None)
     facts = [
         Fact("validation top-1", format_accuracy(run.last("val/top1"))),

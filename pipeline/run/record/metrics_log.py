@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Row = Mapping[str, float | int | None]
+BLOCK_BYTES = 65_536
 STEP_KEY = "trainer/step"
 """Optimiser steps committed, this one included: the key of a row here and the x-axis in W&B."""
 
@@ -48,26 +49,23 @@ class MetricsLog:
         """Drop the rows of later steps than `step` (None: none), which a resumed run will write again.
 
         Rows lie in order, so this cuts the file at one place: a single system call, which a crash does or does not
-        reach. Returns how many whole rows were dropped.
+        reach. It is looked for from the end, and nothing before it is read. Returns how many whole rows were dropped.
         """
-        end, num_dropped, last_step = 0, 0, -1
+        end, num_dropped, num_undecided = 0, 0, 0
+        self.last_step = -1
         with self.path.open("rb") as file:
-            lines = file.readlines()
-        for line in lines:
-            row_step = _step_of(line)
-            if (
-                num_dropped
-                or not line.endswith(b"\n")
-                or (step is not None and row_step is not None and row_step > step)
-            ):
-                num_dropped += line.endswith(b"\n")
-                continue
-            if row_step is None:
-                print(f"warning: a damaged line in {self.path} is left as it is", file=sys.stderr)
-            end += len(line)
-            last_step = row_step if row_step is not None else last_step
+            for start, line in _lines_backwards(file):
+                row_step = _step_of(line) if line.endswith(b"\n") else None
+                if row_step is None and line.endswith(b"\n"):  # damaged: the row before it decides
+                    end, num_undecided = max(end, start + len(line)), num_undecided + 1
+                elif row_step is None or (step is not None and row_step > step):
+                    end, num_dropped, num_undecided = 0, num_dropped + num_undecided + line.endswith(b"\n"), 0
+                else:
+                    end, self.last_step = max(end, start + len(line)), row_step
+                    break
+        for _ in range(num_undecided):
+            print(f"warning: a damaged line in {self.path} is left as it is", file=sys.stderr)
         os.ftruncate(self._file.fileno(), end)
-        self.last_step = last_step
         self.sync()
         return num_dropped
 
@@ -108,6 +106,22 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if _step_of(line) is not None:
                 yield json.loads(line)
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, line with its end) from the last line to the first; the last one may have no end."""
+    position, begun = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(position, max(BLOCK_BYTES, len(begun)))  # grows with a line that has no end
+        position -= size
+        file.seek(position)
+        content = file.read(size) + begun
+        first_end = content.find(b"\n") + 1 if position else 0
+        begun, end = content[:first_end], len(content)
+        while end > first_end:
+            start = max(content.rfind(b"\n", 0, end - 1) + 1, first_end)
+            yield position + start, content[start:end]
+            end = start
 
 
 def _step_of(line: bytes) -> int | None:

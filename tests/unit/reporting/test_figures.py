@@ -1,12 +1,17 @@
 """Figures: what they say, and that they can live in a page."""
 
+import random
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.core.schemas.ledger import LayerJson
 from pipeline.reporting import figures
+from pipeline.reporting.figures import NUM_SPANS, learning_figures, thinned
 from pipeline.reporting.runs import read_run
 from tests.making.runs import MakeRun, handmade_row
 
@@ -76,3 +81,33 @@ def test_files_for_papers_are_written(tmp_path: Path) -> None:
 def test_names_are_escaped_in_figures(name: str) -> None:
     rows = [handmade_row(name, gradient_bytes=1)]
     assert name in texts(figures.to_svg(figures.model_bytes_figure(rows, "other"), "models"))
+
+
+@given(num_values=st.integers(2 * NUM_SPANS + 1, 6 * NUM_SPANS), peak=st.integers(0, 2000), seed=st.integers())
+@settings(max_examples=10, deadline=None)
+def test_a_long_curve_is_thinned_and_keeps_its_extremes(num_values: int, peak: int, seed: int) -> None:
+    source = random.Random(seed)
+    values = [source.gauss() for _ in range(num_values)]
+    values[peak] = 1e9
+    steps = [7 * number for number in range(len(values))]
+    x, y = thinned(steps, values)
+    assert len(x) == len(y) <= 2 * NUM_SPANS + 2 and x == sorted(set(x))
+    assert (x[0], x[-1]) == (steps[0], steps[-1]) and 7 * peak in x
+    assert (min(y), max(y)) == (min(values), max(values))
+    assert all(values[step // 7] == value for step, value in zip(x, y, strict=True))
+
+
+def test_a_short_curve_is_drawn_whole() -> None:
+    assert thinned([1, 2, 5], [3.0, 1.0, 2.0]) == ([1, 2, 5], [3.0, 1.0, 2.0])
+
+
+@pytest.mark.not_quick
+def test_what_is_drawn_does_not_grow_with_the_record(make_run: MakeRun) -> None:
+    """And the drawing says by what rule."""
+    drawn = {}
+    for num_steps in (3000, 12_000):
+        run = read_run(make_run(f"run{num_steps}", num_steps=num_steps))
+        loss = learning_figures(run)["loss"]
+        assert f"every {num_steps // 1000})" in loss.axes[0].get_xlabel()
+        drawn[num_steps] = [np.size(line.get_xdata()) for line in loss.axes[0].get_lines()]
+    assert all(number <= 2 * NUM_SPANS + 2 for numbers in drawn.values() for number in numbers)

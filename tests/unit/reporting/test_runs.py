@@ -47,7 +47,7 @@ def test_a_row_cut_short_by_a_kill_is_left_out(make_run: MakeRun) -> None:
     directory = make_run("killed", num_steps=3)
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"trainer/step": 4, "train/lo')
-    assert len(read_run(directory).rows) == 3
+    assert read_run(directory).num_rows == 3
 
 
 def test_a_damaged_row_in_the_middle_is_refused(make_run: MakeRun) -> None:
