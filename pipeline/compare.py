@@ -18,10 +18,9 @@ from pipeline.core.errors import ExitCode, LedgerError
 
 def compare(config: CompareConfig) -> int:
     """Run or read every model, then write the report. Returns the exit code."""
-    from rich.console import Console
-
     from pipeline.comparison import candidates, measure, tracking
     from pipeline.comparison.result import compare_outcomes, write_files
+    from pipeline.core.terminal import Terminal
     from pipeline.reporting.comparison_tables import terminal_table
     from pipeline.reporting.page import write_comparison_report
     from pipeline.reporting.runs import read_run
@@ -40,7 +39,7 @@ def compare(config: CompareConfig) -> int:
     runs = {outcome.name: outcome.run for outcome in outcomes if outcome.run}
     report = write_comparison_report(config.directory, result, runs, training_run)
 
-    console = Console()
+    console = Terminal()
     console.print(terminal_table(result).to_rich())
     console.print(comparison_sentence(result), highlight=False)
     print(f"Report: {report}")

@@ -23,9 +23,8 @@ SCHEMA = 1
 
 def lab(config: LabConfig, command: Sequence[str]) -> int:
     """Build the cluster, run `command` on every rank, write lab.json. Returns the exit code of the ranks."""
-    from rich.console import Console
-
     from pipeline.core.files import write_json_atomic
+    from pipeline.core.terminal import Terminal
     from pipeline.reporting.tables import lab_table
     from pipeline.run.directory import validate_name
     from pipeline.run.lab.cluster import Layout, open_lab
@@ -65,7 +64,7 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
     path = Path(config.run_root) / config.name / "lab.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, record)
-    Console().print(lab_table(record).to_rich())
+    Terminal().print(lab_table(record).to_rich())
     print(f"Lab: {path}")
     return exit_code
 

@@ -14,8 +14,7 @@ from pipeline.core.cli import run_command
 
 def plan(config: PlanConfig) -> int:
     """Read the runs, forecast every cluster, write the report. Returns the exit code."""
-    from rich.console import Console
-
+    from pipeline.core.terminal import Terminal
     from pipeline.forecasting.grid import forecast
     from pipeline.forecasting.source import read_source
     from pipeline.reporting.forecast import forecast_sentences, forecast_table, write_forecast
@@ -27,7 +26,7 @@ def plan(config: PlanConfig) -> int:
     result = forecast(config, sources)
     report = write_forecast(result, config.directory)
 
-    Console().print(forecast_table(result).to_rich())
+    Terminal().print(forecast_table(result).to_rich())
     for sentence in forecast_sentences(result):
         print(sentence)
     print(f"Report: {report}")

@@ -26,7 +26,7 @@ from pipeline.core.overrides import as_typed, literal, split_override
 from pipeline.core.secrets import redacted
 from pipeline.core.streams import has_lost_output
 from pipeline.core.surroundings import settle_surroundings
-from pipeline.core.text import printable, shortened
+from pipeline.core.text import one_line, printable, shortened
 from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
@@ -59,7 +59,7 @@ def run_command(
     try:
         code = int(_run(command, schema, body, arguments))
     except UserError as error:
-        text = shortened(str(error), LONGEST_MESSAGE)
+        text = one_line(shortened(str(error), LONGEST_MESSAGE))
         _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
         code, has_lost_others = int(error.exit_code), isinstance(error, PeerLost)
     except KeyboardInterrupt:

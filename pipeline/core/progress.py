@@ -5,7 +5,6 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from pipeline.core.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def progress_bar(what: str, total: int, *, unit: str = "items", bar_columns: int
         unit: `items` (counted, with the time that remains), `bytes`, or `runs` (counted, with the time that passed).
         bar_columns: Width of the bar itself in characters.
     """
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     clock = TimeElapsedColumn() if unit == "runs" else TimeRemainingColumn()
     with Progress(

@@ -5,9 +5,11 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from typing_extensions import Buffer, override
+
+from pipeline.core.text import printable
 
 STDIN, STDOUT, STDERR = range(3)
 
@@ -17,8 +19,8 @@ def settle_streams() -> None:
 
     A closed one becomes /dev/null: else the next file or socket to be opened had its number, and would be written into
     by whatever prints. Where a disk is full or a reader has gone, what is printed is dropped, with one warning on
-    stderr; letters that the stream's encoding lacks are printed as escapes. Streams that something else captures are
-    left alone. Harmless the second time.
+    stderr; letters that the stream's encoding lacks, and what a terminal would obey, are printed as escapes. Streams
+    that something else captures are left alone. Harmless the second time.
     """
     for descriptor in (STDIN, STDOUT, STDERR):
         with contextlib.suppress(OSError):
@@ -55,7 +57,34 @@ def _settled(stream: TextIO | None, original: TextIO | None, descriptor: int) ->
         by_line = descriptor == STDERR
     output = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
     encoding = "utf-8" if stream is None else stream.encoding
-    return io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=by_line)
+    return _Text(output, encoding, errors="backslashreplace", line_buffering=by_line)
+
+
+class _Text(io.TextIOWrapper):
+    """Text on its way to where people read it: what would be obeyed and not seen is shown as an escape."""
+
+    @override
+    def write(self, text: str, /) -> int:
+        return super().write(printable(text))
+
+    def write_as_it_is(self, text: str, /) -> int:
+        return super().write(text)
+
+
+class _AsItIs:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return getattr(self._stream, "write_as_it_is", self._stream.write)(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def as_it_is(stream: TextIO) -> TextIO:
+    """Return stdout or stderr without escapes: for what a terminal shall obey, and for data that a program reads."""
+    return cast(TextIO, _AsItIs(stream))
 
 
 class _Output(io.FileIO):

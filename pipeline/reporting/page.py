@@ -9,6 +9,7 @@ from typing import cast
 from pipeline.core.errors import DataError
 from pipeline.core.files import write_text_atomic
 from pipeline.core.schemas.comparison import ComparisonJson
+from pipeline.core.text import printable
 from pipeline.reporting import comparison_figures
 from pipeline.reporting.attempts import attempts_table
 from pipeline.reporting.comparison_tables import comparison_tables, sources
@@ -127,12 +128,19 @@ def _write(directory: Path, page: Page) -> Path:
 
 
 def render(page: Page) -> str:
-    """Return the page as HTML. Everything but our own figures, style and script is escaped."""
+    """Return the page as HTML. Everything but our own figures, style and script is escaped.
+
+    What a browser obeys and does not show (controls, marks that turn the direction of writing) is in view, everywhere.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=lambda value: type(value)(printable(value)) if isinstance(value, str) else value,
     )
     return environment.get_template("report.html.j2").render(
         page=page,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.core.schemas.lab import LabJson
 from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.core.text import printable
 from pipeline.core.units import MISSING, format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Table:
         styles = {"baseline": "bold", "failed": "red", "open": "yellow"}
         for row in self.rows:
             # Text, not str: a name in square brackets is no markup.
-            cells = [Text(cell.text) for cell in itertools.compress(row.cells, shown)]
+            cells = [Text(printable(cell.text)) for cell in itertools.compress(row.cells, shown)]
             table.add_row(*cells, style=styles.get(row.mark))
         return table
 

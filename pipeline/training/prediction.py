@@ -13,6 +13,8 @@ from pipeline.config.predict import PredictConfig
 from pipeline.core.compute import choose_accelerator
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.progress import progress_bar
+from pipeline.core.streams import as_it_is
+from pipeline.core.text import one_line
 from pipeline.data.prepare.listing import IMAGE_SUFFIXES, list_folder
 from pipeline.training.trained import NUM_IMAGENET_CLASSES, Prediction, Trained, load_trained
 
@@ -99,7 +101,8 @@ def tell(trained: Trained, paths: Sequence[str], config: PredictConfig) -> int:
 
     Each of those is named on stderr. One picture at a time: what is told of it does not depend on its neighbours.
     """
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    # A program reads names as they are; a terminal would obey what is in them.
+    writer = csv.writer(sys.stdout if sys.stdout.isatty() else as_it_is(sys.stdout), lineterminator="\n")
     if config.format == "csv":
         writer.writerow(("path", "rank", "class", "label", "probability"))
     num_bad = 0
@@ -128,7 +131,7 @@ def _cells(told: Prediction) -> tuple[str, int, str]:
 def _as_line(path: str, predictions: Sequence[Prediction]) -> str:
     """Path, and each class with its probability: `a.jpg  cat 0.93, dog 0.05`."""
     classes = ", ".join(f"{told.name or f'output {told.label}'} {told.probability:.3f}" for told in predictions)
-    return f"{path}  {classes}"
+    return f"{one_line(path)}  {one_line(classes)}"
 
 
 def _as_json(path: str, predictions: Sequence[Prediction]) -> str:

@@ -7,9 +7,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.errors import ExitCode
+from pipeline.core.text import printable
 
 # How long a server may take to give any answer at all before the run goes offline.
 PROBE_SECONDS = 5.0
@@ -77,7 +78,7 @@ class WandbMirror:
             "config": {**(config or {}), "slurm_job_id": job_id},
         }
         try:
-            self._run = self._start(directory, run_id, facts)
+            self._run = self._start(directory, run_id, _shown(facts))
         except Exception as error:
             self._give_up(error)
 
@@ -154,6 +155,15 @@ class WandbMirror:
             import wandb
 
             wandb.teardown(exit_code=1)
+
+
+def _shown(value: Any) -> Any:
+    """Return plain values with texts as a page may show them."""
+    if isinstance(value, Mapping):
+        return {_shown(key): _shown(inner) for key, inner in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_shown(inner) for inner in cast(list[Any], value)]
+    return printable(value) if isinstance(value, str) else value
 
 
 def slurm_job_id(environment: Mapping[str, str]) -> str | None:

@@ -181,13 +181,21 @@ CUT_OFF = """[...document.querySelectorAll('body *')].filter(element => {
     const isCut = element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX !== 'visible';
     return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1 || isCut);
 }).map(element => element.outerHTML.slice(0, 200))"""
+OBEYED = r"""[...document.querySelectorAll('*')].flatMap(element => [...element.childNodes, ...element.attributes])
+    .filter(node => node.nodeType === 2 || node.nodeType === 3).map(node => node.nodeValue)
+    .filter(text => /[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]/.test(text))"""
 LEFT_EDGES = "new Set([...document.querySelectorAll('section')].map(e => e.getBoundingClientRect().left)).size"
 
 
 @pytest.mark.not_quick
 def test_on_a_phone_nothing_is_cut_off_in_light_and_in_dark(make_run: MakeRun) -> None:
+    """Nor does anything that people name turn, hide or break what is beside it."""
     models = {name: make_run(name, model=name) for name in ("squeezenet1_0", "resnet18")}
     directory = run_with_everything(make_run, 40)
+    named = handmade_validation(2, ["cat\u202egpj.exe\x1b[31m", "dog\u2067\x9b"])
+    evil = make_run("evil\u202e\x07")
+    (evil / "validation.json").write_text(json.dumps(named))
+    evil = write_run_report(evil)
     alone = write_run_report(directory).rename(directory / "alone.html")
     (directory / "comparison.json").write_text(json.dumps(comparison_of(models)))
     papers = set()
@@ -201,6 +209,12 @@ def test_on_a_phone_nothing_is_cut_off_in_light_and_in_dark(make_run: MakeRun) -
                     assert width > 390 or page.ask(CUT_OFF) == []
                     assert page.ask("[...document.images].every(image => image.naturalWidth === 96)")
                     papers.add((dark, page.ask("getComputedStyle(document.body).backgroundColor")))
+        page.show(evil, width=1280, dark=False)
+        assert page.ask(OBEYED) == []
+        page.ask("document.body.append('\u202e')")
+        assert page.ask(OBEYED) == ["\u202e"]  # so that it looks where it should
+        text = page.ask("document.documentElement.textContent")
+        assert all(name in text for name in (r"cat\u202egpj.exe\x1b[31m", r"dog\u2067\x9b", r"evil\u202e\x07"))
     assert len(papers) == 2  # a colour for light, another for dark
 
 
