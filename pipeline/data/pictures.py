@@ -1,6 +1,7 @@
 """Is this file a picture, and is it the JPEG that a shard should hold?"""
 
 import io
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ MAX_PIXELS = 89_478_485
 """Larger pictures are refused from their header, before a byte is decoded (Pillow's own limit: a 256 MiB bitmap)."""
 MAX_JPEG_SIDE = 65_500
 """Pixels, by libjpeg."""
+MAX_PASSED_PIXELS = 1_500_000_000
+"""Pixels times scans of a JPEG, which takes some seconds: the largest pictures may have 16 scans. 10 are usual."""
+MIN_SCAN_BYTES = 10
+"""Marker and header of a scan."""
 SQUARE_TO_JPEG_DRAFT = 2
 """libjpeg may shrink while decoding, down to this many times the size asked for; Pillow does the rest."""
 
@@ -27,6 +32,10 @@ T = TypeVar("T")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _START_OF_SCAN = 0xDA
+_SCAN = b"\xff\xda"
+_END_OF_JPEG = b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""One that ends the data of a scan, and has a length, but for the end of the picture."""
 _JPEG_PROCESSES = {
     0xC3: "lossless",
     0xCB: "lossless",
@@ -94,6 +103,26 @@ def kind_of_jpeg(content: bytes) -> str | None:
     return None
 
 
+def too_many_scans(content: bytes, num_pixels: int) -> str:
+    """Say in a clause that a JPEG would be decoded over and over; empty if it would not.
+
+    A progressive one is passed over once for each scan, of which 14 bytes may be all that there is: a file of a
+    megabyte could take hours.
+
+    Args:
+        content: Of the picture.
+        num_pixels: By its header.
+    """
+    most = max(1, MAX_PASSED_PIXELS // max(1, num_pixels))
+    if len(content) // MIN_SCAN_BYTES <= most or content.count(_SCAN) <= most:
+        return ""
+    num_scans, place = 0, 2
+    while (found := _MARKER.search(content, place)) and found[0] != _END_OF_JPEG:
+        num_scans += found[0] == _SCAN
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    return f"{num_scans:,} scans of {num_pixels:,} pixels are more than are read" if num_scans > most else ""
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The picture as RGB. Grey of 16 bits is scaled to 8, where Pillow's own conversion would cut it off to white."""
     if image.mode.startswith("I;16"):
@@ -144,10 +173,7 @@ def check_picture(content: bytes) -> None:
         BadImageError: empty, neither JPEG nor PNG, cut short, or more than MAX_PIXELS.
     """
     with _judged(content):
-        with_picture(content, lambda image: _load_if_doubtful(_of_allowed_size(image), content))
-
-
-_END_OF_JPEG = b"\xff\xd9"
+        with_picture(content, lambda image: _load_if_doubtful(_of_allowed_size(image, content), content))
 
 
 @dataclass(frozen=True)
@@ -174,7 +200,9 @@ def shard_jpeg(content: bytes, encoding: Encoding) -> bytes:
     with _judged(content):
         if _may_stay(content, encoding) and (_has_ends(content, encoding) or _decodes_strictly(content)):
             return content
-        return with_picture(content, lambda image: _kept_or_encoded(_of_allowed_size(image), content, encoding))
+        return with_picture(
+            content, lambda image: _kept_or_encoded(_of_allowed_size(image, content), content, encoding)
+        )
 
 
 def _kept_or_encoded(image: Image.Image, content: bytes, encoding: Encoding) -> bytes:
@@ -200,11 +228,13 @@ def _judged(content: bytes) -> Iterator[None]:
         raise BadImageError(kind_of_jpeg(content) or str(error)) from error
 
 
-def _of_allowed_size(image: Image.Image) -> Image.Image:
-    """The picture, if it has no more than MAX_PIXELS by its header."""
+def _of_allowed_size(image: Image.Image, content: bytes) -> Image.Image:
+    """The picture, if it has no more than MAX_PIXELS by its header, and is not passed over again and again."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    if image.format != "PNG" and (wrong := too_many_scans(content, width * height)):
+        raise BadImageError(wrong)
     return image
 
 
@@ -215,7 +245,8 @@ def _may_stay(content: bytes, encoding: Encoding) -> bool:
     except ValueError:
         return False
     height, width = int(header[0]), int(header[1])
-    return height * width <= MAX_PIXELS and (encoding.short_side is None or min(height, width) <= encoding.short_side)
+    is_small_enough = encoding.short_side is None or min(height, width) <= encoding.short_side
+    return height * width <= MAX_PIXELS and is_small_enough and not too_many_scans(content, height * width)
 
 
 def _has_ends(content: bytes, encoding: Encoding) -> bool:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.config.data import AugmentConfig
 from pipeline.config.model import InputConfig
 from pipeline.data.jpeg_rows import upper_rows
-from pipeline.data.pictures import MAX_PIXELS, as_rgb, kind_of_jpeg, not_a_picture, with_picture
+from pipeline.data.pictures import MAX_PIXELS, as_rgb, kind_of_jpeg, not_a_picture, too_many_scans, with_picture
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,8 @@ def picture_size(content: bytes) -> tuple[int, int]:
     height, width = _header(content)
     if height * width > MAX_PIXELS:
         raise SampleError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    if content.startswith(b"\xff\xd8") and (wrong := too_many_scans(content, height * width)):
+        raise SampleError(wrong)
     return height, width
 
 

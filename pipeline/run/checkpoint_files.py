@@ -269,10 +269,9 @@ def section_of(content: Content, path: Path, step: int | None = None) -> Section
 
 def _lost_average(section: Mapping[str, Any]) -> str:
     """Say in a clause that averaged weights are missing: what is judged in their place would be other weights."""
-    has_average = (section.get("free_fields") or {}).get("recipe.ema_decay") and not (section.get("learner") or {}).get(
-        "average"
-    )
-    return "its averaged weights are missing" if has_average else ""
+    decay = (section.get("free_fields") or {}).get("recipe.ema_decay")
+    is_lost = decay and not (section.get("learner") or {}).get("average")
+    return "its averaged weights are missing" if is_lost else ""
 
 
 def _why_unread(error: Exception) -> str:

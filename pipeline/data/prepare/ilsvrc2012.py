@@ -12,12 +12,14 @@ ilsvrc2012_wnids.txt; meta.mat, which has held the same since 2012, must be ther
 import hashlib
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import open_regular, read_regular
 from pipeline.data.prepare.labelling import check_classes
-from pipeline.data.prepare.listing import is_hidden, is_image_name, tar_members
+from pipeline.data.prepare.listing import GuardedTar, is_hidden, is_image_name, tar_members
 from pipeline.data.prepare.sources import PictureSource, SourceImage, chosen, read_image
 from pipeline.data.prepare.tree import some
 
@@ -29,6 +31,8 @@ GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
 META_SHA256 = "e159ee2fe4bcc4d03e7429e7ff35e6ec553b2a901018b559f400a2b0ae117a30"
 """Hash of the devkit's own table of ids, of which ilsvrc2012_wnids.txt is a copy in text."""
+MAX_DEVKIT_BYTES = 100_000_000
+"""The one of 2012 unpacks to 4 MB."""
 _WNID = re.compile(r"n[0-9]{8}")
 WNIDS_FILE = Path(__file__).with_name("ilsvrc2012_wnids.txt")
 
@@ -217,14 +221,16 @@ def _devkit_files(devkit: Path) -> dict[str, bytes]:
     """Contents of meta.mat and of the ground truth."""
     try:
         if devkit.is_dir():
-            return {name: (devkit / name).read_bytes() for name in (META, GROUND_TRUTH)}
-        with tarfile.open(devkit) as tar:
+            return {name: read_regular(devkit / name, MAX_DEVKIT_BYTES) for name in (META, GROUND_TRUTH)}
+        with open_regular(devkit) as opened, GuardedTar.open(fileobj=opened) as tar:
             files = {}
             for member in tar:
                 wanted = next((name for name in (META, GROUND_TRUTH) if member.name.endswith(name)), None)
+                if tar.offset > MAX_DEVKIT_BYTES:
+                    raise tarfile.ReadError(f"it unpacks to more than {MAX_DEVKIT_BYTES:,} bytes")
                 if wanted and (file := tar.extractfile(member)):
                     files[wanted] = file.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, ArithmeticError, LookupError, ValueError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"devkit={devkit} cannot be read: {error}. Fetch the devkit again.") from error
     if missing := {META, GROUND_TRUTH} - set(files):
         raise DataError(f"devkit={devkit} holds no {min(missing)}. Give ILSVRC2012_devkit_t12.tar.gz.")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import open_regular
 from pipeline.data.prepare.labelling import Asked
 from pipeline.data.prepare.listing import Listed, is_image_name
 from pipeline.data.prepare.tree import some
@@ -42,7 +43,7 @@ def labels_beside(asked: Asked, entries: Sequence[Listed], root: Path | None) ->
         places += [Listed(str(p), str(p), 0, p.stat().st_size) for p in above if not places and p.is_file()]
     labels: dict[str, str] = {}
     for place in places:
-        with Path(place.path).open("rb") as file:
+        with open_regular(Path(place.path)) as file:
             file.seek(place.offset)
             found = parse_labels(file.read(min(place.num_bytes, MAX_BYTES)), place.name)
         if differing := [name for name in found if labels.get(name, found[name]) != found[name]]:
@@ -61,7 +62,7 @@ def read_labels(path: Path) -> dict[str, str]:
         DataError: It cannot be read, or says nothing.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BYTES)
     except OSError as error:
         raise DataError(f"labels={path} cannot be read: {error.strerror or error}. Give a text file.") from error

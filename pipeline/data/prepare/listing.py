@@ -6,13 +6,17 @@ Nothing is judged here but single things. What they are together is layout.py's.
 import os
 import posixpath
 import stat
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from errno import ELOOP, ENOENT
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from tarfile import ReadError
+from typing import NamedTuple, Self
+
+from typing_extensions import override
 
 from pipeline.core.errors import DataError
 from pipeline.data.shards.manifest import MANIFEST_NAME, STATE_DIRECTORY
@@ -37,6 +41,12 @@ LINK_OUT = "a link out of the archive"
 NAME_OUT = "a name that leads out of the archive"
 MAX_LINKS = 40
 """Links followed one after another, as in Linux; and ways in which links may lead to one folder."""
+MAX_HEADERS = 16
+"""Before one member: long names, and records of pax. Two or three are usual, and tarfile calls itself for each."""
+MAX_EXTENDED_BYTES = 2**22
+"""Of one such header: macOS keeps what it attaches to a file in them."""
+EXTENDED_KINDS = frozenset((b"x", b"g", b"X", b"L", b"K"))
+"""Headers whose content tarfile reads whole."""
 _NAMES_OF_SYSTEMS = frozenset(
     (
         *("lost+found", "system volume information", "$recycle.bin", "#recycle", "@recycle", "#snapshot"),
@@ -182,6 +192,46 @@ def _holds_shards(children: list[os.DirEntry[str]], names: set[str]) -> bool:
     )
 
 
+class _Header(tarfile.TarInfo):
+    """A header that is refused where tarfile would believe it and read gigabytes, or go round in circles."""
+
+    @classmethod
+    @override
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """Read the next header; extended ones make tarfile call this again before they return."""
+        assert isinstance(tarfile, GuardedTar)
+        tarfile.num_headers += 1
+        if tarfile.num_headers > MAX_HEADERS:
+            raise ReadError(f"more than {MAX_HEADERS} headers before one member at byte {tarfile.offset}")
+        return super().fromtarfile(tarfile)
+
+    @classmethod
+    @override
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a header."""
+        header = super().frombuf(buf, encoding, errors)
+        is_extended = header.type in EXTENDED_KINDS
+        if not 0 <= header.size <= (MAX_EXTENDED_BYTES if is_extended else sys.maxsize):
+            raise ReadError(f"{'an extended header' if is_extended else 'a member'} of {header.size} bytes")
+        return header
+
+
+class GuardedTar(tarfile.TarFile):
+    """A tar that gets on with each member, in bounded memory."""
+
+    tarinfo = _Header
+    num_headers = 0
+
+    @override
+    def next(self) -> tarfile.TarInfo | None:
+        """Return the next member; a size that leads back raises tarfile.ReadError."""
+        self.num_headers = 0
+        member = super().next()
+        if member is not None and (member.size < 0 or self.offset <= member.offset):
+            raise ReadError(f"the member at byte {member.offset} ends before it begins")
+        return member
+
+
 def tar_members(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[tarfile.TarInfo]:
     """Members of an uncompressed tar that begins at byte `start` of `path` and ends before byte `stop`.
 
@@ -194,11 +244,11 @@ def tar_members(path: Path, *, start: int = 0, stop: int | None = None) -> Itera
     with path.open("rb") as file:
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with GuardedTar.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None and (stop is None or member.offset < stop):
                     yield member
                 end = tar.offset if member is None else member.offset
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ArithmeticError, LookupError, ValueError) as error:  # of damaged numbers, too
             raise DataError(f"{path} is not a whole, uncompressed tar: {error}. {remedy}") from error
         file.seek(end)
         if (stop is None or end < stop) and any(file.read(tarfile.BLOCKSIZE)):
@@ -254,7 +304,7 @@ def _of_member(member: tarfile.TarInfo, name: str, path: str, mtime_ns: int) -> 
     if member.isdir():
         return Listed("" if name == "." else name, is_folder=True)
     listed = Listed(name, path, member.offset_data, member.size, mtime_ns, (0, member.offset_data))
-    if member.issparse():
+    if member.issparse() or any(key.startswith("GNU.sparse.") for key in member.pax_headers):
         return listed._replace(problem="is a sparse file")
     if not member.isreg() and not member.islnk() and not member.issym():
         return listed._replace(problem="is a FIFO or a device")
@@ -263,6 +313,7 @@ def _of_member(member: tarfile.TarInfo, name: str, path: str, mtime_ns: int) -> 
 
 def _with_links(found: dict[str, Listed], links: dict[str, str], folders: set[str]) -> Iterator[Listed]:
     """Everything, with what symbolic links lead to in their place."""
+    num_within = 0
     for name, listed in found.items():
         if name not in links:
             yield listed
@@ -275,6 +326,9 @@ def _with_links(found: dict[str, Listed], links: dict[str, str], folders: set[st
         else:
             inside = f"{target}/" if target in folders else None
             within = [other for other in found if inside and other.startswith(inside) and other not in links]
+            num_within += len(within)
+            if num_within > MAX_LINKS * len(found):
+                raise DataError(f"{listed.path}: links lead to its folders in very many ways: remove some.")
             yield from (found[other]._replace(name=f"{name}/{other.removeprefix(inside or '')}") for other in within)
             if not within and target is None and is_image_name(name):
                 yield listed._replace(left_out=LINK_OUT)

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.files import read_regular
 from pipeline.data.prepare.builtin import BuiltinPictures, open_builtin
 from pipeline.data.prepare.ilsvrc2012 import VAL_PREFIX, holds_archives, labels_of_val, open_ilsvrc2012
 from pipeline.data.prepare.label_files import read_labels
@@ -12,6 +13,7 @@ from pipeline.data.prepare.listing import is_hidden, tar_members
 from pipeline.data.prepare.sources import Kind, PictureSource, open_folders, open_tar
 
 BUILTIN = "builtin"
+MAX_CLASSES_BYTES = 100_000_000
 
 
 def recognise(source: str) -> Kind:
@@ -100,7 +102,9 @@ def read_classes(path: Path) -> tuple[str, ...]:
         DataError: the file is missing or empty, or names a class twice.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines())
+        names = tuple(
+            line.strip() for line in read_regular(path, MAX_CLASSES_BYTES).decode("utf-8-sig").strip().splitlines()
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"classes={path} cannot be read: {error}. Give a text file with one name per line.") from error
     if not names or "" in names:

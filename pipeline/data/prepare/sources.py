@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import open_regular
 from pipeline.data.prepare.label_files import labels_beside
 from pipeline.data.prepare.labelling import Asked, refuse_split
 from pipeline.data.prepare.layout import work_out
@@ -71,7 +72,7 @@ def read_image(image: SourceImage) -> bytes:
     """
     if image.problem:
         raise OSError(image.problem)
-    with Path(image.path).open("rb") as file:
+    with open_regular(Path(image.path)) as file:
         file.seek(image.offset)
         content = file.read(image.num_bytes)
     if len(content) != image.num_bytes:

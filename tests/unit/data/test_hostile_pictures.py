@@ -22,7 +22,7 @@ from pipeline.config.data import AugmentConfig
 from pipeline.config.model import InputConfig
 from pipeline.data.batches import EvalSamples, LoadedBatch, TrainItem, TrainSamples
 from pipeline.data.index import ShardIndex
-from pipeline.data.pictures import BadImageError, Encoding, check_picture, shard_jpeg
+from pipeline.data.pictures import MAX_PASSED_PIXELS, BadImageError, Encoding, check_picture, shard_jpeg, too_many_scans
 from pipeline.data.pixels import SampleError, decode
 from tests.making.pictures import blobs, encoded, jpeg_claiming, png_claiming
 from tests.making.shards import CLASSES, write_manifest, write_tar
@@ -132,6 +132,13 @@ def damaged_pixels() -> bytes:
     return bytes(png)
 
 
+def many_scans() -> bytes:
+    """Some 500 KB of which each 24 bytes make libjpeg go once more over a picture of 16 million pixels."""
+    jpeg = encoded(Image.new("L", (4000, 4000)), progressive=True)
+    scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    return jpeg[:-2] + scan * 200 + jpeg[-2:]
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
     "garbage": (np.random.default_rng(0).bytes(4000), "neither JPEG nor PNG"),
@@ -154,7 +161,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "but a Git LFS pointer"),
     "JPEG bomb": (jpeg_claiming(PLAIN, 20_000, 10_000), " pixels"),
     "PNG bomb": (png_claiming(20_000, 20_000), " pixels"),
+    "progressive JPEG of many scans": (many_scans(), "206 scans of 16,000,000 pixels"),
 }
+
+
+def test_scans_are_counted_where_a_decoder_finds_them() -> None:
+    jpeg = encoded(smooth(), progressive=True)
+    num_scans = jpeg.count(b"\xff\xda")
+    assert num_scans > 5
+    thumbnail = b"\xff\xe1" + (2 + 4 * 50).to_bytes(2) + b"\xff\xda\0\2" * 50
+    for content in (jpeg, jpeg[:2] + thumbnail + jpeg[2:], jpeg + b"\xff\xda" * 50):
+        assert not too_many_scans(content, MAX_PASSED_PIXELS // num_scans)
+        assert f"{num_scans} scans" in too_many_scans(content, MAX_PASSED_PIXELS // (num_scans - 1))
 
 
 def shard_with(root: Path, content: bytes) -> ShardIndex:

@@ -12,10 +12,12 @@ import pytest
 from pipeline.core.errors import DataError
 from pipeline.data.prepare.builtin import BuiltinPictures
 from pipeline.data.prepare.ilsvrc2012 import read_ground_truth, wnids_by_id
+from pipeline.data.prepare.label_files import read_labels
 from pipeline.data.prepare.listing import tar_members
 from pipeline.data.prepare.opening import open_source, read_classes, recognise
 from pipeline.data.prepare.plan import plan_shards, shuffled
 from pipeline.data.prepare.sources import Kind, PictureSource
+from tests.fuzzing.damage import members_of, with_checksum
 from tests.making.pictures import picture, pictures, tar_of, write_files
 
 COUNTS = {"cat": 3, "dog": 2}
@@ -172,6 +174,90 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"damaged at byte {third.offset}"):
         opened(path)
+
+
+def before_the_end(files: dict[str, bytes]) -> bytes:
+    """A tar of the files without its end mark."""
+    content = tar_of(files)
+    return content[: members_of(content)[-1][1]]
+
+
+def with_header(of: bytes, *, kind: bytes = b"0", size: bytes | None = None) -> bytes:
+    """The first member with another kind and size."""
+    header = of[:124] + (size or of[124:136]) + of[136:156] + kind + of[157:512]
+    return with_checksum(header) + of[512:]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "said"),
+    [
+        ((-512 % 2**96).to_bytes(12), b"0", "a member of -512 bytes"),  # base 256
+        (b"-0000001000\0", b"0", "a member of -512 bytes"),
+        (b"\x80" + (2**80).to_bytes(11), b"0", "a member of 1208925819614629174706176 bytes"),
+        (b"\x80" + (2**33).to_bytes(11), b"x", "an extended header of 8589934592 bytes"),
+        (b"\x80" + (2**33).to_bytes(11), b"L", "an extended header of 8589934592 bytes"),
+    ],
+)
+def test_a_tar_of_impossible_sizes_is_refused_at_once(size: bytes, kind: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "pictures.tar"
+    path.write_bytes(before_the_end({"a/1.jpg": b"x"}) + with_header(tar_of({"a/3.jpg": b""}), kind=kind, size=size))
+    with pytest.raises(DataError, match=said):
+        opened(path)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_headers_by_the_thousand_are_refused(kind: bytes, tmp_path: Path) -> None:
+    content = b"16 path=a/4.jpg\n" if kind == b"x" else b"a/4.jpg\0"
+    header = with_header(before_the_end({"name": content}), kind=kind)
+    path = tmp_path / "pictures.tar"
+    path.write_bytes(header * 5000 + tar_of({"a/1.jpg": picture(1)}))
+    with pytest.raises(DataError, match="more than 16 headers before one member"):
+        opened(path)
+    path.write_bytes(header * 3 + tar_of({"a/1.jpg": picture(1)}))
+    assert listed(opened(path)) == {"train": {"a/4.jpg": picture(1)}}
+
+
+def test_a_size_of_pax_that_leads_back_is_refused(tmp_path: Path) -> None:
+    header = with_header(before_the_end({"name": b"14 size=-1024\n"}), kind=b"x")
+    path = tmp_path / "pictures.tar"
+    path.write_bytes(header + tar_of({"a/1.jpg": picture(1)}))
+    with pytest.raises(DataError, match="ends before it begins"):
+        opened(path)
+
+
+def test_a_file_that_pax_calls_sparse_is_not_read(tmp_path: Path) -> None:
+    header = with_header(before_the_end({"name": b"22 GNU.sparse.size=99\n"}), kind=b"x")
+    path = tmp_path / "pictures.tar"
+    path.write_bytes(before_the_end({"a/0.jpg": picture(0)}) + header + tar_of({"a/1.jpg": picture(1)}))
+    (image,) = (image for image in opened(path).splits["train"] if image.name == "a/1.jpg")
+    assert image.problem == "is a sparse file"
+
+
+def test_links_of_a_tar_that_multiply_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "linked.tar"
+    path.write_bytes(tar_of({f"a/{number}.jpg": b"x" for number in range(100)}))
+    with tarfile.open(path, "a") as tar:
+        for number in range(200):
+            link = tarfile.TarInfo(f"link{number}")
+            link.type, link.linkname = tarfile.SYMTYPE, "a"
+            tar.addfile(link)
+    with pytest.raises(DataError, match="in very many ways"):
+        opened(path)
+
+
+def test_a_devkit_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.prepare.ilsvrc2012.MAX_DEVKIT_BYTES", 10_000)
+    path = tmp_path / "devkit.tar.gz"
+    path.write_bytes(tar_of({"data/meta.mat": bytes(20_000)}, "w:gz"))
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_ground_truth(path, wnids_by_id())
+
+
+@pytest.mark.parametrize("key", ["classes", "labels"])
+def test_a_fifo_is_not_waited_for(key: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(DataError, match=f"{key}=.* cannot be read.*regular file"):
+        (read_classes if key == "classes" else read_labels)(tmp_path / "fifo")
 
 
 def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
