@@ -12,6 +12,7 @@ import os
 import shlex
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,7 +98,8 @@ def open_local(root: Path, split: str, verify: str, *, is_local_leader: bool) ->
     if verify == "sha256":
         _check_hashes(root, shards)
     described = manifest.split(split).extra.get(INDEX_KEY) if manifest else None
-    table = _table(root, split, shards, described, is_local_leader)
+    truth = scanned_table(root, shards) if verify == "sha256" else None
+    table = _table(root, split, shards, described, is_local_leader, truth)
     if not len(table.label):
         raise _no_sample(root, split)
     if foreign:
@@ -190,25 +192,47 @@ def _check_hashes(root: Path, shards: tuple[ShardFile, ...]) -> None:
                 )
 
 
-def _table(root: Path, split: str, shards: tuple[ShardFile, ...], described: Any, is_local_leader: bool) -> SampleTable:
+def _table(
+    root: Path,
+    split: str,
+    shards: tuple[ShardFile, ...],
+    described: Any,
+    is_local_leader: bool,
+    truth: SampleTable | None,
+) -> SampleTable:
     """The index beside the shards, else one made of their headers and cached. All processes share a large one's pages.
 
     The index beside the shards is compressed and cannot be shared: a large one is cached too, as it is in memory.
+
+    Args:
+        root: Directory of the shards.
+        split: Name of the split.
+        shards: Its shards, each there with its size.
+        described: What the manifest says of the index beside them.
+        is_local_leader: Whether to warn.
+        truth: What the headers say, where they were read in any case: an index that says otherwise does not count.
     """
     path = root / CACHE_DIRECTORY / f"{hashlib.sha256(split.encode()).hexdigest()[:16]}.npz"
     index_hash = described.get("sha256") if isinstance(described, dict) else None
     known = _known(shards, index_hash)
-    if index_hash and (table := _load_table(path, shards, known)):
+    agrees = _agreement(truth, shards)
+    if index_hash and (table := _load_table(path, shards, known)) and agrees(table):
         return table
-    if table := load_beside(root, split, shards, described):
+    table = load_beside(root, split, shards, described)
+    if is_local_leader and index_hash and (root / index_name(split)).exists() and not (table and agrees(table)):
+        say(
+            f"the index of split {split!r} beside the shards in {root} is not what the manifest and the shards say, and"
+            " is not believed: their headers are read instead. Copy it again, or prepare the shards again."
+        )
+    if table and agrees(table):
         if table.num_bytes < SHARED_BYTES:
             return table
         otherwise = "every process holds a copy of its own: start once as somebody who may write there"
     else:
         known = _known(shards, [(root / shard.name).stat().st_mtime_ns for shard in shards])
-        if table := _load_table(path, shards, known):
+        if (table := _load_table(path, shards, known)) and agrees(table):
             return table
-        table = scanned_table(root, shards)
+        table = truth or scanned_table(root, shards)
         otherwise = (
             f"every start reads the headers of all {len(shards)} shards: start once as somebody who may write there, or"
             f" copy beside them the {index_name(split)} that `prepare` wrote with the shards"
@@ -223,6 +247,11 @@ def _table(root: Path, split: str, shards: tuple[ShardFile, ...], described: Any
             )
         return table
     return table if table.num_bytes < SHARED_BYTES else _load_table(path, shards, known) or table
+
+
+def _agreement(truth: SampleTable | None, shards: tuple[ShardFile, ...]) -> Callable[[SampleTable], bool]:
+    """Return whether a table says what is true, as far as that is known."""
+    return lambda table: truth is None or table.hash_with(shards) == truth.hash_with(shards)
 
 
 def _known(shards: tuple[ShardFile, ...], of_when: Any) -> str:

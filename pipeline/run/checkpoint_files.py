@@ -270,7 +270,8 @@ def section_of(content: Content, path: Path, step: int | None = None) -> Section
 def _lost_average(section: Mapping[str, Any]) -> str:
     """Say in a clause that averaged weights are missing: what is judged in their place would be other weights."""
     decay = (section.get("free_fields") or {}).get("recipe.ema_decay")
-    is_lost = decay and not (section.get("learner") or {}).get("average")
+    average = (section.get("learner") or {}).get("average")
+    is_lost = isinstance(decay, float) and decay > 0 and not (isinstance(average, Mapping) and average)
     return "its averaged weights are missing" if is_lost else ""
 
 

@@ -282,8 +282,10 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
     config, world, start = setup.config, setup.world, setup.start
     saved = None if start.section is None else start.section.get("powersgd")
     if config.comm.hook != "powersgd":
-        if saved is not None and saved.get("errors"):
-            world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
+        if saved is not None and start.info is not None:
+            with checkpoints.taking("the state of PowerSGD", start.info.path):
+                if saved["errors"]:
+                    world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
         return None
     powersgd = PowerSGD(
         rank=config.comm.powersgd_rank,

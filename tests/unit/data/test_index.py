@@ -191,7 +191,7 @@ def test_with_the_index_of_prepare_sizes_are_compared_all_the_same(root: Path) -
 
 @pytest.mark.parametrize("damage", ["gone", "flipped", "of other shards", "described wrongly", "described as damaged"])
 def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
-    root: Path, tmp_path: Path, damage: str
+    root: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = ShardIndex.open(root, "train").index_hash
     shutil.rmtree(root / CACHE_DIRECTORY)
@@ -218,6 +218,29 @@ def test_an_index_beside_the_shards_that_is_not_the_manifests_means_a_scan(
         manifest.save(root)
     assert ShardIndex.open(root, "train").index_hash == expected
     assert list((root / CACHE_DIRECTORY).iterdir())
+    is_warned = "is not believed: their headers are read instead" in capsys.readouterr().err
+    assert is_warned == (damage not in ("gone", "described wrongly"))
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_an_index_that_the_manifest_names_is_held_to_the_shards_where_they_are_hashed(
+    is_shared: bool, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels in range, and a hash that fits: what only the shards themselves can tell."""
+    expected = ShardIndex.open(root, "train").index_hash
+    shutil.rmtree(root / CACHE_DIRECTORY)
+    path = add_index(root, "train") / index_name("train")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in ARRAYS}
+    np.savez_compressed(path, allow_pickle=False, **arrays | {"label": arrays["label"][::-1].copy()})
+    manifest = Manifest.load(root)
+    cast(IndexJson, manifest.split("train").extra[INDEX_KEY])["sha256"] = sha256_of_file(path)
+    manifest.save(root)
+    if is_shared:
+        monkeypatch.setattr(local, "SHARED_BYTES", 0)
+    assert ShardIndex.open(root, "train").index_hash != expected
+    assert ShardIndex.open(root, "train", verify="sha256").index_hash == expected
+    assert "is not believed" in capsys.readouterr().err
 
 
 # A large index is shared by the processes of a machine

@@ -386,6 +386,10 @@ SECTION_AS_SAVED = {"step": 3, "world_size": 1, "model": "x", "classes": ["a"], 
         ({"classes": ["a", "b"], "num_classes": 1}, "its classes are not those of its outputs"),
         ({"learner": None}, "its 'learner' is of type NoneType"),
         ({"free_fields": {"recipe.ema_decay": 0.9}}, "its averaged weights are missing"),
+        (
+            {"free_fields": {"recipe.ema_decay": 0.9}, "learner": {"average": torch.ones(2)}},
+            "averaged weights are missing",
+        ),
     ],
 )
 def test_a_section_that_is_not_as_it_was_saved_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
