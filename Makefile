@@ -117,4 +117,5 @@ bench: venv peers ## the published figures, measured here; an hour and a quiet m
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.loader --folder "$(IMAGENET_SAMPLE)",@echo "loader: left out, give IMAGENET_SAMPLE=folder")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.prepare --folder "$(IMAGENET_SAMPLE)",@echo "prepare: left out, give IMAGENET_SAMPLE=folder")
+	$(if $(WEIGHTS),$(PY) -m benchmarks.fine_tuning --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)" --weights "$(WEIGHTS)",@echo "fine_tuning: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt WEIGHTS=squeezenet_v1_0.npz")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.imagenet_sample --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)",@echo "imagenet_sample: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt")

@@ -20,7 +20,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from results_page import NOTE, REPOSITORY, links_table, models_table, peers_table, results_page, table
+from results_page import (
+    NOTE,
+    REPOSITORY,
+    fine_tuning_table,
+    links_table,
+    models_table,
+    peers_table,
+    results_page,
+    table,
+)
 
 from pipeline.core import cli, schemas
 from pipeline.core.errors import ExitCode
@@ -214,6 +223,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"models": models_table},
     "docs/comparing.md": {"links": links_table},
     "docs/exactness.md": {"peers": peers_table},
+    "docs/fine-tuning.md": {"fine_tuning": fine_tuning_table},
 }
 
 

@@ -24,7 +24,8 @@ class EvaluateConfig:
     """The directory of evaluation.json under run_root."""
     run_root: PathText = "runs"
     checkpoint: PathText
-    """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict, or the Caffe .npz."""
+    """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict (.pth, .safetensors), or
+    the Caffe .npz."""
     precision: str = "fp32"
     """`fp32`, `bf16`, or `auto` as in training."""
     batch_per_rank: int = 64

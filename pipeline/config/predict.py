@@ -13,7 +13,8 @@ class PredictConfig:
     """Class names and probabilities of pictures."""
 
     checkpoint: PathText
-    """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict, or the Caffe .npz."""
+    """A run directory (its best checkpoint, else its last), a .ckpt, a torchvision state dict (.pth, .safetensors), or
+    the Caffe .npz."""
     source: PathText
     """A picture, a folder with everything below it, a pattern such as 'pictures/*.jpg', or - for paths on stdin, one a
     line."""

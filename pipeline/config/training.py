@@ -13,6 +13,7 @@ from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import PathText, one_of, require
 
+OPTIMIZERS = ("sgd", "adamw")
 MOST_CRUMBS = 4
 """A rank's share is not taken in more micro-batches than so many times those that would hold it."""
 
@@ -81,11 +82,19 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """SGD with momentum, a linear warm-up and a decay to zero, both per step."""
+    """The optimiser, with a linear warm-up and a decay to zero, both per step."""
 
+    optimizer: str = "sgd"
+    """`sgd` with momentum, or `adamw`. A run that resumes keeps its own."""
     lr: float = 0.04
+    head_lr_factor: float = 1.0
+    """Learning rate of the layer that gives the classes, over that of everything else."""
     momentum: float = 0.9
+    """Of SGD; of AdamW its first beta."""
+    beta2: float = 0.999
+    """Of AdamW."""
     weight_decay: float = 0.0002
+    """Of SGD added to the gradient, of AdamW taken off the weights, times the learning rate both."""
     nesterov: bool = False
     warmup_steps: int = 0
     """Steps of linear warm-up from lr / warmup_steps to lr."""
@@ -99,7 +108,14 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         one_of("recipe.decay", self.decay, ("linear", "cosine", "none"))
+        one_of("recipe.optimizer", self.optimizer, OPTIMIZERS)
         require(self.lr > 0, f"recipe.lr={self.lr} must be positive.")
+        require(self.head_lr_factor >= 0, f"recipe.head_lr_factor={self.head_lr_factor} must not be negative.")
+        require(0 <= self.beta2 < 1, f"recipe.beta2={self.beta2} must be in [0, 1).")
+        require(
+            not (self.nesterov and self.optimizer == "adamw"),
+            "recipe.nesterov=true is of SGD: set recipe.nesterov=false, or recipe.optimizer=sgd.",
+        )
         require(0 <= self.momentum < 1, f"recipe.momentum={self.momentum} must be in [0, 1).")
         require(self.weight_decay >= 0, f"recipe.weight_decay={self.weight_decay} must not be negative.")
         require(
@@ -116,7 +132,8 @@ class InitConfig:
     """The weights that a run begins with. A run that resumes goes on from its own."""
 
     checkpoint: PathText | None = None
-    """A run, a checkpoint, a torchvision state dict or the Caffe .npz to begin from; null: drawn as the model says."""
+    """A run, a checkpoint, a torchvision state dict (.pth or .safetensors) or the Caffe .npz to begin from; null: drawn
+    as the model says."""
     head: str | None = None
     """The layer that gives the classes: `keep` it, or draw a `new` one. Null: kept if it is of the same classes, as far
     as names and numbers tell; else asked for."""

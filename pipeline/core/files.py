@@ -185,6 +185,20 @@ def would_unpack(file: BinaryIO) -> str:
     return f"would take {format_bytes(unpacked_bytes)} of memory, from {format_bytes(num_bytes)}"
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as one in the format safetensors does: the length of its header, then JSON.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open_regular(path) as file:
+        return _begins_as_safetensors(file.read(9), file.seek(0, os.SEEK_END))
+
+
+def _begins_as_safetensors(head: bytes, num_bytes: int) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= num_bytes - 8
+
+
 def what_it_is(path: Path) -> str:
     """Say in a clause what a file is that holds no weights; empty if nothing is known against it.
 
@@ -201,13 +215,8 @@ def what_it_is(path: Path) -> str:
         return "is a pointer of git-LFS, not the file itself: run `git lfs pull` in its repository"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "is a web page, not the file itself: fetch it from its direct address, logged in where that is needed"
-    if text.startswith((b"{", b"[")) and head.isascii():
+    if text.startswith((b"{", b"[")) and head.isascii() and not _begins_as_safetensors(head, num_bytes):
         return "is JSON, not weights: give the file that holds the weights themselves"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= num_bytes - 8:
-        return (
-            "is in the format safetensors, which is not read: save its tensors with torch.save("
-            "safetensors.torch.load_file(...), ...)"
-        )
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(path):
             return "is cut short: its end is missing, so copy it again"

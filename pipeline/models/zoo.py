@@ -168,3 +168,8 @@ def _value(text: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def head_of(model: "nn.Module") -> str:
+    """Return the name of the layer that gives the classes: the last one with weights, in every model of the zoo."""
+    return list(model.state_dict())[-1].rpartition(".")[0]

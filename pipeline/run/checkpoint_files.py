@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+import safetensors.torch
 import torch
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import read_regular, sha256_of_file, what_it_is
+from pipeline.core.files import is_safetensors, read_regular, sha256_of_file, what_it_is
 from pipeline.run.checkpoint_checks import RESTORE, of_another_type, would_swell
 
 STEP_NAME = re.compile(r"step=(\d{9,})\.ckpt")
@@ -205,7 +206,7 @@ def load_foreign(path: Path) -> Content:
     """Read a state dict or checkpoint of any origin, which nothing vouches for. Nothing in it is executed.
 
     Args:
-        path: A file that torch.save wrote.
+        path: A file that torch.save wrote, or one in the format safetensors.
 
     Returns:
         CPU tensors and plain values.
@@ -219,7 +220,9 @@ def load_foreign(path: Path) -> Content:
 def _load(path: Path, *, is_proven: bool = True) -> Content:
     """Read a file of weights; one that nothing has proven by the checksums within it, which torch does not look at."""
     try:
-        if wrong := what_it_is(path) or would_swell(path) or ("" if is_proven else _damaged_member(path)):
+        if not (wrong := what_it_is(path)) and is_safetensors(path):
+            return safetensors.torch.load_file(path)
+        if wrong := wrong or would_swell(path) or ("" if is_proven else _damaged_member(path)):
             raise CheckpointError(f"{path} {wrong}.")
         with torch.serialization.safe_globals([argparse.Namespace]):  # of torchvision's references; mere values
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -17,17 +17,47 @@ from torch.nn import functional as F
 from pipeline.config.training import RecipeConfig
 from pipeline.models.normalizer import Normalizer
 
+LR_FACTOR = "lr_factor"
+"""Key of a group of parameters: its learning rate over that of the recipe."""
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: RecipeConfig, lr: float) -> torch.optim.SGD:
-    """SGD over all parameters, biases decayed too, as the Caffe solver does."""
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], recipe: RecipeConfig, lr: float, head: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters, biases decayed too, as the Caffe solver does.
+
+    Args:
+        parameters: All of them. The saved state goes by their order, which groups do not change: the head is last.
+        recipe: Optimiser and its numbers.
+        lr: Learning rate of the first step; `set_learning_rate` sets that of the others.
+        head: Those that learn `recipe.head_lr_factor` times as fast.
+    """
+    everything, last = list(parameters), list(head) if recipe.head_lr_factor != 1 else []
+    body = everything[: len(everything) - len(last)]
+    assert all(one is other for one, other in zip(everything[len(body) :], last, strict=True)), "the head is last"
+    groups = [
+        {"params": some, "lr": lr * factor, LR_FACTOR: factor}
+        for some, factor in ((body, 1.0), (last, recipe.head_lr_factor))
+        if some
+    ]
+    # Fused: the same arithmetic, bit for bit, in one pass over memory instead of five.
+    if recipe.optimizer == "adamw":
+        betas = (recipe.momentum, recipe.beta2)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(
-        parameters,
+        groups,
         lr=lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.nesterov,
-        fused=True,  # the same arithmetic, bit for bit, in one pass over memory instead of five
+        fused=True,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the coming step; that of the head is so many times as high as the recipe says."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_FACTOR]
 
 
 def seed_generators(numbers: tuple[int, ...], device: torch.device) -> None:

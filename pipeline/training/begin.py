@@ -44,11 +44,6 @@ def sha256_of_beginning(config: TrainConfig) -> str | None:
     return None if path is None else sha256_of_file(find_checkpoint(Path(path)))
 
 
-def head_of(model: nn.Module) -> str:
-    """Return the name of the layer that gives the classes: the last one with weights, in every model of the zoo."""
-    return list(model.state_dict())[-1].rpartition(".")[0]
-
-
 def begin_from(config: TrainConfig, model: nn.Module, num_classes: int, classes: Sequence[str] | None) -> list[str]:
     """Take the weights of `init.checkpoint` over into a model that was just drawn.
 
@@ -68,7 +63,7 @@ def begin_from(config: TrainConfig, model: nn.Module, num_classes: int, classes:
     assert config.init.checkpoint is not None
     asked = replace(config.model, num_classes=None)
     trained = load_trained(Path(config.init.checkpoint), asked, size=config.data.size)
-    head = head_of(model)
+    head = zoo.head_of(model)
     state = trained.model.state_dict()
     keeps_head = _keeps_head(config.init.head, trained, num_classes, classes)
     if not keeps_head:
@@ -128,7 +123,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     modules = {
         name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     }
-    head = head_of(model)
+    head = zoo.head_of(model)
     frozen: list[nn.Module] = []
     for name in names:
         if name == ALL_BUT_HEAD:

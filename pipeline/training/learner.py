@@ -25,6 +25,7 @@ from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.scoring import ExactMetrics
+from pipeline.models.zoo import head_of
 from pipeline.run.checkpoint_checks import unusable
 from pipeline.training import arithmetic, drift
 from pipeline.training.confusions import OutcomeRecord, Outcomes
@@ -140,6 +141,12 @@ class Learner(pl.LightningModule):
         object.__setattr__(self, "frozen", tuple(frozen))  # of the model already
 
     @property
+    def head(self) -> list[nn.Parameter]:
+        """Parameters of the layer that gives the classes."""
+        name = f"{head_of(self.model)}."
+        return [parameter for at, parameter in self.model.named_parameters() if at.startswith(name)]
+
+    @property
     def averaged_model(self) -> nn.Module:
         """The exponential moving average of the weights, or the weights themselves without one."""
         return self.model if self.average is None else self.average.module
@@ -152,9 +159,9 @@ class Learner(pl.LightningModule):
         return found
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD, going on from the state that was saved."""
+        """SGD or AdamW, going on from the state that was saved."""
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
-        optimizer = arithmetic.make_optimizer(self.model.parameters(), self.recipe, lr)
+        optimizer = arithmetic.make_optimizer(self.model.parameters(), self.recipe, lr, self.head)
         if self.optimizer_state is not None:
             # Only the state is taken over: hyper-parameters come from the configuration, which may have been edited.
             groups = optimizer.state_dict()["param_groups"]
@@ -174,8 +181,8 @@ class Learner(pl.LightningModule):
         numbers = (self.seed, self.committed_steps, self._micro, self._rank)
         arithmetic.seed_generators(numbers, self.device)
         if self._micro == 0:
-            for group in cast(torch.optim.Optimizer, self.optimizers()).param_groups:
-                group["lr"] = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+            lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+            arithmetic.set_learning_rate(cast(torch.optim.Optimizer, self.optimizers()), lr)
 
     def training_step(self, batch: LoadedBatch, batch_idx: int) -> Tensor:
         """Mean loss of the micro-batch on this rank."""
@@ -317,7 +324,7 @@ class Learner(pl.LightningModule):
 
         Args:
             state_dict: Lightning's, keys starting with `model.`.
-            optimizer_state: state of SGD, as saved.
+            optimizer_state: state of the optimiser, as saved.
             extra: what `extra_state` returned.
 
         Raises:
@@ -341,18 +348,24 @@ class Learner(pl.LightningModule):
                 self.average.load_state_dict(source)
 
 
+MOMENTA = {"momentum_buffer": "momentum", "exp_avg": "mean gradient", "exp_avg_sq": "mean squared gradient"}
+"""What SGD and AdamW keep of each parameter, in its shape; AdamW also counts its steps."""
+
+
 def _check_momenta(optimizer_state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError unless each momentum that was saved is one of a parameter; SGD would take it as it is."""
+    """Raise ValueError unless each momentum that was saved is one of a parameter; torch would take it as it is."""
     state = optimizer_state["state"]
-    if any(group["momentum"] for group in optimizer_state["param_groups"]) and not state:
+    if any(group.get("momentum", True) for group in optimizer_state["param_groups"]) and not state:
         raise ValueError("the momenta are missing")
     for number, kept in state.items():
-        momentum, name = kept.get("momentum_buffer"), f"the momentum of parameter {number}"
         if number not in range(len(parameters)):
-            raise ValueError(f"{name} is of none of the {len(parameters)} there are")
-        if momentum is None:
-            continue
-        if wrong := unusable(name, momentum, parameters[number]):
-            raise ValueError(wrong)
-        if (momentum.shape, momentum.dtype) != (parameters[number].shape, torch.float32):
-            raise ValueError(f"{name} is {tuple(momentum.shape)} of {momentum.dtype}")
+            raise ValueError(f"the momentum of parameter {number} is of none of the {len(parameters)} there are")
+        expected = {key: parameters[number].float() for key in MOMENTA} | {"step": torch.zeros(())}
+        for key, value in kept.items():
+            if key not in expected or value is None:
+                continue
+            name = f"the {MOMENTA.get(key, 'count of steps')} of parameter {number}"
+            if wrong := unusable(name, value, expected[key]):
+                raise ValueError(wrong)
+            if (value.shape, value.dtype) != (expected[key].shape, torch.float32):
+                raise ValueError(f"{name} is {tuple(value.shape)} of {value.dtype}")

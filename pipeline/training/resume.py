@@ -119,7 +119,7 @@ def _shown(values: Mapping[str, object], key: str) -> str:
     return repr(plain(values[key])) if key in values else "not there"
 
 
-BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop"}
+BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop", "recipe.optimizer": "sgd"}
 """What checkpoints of versions without these fields were made with."""
 
 
@@ -136,4 +136,5 @@ def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
         "data.shuffle_groups": config.data.shuffle_groups,
         "data.tail": config.data.tail,
         "data.shards_sha256": shards_hash,
+        "recipe.optimizer": config.recipe.optimizer,
     }

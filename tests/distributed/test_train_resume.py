@@ -19,8 +19,12 @@ def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
 
 
 def test_one_rank_killed_amid_validation_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:
-    pair = make_pair(tmp_path, shards, 1, "0 4 validation rank")
+    pair = make_pair(tmp_path, shards, 1, "0 4 validation rank", "recipe=adamw", "recipe.head_lr_factor=3")
     assert_same(pair)
+    (state,) = load(pair.resumed)["optimizer_states"]
+    assert len(state["param_groups"]) == 2 and {"step", "exp_avg", "exp_avg_sq"} == set(state["state"][0])
+    refused = train_recorded(tmp_path, shards, "resumed", 1, expect=4)
+    assert "recipe.optimizer was 'adamw' and is 'sgd'" in refused.output
     # Null in the command: the record of a run says what it was.
     config = yaml.safe_load((pair.resumed / "config.yaml").read_text())
     assert config["model"]["num_classes"] == load(pair.resumed)["squeezewire"]["num_classes"]

@@ -87,6 +87,10 @@ def test_missing_key_names_the_argument_to_add() -> None:
         ({"lr": -1.0}, "recipe.lr=-1.0 must be positive"),
         ({"decay": "linaer"}, "Did you mean 'linear'"),
         ({"nesterov": True, "momentum": 0.0}, "recipe.nesterov"),
+        ({"nesterov": True, "optimizer": "adamw"}, "recipe.nesterov=true is of SGD"),
+        ({"optimizer": "adam"}, "recipe.optimizer"),
+        ({"head_lr_factor": -1.0}, "recipe.head_lr_factor"),
+        ({"beta2": 1.0}, "recipe.beta2"),
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.core.errors import CheckpointError
@@ -54,9 +55,22 @@ def cut_legacy(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
 
-def safetensors(path: Path) -> None:
-    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+def broken_safetensors(path: Path) -> None:
+    """Its header tells of more than there is."""
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+@pytest.mark.parametrize("length", [48, 64, 123])  # 123 is the code of "{", with which JSON would begin
+def test_safetensors_are_read_whatever_their_name(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    save_file({f"module.{key}": value for key, value in STATE.items()}, path, metadata={"format": "pt"})
+    state, said = unwrap(load_foreign(path))
+    assert all(torch.equal(state[key], STATE[key]) for key in STATE) and len(said) == 1
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'[:-1].ljust(length - 1) + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    if length > 54:
+        assert load_foreign(path)["a"].tolist() == [0.0]
 
 
 def torchscript(path: Path) -> None:
@@ -72,7 +86,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "is cut short": cut,
     "is damaged": cut_legacy,
     "is JSON": lambda path: path.write_text('{"error": "not found"}'),
-    "safetensors": safetensors,
+    "was not read (SafetensorError)": broken_safetensors,
     "is a TorchScript archive": torchscript,
     "more than tensors and plain values (pathlib.": lambda path: torch.save({"args": pathlib.PurePosixPath("x")}, path),
     "(torch.nn.modules.linear.Linear)": lambda path: torch.save(nn.Linear(1, 1), path),

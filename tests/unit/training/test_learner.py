@@ -242,9 +242,20 @@ def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
     assert not any("average" in name for name in learner.state_dict())
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float) -> None:
-    recipe = RecipeConfig(lr=0.05, ema_decay=ema_decay, warmup_steps=3)
+ADAMW = RecipeConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, warmup_steps=3, head_lr_factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RecipeConfig(lr=0.05, warmup_steps=3),
+        RecipeConfig(lr=0.05, ema_decay=0.5, warmup_steps=3),
+        RecipeConfig(lr=0.05, warmup_steps=3, head_lr_factor=4.0),
+        ADAMW,
+    ],
+    ids=["sgd", "averaged", "two groups", "adamw, two groups"],
+)
+def test_a_restored_learner_goes_on_as_if_nothing_had_happened(recipe: RecipeConfig) -> None:
     unbroken = Steps(make_learner(recipe, dropout=0.5))
     for seed in range(2):
         unbroken.take([pictures(4, seed)])
@@ -262,6 +273,30 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_happened(ema_decay: float)
     torch.testing.assert_close(
         dict(learner.averaged_model.state_dict()), dict(unbroken.learner.averaged_model.state_dict()), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_head_learns_so_many_times_as_fast(optimizer: str) -> None:
+    """As torch's own optimiser does with two groups written by hand."""
+    recipe = RecipeConfig(optimizer=optimizer, lr=0.01, weight_decay=0.1, head_lr_factor=5.0, decay="none")
+    steps = Steps(make_learner(recipe))
+    by_hand = copy.deepcopy(steps.learner.model)
+    head = list(by_hand.layers[4].parameters())
+    body = [one for one in by_hand.parameters() if not any(one is other for other in head)]
+    groups: list[dict[str, Any]] = [{"params": body, "lr": 0.01}, {"params": head, "lr": 0.05}]
+    theirs: torch.optim.Optimizer
+    if optimizer == "adamw":
+        theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.1, fused=True)
+    else:
+        theirs = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1, fused=True)
+    for seed in range(3):
+        batch = pictures(4, seed)
+        steps.take([batch])
+        theirs.zero_grad()
+        logits_BK = by_hand(steps.learner.normalizer(batch.images_BCHW, torch.contiguous_format))
+        F.cross_entropy(logits_BK, batch.labels_B).backward()
+        theirs.step()
+    torch.testing.assert_close(weights(steps.learner), by_hand.state_dict(), rtol=0, atol=0)
 
 
 def test_momentum_of_other_weights_is_refused() -> None:
@@ -293,6 +328,24 @@ def test_a_momentum_that_cannot_be_one_is_refused(change: Callable[[dict[Any, An
     change(optimizer_state["state"])
     with pytest.raises(ValueError, match=said):
         make_learner(RecipeConfig(lr=0.05)).restore(first.learner.state_dict(), optimizer_state, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("exp_avg", torch.ones(3), r"the mean gradient of parameter 0 is \(3,\)"),
+        ("exp_avg_sq", torch.tensor(math.nan), r"mean squared gradient"),
+        ("step", 3, "the count of steps of parameter 0 is of type int"),
+        ("step", torch.tensor(math.inf), "not finite"),
+    ],
+)
+def test_what_adamw_cannot_have_kept_is_refused(key: str, value: object, said: str) -> None:
+    first = Steps(make_learner(ADAMW))
+    first.take([pictures(4)])
+    optimizer_state = copy.deepcopy(first.optimizer.state_dict())
+    optimizer_state["state"][0][key] = value
+    with pytest.raises(ValueError, match=said):
+        make_learner(ADAMW).restore(first.learner.state_dict(), optimizer_state, {})
 
 
 def test_an_average_that_no_model_can_have_is_refused() -> None:
