@@ -46,7 +46,7 @@ def evaluate_as(ranks: "RankInfo", config: EvaluateConfig, split: str) -> int:
 
     choose = functools.partial(choose_compute, accelerator=config.cluster.accelerator, precision=config.precision)
     facts = functools.partial(facts_of, "evaluate", config, world_size=ranks.world_size)
-    with join_group(ranks, choose, config.cluster, facts=facts) as world:
+    with join_group(ranks, choose, config.cluster, facts=facts, run_root=config.run_root) as world:
         index = world.locally_first(lambda leads: open_split(config.data, split, is_local_leader=leads))
         trained = world.agree(lambda: load_trained(Path(config.checkpoint), config.model, size=config.data.size))
         world.agree(lambda: scoring.check_batch(config, trained, ranks.local_world_size))

@@ -32,6 +32,7 @@ from pytorch_lightning.trainer.connectors.checkpoint_connector import _Checkpoin
 
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ddp import MeteredDDP, rebuild_buckets
+from pipeline.comm.plain_values import broadcast_value
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.timeline import Timeline
 from pipeline.data.batches import LoadedBatch
@@ -249,9 +250,9 @@ class MeteredDDPStrategy(DDPStrategy):
             super().barrier(name, *args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Count Lightning's own broadcast as such."""
+        """Count Lightning's own broadcast of a plain value as such; as JSON, where Lightning would send a pickle."""
         with self._lightnings_own():
-            return super().broadcast(obj, src)
+            return broadcast_value(obj, src, self.root_device)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Count Lightning's own reduction as such."""

@@ -10,20 +10,26 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import VARIABLE, ended_ranks
 from pipeline.run.launch import network
 from pipeline.run.launch.ranks import RankInfo
+from pipeline.run.launch.secret import SECRET_VARIABLE, SecretFile, given_secret
+from pipeline.run.launch.variables import AGENT_STORE
+from pipeline.training.store import RankStore
+from pipeline.training.store_server import StoreServer
 
 LAST_WORDS_SECONDS = 20.0
 """How long a rank that has failed waits for others to tell them."""
-CONNECT_SECONDS = 10.0
+LOOPBACK_ADDRESS = "127.0.0.1"
+NUM_PORTS = 16
+"""Of which rank 0 takes the first free one, behind that of torchrun's agent."""
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.5
 TALK_AFTER_SECONDS = 15.0
 MOST_NAMED = 8
@@ -43,9 +49,15 @@ def same_error(rank: int, exit_code: int, message: str) -> UserError:
 
 
 class Meeting:
-    """The ranks around one store, which the first of them holds; it becomes the process group's."""
+    """The ranks around one store, which the first of them holds; it becomes the process group's.
 
-    def __init__(self, ranks: RankInfo, timeout_seconds: float) -> None:
+    Args:
+        ranks: The place of this process among all.
+        timeout_seconds: How long to wait for the others.
+        directory: On a file system of all ranks, for the secret of ranks that were given none; None: they must be.
+    """
+
+    def __init__(self, ranks: RankInfo, timeout_seconds: float, directory: Path | None = None) -> None:
         self.timeout_seconds = timeout_seconds
         self.places = ""
         """Where the ranks are, in words, once that is known."""
@@ -53,12 +65,20 @@ class Meeting:
         self._deadline = time.monotonic() + timeout_seconds
         self._talk_at = time.monotonic() + TALK_AFTER_SECONDS
         self._store: Store | None = None
+        self._file = None if directory is None else SecretFile(directory, ranks)
+        self.port = ranks.master_port
+        """Of the store."""
 
     @property
     def store(self) -> Store:
         """The store, for the process group; there is one once the ranks have agreed on something."""
         assert self._store is not None
         return self._store
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all ranks are on one machine."""
+        return self._ranks.num_nodes == 1
 
     @property
     def left_seconds(self) -> float:
@@ -124,6 +144,9 @@ class Meeting:
         except dist.DistError as error:
             reason = str(error).partition("\n")[0][:200]
             raise PeerLost(f"Rank {self._ranks.rank} lost the others at {self._place} ({reason}).") from error
+        finally:
+            if self._ranks.is_first and self._file is not None:
+                self._file.remove()
 
     def _wait_for(self, topic: str, ranks: list[int]) -> None:
         """Wait until these ranks have said something on a topic."""
@@ -185,75 +208,108 @@ class Meeting:
 
     @property
     def _place(self) -> str:
-        address = self._ranks.master_addr
-        return f"{f'[{address}]' if ':' in address else address}:{self._ranks.master_port}"
+        address = self._address
+        return f"{f'[{address}]' if ':' in address else address}:{self.port}"
+
+    @property
+    def _address(self) -> str:
+        # Ranks of one machine need no other to find them, whatever its name stands for.
+        return LOOPBACK_ADDRESS if self.is_local else self._ranks.master_addr
 
     def _open(self) -> Store:
-        ranks = self._ranks
-        # torchrun's agent holds a store of its own at this place, and all ranks are guests there.
-        is_guest = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and ranks.source == "torchrun"
-        is_host = ranks.is_first and not is_guest
-        # Whatever the machine's name stands for, its host finds the store, which listens on all addresses, here.
-        address = "127.0.0.1" if is_host else ranks.master_addr
-        store: Store | None = None
-        while store is None:
-            if not is_host:
-                self._wait_for_port()
-            patience = timedelta(seconds=max(1.0, min(CONNECT_SECONDS, self.left_seconds)))
-            try:
-                store = TCPStore(
-                    address, ranks.master_port, ranks.world_size, is_host, timeout=patience, wait_for_workers=False
-                )
-            except dist.DistError as error:
-                if is_host:
-                    self._refuse(error)
-                # It has gone again, or is another program's: torch would try on and hear of nothing.
-                self._pause(LONGEST_PAUSE_SECONDS, lambda: "rank 0", str(error).partition("\n")[0][:200])
-        store.set_timeout(timedelta(seconds=self.timeout_seconds))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"squeezewire/{attempt}", store)
-
-    def _refuse(self, error: dist.DistError) -> NoReturn:
-        if "EADDRINUSE" in str(error):
+        if self._ranks.world_size == 1:
+            return HashStore()
+        given = given_secret(os.environ)
+        if given is None and self._file is None:
             raise ConfigError(
-                f"Port {self._ranks.master_port} of {self._ranks.master_addr}, where the ranks are to meet, is another"
-                " program's: set MASTER_PORT to a free one, or unset it, and one is chosen."
-            ) from error
-        reason = str(error).partition("\n")[0][:200]
-        raise PeerLost(f"Rank {self._ranks.rank} did not meet the others at {self._place} ({reason}).") from error
-
-    def _wait_for_port(self) -> None:
-        """Until the store listens. torch's own waiting is deaf to what else has become known."""
-        ranks = self._ranks
+                f"The ranks were given no secret: set {SECRET_VARIABLE}, on every rank, to the same text."
+            )
+        if self._ranks.is_first:
+            return self._host(given)
         while True:
-            try:
-                place = (ranks.master_addr, ranks.master_port)
-                with socket.create_connection(place, timeout=max(1.0, min(5.0, self.left_seconds))):
-                    return
-            except socket.gaierror as error:
-                if error.errno in _NO_SUCH_NAME:
-                    raise ConfigError(
-                        f"MASTER_ADDR={ranks.master_addr}, where rank 0 is, is no name that {socket.gethostname()}"
-                        " knows: set MASTER_ADDR, on every rank, to an address of rank 0's machine."
-                    ) from error
-                reason = error.strerror or "no answer to its name"
-            except OSError as error:
-                reason = error.strerror or str(error)
+            secret, reason = given, ""
+            if secret is None and self._file is not None:
+                secret = self._file.read()  # each time: that of an earlier start may have lain there
+                reason = f"no {self._file.path} here, in which rank 0 leaves a secret"
+            for port in self._ports:
+                self.port = port
+                store, reason = self._connect(secret, reason)
+                if store is not None:
+                    return store
             self._pause(LONGEST_PAUSE_SECONDS, lambda: "rank 0", reason)
+
+    @property
+    def _ports(self) -> Sequence[int]:
+        """Where rank 0 may listen. torchrun's agent has a store of its own at the place that it names."""
+        port = self._ranks.master_port
+        is_guest = os.environ.get(AGENT_STORE) == "True" and self._ranks.source == "torchrun"
+        return range(port + 1, min(port + 1 + NUM_PORTS, 2**16)) if is_guest else (port,)
+
+    def _host(self, given: str | None) -> Store:
+        """Listen, as rank 0: for ranks of one machine on no address that another one reaches."""
+        listener, reason = None, None
+        for port in self._ports:
+            self.port = port
+            try:
+                if self.is_local:
+                    listener = socket.create_server((LOOPBACK_ADDRESS, port))
+                elif socket.has_dualstack_ipv6():
+                    listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+                else:
+                    listener = socket.create_server(("", port))
+                break
+            except OSError as error:
+                reason = error
+        if listener is None:
+            raise ConfigError(
+                f"Port {self._ports[0]} of {self._ranks.master_addr}, where the ranks are to meet, is another"
+                " program's: set MASTER_PORT to a free one, or unset it, and one is chosen."
+            ) from reason
+        if given is None:
+            assert self._file is not None
+            given = self._file.make()
+        secret = self._of_attempt(given)
+        StoreServer(listener, secret)
+        return RankStore((LOOPBACK_ADDRESS, self.port), secret, self.timeout_seconds)
+
+    def _connect(self, secret: str | None, reason: str) -> tuple[Store | None, str]:
+        """(The store, if rank 0 keeps one there; why there is none)."""
+        place = (self._address, self.port)
+        try:
+            if secret is None:
+                socket.getaddrinfo(*place)
+                return None, reason
+            return RankStore(place, self._of_attempt(secret), self.timeout_seconds), ""
+        except socket.gaierror as error:
+            if error.errno in _NO_SUCH_NAME:
+                raise ConfigError(
+                    f"MASTER_ADDR={self._address}, where rank 0 is, is no name that {socket.gethostname()}"
+                    " knows: set MASTER_ADDR, on every rank, to an address of rank 0's machine."
+                ) from error
+            return None, error.strerror or "no answer to its name"
+        except OSError as error:
+            return None, error.strerror or str(error)
+
+    @staticmethod
+    def _of_attempt(secret: str) -> str:
+        """So that a rank of torchrun's next attempt does not meet one of the last."""
+        return f"{secret} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def settle_places(meeting: Meeting, own: network.Place | None, found: Mapping[str, Sequence[str]]) -> None:
-    """Settle where each rank is reached, and tell gloo; NCCL finds its way itself.
+    """Settle where each rank is reached, and tell gloo; NCCL finds its way itself, on one machine over its loopback.
 
     Args:
         meeting: Of the ranks.
-        own: Where this rank is, as far as it can tell alone; None, on every rank: gloo is not used.
+        own: Where this rank is, as far as it can tell alone; None, on every rank: NCCL is used.
         found: Interfaces of this machine and their addresses.
 
     Raises:
         ConfigError: A rank cannot be reached by others.
     """
     if own is None:
+        if meeting.is_local:
+            os.environ.setdefault(network.NCCL_VARIABLE, network.LOOPBACK)
         return
     alone = [network.Place(**place) for place in meeting.agree("alone", own.to_json)]
     settled = meeting.agree("place", lambda: network.settle(own, alone, found).to_json())

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.comm.plain_values import broadcast_value
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.run.checkpoint import find_latest
@@ -166,10 +167,7 @@ def _links(world: World) -> list[str]:
     for sender, receiver in zip(servers, [*servers[1:], servers[0]], strict=True):
         pair = (first_rank[sender], first_rank[receiver])
         times = _time_link(world, *pair) if world.rank in pair else None
-        shared = [times]
-        dist.broadcast_object_list(shared, src=pair[0], device=world.device)
-        assert shared[0] is not None
-        send_seconds, ping_seconds = shared[0]
+        send_seconds, ping_seconds = broadcast_value(times, pair[0], world.device)
         rate = 8 * LINK_BYTES / max(1e-9, send_seconds - ping_seconds / 2)
         measured.append(
             f"server {sender} to {receiver}: {rate / 1e9:.2f} Gbit/s, {ping_seconds * 1e6:,.0f} us there and back"

@@ -71,7 +71,8 @@ def join(
     if trainer.deterministic:
         torch.use_deterministic_algorithms(True)
     facts = functools.partial(facts_of, command, config, world_size=ranks.world_size)
-    with join_group(ranks, choose, cluster, config.comm, stop=stop, facts=facts) as joined:
+    root = config.run_root
+    with join_group(ranks, choose, cluster, config.comm, stop=stop, facts=facts, run_root=root) as joined:
         yield joined
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.kernel.counter import SocketCounter
 from pipeline.comm.ledger.exchange import StoreExchange
 from pipeline.comm.ledger.traffic import Placement
+from pipeline.comm.plain_values import broadcast_value, gather_values
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
@@ -79,11 +81,7 @@ class World:
     @property
     def device(self) -> torch.device:
         """Device of this rank."""
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if self.compute.accelerator == "gpu"
-            else torch.device("cpu")
-        )
+        return device_of(self.compute)
 
     def reader(self, num_workers: int | None) -> Reader:
         """This rank as one that reads shards, with `num_workers` processes; None: as its cores allow."""
@@ -103,9 +101,11 @@ class World:
             yield
 
     def wait_at_most(self, seconds: float) -> None:
-        """From here on a collective that this rank begins waits so long for the others."""
+        """From here on a collective that this rank begins waits so long for the others, as does an exchange."""
         if self.size > 1:
             dist.set_timeout(timedelta(seconds=seconds))
+        if self.exchange is not None:
+            self.exchange.wait_at_most(seconds)
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -171,12 +171,8 @@ class World:
 
     def first_decides(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; every rank gets its result, which must be plain data, or its error. Collective."""
-        result: list[Any] = [None]
-        if self.is_rank_zero:
-            result = [self._try(work)]
-        if self.size > 1:
-            dist.broadcast_object_list(result, src=0, device=self.device)
-        value, error = result[0]
+        result = self._try(work) if self.is_rank_zero else None
+        value, error = cast(Any, broadcast_value(result, 0, self.device) if self.size > 1 else result)
         if error is not None:
             raise same_error(0, *error)
         return value
@@ -193,11 +189,12 @@ class World:
         return [str(host) for host in self._gather(socket.gethostname())]
 
     def _gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else gather_values(value, self.device)
+
+
+def device_of(compute: Compute) -> torch.device:
+    """Return the device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if compute.accelerator == "gpu" else torch.device("cpu")
 
 
 def _begun(work: Callable[[], T]) -> "Future[T]":
@@ -237,6 +234,7 @@ def join_group(
     *,
     stop: StopRequest | None = None,
     facts: Callable[[Compute], same_run.Facts] | None = None,
+    run_root: str | None = None,
 ) -> Iterator[World]:
     """Join the process group; leave it at the end of the block.
 
@@ -251,6 +249,7 @@ def join_group(
         stop: Listening to signals; None: signals are not looked after.
         facts: What must be the same on all ranks (`same_run.facts_of`), by what this one computes with; compared before
             the group is made.
+        run_root: Where ranks that were given no secret find one; None: they must have been given one.
 
     Raises:
         ConfigError: the ranks are not the same run.
@@ -259,20 +258,20 @@ def join_group(
         Preempted: the same, after a signal that asked to stop: the peer was not as patient.
     """
     comm = comm or CommConfig()
-    meeting = Meeting(ranks, cluster.timeout_seconds)
+    meeting = Meeting(ranks, cluster.timeout_seconds, None if run_root is None else Path(run_root))
     found = network.interfaces()
     compute, pinned, num_threads, place = _get_ready(meeting, ranks, compute, cluster, comm, found)
     exchange = _require_same_run(meeting, ranks, {} if facts is None else facts(compute))
     settle_places(meeting, place, found)
     _begin_group(meeting, ranks, compute.backend, cluster.timeout_seconds)
-    counter = _counter(ranks) if comm.meter else None
+    counter = _counter(ranks, meeting.port) if comm.meter else None
     clock = CudaClock() if compute.accelerator == "gpu" else HostClock()
     timeline = Timeline(ranks.world_size, clock, metered=comm.meter, enabled=comm.timeline)
     observers = [timeline] if counter is None else [timeline, counter]
     meter = CollectiveMeter(enabled=comm.meter, pinned=pinned, observers=observers)
     meter.attach()
     try:
-        placement = _placement(ranks)
+        placement = _placement(ranks, compute)
         patience, stop = cluster.timeout_seconds, stop or StopRequest()
         yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop, exchange)
     except RuntimeError as error:
@@ -384,18 +383,16 @@ def _pin_nccl(backend: str, comm: CommConfig) -> tuple[str, str] | None:
     return comm.nccl_algorithm, comm.nccl_protocol
 
 
-def _counter(ranks: RankInfo) -> SocketCounter | None:
+def _counter(ranks: RankInfo, store_port: int) -> SocketCounter | None:
     """Counts what this rank's connections send, from now on, while all is silent; None where the kernel does not."""
     if ranks.world_size == 1:
         return None
-    counter = SocketCounter(ranks.master_port)
+    counter = SocketCounter(store_port)
     return counter if counter.available else None
 
 
-def _placement(ranks: RankInfo) -> Placement:
+def _placement(ranks: RankInfo, compute: Compute) -> Placement:
     """Servers as the launcher knows them; on a single machine every rank is taken as a server of its own."""
     if ranks.num_nodes == 1 and lab_conditions() is None:
         return Placement.assumed(ranks.world_size)
-    nodes: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(nodes, str(ranks.node_rank))
-    return Placement.of_hosts(nodes)
+    return Placement.of_hosts(gather_values(str(ranks.node_rank), device_of(compute)))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import SMALL, run, train
+from tests.commands import HERE, SMALL, fired, run, train
+from tests.comparing import differences, load
 from tests.distributed.test_lab import PATH, PRIVATE, REPOSITORY, possible
+from tests.making.pairs import PAIR_OPTIONS, Pair
 
 pytestmark = pytest.mark.usefixtures("possible")
 __all__ = ["possible"]
@@ -39,3 +41,27 @@ def test_a_network_namespace_without_a_loopback_is_a_sentence(shards: Path, tmp_
     output = run(["-m", "pipeline.train", *where], expect=2, prefix=[*PRIVATE, "--net"]).output
     assert output.count("The loopback interface of ") == 1 and "`ip link set lo up`" in output, output
     assert "Traceback" not in output and "frame #" not in output
+
+
+def test_a_stranger_on_a_third_server_is_no_rank_and_hurts_nobody(
+    two_ranks: Pair, shards: Path, tmp_path: Path
+) -> None:
+    """21 attempts before, while and after two ranks meet that were given no secret, but share a file system."""
+    where = [f"run_root={tmp_path}", f"data.root={shards}", "name=run", *SMALL, *PAIR_OPTIONS]
+    lab = ["-m", "pipeline.lab", f"run_root={tmp_path}", "servers=3", "num_threads=1", "--"]
+    place = tmp_path / "run.fed"
+    place.mkdir()
+    environment = {
+        "PATH": PATH,
+        "KILL_AT": "0 5 0 shell",
+        "DO": f"for i in $(seq 600); do [ -e {place}/late ] && exit 0; sleep 0.1; done",
+    }
+    stranger = [sys.executable, str(HERE / "distributed/stranger.py"), str(place), "--", *where]
+    output = run([*lab, *stranger], cwd=REPOSITORY, environment=environment).output
+    attempts = (place / "attempts").read_text().splitlines()
+    assert len(attempts) == 21 and not (place / "canary").exists(), attempts
+    reached = [int(line.rpartition(" ")[2]) for line in attempts if "everywhere" in line]
+    assert reached[:3] == [0, 0, 0] and all(num >= 1 for num in reached[3:6]) and all(num >= 3 for num in reached[6:])
+    assert [what for _, what in fired(place)] == ["0 5 0 shell"]
+    assert "Traceback" not in output and not list(tmp_path.glob(".meeting-*"))
+    assert not differences(load(two_ranks.unbroken)["state_dict"], load(tmp_path / "run")["state_dict"])

@@ -2,7 +2,7 @@
 
 A connection belongs to the job when its two ends are sockets of two ranks; that is found by comparing the ranks' lists
 (`comm.ledger.reconcile`). So data that is loaded over the network, uploads and anything else on the same card stay
-out. The connections of torch's TCPStore, known by its port, are a row of their own.
+out. The connections of the ranks' store, known by its port, are a row of their own.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ class SocketCounter(MeterObserver):
     """
 
     def __init__(self, store_port: int) -> None:
-        """Count from now on; `store_port` is the port of the TCPStore."""
+        """Count from now on; `store_port` is the port of the ranks' store."""
         self._store_port = store_port
         self._watched: dict[int, _Watched] = {}
         self._job: set[int] | None = None

@@ -21,7 +21,7 @@ class ConnectionReport:
     local: Endpoint
     remote: Endpoint
     store: bool
-    """Whether it belongs to torch's TCPStore."""
+    """Whether it belongs to the ranks' store."""
     by_label: Mapping[str, int]
     """Bytes handed to TCP, each once, by `label_of`."""
     retransmitted_bytes: int

@@ -3,6 +3,8 @@
 A collective would change what is being compared, and texts need no pickle, which a stranger could send.
 """
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
@@ -22,6 +24,10 @@ class StoreExchange:
         self.rank, self.world_size, self._name = rank, world_size, name
         self._store = store or dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
         self._round = 0
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From here on this rank waits so long for another one's text."""
+        self._store.set_timeout(timedelta(seconds=seconds))
 
     def gather(self, text: str) -> list[str] | None:
         """Return every rank's text on rank 0, and None elsewhere."""

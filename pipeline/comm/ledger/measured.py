@@ -107,7 +107,7 @@ class Measured:
     retransmitted_bytes_per_rank: tuple[int, ...]
     """Bytes that each rank's TCP sent again, in all phases."""
     store_bytes_per_rank: tuple[int, ...]
-    """Bytes that each rank sent over torch's TCPStore, in all phases."""
+    """Bytes that each rank sent over the ranks' store, in all phases."""
     interfaces: tuple[InterfaceRow, ...] = ()
     """One row for each server whose card could be read."""
 

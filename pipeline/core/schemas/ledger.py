@@ -101,7 +101,7 @@ class MeasuredJson(TypedDict):
     retransmitted_bytes_per_rank: list[int]
     """Bytes that each rank's TCP sent again, in all phases."""
     store_bytes_per_rank: list[int]
-    """Bytes each rank sent over torch's TCPStore, in all phases; they are no collective's."""
+    """Bytes each rank sent over the ranks' store, in all phases; they are no collective's."""
     interfaces: list[InterfaceJson]
     """One row for each server whose card could be read."""
 

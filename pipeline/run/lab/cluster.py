@@ -19,6 +19,7 @@ from pathlib import Path
 from pipeline.core.errors import ConfigError
 from pipeline.run.lab import namespaces
 from pipeline.run.launch.ranks import LAB_VARIABLE, LabJson
+from pipeline.run.launch.secret import SECRET_VARIABLE, new_secret
 from pipeline.run.launch.supervisor import RankCommand, threads_of_a_rank
 
 INTERFACE = "eth0"
@@ -148,12 +149,13 @@ class Lab:
         program = sys.executable if command[0] == "python" else shutil.which(command[0])
         if program is None:
             raise ConfigError(f"{command[0]} is not a program: the lab runs what follows `--` on every rank.")
-        threads = {"OMP_NUM_THREADS": threads_of_a_rank(self.layout.world_size, num_threads, environment)}
+        threads = threads_of_a_rank(self.layout.world_size, num_threads, environment)
+        alike = {**environment, "OMP_NUM_THREADS": threads, SECRET_VARIABLE: new_secret()}
         inside = ["unshare", *namespaces.OWN_PROC, "--"] if self.own_processes else []
         return [
             RankCommand(
                 [*_enter(self.keepers[self.layout.place(rank)[0]]), *inside, program, *command[1:]],
-                {**environment, **threads, **self.layout.variables(rank)},
+                {**alike, **self.layout.variables(rank)},
             )
             for rank in range(self.layout.world_size)
         ]

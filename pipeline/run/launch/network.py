@@ -174,7 +174,12 @@ def settle(place: Place, places: Sequence[Place], found: Mapping[str, Sequence[s
     """
     others = [other for other in places if other.machine != place.machine]
     if not others:
-        return place if place.address else replace(place, address=found[LOOPBACK][0], interface=LOOPBACK)
+        # No other machine need hear of it, nor be able to knock there.
+        return (
+            place
+            if place.is_chosen and place.address
+            else replace(place, address=found[LOOPBACK][0], interface=LOOPBACK)
+        )
     for other in others:
         if not place.is_reachable and not place.is_chosen and other.address and other.is_reachable:
             place = _towards(other.address, place, found)
@@ -210,7 +215,7 @@ def tell(places: Sequence[Place]) -> str:
 
 
 def use(place: Place) -> None:
-    """Tell gloo the interface, where it would not find it by itself."""
+    """Tell gloo the interface, where it would not take it by itself."""
     if place.interface is not None:
         os.environ.setdefault(GLOO_VARIABLE, place.interface)
 

@@ -29,6 +29,7 @@ from pipeline.run.launch.limits import check_processes
 from pipeline.run.launch.network import check_loopback, interfaces
 from pipeline.run.launch.ports import is_free, reserved_port
 from pipeline.run.launch.ranks import SPAWNED_MARK, RankInfo, find_ranks
+from pipeline.run.launch.secret import SECRET_VARIABLE, new_secret
 from pipeline.run.launch.variables import check_variables, start_torch
 
 FORWARDED_SIGNALS = (
@@ -136,7 +137,7 @@ def supervise(
         raise ConfigError(
             f"cluster.devices={devices} needs Linux: set cluster.devices=1, or start the ranks with torchrun."
         )
-    environment = os.environ if environment is None else environment
+    environment = {**(os.environ if environment is None else environment), SECRET_VARIABLE: new_secret()}
     with _port(environment) as port:
         places = (_environment_of(rank, devices, port, num_threads, environment) for rank in range(devices))
         return supervise_commands([RankCommand(argv, place) for place in places], grace=grace)

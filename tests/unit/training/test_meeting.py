@@ -14,6 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.exits import ended_ranks
 from pipeline.run.launch.ports import reserved_port
 from pipeline.run.launch.ranks import RankInfo
+from pipeline.run.launch.secret import SECRET_VARIABLE, new_secret
 from pipeline.run.launch.supervisor import supervise
 
 PREAMBLE = """
@@ -106,9 +107,10 @@ def test_three_ranks_meet_or_say_why_not(tmp_path: Path, capfd: pytest.CaptureFi
             assert told["gone"][0] == 1 and told["gone"][1].startswith("rank 1 ended before the ranks had met")
 
 
-def test_a_name_that_nobody_knows_is_said_at_once() -> None:
+def test_a_name_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.training.meeting import Meeting
 
+    monkeypatch.setenv(SECRET_VARIABLE, new_secret())
     ranks = RankInfo(1, 2, 0, 1, 1, 2, "no such name.invalid", 29500, "slurm")
     with pytest.raises(ConfigError, match=r"MASTER_ADDR=no such name\.invalid, where rank 0 is, is no name that"):
         Meeting(ranks, 3600).agree("a", lambda: 1)

@@ -20,6 +20,7 @@ from pipeline.core.compute import choose_compute
 from pipeline.core.errors import DataError, ExitCode, UserError
 from pipeline.run.launch.ports import reserved_port
 from pipeline.run.launch.ranks import RankInfo, find_ranks
+from pipeline.run.launch.secret import SECRET_VARIABLE, new_secret
 from pipeline.run.launch.supervisor import supervise
 from pipeline.training.world import World, join_group
 
@@ -74,6 +75,7 @@ def on_ranks(num_ranks: int, out: Path, body: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: Path) -> None:
     body = """
+    import psutil
     with join_group(ranks, compute, cluster) as world:
         tell(
             sound=outcome(lambda: world.agree(refusing((), None))),
@@ -86,6 +88,7 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
             hosts=world.gather_hosts(),
             still=outcome(lambda: world.agree(refusing((), None))),
             servers=list(world.placement.server_of_rank), measured=world.placement.measured,
+            listens=sorted({of.laddr.ip for of in psutil.Process().net_connections("tcp") if of.status == "LISTEN"}),
         )
     """
     told = on_ranks(num_ranks, tmp_path, body)
@@ -100,6 +103,7 @@ def test_an_error_anywhere_is_everyones_with_its_code(num_ranks: int, tmp_path: 
         assert (facts["alike"], facts["unlike"]) == (["value", None], [3, "the ranks see different shards"])
         assert len(facts["hosts"]) == num_ranks and facts["still"] == ["value", rank]
         assert facts["servers"] == list(range(num_ranks)) and facts["measured"] is False
+        assert facts["listens"] == ["127.0.0.1"]
 
 
 def test_the_first_rank_works_first_and_may_take_longer_than_a_collective_may(tmp_path: Path) -> None:
@@ -204,7 +208,8 @@ def test_a_port_that_another_program_has_is_a_sentence_at_once(tmp_path: Path) -
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        variables = {**environment(), **place, "MASTER_PORT": str(server.getsockname()[1])}
+        place = {**place, "MASTER_PORT": str(server.getsockname()[1]), SECRET_VARIABLE: new_secret()}
+        variables = {**environment(), **place}
         command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(tmp_path)]
         subprocess.run(command, env=variables, check=True, timeout=60)
     code, message = json.loads((tmp_path / "rank0.json").read_text())["outcome"]
