@@ -34,6 +34,7 @@ _JPEG = b"\xff\xd8\xff"
 _START_OF_SCAN = 0xDA
 _SCAN = b"\xff\xda"
 _END_OF_JPEG = b"\xff\xd9"
+_SEQUENTIAL_FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc9")
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """One that ends the data of a scan, and has a length, but for the end of the picture."""
 _JPEG_PROCESSES = {
@@ -106,21 +107,33 @@ def kind_of_jpeg(content: bytes) -> str | None:
 def too_many_scans(content: bytes, num_pixels: int) -> str:
     """Say in a clause that a JPEG would be decoded over and over; empty if it would not.
 
-    A progressive one is passed over once for each scan, of which 14 bytes may be all that there is: a file of a
-    megabyte could take hours.
+    One of several scans, as progressive ones are, is passed over once for each, of which some ten bytes may be all that
+    there is: a file of a megabyte could take hours.
 
     Args:
         content: Of the picture.
         num_pixels: By its header.
     """
     most = max(1, MAX_PASSED_PIXELS // max(1, num_pixels))
-    if len(content) // MIN_SCAN_BYTES <= most or content.count(_SCAN) <= most:
+    if len(content) // MIN_SCAN_BYTES <= most or _is_one_scan(content) or content.count(_SCAN) <= most:
         return ""
     num_scans, place = 0, 2
     while (found := _MARKER.search(content, place)) and found[0] != _END_OF_JPEG:
         num_scans += found[0] == _SCAN
         place = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
     return f"{num_scans:,} scans of {num_pixels:,} pixels are more than are read" if num_scans > most else ""
+
+
+def _is_one_scan(content: bytes) -> bool:
+    """Whether it is sequential, with all components in its first scan: libjpeg then reads no other."""
+    components, start = b"", 2
+    while (marker := content[start : start + 2])[:1] == b"\xff":
+        if marker in _SEQUENTIAL_FRAMES:
+            components = content[start + 9 : start + 10]
+        elif marker == _SCAN:
+            return components == content[start + 4 : start + 5]
+        start += 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+    return False
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
