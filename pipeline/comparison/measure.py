@@ -154,16 +154,18 @@ def read_outcomes(config: CompareConfig) -> list[Outcome]:
 
     Raises:
         DataError: one is not a run.
-        ConfigError: two are of the same model and compression, or the conditions differ.
+        ConfigError: one is named twice, or the conditions differ.
         LedgerError: one's ledger does not carry what its model owes.
     """
     records = [read_run(Path(directory)) for directory in config.runs]
+    places = [Path(directory).resolve() for directory in config.runs]
     models = [model_of(record) for record in records]
     labels = [
         label_with_hook(model, run.ledger["hook"], config.hooks) for model, run in zip(models, records, strict=True)
     ]
-    for label in labels:
-        require(labels.count(label) == 1, f"runs=[...] holds {label} more than once: keep one run of each model.")
+    for directory in places:
+        require(places.count(directory) == 1, f"runs=[...] names {directory} more than once: name each run once.")
+    labels = _with_run_names(labels, records)
     choose_baseline(config.baseline, models)
     refuse_to_mix(dict(zip(labels, records, strict=True)), hooks_may_differ=bool(config.hooks))
     for run in records:
@@ -175,6 +177,16 @@ def read_outcomes(config: CompareConfig) -> list[Outcome]:
     return [
         _read_outcome(model, label, run, alone.get(model))
         for model, label, run in zip(models, labels, records, strict=True)
+    ]
+
+
+def _with_run_names(labels: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    """Add to a label that several runs have the name of the run; its directory, where the names are the same too."""
+    named = [f"{label} ({run.ledger['run']})" for label, run in zip(labels, records, strict=True)]
+    placed = [f"{label} ({run.directory})" for label, run in zip(labels, records, strict=True)]
+    return [
+        label if labels.count(label) == 1 else name if named.count(name) == 1 else place
+        for label, name, place in zip(labels, named, placed, strict=True)
     ]
 
 

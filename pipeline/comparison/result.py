@@ -10,8 +10,10 @@ from pipeline.comparison.outcome import Outcome
 from pipeline.comparison.rows import make_row
 from pipeline.core.files import write_json_atomic, write_text_atomic
 from pipeline.core.missing import to_json
-from pipeline.core.schemas.comparison import ComparisonJson
+from pipeline.core.schemas.comparison import ComparisonJson, RepetitionJson, SpreadJson
 from pipeline.core.typed import nearest, require
+from pipeline.core.units import median
+from pipeline.reporting.runs import RunRecord
 
 SCHEMA = 1
 
@@ -43,7 +45,38 @@ def compare_outcomes(outcomes: Sequence[Outcome], baseline: str | None, director
             "runs": {label: os.path.relpath(run.directory, directory) for label, run in runs.items()},
         }
     )
-    return ComparisonJson(**content, null_reasons=reasons)
+    made = ComparisonJson(**content, null_reasons=reasons)
+    if repeated := _repetitions(outcomes):
+        made["repetitions"] = repeated
+    return made
+
+
+def _repetitions(outcomes: Sequence[Outcome]) -> list[RepetitionJson]:
+    """Return the spread of each model and compression that has several runs."""
+    by_model: dict[tuple[str, str], list[RunRecord]] = {}
+    for outcome in outcomes:
+        if outcome.run is not None:
+            by_model.setdefault((outcome.model, outcome.hook), []).append(outcome.run)
+    hooks = {hook for _, hook in by_model}
+    return [
+        {
+            "label": label_with_hook(model, hook, [*hooks] if len(hooks) > 1 else []),
+            "num_runs": len(runs),
+            "step_seconds": _spread([run.step_seconds for run in runs]),
+            "exposed_seconds": _spread([run.ledger["time"]["exposed_seconds"] for run in runs]),
+            "val_top1": _spread([run.last("val/top1") for run in runs]),
+        }
+        for (model, hook), runs in by_model.items()
+        if len(runs) > 1
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> SpreadJson | None:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    middle = median(known)
+    return None if middle is None else {"lowest": min(known), "median": middle, "highest": max(known)}
 
 
 def choose_baseline(baseline: str | None, models: Sequence[str]) -> str:

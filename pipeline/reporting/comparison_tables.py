@@ -17,6 +17,7 @@ from pipeline.core.units import (
     format_seconds,
     format_times,
 )
+from pipeline.reporting.repetitions import repetitions_table
 from pipeline.reporting.tables import Column, Table, make_table
 
 OPEN, UNMEASURED = "*", "?"
@@ -125,11 +126,13 @@ def comparison_tables(comparison: ComparisonJson) -> list[Table]:
     models: list[ModelRowJson] = [
         {**row, "label": row["model"], "reason": "", "ledger_closed": None} for row in by_model
     ]
-    return [
+    tables = [
         _table("Bytes", _BYTES, rows, comparison["baseline"]),
         _table("Time", _TIME, rows, comparison["baseline"]),
         _table("Model", _MODEL, models, comparison["baseline"]),
     ]
+    repeated = repetitions_table(comparison)
+    return tables if repeated is None else [*tables, repeated]
 
 
 def terminal_table(comparison: ComparisonJson) -> Table:

@@ -18,6 +18,7 @@ from pipeline.core.units import (
     format_times,
 )
 from pipeline.reporting import figures
+from pipeline.reporting.repetitions import repetition_sentences
 from pipeline.reporting.runs import RunRecord
 from pipeline.reporting.tables import Table, buckets_table, cards_table, collectives_table, reconciliation_table
 
@@ -79,7 +80,11 @@ class ForecastView:
 
 
 def comparison_sentence(comparison: ComparisonJson) -> str:
-    """Return the biggest saving, in one sentence."""
+    """Return the biggest saving, in one sentence, and what repeated runs say of step times, in one for each pair."""
+    return " ".join([_saving(comparison), *repetition_sentences(comparison)])
+
+
+def _saving(comparison: ComparisonJson) -> str:
     measured = [(num_bytes, row["model"]) for row in comparison["models"] if (num_bytes := row["gradient_bytes"])]
     if not measured:
         return "No model could be measured; the reasons are in the table."

@@ -77,6 +77,27 @@ class ModelRowJson(TypedDict):
     """Why there is no run. Absent where there is one."""
 
 
+class SpreadJson(TypedDict):
+    """A figure over several runs."""
+
+    lowest: float
+    median: float
+    highest: float
+
+
+class RepetitionJson(TypedDict):
+    """Runs of one model and compression under the same conditions; null: not every one of them tells."""
+
+    label: str
+    """The model, with its compression where those are compared."""
+    num_runs: int
+    step_seconds: SpreadJson | None
+    """Of the runs' median steps."""
+    exposed_seconds: SpreadJson | None
+    val_top1: SpreadJson | None
+    """Of their last validations, fractions of one."""
+
+
 class ComparisonJson(TypedDict):
     """`comparison.json`: what `pipeline.compare` measured or read, a row for each model and compression."""
 
@@ -92,3 +113,5 @@ class ComparisonJson(TypedDict):
     """Directory of each row's run, relative to the comparison's own, by the row's label; failed rows have none."""
     null_reasons: dict[str, str]
     """Why a value of a measured row is null, by its dotted path (`models.0.scaling_efficiency`)."""
+    repetitions: NotRequired[list[RepetitionJson]]
+    """Models with several runs; not there where none has."""

@@ -1,6 +1,7 @@
 """`compare`: what it refuses before it starts, and what it makes of runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -232,9 +233,45 @@ def test_a_ledger_without_gradient_collectives_fails(make_run: MakeRun, tmp_path
         compare(from_runs(tmp_path, run))
 
 
-def test_a_model_given_twice_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds squeezenet1_0 more than once"):
-        compare(from_runs(tmp_path, make_run("a"), make_run("b")))
+def test_a_run_given_twice_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a")
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ConfigError, match="more than once: name each run once"):
+        compare(from_runs(tmp_path, run, tmp_path / "link"))
+
+
+def test_runs_of_one_model_stand_side_by_side_with_their_spread(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {"a": 0.2, "b": 0.24, "c": 0.3, "d": 0.23, "e": 0.26, "f": 0.5, "g": 0.6}
+    models = (
+        dict.fromkeys("abc", "squeezenet1_0") | dict.fromkeys("de", "squeezenet1_1") | dict.fromkeys("fg", "alexnet")
+    )
+    runs = [make_run(name, model=models[name], seconds=seconds[name], validated=True) for name in models]
+    config = from_runs(tmp_path, *runs, make_run("resnet18", model="resnet18"))
+    assert compare(config) == 0
+    result = result_of(config)
+    assert not mismatches(result, ComparisonJson)
+    labels = [row["label"] for row in result["models"]]
+    assert labels[:3] == ["squeezenet1_0 (a)", "squeezenet1_0 (b)", "squeezenet1_0 (c)"] and labels[-1] == "resnet18"
+    assert set(result["runs"]) == set(labels)
+    first, second, _ = result["repetitions"]
+    assert (first["label"], first["num_runs"]) == ("squeezenet1_0", 3)
+    assert first["step_seconds"] == {"lowest": 0.2, "median": 0.24, "highest": 0.3}
+    assert first["exposed_seconds"] is None and second["val_top1"]["lowest"] > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "squeezenet1_0 and squeezenet1_1 overlap, and neither is the faster: squeezenet1_0 240 ms (200 ms to" in said
+    assert "Every run of squeezenet1_1 has shorter steps than any of alexnet" in said
+    page = (config.directory / "report.html").read_text()
+    assert "240 ms (200 ms to 300 ms)" in page and "squeezenet1_0 (b)" in page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_directories(make_run: MakeRun, tmp_path: Path) -> None:
+    one = make_run("a")
+    other = shutil.copytree(one, tmp_path / "elsewhere" / "a")
+    config = from_runs(tmp_path, one, other)
+    compare(config)
+    assert [row["label"] for row in result_of(config)["models"]] == [f"squeezenet1_0 ({run})" for run in (one, other)]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
