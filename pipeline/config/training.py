@@ -13,6 +13,7 @@ from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import PathText, one_of, require
 
+ARTIFACTS = ("ledger", "config", "report", "best")
 OPTIMIZERS = ("sgd", "adamw")
 MOST_CRUMBS = 4
 """A rank's share is not taken in more micro-batches than so many times those that would hold it."""
@@ -309,8 +310,12 @@ class TrackingConfig:
     project: str = "squeezewire"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    """Files that W&B keeps of a finished training: any of `ledger`, `config`, `report` and `best`, the checkpoint."""
 
     def __post_init__(self) -> None:
+        for name in self.artifacts:
+            one_of("tracking.artifacts", name, ARTIFACTS)
         one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
         check_project("tracking.project", self.project)
         for tag in self.tags:

@@ -11,7 +11,6 @@ from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.run.launch.ranks import lab_conditions
-from pipeline.training.reporter import write_last_report
 from pipeline.training.setup import Setup
 from pipeline.training.world import World
 
@@ -76,14 +75,15 @@ def announce(setup: Setup, owed_bytes: int) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def conclude(setup: Setup, learnt: str, speed: str, quarantine: str) -> None:
-    """Print what a finished run has learnt, how fast, and what it sent; write its report. Rank 0 alone.
+def conclude(setup: Setup, learnt: str, speed: str, quarantine: str, report: str) -> None:
+    """Print what a finished run has learnt, how fast, what it sent, and where its report is. Rank 0 alone.
 
     Args:
         setup: What was settled before the first step.
         learnt: Losses and accuracies in a sentence.
         speed: Where the time went, in a sentence.
         quarantine: A line on pictures that were replaced; empty if none were.
+        report: Where the report is.
     """
     if not setup.world.is_rank_zero:
         return
@@ -92,7 +92,7 @@ def conclude(setup: Setup, learnt: str, speed: str, quarantine: str) -> None:
             f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
             + (f"  learnt      {learnt}\n" if learnt else "")
             + f"  the wire    {_wire(setup.world.size, json.loads(setup.run.ledger.read_text()))}\n"
-            + f"{quarantine}  report      {write_last_report(setup.run)}",
+            + f"{quarantine}  report      {report}",
             flush=True,
         )
 

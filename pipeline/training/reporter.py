@@ -89,6 +89,17 @@ class Reporter:
         except OSError as error:
             _warn(self.run.report, error.strerror or str(error))
 
+    def finish(self) -> str:
+        """Write the report of a run that is over. Returns where it lies, or that there is none."""
+        if not self.is_writer:
+            return ""
+        self.close()  # an older one must not come after this
+        try:
+            return str(write_run_report(self.run.path))
+        except Exception as error:  # whatever it is: the training is done, and its numbers are safe
+            _warn(self.run.report, str(error) or type(error).__name__)
+            return "not written, see the warning"
+
     def close(self) -> None:
         """Wait for a report that is being made, but not long."""
         if self._child is not None:
@@ -128,15 +139,6 @@ def reporting(setup: Setup) -> Iterator[Reporter]:
     )
     with contextlib.closing(reporter):
         yield reporter
-
-
-def write_last_report(run: RunDirectory) -> str:
-    """Write the report of a run that is over. Returns where it lies, or why there is none."""
-    try:
-        return str(write_run_report(run.path))
-    except Exception as error:  # whatever it is: the training is done, and its numbers are safe
-        _warn(run.report, str(error) or type(error).__name__)
-        return "not written, see the warning"
 
 
 def _warn(path: Path, reason: str) -> None:

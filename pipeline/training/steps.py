@@ -31,7 +31,7 @@ from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe
 from pipeline.run.record.tracking import ID_FILE, Tracker
 from pipeline.run.record.wandb_variables import check_variables
-from pipeline.training import resume
+from pipeline.training import mirrored, resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.begin import make_model, sha256_of_beginning
@@ -323,7 +323,7 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
     return ledger
 
 
-def make_tracker(setup: Setup) -> Tracker:
+def make_tracker(setup: Setup, learner: Learner) -> Tracker:
     """The record of this attempt, cut back to the rows that stand."""
     config, world = setup.config, setup.world
     return Tracker(
@@ -331,7 +331,7 @@ def make_tracker(setup: Setup) -> Tracker:
         config.tracking,
         rank=world.rank,
         model=config.model.name,
-        config=plain(dataclasses.asdict(config)),
+        config={**plain(dataclasses.asdict(config)), **mirrored.facts(setup, learner.model)},
         notes=training_notes(config, world, setup.plan.batch),
         resume_step=setup.start.num_recorded,
     )
@@ -350,7 +350,7 @@ def fit(setup: Setup) -> None:
     announce(setup, ledger.gradient_bytes)
     best = None if setup.start.section is None else setup.start.section.get("best_score")
     telling = narrating(config.name, setup.plan, setup.start.step, best_top1=best, is_teller=world.is_rank_zero)
-    with run.writing(), make_tracker(setup) as tracker, telling as narrator, reporting(setup) as reporter:
+    with run.writing(), make_tracker(setup, learner) as tracker, telling as narrator, reporting(setup) as reporter:
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
         attempt = Attempt(
@@ -371,8 +371,11 @@ def fit(setup: Setup) -> None:
         trainer = make_trainer(setup, learner, callbacks=callbacks, io=attempt.io, powersgd=powersgd)
         with attempt.recorded():
             trainer.fit(learner, loader, make_validation_loader(setup))
-        tracker.summarize(attempt.summary())
-    conclude(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence())
+        report = reporter.finish()
+        if world.is_rank_zero:
+            tracker.summarize(attempt.summary() | mirrored.results(run))
+            tracker.keep(mirrored.files(run, config.tracking.artifacts))
+    conclude(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence(), report)
 
 
 def make_training_loader(setup: Setup) -> DataLoader[LoadedBatch]:

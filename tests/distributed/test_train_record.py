@@ -186,6 +186,39 @@ def test_every_metric_of_the_dashboards_is_in_a_real_run(two_ranks: Pair) -> Non
     assert dashboards.metric_names() <= logged, dashboards.metric_names() - logged
 
 
+def test_the_mirror_knows_what_the_run_was_and_what_came_of_it(two_ranks: Pair, shards: Path) -> None:
+    """The second attempt at a run that was killed: other values than the first one's do not end the mirror."""
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    kept: dict[str, list[str]] = {}
+    for record in records(sorted(two_ranks.resumed.glob("wandb/offline-run-*/*.wandb"))[-1]):
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+        if record.WhichOneof("record_type") == "artifact":
+            kept[record.artifact.type] = [entry.path for entry in record.artifact.manifest.contents]
+    assert {"world_size": 2, "num_nodes": 1, "ranks_per_node": 2, "num_classes": 1000}.items() <= config.items()
+    assert config["num_parameters"] == config["num_trained_parameters"] == GRADIENT_BYTES // 4
+    assert config["dataset_sha256"] == ShardIndex.open(shards, "train").index_hash
+    assert config["became"]["precision"] in ("fp32", "bf16") and config["became"]["max_steps"] == 11
+    environment = json.loads((two_ranks.resumed / "environment.json").read_text())
+    assert (config["commit"], config["versions"]["torch"]) == (
+        environment["git"]["commit"],
+        environment["packages"]["torch"],
+    )
+    ledger = json.loads((two_ranks.resumed / "ledger.json").read_text())
+    transport = ledger["transport"]
+    sent = transport["measured_bytes_per_rank"] or transport["predicted_bytes_per_rank"]
+    assert summary["ledger_closed"] is ledger["closed"] and summary["total_bytes"] == sum(sent)
+    assert summary["communication_seconds_p50"] == ledger["time"]["communication_seconds"]
+    assert summary["exposed_seconds_p50"] == ledger["time"]["exposed_seconds"]
+    assert kept == {
+        "ledger": ["ledger.json"],
+        "config": ["config.yaml"],
+        "report": ["report.html"],
+        "best": ["best.ckpt"],
+    }
+
+
 def test_a_restarted_run_goes_on_in_the_same_mirrored_run(two_ranks: Pair) -> None:
     assert len(list(two_ranks.resumed.glob("wandb/offline-run-*"))) == 2
     ids, history = mirrored(two_ranks.resumed)

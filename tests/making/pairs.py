@@ -11,6 +11,7 @@ PAIR_OPTIONS = (
     "recipe.ema_decay=0.9",
     "model.num_classes=1000",
     "tracking=offline",
+    "tracking.artifacts=[ledger,config,report,best]",
     "comm.bucket_megabytes=null",  # DDP's own buckets, of which the bytes are published
 )
 

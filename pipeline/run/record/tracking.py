@@ -90,6 +90,12 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.summarize(values)
 
+    def keep(self, files: Mapping[str, Path]) -> None:
+        """Have the mirror keep files of the run, by the name of each."""
+        if self._mirror is not None:
+            for name, path in files.items():
+                self._mirror.keep(name, path)
+
     def finish(self, exit_code: int = 0) -> None:
         """End the record. Bounded in time; raises nothing of W&B's; does nothing the second time."""
         if self._metrics is not None:

@@ -66,6 +66,7 @@ class WandbMirror:
             if reason:
                 self.mode = "offline"
                 _warn(f"W&B stays offline: {reason}. Upload later with `wandb sync`")
+        os.environ.setdefault("WANDB_DATA_DIR", str(directory.absolute() / "wandb"))  # where artefacts wait
         job_id = slurm_job_id(os.environ)
         facts = {
             "name": name,
@@ -104,6 +105,18 @@ class WandbMirror:
             lambda: self._run.summary.update({key: value for key, value in values.items() if value is not None})
         )
 
+    def keep(self, name: str, path: Path) -> None:
+        """Keep a file as an artefact of the run, of the type `name`; a copy of it waits below the run's directory."""
+
+        def log() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self._run.id}-{name}", type=name)
+            artifact.add_file(str(path))
+            self._run.log_artifact(artifact)
+
+        self._guard(log)
+
     def finish(self, exit_code: int = 0) -> None:
         """End the run and W&B's processes. Bounded in time; what was not uploaded stays on disk."""
 
@@ -133,7 +146,9 @@ class WandbMirror:
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
         )
-        run = wandb.init(dir=str(directory), id=run_id, resume="allow", settings=settings, **facts)
+        run = wandb.init(
+            dir=str(directory), id=run_id, resume="allow", allow_val_change=True, settings=settings, **facts
+        )
         run.define_metric(STEP_METRIC)
         run.define_metric("*", step_metric=STEP_METRIC)
         return run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run.directory import RunDirectory
-from pipeline.training.reporter import Reporter, write_last_report
+from pipeline.training.reporter import Reporter
 from tests.commands import run
 from tests.making.runs import MakeRun, make_run
 
@@ -46,7 +46,7 @@ def test_a_report_that_cannot_be_made_is_a_warning(
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {directory}/report.html is not written (") and "not readable JSON" in said
     assert f"python -m pipeline.report run={directory}" in said and said.count("\n") == 1
-    assert write_last_report(RunDirectory(directory.parent, directory.name)).startswith("not written")
+    assert reporter.finish().startswith("not written")
     assert "warning: " in capfd.readouterr().err
 
 

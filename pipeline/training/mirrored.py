@@ -1,0 +1,75 @@
+"""What W&B is told of a run beside its rows: what the configuration became, and what came of it."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.run.directory import RunDirectory
+from pipeline.run.provenance import versions
+from pipeline.training.setup import Setup
+
+
+def facts(setup: Setup, model: nn.Module) -> dict[str, object]:
+    """Return what the configuration does not say, or leaves open, for W&B's page of the run. No host, path or command.
+
+    Empty on every rank but the first.
+
+    Args:
+        setup: What was settled before the first step; the run's environment.json is written.
+        model: The network, frozen as it is trained.
+    """
+    world, plan, shards, config = setup.world, setup.plan, setup.shards, setup.config
+    if not world.is_rank_zero:
+        return {}
+    git = json.loads(setup.run.environment.read_text())["git"]
+    return {
+        "world_size": world.size,
+        "num_nodes": world.ranks.num_nodes,
+        "ranks_per_node": world.ranks.local_world_size,
+        "num_servers": world.placement.num_servers,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_trained_parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
+        "num_classes": shards.num_classes,
+        "dataset_sha256": shards.training.index_hash,
+        "num_training_pictures": shards.training.num_samples,
+        "became": {
+            "accelerator": world.compute.accelerator,
+            "precision": world.compute.precision,
+            "memory_format": "channels_last" if world.compute.channels_last else "contiguous",
+            "backend": world.compute.backend,
+            "num_threads": world.num_threads,
+            "num_workers": world.reader(config.data.num_workers).num_workers,
+            "max_steps": plan.num_steps,
+            "validate_every_steps": plan.validate_every_steps,
+            "checkpoint_every_steps": plan.checkpoint_every_steps,
+        },
+        "versions": versions(),
+        "commit": git["commit"],
+        "commit_is_dirty": git["dirty"],
+    }
+
+
+def results(run: RunDirectory) -> dict[str, float | int | str | None]:
+    """Return what the ledger says of a run that is over; what was not measured is None."""
+    ledger: LedgerJson = json.loads(run.ledger.read_text())
+    transport, times = ledger["transport"], ledger["time"]
+    sent = transport["measured_bytes_per_rank"] or transport["predicted_bytes_per_rank"]
+    return {
+        "ledger_closed": ledger["closed"],
+        "total_bytes": None if sent is None else sum(sent),
+        "communication_seconds_p50": times["communication_seconds"],
+        "exposed_seconds_p50": times["exposed_seconds"],
+    }
+
+
+def files(run: RunDirectory, names: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files that W&B shall keep, by the names of `tracking.artifacts`; those that are there."""
+    places = {
+        "ledger": run.ledger,
+        "config": run.config,
+        "report": run.report,
+        "best": run.checkpoints / "best.ckpt",
+    }
+    return {name: places[name] for name in names if places[name].is_file()}
