@@ -1,6 +1,7 @@
 """What W&B is told of a run beside its rows: what the configuration became, and what came of it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.run.directory import RunDirectory
 from pipeline.run.provenance import versions
+from pipeline.run.record.tracking import Tracker
 from pipeline.training.setup import Setup
 
 
@@ -49,6 +51,19 @@ def facts(setup: Setup, model: nn.Module) -> dict[str, object]:
         "commit": git["commit"],
         "commit_is_dirty": git["dirty"],
     }
+
+
+def conclude(setup: Setup, tracker: Tracker, summary: Mapping[str, float | int | str | None]) -> None:
+    """Tell W&B what came of a run that is over, and have it keep the files that were asked for. Rank 0 alone.
+
+    Args:
+        setup: What was settled before the first step.
+        tracker: Takes it.
+        summary: What the attempt itself knows.
+    """
+    if setup.world.is_rank_zero:
+        tracker.summarize({**summary, **results(setup.run)})
+        tracker.keep(files(setup.run, setup.config.tracking.artifacts))
 
 
 def results(run: RunDirectory) -> dict[str, float | int | str | None]:

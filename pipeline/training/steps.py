@@ -372,9 +372,7 @@ def fit(setup: Setup) -> None:
         with attempt.recorded():
             trainer.fit(learner, loader, make_validation_loader(setup))
         report = reporter.finish()
-        if world.is_rank_zero:
-            tracker.summarize(attempt.summary() | mirrored.results(run))
-            tracker.keep(mirrored.files(run, config.tracking.artifacts))
+        mirrored.conclude(setup, tracker, attempt.summary())
     conclude(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence(), report)
 
 
