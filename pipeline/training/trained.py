@@ -5,6 +5,7 @@ expects. Others say less, and what they leave open is asked for, never guessed.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,12 @@ def _shapes(name: str, num_outputs: int, metaparameters: Mapping[str, object]) -
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
+@functools.cache
+def _entries(name: str) -> frozenset[str]:
+    """Names of a model's weights."""
+    return frozenset(_shapes(name, NUM_IMAGENET_CLASSES, {}))
+
+
 def _that_fit(state: Mapping[str, Tensor] | None) -> str:
     """Name the models whose weights have these names and shapes, as a sentence."""
     if state is None:
@@ -241,8 +248,7 @@ def _that_fit(state: Mapping[str, Tensor] | None) -> str:
     fit = [
         f"model={name}"
         for name in (zoo.names() if has_filters else ())
-        if _shapes(name, NUM_IMAGENET_CLASSES, {}).keys() == shapes.keys()
-        and _shapes(name, _num_outputs(state, name, {}), {}) == shapes
+        if _entries(name) == shapes.keys() and _shapes(name, _num_outputs(state, name, {}), {}) == shapes
     ]
     return f" Its weights have the shapes of {' and of '.join(fit)}." if fit else " No model here has weights like it."
 

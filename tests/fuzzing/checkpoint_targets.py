@@ -22,7 +22,7 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute
-from pipeline.core.errors import ExitCode
+from pipeline.core.errors import ConfigError, ExitCode
 from pipeline.core.files import sha256_of_file
 from pipeline.data.index import ShardIndex
 from pipeline.run.checkpoint_files import SECTION, checkpoint_path, sidecar_path
@@ -123,6 +123,9 @@ def checkpoint_targets(under: Path) -> list[Target]:
 
     resume(runs)  # what is sound passes, and is imported before the processes of the cases are forked
     score(path)
+    torch.save({"weight": torch.ones(1, 1, 1, 1)}, under / "theirs.pth")
+    with contextlib.suppress(ConfigError):  # every model is built once to see which is like it
+        score(under / "theirs.pth")
     reading = {"checkpoint": checkpoint, "sidecar": sidecar, "content": content_of_checkpoint}
     return [Target(name, damage, CHECKPOINT_ERROR) for name, damage in reading.items()]
 
