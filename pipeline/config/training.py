@@ -289,6 +289,7 @@ class CommConfig:
         )
 
 
+OPEN, STRICT = "open", "strict"
 FORBIDDEN_IN_PROJECT = "/\\#?%:"  # by W&B
 LONGEST_PROJECT, LONGEST_TAG = 128, 64  # characters W&B takes
 
@@ -341,6 +342,9 @@ class TrainConfig:
     """The run's directory under run_root. The same name resumes it."""
     run_root: PathText = "runs"
     seed: int = 0
+    privacy: str = OPEN
+    """`open`, or `strict`: report, W&B and checkpoints name no host and no folder above that of the shards, and the
+    command stands there without them. SECURITY.md lists what they say otherwise."""
     data: DataConfig
     model: ModelConfig
     init: InitConfig = field(default_factory=InitConfig)
@@ -352,6 +356,7 @@ class TrainConfig:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
+        one_of("privacy", self.privacy, (OPEN, STRICT))
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
         require(
             self.data.root is not None,
@@ -362,6 +367,11 @@ class TrainConfig:
             self.batch.global_size % self.data.shuffle_groups == 0,
             f"data.shuffle_groups={self.data.shuffle_groups} must divide batch.global_size={self.batch.global_size}.",
         )
+
+    @property
+    def is_private(self) -> bool:
+        """Whether what is handed on names no places."""
+        return self.privacy == STRICT
 
     @property
     def step_timeout_seconds(self) -> float:

@@ -41,6 +41,8 @@ REMEDIES = {
     errno.ESTALE: "the network file system has lost it: mount it again, or set run_root= to another disk",
 }
 
+NOT_SAID = "not said"
+
 
 class AttemptJson(ProcessJson):
     """A row of attempts.jsonl: one start of the run, and the process that writes for it."""
@@ -144,13 +146,16 @@ class RunDirectory:
         """Release the lock. Does nothing where it is not held."""
         self._lock.release()
 
-    def begin_attempt(self, *, world_size: int, start_step: int, changed: Sequence[str] = ()) -> int:
+    def begin_attempt(
+        self, *, world_size: int, start_step: int, changed: Sequence[str] = (), names_host: bool = True
+    ) -> int:
         """Record one more start of this run, durably.
 
         Args:
             world_size: Ranks of this start.
             start_step: Optimiser steps committed before.
             changed: Clauses that say what differs from the attempt before.
+            names_host: Whether it is said where.
 
         Returns:
             Number of the start, 1 for the first.
@@ -158,10 +163,13 @@ class RunDirectory:
         assert self._lock.is_held, "only the owner counts attempts"
         before = self.attempts.read_bytes() if self.attempts.exists() else b""
         number = sum(1 for line in before.splitlines() if line.strip()) + 1
+        process = this_process()
+        if not names_host:
+            process["host"] = NOT_SAID
         record: AttemptJson = {
             "attempt": number,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **this_process(),
+            **process,
             "world_size": world_size,
             "start_step": start_step,
             "changed": list(changed),

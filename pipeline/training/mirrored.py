@@ -6,11 +6,28 @@ from pathlib import Path
 
 from torch import nn
 
+from pipeline.config.privacy import published
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.run.directory import RunDirectory
 from pipeline.run.provenance import versions
 from pipeline.run.record.tracking import Tracker
+from pipeline.training.notes import training_notes
 from pipeline.training.setup import Setup
+
+
+def make_tracker(setup: Setup, model: nn.Module) -> Tracker:
+    """The record of this attempt, cut back to the rows that stand."""
+    config, world = setup.config, setup.world
+    return Tracker(
+        setup.run,
+        config.tracking,
+        rank=world.rank,
+        model=config.model.name,
+        config={**published(config), **facts(setup, model)},
+        notes=training_notes(config, world, setup.plan.batch),
+        resume_step=setup.start.num_recorded,
+        names_host=not config.is_private,
+    )
 
 
 def facts(setup: Setup, model: nn.Module) -> dict[str, object]:

@@ -4,11 +4,11 @@ A field that decides which pictures meet which weights must match. Every other f
 is said and kept in `attempts.jsonl`: a learning rate that was edited, a package that was upgraded, other ranks.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.config.privacy import published
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.trees import flat, plain
@@ -25,13 +25,13 @@ NO_PART_OF_THE_RESULT = (
     "data.fetch_",
     "data.verify",
 )
-NOT_WORTH_SAYING = ("name", "run_root")  # the directory that holds the checkpoint is where it is
+NOT_WORTH_SAYING = ("name", "run_root", "privacy")  # the directory that holds the checkpoint is where it is
 
 
 def free_fields(config: TrainConfig) -> dict[str, object]:
     """What a resumed run may change: plain values by dotted key, as a checkpoint keeps them."""
     fixed = {*must_match(config, ""), *NOT_WORTH_SAYING}
-    leaves = flat(dataclasses.asdict(config))
+    leaves = flat(published(config))
     return {key: plain(value) for key, value in leaves.items() if key not in fixed and value != {}}
 
 

@@ -16,10 +16,10 @@ from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.reconcile import Reconciler
 from pipeline.comm.powersgd import PowerSGD
+from pipeline.config.privacy import published, published_environment
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.trees import plain
 from pipeline.data.batches import LoadedBatch
 from pipeline.data.index import ShardIndex, open_split
 from pipeline.data.loader import evaluation_loader, training_loader
@@ -29,7 +29,7 @@ from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe
-from pipeline.run.record.tracking import ID_FILE, Tracker
+from pipeline.run.record.tracking import ID_FILE
 from pipeline.run.record.wandb_variables import check_variables
 from pipeline.training import mirrored, resume
 from pipeline.training.attempt import Attempt
@@ -38,7 +38,7 @@ from pipeline.training.begin import make_model, sha256_of_beginning
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
-from pipeline.training.notes import announce, conclude, training_notes
+from pipeline.training.notes import announce, conclude
 from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.preflight import check_model
 from pipeline.training.reporter import outcome_record, reporting
@@ -95,21 +95,22 @@ def open_run(config: TrainConfig, world: World) -> RunDirectory:
 
 def begin_attempt(setup: Setup) -> int:
     """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
-    config, world, run, start = setup.config, setup.world, setup.run, setup.start
-    hosts = world.gather_hosts()
-    model = dataclasses.replace(config.model, num_classes=setup.shards.num_classes)
-    resolved = dataclasses.replace(config, model=model)
+    config, world, run, start, index = setup.config, setup.world, setup.run, setup.start, setup.shards.training
+    hosts, private = world.gather_hosts(), config.is_private
+    resolved = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, num_classes=setup.shards.num_classes)
+    )
 
     def begin() -> int:
         with run.writing():
-            run.write_config(yaml.safe_dump(plain(dataclasses.asdict(resolved)), sort_keys=False))
+            run.write_config(yaml.safe_dump(published(resolved), sort_keys=False))
             environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
             command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
-            index = setup.shards.training
             shards = {"sha256": index.index_hash, "classes": None if index.classes is None else list(index.classes)}
             more = {"command": command, "arithmetic": world.compute.arithmetic, "shards": shards}
-            run.write_environment({**environment, **more})
-            return run.begin_attempt(world_size=world.size, start_step=start.step, changed=list(start.changes))
+            run.write_environment(published_environment(config, {**environment, **more}))
+            told = {"world_size": world.size, "start_step": start.step}
+            return run.begin_attempt(**told, changed=start.changes, names_host=not private)
 
     return world.first_decides(begin)
 
@@ -323,20 +324,6 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
     return ledger
 
 
-def make_tracker(setup: Setup, learner: Learner) -> Tracker:
-    """The record of this attempt, cut back to the rows that stand."""
-    config, world = setup.config, setup.world
-    return Tracker(
-        setup.run,
-        config.tracking,
-        rank=world.rank,
-        model=config.model.name,
-        config={**plain(dataclasses.asdict(config)), **mirrored.facts(setup, learner.model)},
-        notes=training_notes(config, world, setup.plan.batch),
-        resume_step=setup.start.num_recorded,
-    )
-
-
 def fit(setup: Setup) -> None:
     """Train the steps that remain; leave metrics.jsonl, ledger.json, checkpoints and report.html behind.
 
@@ -350,7 +337,12 @@ def fit(setup: Setup) -> None:
     announce(setup, ledger.gradient_bytes)
     best = None if setup.start.section is None else setup.start.section.get("best_score")
     telling = narrating(config.name, setup.plan, setup.start.step, best_top1=best, is_teller=world.is_rank_zero)
-    with run.writing(), make_tracker(setup, learner) as tracker, telling as narrator, reporting(setup) as reporter:
+    with (
+        run.writing(),
+        mirrored.make_tracker(setup, learner.model) as tracker,
+        telling as narrator,
+        reporting(setup) as reporter,
+    ):
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
         attempt = Attempt(

@@ -30,6 +30,7 @@ class Tracker:
         notes: Conditions of the run in words.
         resume_step: Committed steps of the checkpoint this attempt starts from; later rows are dropped, the attempt
             writes them again.
+        names_host: Whether the mirror may say where it runs.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Tracker:
         config: Mapping[str, object] | None = None,
         notes: str = "",
         resume_step: int = 0,
+        names_host: bool = True,
     ) -> None:
         self.run_id: str | None = None
         self._metrics: MetricsLog | None = None
@@ -66,6 +68,7 @@ class Tracker:
             tags=tracking.tags,
             config=config,
             notes=notes,
+            names_host=names_host,
         )
 
     @property

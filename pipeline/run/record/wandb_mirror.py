@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.text import printable
+from pipeline.run.directory import NOT_SAID
 
 # How long a server may take to give any answer at all before the run goes offline.
 PROBE_SECONDS = 5.0
@@ -34,6 +35,7 @@ class WandbMirror:
         tags: Labels of the run. A job of Slurm adds `slurm-<id>`.
         config: Plain values to show beside the run; `slurm_job_id` is added. No secrets: it is stored as it is.
         notes: Conditions of the run in words. No secrets either.
+        names_host: Whether W&B is told the name of this machine.
         record: File that holds the same and is whole whatever becomes of W&B; warnings name it.
     """
 
@@ -51,11 +53,13 @@ class WandbMirror:
         tags: Sequence[str] = (),
         config: Mapping[str, object] | None = None,
         notes: str = "",
+        names_host: bool = True,
         record: str = "metrics.jsonl",
     ) -> None:
         assert mode in ("offline", "online"), mode
         self.mode = mode
         self._record = record
+        self._names_host = names_host
         self._run: Any = None
         # Its crash reports would go to a server that was not asked for.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -146,6 +150,8 @@ class WandbMirror:
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
         )
+        if not self._names_host:
+            settings.host = NOT_SAID
         run = wandb.init(
             dir=str(directory), id=run_id, resume="allow", allow_val_change=True, settings=settings, **facts
         )
