@@ -43,7 +43,7 @@ cpus_per_rank=$((SLURM_CPUS_ON_NODE / ranks_per_node))
 [ "$cpus_per_rank" -ge 1 ] || fail "$SLURM_CPUS_ON_NODE CPUs for $ranks_per_node ranks on each node: raise --cpus-per-task."
 export OMP_NUM_THREADS=$cpus_per_rank
 # By which the ranks know one another, and nobody else.
-SQUEEZEWIRE_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+SQUEEZEWIRE_SECRET=$(</proc/sys/kernel/random/uuid)$(</proc/sys/kernel/random/uuid)
 export SQUEEZEWIRE_SECRET
 # What is exported here and in the scripts is for the ranks, also where `sbatch --export=NONE` or a site keeps the
 # submitter's variables out of the job: srun would obey that too.

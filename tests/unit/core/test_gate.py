@@ -141,7 +141,7 @@ def test_a_double_among_sixty_thousand_shards_is_found_at_once() -> None:
         __hash__ = str.__hash__
 
     names = [*(f"a-{i:05d}.tar" for i in range(59_999)), "a-59998.tar"]
-    shards = [{"name": Name(name), "bytes": 1, "sha256": None, "num_samples": 1} for name in names]
+    shards = [{"name": Name(name), "bytes": 1, "sha256": "0" * 64, "num_samples": 1} for name in names]
     with pytest.raises(DataError, match=r"lists 'a-59998.tar' twice"):
         manifest._parse_split("train", {"num_samples": 60_000, "shards": shards}, "m")  # type: ignore[arg-type]
     assert looked_at < 10 * len(names)

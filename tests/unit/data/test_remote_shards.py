@@ -321,7 +321,8 @@ def test_a_hash_in_a_manifest_is_no_path(where: str, root: Path, tmp_path: Path)
     (split["shards"][1] if where == "shard" else split[INDEX_KEY])["sha256"] = "../../outside"
     (root / "manifest.json").write_text(json.dumps(value))
     with serving(root, tmp_path / "requests.jsonl") as server:
-        assert "has the SHA-256 '../../outside', which is none" in refused(server, tmp_path)
+        said = refused(server, tmp_path)
+    assert "../../outside" in said and "SHA-256" in said
     assert not (tmp_path.parent / "outside").exists()
 
 

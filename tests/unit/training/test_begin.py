@@ -11,7 +11,8 @@ from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.models import zoo
-from pipeline.training.begin import begin_from, freeze, head_of
+from pipeline.models.zoo import head_of
+from pipeline.training.begin import begin_from, freeze
 
 
 @pytest.fixture(scope="module")
