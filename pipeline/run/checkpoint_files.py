@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -221,7 +222,7 @@ def _load(path: Path, *, is_proven: bool = True) -> Content:
     """Read a file of weights; one that nothing has proven by the checksums within it, which torch does not look at."""
     try:
         if not (wrong := what_it_is(path)) and is_safetensors(path):
-            return safetensors.torch.load_file(path)
+            return _safetensors(path)
         if wrong := wrong or would_swell(path) or ("" if is_proven else _damaged_member(path)):
             raise CheckpointError(f"{path} {wrong}.")
         with torch.serialization.safe_globals([argparse.Namespace]):  # of torchvision's references; mere values
@@ -235,6 +236,17 @@ def _load(path: Path, *, is_proven: bool = True) -> Content:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
     return content
+
+
+def _safetensors(path: Path) -> Content:
+    """Read weights in the format safetensors; those of `export` say in its metadata what a checkpoint of ours says."""
+    state = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get(SECTION)
+    if told is None:
+        return state
+    as_float = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return {SECTION: json.loads(told), "state_dict": as_float}
 
 
 def _damaged_member(path: Path) -> str:

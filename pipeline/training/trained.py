@@ -25,6 +25,7 @@ from pipeline.models.caffe import load_npz
 from pipeline.models.normalizer import Normalizer
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.wrappers import unwrap
+from pipeline.training.shipped import ONNX, PACKAGE, read_onnx, read_package
 
 NUM_IMAGENET_CLASSES = 1000
 _NEEDED = frozenset(("model", "num_classes", "metaparameters"))
@@ -156,12 +157,12 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
     """
     path = find_checkpoint(checkpoint)
     is_caffe = path.suffix == ".npz"
-    content = {} if is_caffe else _read(path)
+    network, content = read_onnx(path) if path.suffix == ONNX else (None, {} if is_caffe else _read(path))
     section: Mapping[str, Any] = checkpoints.section_of(content, path) if checkpoints.SECTION in content else {}
     if section and (lost := _NEEDED - section.keys()):  # without them another network might fit the weights
         raise CheckpointError(f"{path} is not as it was saved (its {min(lost)!r} is missing): {checkpoints.RESTORE}.")
     with checkpoints.taking("the weights", path):
-        state, said = (None, []) if is_caffe else _state_dict(content, path)
+        state, said = (None, []) if is_caffe or network else _state_dict(content, path)
     name = asked.name or section.get("model")
     if name is None:
         raise ConfigError(f"{path} does not say which model it is: add model=NAME.{_that_fit(state)}")
@@ -176,11 +177,16 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
             wanted = zoo.build(name, num_outputs, **metaparameters).state_dict()
         with checkpoints.taking("the weights", path):
             checkpoints.require_same_model(wanted, state, path=path, model=name, found_model=section.get("model"))
-    model = zoo.build(name, num_outputs, **metaparameters)
-    if state is None:
-        load_npz(path, model)
-    else:
+    if network is not None and seen.size != (trained_input or seen).size:
+        raise ConfigError(
+            f"{path} takes pictures of its own size only: leave data.size out, or export it anew with"
+            f" data.size={seen.size}."
+        )
+    model = network or zoo.build(name, num_outputs, **metaparameters)
+    if state is not None:
         model.load_state_dict(state)
+    elif is_caffe:
+        load_npz(path, model)
     classes = section.get("classes")
     return Trained(
         model=model.eval(),
@@ -197,6 +203,8 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
 
 def _read(path: Path) -> checkpoints.Content:
     """One of our checkpoints, proven by its sidecar, or a file of any origin; nothing in it is executed."""
+    if path.suffix == PACKAGE:
+        return read_package(path)
     return checkpoints.load(path) if checkpoints.sidecar_path(path).exists() else checkpoints.load_foreign(path)
 
 

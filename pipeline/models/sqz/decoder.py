@@ -1,7 +1,4 @@
-"""Reference decoder of over-the-air packages (.sqz): standard library, numpy and constriction; nothing else of ours.
-
-docs/package.md is the format, byte by byte. Any exception means: not a package, or not a sound one.
-"""
+"""Reference decoder of over-the-air packages (.sqz, docs/package.md): standard library, numpy, constriction."""
 
 import hashlib
 import itertools
@@ -34,14 +31,13 @@ class Grid:
     codes: bytes
 
     def model(self) -> Any:
-        """Return the entropy model: code c stands for the frequency (8 + c % 8) 2^(c // 8), weights sum to 2^24."""
+        """Return the entropy model: code c means a frequency of (8 + c % 8) 2^(c // 8); the coder adds 1 to weights."""
         codes = np.frombuffer(self.codes, np.uint8).astype(np.int64)
         if not 0 < len(codes) < 1 << 20 or codes.max() > MAX_CODE:
             raise PackageError("a table of frequencies is empty or out of range")
         frequencies, room = (8 + codes % 8) << (codes // 8), (1 << 24) - len(codes)
         weights = frequencies * room // frequencies.sum()
         weights[np.argmax(frequencies)] += room - weights.sum()
-        # The coder adds 1 to each; sums up to 2^24 are exact in float32.
         return stream.model.Categorical(weights.astype(np.float32), perfect=False)
 
 
@@ -57,7 +53,7 @@ class Package:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return every tensor by name, in the model's order: float32, or what it was stored plainly as."""
-        decoded = {name: self.symbols[name] * np.float32(grid.step) for name, grid in self.grids.items()}
+        decoded = {name: self.symbols[name].astype("f4") * np.float32(grid.step) for name, grid in self.grids.items()}
         return {name: {**self.plain, **decoded}[name] for name, _, _ in self.meta["tensors"]}
 
 
@@ -85,7 +81,8 @@ def decode(content: bytes) -> Package:
             step, lowest, num_codes = GRID.unpack_from(tables, at)
             at += GRID.size + num_codes
             package.grids[name] = grid = Grid(step, lowest, tables[at - num_codes : at])
-            package.symbols[name] = (coder.decode(grid.model(), count) + lowest).astype(np.int32).reshape(shape)
+            coded = coder.decode(grid.model(), count) if num_codes > 1 else np.zeros(count, np.int32)
+            package.symbols[name] = (coded + lowest).astype(np.int32).reshape(shape)
         else:
             package.plain[name] = plain = np.frombuffer(values, PLAIN_DTYPES[kind], count, at_plain).reshape(shape)
             at_plain += plain.nbytes

@@ -14,7 +14,7 @@ import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
 
 from pipeline.models.sqz.decoder import GRID, HEAD, Grid, Package, PackageError, decode, inflate
-from pipeline.models.sqz.encoder import assemble, make_grid
+from pipeline.models.sqz.encoder import assemble, make_grid, write_symbols
 
 MAGIC = b"SQD\x01"
 DELTA_HEAD = struct.Struct("<4s32s32s32s32s5I")
@@ -46,8 +46,7 @@ def make_delta(base: bytes, new: bytes) -> bytes:
             differences = (values - older.symbols[name])[where]
             grid = make_grid(differences, 1)
             tables += GRID.pack(1, grid.lowest, len(grid.codes)) + grid.codes
-            if len(grid.codes) > 1:
-                coder.encode((differences - grid.lowest).astype(np.int32), grid.model())
+            write_symbols(coder, differences, grid)
     theirs, ours = _parts(base), _parts(new)
     parts = [b"" if part == other else part for part, other in zip(ours[:2], theirs[:2], strict=True)]
     parts += [*ours[2:4], zlib.compress(bytes(tables), 9)]
@@ -87,7 +86,7 @@ def apply_delta(base: bytes, delta: bytes) -> bytes:
             at += GRID.size + num_codes
             grid = Grid(1, lowest, tables[at - num_codes : at])
             new[where] += lowest if num_codes == 1 else differences.decode(grid.model(), int(where.sum())) + lowest
-        coder.encode((new.ravel() - grids[name].lowest).astype(np.int32), grids[name].model())
+        write_symbols(coder, new, grids[name])
     made = assemble(of_tensors, parts, coder.get_compressed()).content
     if _sha256(made) != of_new:
         raise PackageError("applied, it does not give the package it was made for")

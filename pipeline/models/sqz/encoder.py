@@ -73,12 +73,18 @@ def encode(package: Package) -> Encoded:
         if kind == "coded":
             grid = package.grids[name]
             tables += GRID.pack(grid.step, grid.lowest, len(grid.codes)) + grid.codes
-            coder.encode((package.symbols[name].ravel() - grid.lowest).astype(np.int32), grid.model())
+            write_symbols(coder, package.symbols[name], grid)
         else:
             plain += package.plain[name].astype(PLAIN_DTYPES[kind]).tobytes()
     description = json.dumps(package.meta, separators=(",", ":"), sort_keys=True).encode()
     parts = [zlib.compress(description, 9), zlib.compress(bytes(tables), 9), package.self_test.tobytes(), bytes(plain)]
     return assemble(digest(package.tensors()), parts, coder.get_compressed())
+
+
+def write_symbols(coder: Any, symbols: np.ndarray, grid: Grid) -> None:
+    """Append symbols to a stream. Where the grid has one code, there is nothing to say."""
+    if len(grid.codes) > 1:
+        coder.encode((symbols.ravel() - grid.lowest).astype(np.int32), grid.model())
 
 
 def assemble(sha256_of_tensors: bytes, parts: Sequence[bytes], words: np.ndarray) -> Encoded:

@@ -18,6 +18,7 @@ NEEDED = {
     "train": ["name=x", "data.root=x", "trainer.max_steps=1"],
     "evaluate": ["checkpoint=x", "data.root=x"],
     "predict": ["checkpoint=x", "source=x"],
+    "export": ["checkpoint=x", "data.root=x"],
     "prepare": ["source=builtin", "out=x"],
     "compare": ["data.root=x"],
     "plan": ["run=x"],

@@ -19,6 +19,7 @@ import torch
 from pipeline.config.compare import CompareConfig
 from pipeline.config.dashboard import DashboardConfig
 from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.export import ExportConfig
 from pipeline.config.lab import LabConfig
 from pipeline.config.model import InputConfig
 from pipeline.config.plan import PlanConfig
@@ -43,6 +44,7 @@ PIPELINE = Path(__file__).resolve().parents[3] / "pipeline"
 SCHEMAS = (
     TrainConfig,
     EvaluateConfig,
+    ExportConfig,
     PredictConfig,
     PrepareConfig,
     CompareConfig,
@@ -103,9 +105,10 @@ def test_every_key_that_an_error_names_exists() -> None:
     wrong = []
     for place, text in messages():
         with_group = re.findall(
-            r"(?<![\w./-])((?:data|model|batch|trainer|cluster|comm|tracking|recipe|lab)\.[a-z_][a-z_.]*[a-z_])", text
+            r"(?<![\w./-])((?:data|model|batch|trainer|cluster|comm|tracking|recipe|lab)\.[a-z_][a-z0-9_.]*[a-z0-9_])",
+            text,
         )
-        assigned = re.findall(r"(?<![\w.{}/-])([a-z][a-z_.]*)=(?!=)", text)
+        assigned = re.findall(r"(?<![\w.{}/-])([a-z][a-z0-9_.]*)=(?!=)", text)
         wrong += [f"{place}: {key}" for key in {*with_group, *assigned} - NOT_OURS - keys()]
     assert wrong == []
 

@@ -1,0 +1,27 @@
+"""Files to ship a trained network as: safetensors, ONNX, int8 ONNX, and a package to send over the air.
+
+    python -m pipeline.export checkpoint=runs/first data.root=shards/mine max_bytes=400000
+    python -m pipeline.export checkpoint=runs/second data.root=shards/mine base=runs/export/model.sqz name=second
+
+Each file holds the model's name, classes and preprocessing, is read back, and is judged beside the weights it was made
+from. Left in `<run_root>/<name>/`: the files, artefacts.json, artefacts.csv. `evaluate` and `predict` read all of them.
+"""
+
+from pipeline.config.export import ExportConfig
+from pipeline.core.cli import run_command
+
+
+def export(config: ExportConfig) -> int:
+    """Write and judge the files; returns the exit code."""
+    from pipeline.exporting import steps
+
+    trained = steps.load(config)
+    material = steps.find_pictures(config, trained)
+    with steps.open_directory(config) as directory:
+        artefacts = steps.write_artefacts(config, trained, material, directory)
+        steps.conclude(config, trained, material, artefacts, directory)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("export", ExportConfig, export)

@@ -1,0 +1,174 @@
+"""The table of what `export` wrote: a row per file, as JSON and as sentences."""
+
+import functools
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.core.files import write_bytes_atomic
+from pipeline.core.missing import Missing, known, to_json
+from pipeline.core.schemas.artefacts import ArtefactsJson
+from pipeline.exporting.judging import Judgement
+from pipeline.exporting.sensitivity import layers_of
+from pipeline.models import zoo
+from pipeline.training.trained import NUM_IMAGENET_CLASSES, Trained
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "safetensors_fp16": "model_fp16.safetensors",
+    "onnx": "model.onnx",
+    "onnx_int8": "model_int8.onnx",
+    "package": "model.sqz",
+    "delta": "model.sqd",
+}
+FAST_BITS_PER_SECOND, SLOW_BITS_PER_SECOND = 1e6, 60e3
+NUM_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """One file that was written."""
+
+    kind: str
+    file: str
+    num_bytes: int
+    sha256: str
+    bytes_by_part: dict[str, int]
+    judged: Judgement | None = None
+    calibrated: Judgement | None = None
+
+    @classmethod
+    def write(cls, directory: Path, kind: str, content: bytes, parts: dict[str, int]) -> "Artefact":
+        """Write a file.
+
+        Args:
+            directory: Where it goes.
+            kind: A key of FILES.
+            content: Of the file.
+            parts: Where its bytes are.
+        """
+        assert sum(parts.values()) == len(content), (parts, len(content))
+        write_bytes_atomic(directory / FILES[kind], content)
+        digest = hashlib.sha256(content).hexdigest()
+        return cls(kind=kind, file=FILES[kind], num_bytes=len(content), sha256=digest, bytes_by_part=parts)
+
+
+def fp32_bytes(model: torch.nn.Module) -> int:
+    """Return what all floating-point tensors of a network take in fp32."""
+    return sum(value.numel() * NUM_FLOAT_BYTES for value in model.state_dict().values() if value.is_floating_point())
+
+
+@functools.cache
+def alexnet_bytes() -> int:
+    """Return the bytes of AlexNet's weights in fp32, the paper's yardstick."""
+    with torch.device("meta"):
+        return fp32_bytes(zoo.build("alexnet", NUM_IMAGENET_CLASSES))
+
+
+def lossless_bytes(model: torch.nn.Module) -> int:
+    """Return what the coded weights would take as they are: the entropy of each layer's values, and a table of them."""
+    num_bits = 0.0
+    for _, layer in layers_of(model):
+        _, counts = np.unique(layer.weight.detach().cpu().numpy(), return_counts=True)
+        shares = counts / counts.sum()
+        num_bits += float(-(counts * np.log2(shares)).sum()) + 8 * NUM_FLOAT_BYTES * len(counts)
+    return math.ceil(num_bits / 8)
+
+
+def as_json(trained: Trained, artefacts: list[Artefact], *, judged_on_calibration: bool) -> ArtefactsJson:
+    """Return artefacts.json.
+
+    Args:
+        trained: What was shipped.
+        artefacts: The files.
+        judged_on_calibration: Whether the pictures that judged are those of the calibration.
+    """
+    own, weights = fp32_bytes(trained.model), [layer.weight for _, layer in layers_of(trained.model)]
+    num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    package = next((artefact for artefact in artefacts if artefact.kind == "package"), None)
+    tree = {
+        "schema": 1,
+        "checkpoint": trained.origin,
+        "model": trained.name,
+        "num_parameters": num_parameters,
+        "num_zeros": sum(int((weight == 0).sum()) for weight in weights),
+        "fp32_bytes": own,
+        "bits_per_weight": known(
+            None if package is None else package.num_bytes * 8 / num_parameters, "No package was made."
+        ),
+        "lossless_bytes": lossless_bytes(trained.model),
+        "judged_on_calibration": judged_on_calibration,
+        "artefacts": [_row(artefact, own, judged_on_calibration) for artefact in artefacts],
+    }
+    content, reasons = to_json(tree)
+    return {**content, "null_reasons": reasons}  # type: ignore[typeddict-item]
+
+
+def _row(artefact: Artefact, own_bytes: int, judged_on_calibration: bool) -> dict[str, object]:
+    no_pictures = "There were no pictures to judge by: data.root was not set."
+    same = "The pictures of the calibration are those that judged."
+    return {
+        "artefact": artefact.kind,
+        "file": artefact.file,
+        "num_bytes": artefact.num_bytes,
+        "sha256": artefact.sha256,
+        "times_smaller_than_fp32": own_bytes / artefact.num_bytes,
+        "times_smaller_than_alexnet_fp32": alexnet_bytes() / artefact.num_bytes,
+        "seconds_at_1_mbit": artefact.num_bytes * 8 / FAST_BITS_PER_SECOND,
+        "seconds_at_60_kbit": artefact.num_bytes * 8 / SLOW_BITS_PER_SECOND,
+        "bytes_by_part": artefact.bytes_by_part,
+        "judged": _judgement(artefact.judged, no_pictures),
+        "calibrated": _judgement(artefact.calibrated, same if judged_on_calibration else no_pictures),
+    }
+
+
+def _judgement(judgement: Judgement | None, reason: str) -> object:
+    if judgement is None:
+        return Missing(reason)
+    tree = asdict(judgement)
+    if not math.isfinite(judgement.loss_change_standard_error):
+        tree["loss_change_standard_error"] = Missing("There was one picture.")
+    return tree
+
+
+def row_sentence(artefact: Artefact, trained: Trained) -> str:
+    """Tell of one file in a line of 110 characters at most."""
+    own = fp32_bytes(trained.model)
+    line = f"{artefact.file:<24}{artefact.num_bytes:>12,} B {own / artefact.num_bytes:>6.2f}x under fp32"
+    if artefact.judged is None:
+        return line
+    judged = artefact.judged
+    more_right = judged.num_correct_top1 - judged.reference_num_correct_top1
+    return (
+        f"{line}  top-1 {more_right:+d} of {judged.num_images}, same answer {judged.agreement:.1%},"
+        f" loss {judged.loss_change:+.4f} +- {judged.loss_change_standard_error:.4f}"
+    )
+
+
+def sentences(trained: Trained, content: ArtefactsJson) -> list[str]:
+    """Tell what was made, and what is to be kept in mind."""
+    zeros = content["num_zeros"] / max(1, content["num_parameters"])
+    told = [
+        f"{trained.name} from {trained.origin}: {content['num_parameters']:,} parameters, {zeros:.0%} of them pruned,"
+        f" {content['fp32_bytes']:,} bytes in fp32, about {content['lossless_bytes']:,} without rounding."
+    ]
+    for row in content["artefacts"]:
+        if row["artefact"] in ("package", "delta"):
+            parts = ", ".join(f"{name} {count:,}" for name, count in row["bytes_by_part"].items())
+            told.append(
+                f"{row['artefact']}: {row['times_smaller_than_fp32']:.1f}x under fp32,"
+                f" {row['times_smaller_than_alexnet_fp32']:.0f}x under AlexNet's fp32;"
+                f" {row['seconds_at_1_mbit']:.2f} s at 1 Mbit/s, {row['seconds_at_60_kbit']:.0f} s at 60 kbit/s"
+                f" (calculated). Bytes: {parts}."
+            )
+    judged = next((row["judged"] for row in content["artefacts"] if row["judged"] is not None), None)
+    if judged is not None:
+        told.append(
+            f"{judged['num_images']} pictures judged: one of them is {1 / judged['num_images']:.2%}, so small changes"
+            " of top-1 say little; the loss says more."
+        )
+    return told

@@ -1,0 +1,215 @@
+"""The steps of `export.py`: load the weights, find pictures, write each file and judge it, tell."""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.config.export import ExportConfig
+from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.data.index import open_split
+from pipeline.exporting import files
+from pipeline.exporting.artefacts import Artefact, as_json, row_sentence, sentences
+from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
+from pipeline.exporting.package import Made, PackageMaker, read_package
+from pipeline.exporting.sensitivity import Sensitivity, measure
+from pipeline.run.directory import RunDirectory
+from pipeline.training.scoring import match_outputs
+from pipeline.training.trained import Trained, load_trained
+
+DEFAULT_MAX_LOSS = 0.01
+
+
+@dataclass(frozen=True)
+class Material:
+    """Pictures to calibrate on and to judge by, with what the weights as they are say of them."""
+
+    calibration: Pictures
+    judged: Pictures
+    is_the_same: bool
+    """Whether there were too few pictures to keep the two apart."""
+
+    @functools.cached_property
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Logits of the weights as they are, on the pictures that judge and on those of the calibration."""
+        network = self.judged.trained.model
+        judged_NK = logits_of(network, self.judged)
+        return judged_NK, judged_NK if self.is_the_same else logits_of(network, self.calibration)
+
+    @functools.cached_property
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """How much the loss minds an error in each weight, by layer."""
+        return measure(self.calibration.trained.model, self.calibration)
+
+    def judge(self, network: Callable[[Tensor], Tensor]) -> Judgement:
+        """Compare a network with the weights as they are, on the pictures that judge."""
+        return judge(logits_of(network, self.judged), self.reference[0], self.judged.labels())
+
+    def judge_on_calibration(self, network: Callable[[Tensor], Tensor]) -> Judgement:
+        """Compare them on the pictures of the calibration."""
+        return judge(logits_of(network, self.calibration), self.reference[1], self.calibration.labels())
+
+
+def load(config: ExportConfig) -> Trained:
+    """Return the network to ship.
+
+    Raises:
+        CheckpointError, ConfigError: As `load_trained`; or a weight is not finite.
+    """
+    trained = load_trained(Path(config.checkpoint), config.model, size=config.data.size)
+    for name, value in trained.model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{trained.origin}: {name} holds values that are not finite: give an earlier one.")
+    for difference in trained.differences:
+        print(f"not as trained: {difference}.")
+    return trained
+
+
+def find_pictures(config: ExportConfig, trained: Trained) -> Material | None:
+    """Return the pictures of the split in two parts; None: there is no data.root.
+
+    Raises:
+        ConfigError: Its classes are not the model's.
+        DataError: The split cannot be read.
+    """
+    if config.data.root is None:
+        return None
+    index = open_split(config.data, config.data.split or config.data.val_split)
+    everything = Pictures(trained, index, tuple(range(index.num_samples)), match_outputs(trained, index))
+    wanted = config.calibration.num_images
+    if wanted >= len(everything):
+        print(
+            f"All {len(everything)} pictures calibrate, and the same judge, which flatters: lower"
+            " calibration.num_images to keep some apart."
+        )
+        return Material(everything, everything, is_the_same=True)
+    calibration, judged = split_pictures(everything, wanted, seed=config.calibration.seed)
+    return Material(calibration, judged, is_the_same=False)
+
+
+@contextlib.contextmanager
+def open_directory(config: ExportConfig) -> Iterator[RunDirectory]:
+    """Make the directory of the files, and take its lock.
+
+    Yields:
+        The directory.
+
+    Raises:
+        ConfigError: It cannot be written, or another process has it.
+    """
+    directory = RunDirectory(config.run_root, config.name)
+    directory.open()
+    try:
+        with contextlib.suppress(OSError):
+            directory.checkpoints.rmdir()
+        yield directory
+    finally:
+        directory.close()
+
+
+def write_artefacts(
+    config: ExportConfig, trained: Trained, material: Material | None, directory: RunDirectory
+) -> list[Artefact]:
+    """Write every file that was asked for, read it back, and judge it.
+
+    Args:
+        config: Of the command.
+        trained: The network.
+        material: Pictures; None: nothing is calibrated or judged.
+        directory: For the files.
+
+    Raises:
+        ConfigError: A bound cannot be reached, or the network cannot be written in a format.
+        CheckpointError: base= is no package, or another model's.
+    """
+    made: list[Artefact] = []
+
+    def keep(kind: str, content: bytes, network: nn.Module, parts: dict[str, int]) -> None:
+        artefact = Artefact.write(directory.path, kind, content, parts)
+        if material is not None:
+            own = None if material.is_the_same else material.judge_on_calibration(network)
+            artefact = dataclasses.replace(artefact, judged=material.judge(network), calibrated=own)
+        made.append(artefact)
+        print(row_sentence(artefact, trained), flush=True)
+
+    for kind in ("safetensors", "safetensors_fp16"):
+        if kind in config.formats:
+            keep(kind, *files.safetensors(trained, is_half=kind.endswith("fp16")))
+    if {"onnx", "onnx_int8"} & set(config.formats):
+        from pipeline.exporting import onnx_files
+
+        model = onnx_files.to_onnx(trained)
+        if "onnx" in config.formats:
+            keep("onnx", *onnx_files.checked(model, trained, material and material.judged))
+        if "onnx_int8" in config.formats:
+            assert material is not None
+            keep("onnx_int8", *onnx_files.to_int8(model, trained, material.calibration, material.sensitivities))
+    if "package" in config.formats:
+        package, delta = _make_package(config, trained, material)
+        keep("package", package.encoded.content, package.network, package.encoded.bytes_by_part)
+        if delta is not None:
+            keep("delta", delta, package.network, {"delta": len(delta)})
+    return made
+
+
+def _make_package(config: ExportConfig, trained: Trained, material: Material | None) -> tuple[Made, bytes | None]:
+    """Return the package, and what makes the older one it; None: no base was given, or the whole is smaller."""
+    older = None if config.base is None else files.read(Path(config.base))
+    base = None if older is None else read_package(str(config.base), older)
+    maker = PackageMaker(trained, None if material is None else material.sensitivities)
+    if older is not None and base is not None:
+        made = maker.make_on(base)
+        delta = files.delta(older, made.encoded.content)
+        if len(delta) >= len(made.encoded.content):
+            print(f"The delta would have {len(delta):,} bytes, no fewer than the whole package: ship that.")
+            return made, None
+        return made, delta
+    if config.max_bytes is not None:
+        return maker.within(config.max_bytes), None
+    if material is None:
+        raise ConfigError("max_loss needs pictures to judge by: set data.root.")
+    made, _ = maker.losing(config.max_loss or DEFAULT_MAX_LOSS, material.judge)
+    return made, None
+
+
+def conclude(
+    config: ExportConfig,
+    trained: Trained,
+    material: Material | None,
+    artefacts: list[Artefact],
+    directory: RunDirectory,
+) -> None:
+    """Write artefacts.json and .csv, and tell what was made.
+
+    Args:
+        config: Of the command.
+        trained: The network.
+        material: Pictures; None: there were none.
+        artefacts: What was written.
+        directory: For the tables.
+    """
+    content = as_json(trained, artefacts, judged_on_calibration=material is not None and material.is_the_same)
+    write_json_atomic(directory.path / "artefacts.json", content)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    rows = [
+        {
+            **{key: value for key, value in row.items() if not isinstance(value, dict)},
+            **{f"judged_{key}": value for key, value in (row["judged"] or {}).items()},
+        }
+        for row in content["artefacts"]
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table.writerow(columns)
+    table.writerows([row.get(column) for column in columns] for row in rows)
+    write_text_atomic(directory.path / "artefacts.csv", text.getvalue())
+    for sentence in sentences(trained, content):
+        print(sentence)
+    print(f"Files, artefacts.json and artefacts.csv are in {directory.path}.")
