@@ -281,7 +281,7 @@ def test_the_head_learns_so_many_times_as_fast(optimizer: str) -> None:
     recipe = RecipeConfig(optimizer=optimizer, lr=0.01, weight_decay=0.1, head_lr_factor=5.0, decay="none")
     steps = Steps(make_learner(recipe))
     by_hand = copy.deepcopy(steps.learner.model)
-    head = list(by_hand.layers[4].parameters())
+    head = list(by_hand.get_submodule("layers.4").parameters())
     body = [one for one in by_hand.parameters() if not any(one is other for other in head)]
     groups: list[dict[str, Any]] = [{"params": body, "lr": 0.01}, {"params": head, "lr": 0.05}]
     theirs: torch.optim.Optimizer
