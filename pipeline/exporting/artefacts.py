@@ -75,7 +75,8 @@ def lossless_bytes(model: torch.nn.Module) -> int:
     for _, layer in layers_of(model):
         _, counts = np.unique(layer.weight.detach().cpu().numpy(), return_counts=True)
         shares = counts / counts.sum()
-        num_bits += float(-(counts * np.log2(shares)).sum()) + 8 * NUM_FLOAT_BYTES * len(counts)
+        coded = float(-(counts * np.log2(shares)).sum()) + 8 * NUM_FLOAT_BYTES * len(counts)
+        num_bits += min(coded, 8 * NUM_FLOAT_BYTES * layer.weight.numel())  # where no two are alike, a table is no help
     return math.ceil(num_bits / 8)
 
 

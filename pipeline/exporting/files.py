@@ -12,14 +12,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import open_regular
+from pipeline.core.files import read_regular
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.sqz.decoder import PackageError
 from pipeline.models.sqz.delta import apply_delta, make_delta
+from pipeline.run.checkpoint_files import SECTION
+from pipeline.training.shipped import MAX_PACKAGE_BYTES
 from pipeline.training.trained import Trained
 
-METADATA_KEY = "squeezewire"
-MAX_PACKAGE_BYTES = 1 << 30
 NUM_TOLD = 5
 """Classes of the test picture's answer that a file holds."""
 
@@ -70,7 +70,7 @@ def safetensors(trained: Trained, *, is_half: bool) -> tuple[bytes, nn.Module, d
     network = copy.deepcopy(trained.model)
     network.load_state_dict({name: value.to(trained.model.state_dict()[name].dtype) for name, value in state.items()})
     said = {**description_of(trained), "self_test": self_test(network, trained)}
-    content = save_safetensors(state, {METADATA_KEY: json.dumps(said, sort_keys=True)})
+    content = save_safetensors(state, {SECTION: json.dumps(said, sort_keys=True)})
     back = load_safetensors(content)
     assert all(torch.equal(back[name], value) for name, value in state.items())
     num_tensor_bytes = sum(value.nbytes for value in state.values())
@@ -84,8 +84,7 @@ def read(path: Path) -> bytes:
         CheckpointError: It is not there, or no regular file of a package's size.
     """
     try:
-        with open_regular(path, most_bytes=MAX_PACKAGE_BYTES) as file:
-            return file.read()
+        return read_regular(path, MAX_PACKAGE_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): give the path of a .sqz.") from error
 

@@ -136,7 +136,7 @@ class PackageMaker:
             f" {smallest.expected_loss:.2g}. Raise max_bytes, or train a smaller or a pruned network."
         )
 
-    def losing(self, max_loss: float, judge: Callable[[nn.Module], Judgement]) -> tuple[Made, Judgement]:
+    def losing(self, max_loss: float, judge: Callable[[nn.Module], Judgement]) -> Made:
         """Return the smallest package that raises the loss by at most so much.
 
         Both the change of the loss and the Kullback-Leibler divergence must keep to the bound. The latter is what the
@@ -151,14 +151,14 @@ class PackageMaker:
             ConfigError: Even the finest grid loses more.
         """
         price, bracket = FIRST_PRICE, list(PRICES)
-        best: tuple[Made, Judgement] | None = None
+        best: Made | None = None
         with progress_bar("seeking the smallest package", NUM_TRIES) as bar:
             for number in range(1, NUM_TRIES + 1):
                 made = self.make(price)
                 judgement = judge(made.network)
                 lost = max(judgement.loss_change, judgement.kl_divergence)
                 if lost <= max_loss:
-                    best, bracket[0] = (made, judgement), price
+                    best, bracket[0] = made, price
                 else:
                     bracket[1] = price
                 bar.update(number)

@@ -57,10 +57,15 @@ def pooled(parts: Sequence[tuple[Mapping[str, Sensitivity], int]]) -> dict[str, 
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Yield the layers whose weights are coded, by name: convolutions without groups, and linear layers."""
+    """Yield the layers whose weights are coded, by name: plain convolutions without groups, and linear layers."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _is_plain(module)):
             yield name, module
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """Whether `unfold` gives the inputs of each output. Other convolutions are stored as they are."""
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def measure(model: nn.Module, pictures: Pictures, *, seed: int = 0) -> dict[str, Sensitivity]:
@@ -118,8 +123,6 @@ def measure(model: nn.Module, pictures: Pictures, *, seed: int = 0) -> dict[str,
 def _moments(layer: Layer, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a batch adds to H, and the squared gradients of each output."""
     if isinstance(layer, nn.Conv2d):
-        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-            raise NotImplementedError(f"padding {layer.padding!r}, {layer.padding_mode}")
         columns_BNP = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
         gradient_BRP = gradient.flatten(2)
     else:

@@ -175,8 +175,7 @@ def _make_package(config: ExportConfig, trained: Trained, material: Material | N
         return maker.within(config.max_bytes), None
     if material is None:
         raise ConfigError("max_loss needs pictures to judge by: set data.root.")
-    made, _ = maker.losing(config.max_loss or DEFAULT_MAX_LOSS, material.judge)
-    return made, None
+    return maker.losing(config.max_loss or DEFAULT_MAX_LOSS, material.judge), None
 
 
 def conclude(

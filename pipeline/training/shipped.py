@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import open_regular, what_it_is
+from pipeline.core.files import read_regular, what_it_is
 from pipeline.run import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def read_package(path: Path) -> checkpoints.Content:
     from pipeline.models.sqz.decoder import decode
 
     try:
-        with open_regular(path, most_bytes=MAX_PACKAGE_BYTES) as file:
-            package = decode(file.read())
+        package = decode(read_regular(path, MAX_PACKAGE_BYTES))
         state = {name: torch.from_numpy(values.copy()) for name, values in package.tensors().items()}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): give the path of a file.") from error
