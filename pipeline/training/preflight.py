@@ -1,12 +1,13 @@
-"""What can be known to be wrong before any rank starts, and before torch is imported: said once, by one process."""
+"""What can be known to be wrong before any rank starts, mostly without torch: said once, by one process."""
 
 import contextlib
 import os
+from pathlib import Path
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
 from pipeline.data.root import check_root
-from pipeline.data.shards.manifest import NoSplitError
+from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, NoSplitError
 from pipeline.models import zoo
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.limits import check_pictures
@@ -19,8 +20,10 @@ def check_before_ranks(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: run name, W&B's variables, model, metaparameters, a global batch that the ranks cannot share, or
-            pictures that the model cannot take or that fit into no memory.
+            pictures that the model cannot take or that fit into no memory; weights to begin with, or modules to freeze,
+            that are not this model's.
         DataError: no shards at data.root, or not the splits wanted.
+        CheckpointError: no weights where the run is to begin with some, or damaged ones.
     """
     run = RunDirectory(config.run_root, config.name)
     check_variables(config.tracking, run.path / ID_FILE, os.environ)
@@ -37,6 +40,23 @@ def check_before_ranks(config: TrainConfig) -> None:
     if every != 0:
         with contextlib.suppress(*() if every else (NoSplitError,)):  # without one it trains and says so
             check_root(config.data, config.data.val_split)
+    if config.init.checkpoint is not None or config.init.freeze:
+        _check_beginning(config, is_fresh=not any(run.checkpoints.glob("*.ckpt")))
+
+
+def _check_beginning(config: TrainConfig, *, is_fresh: bool) -> None:
+    """Begin as a rank would, as far as the number of classes is known before the shards are opened."""
+    from pipeline.training.begin import begin_from, freeze  # torch: only these runs need it here
+
+    assert config.data.root is not None
+    root, num_classes, classes = Path(config.data.root), config.model.num_classes, None
+    if (root / MANIFEST_NAME).is_file():
+        classes = Manifest.load(root).classes
+        num_classes = num_classes or len(classes)
+    model = zoo.build(config.model.name, num_classes or 2, **config.model.metaparameters)
+    if config.init.checkpoint is not None and is_fresh and num_classes is not None:
+        begin_from(config, model, num_classes, classes)
+    freeze(model, config.init.freeze)
 
 
 def check_model(config: TrainConfig, num_ranks: int) -> None:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 from tests.commands import SMALL, assert_holds_no, run, sentences, train, train_recorded
 from tests.making.pairs import PAIR_OPTIONS, Pair
@@ -30,6 +32,8 @@ SHORT = ("trainer.max_steps=4", "trainer.validate_every_steps=0", "trainer.check
         ("data.root=nowhere", 3, ["data.root=nowhere", "pipeline.prepare"]),
         ("data.train_split=training", 3, ["training", "train"]),
         ("data.val_split=test", 3, ["test", "val"]),
+        ("init.freeze=[feature]", 2, ["'feature'", "Did you mean 'features'", "all_but_head"]),
+        ("init.checkpoint=nowhere.pth", 4, ["nowhere.pth does not exist"]),
     ],
 )
 def test_what_the_command_line_tells(
@@ -38,6 +42,14 @@ def test_what_the_command_line_tells(
     ended = train(tmp_path / "runs", shards, "refused", devices, override, expect=code)
     (sentence,) = sentences(ended.output)
     assert all(word in sentence for word in words), sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_of_another_model_are_refused_once(shards: Path, tmp_path: Path) -> None:
+    torch.save(torchvision.models.squeezenet1_0(num_classes=4).state_dict(), tmp_path / "other.pth")
+    ended = train(tmp_path / "runs", shards, "refused", 2, f"init.checkpoint={tmp_path}/other.pth", expect=4)
+    (sentence,) = sentences(ended.output)
+    assert "other.pth holds another model, which does not fit squeezenet1_1" in sentence and "give the" in sentence
     assert not (tmp_path / "runs").exists()
 
 

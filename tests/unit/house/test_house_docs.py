@@ -22,6 +22,7 @@ import yaml
 from pipeline.core.cli import compose
 from pipeline.core.errors import ExitCode, UserError
 from pipeline.lab import split_arguments
+from tests.pages import fenced, lines_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(REPOSITORY / "docs"))  # as a script it stands there, outside every package
@@ -53,12 +54,6 @@ def schemas() -> Mapping[str, tuple[str, type[Any]]]:
     return {name: (configuration, schema) for name, (_, configuration, schema) in generate.commands().items()}
 
 
-def fenced(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, language, body) of each fenced block."""
-    for match in re.finditer(r"^```(.*)\n([\s\S]*?)^```$", text, re.MULTILINE):
-        yield text[: match.start()].count("\n") + 1, match[1].strip(), match[2]
-
-
 def without_code(text: str) -> str:
     """The text with its blocks and code spans blanked out; lines stay where they are."""
     blank = re.sub(r"^```[\s\S]*?^```$", lambda match: "\n" * match[0].count("\n"), text, flags=re.MULTILINE)
@@ -66,12 +61,6 @@ def without_code(text: str) -> str:
 
 
 # --- commands ---
-
-
-def lines_of(body: str) -> list[str]:
-    """Each command line of a shell block, continuations joined."""
-    joined = body.replace("\\\n", " ")
-    return [part.strip() for line in joined.splitlines() for part in line.split("&&") if part.strip()]
 
 
 @cache
@@ -106,6 +95,8 @@ def _wrong_with(words: Sequence[str]) -> str:
         case ["conda", "activate", name]:
             known = yaml.safe_load((REPOSITORY / "environment.yml").read_text())["name"]
             return "" if name == known else f"the environment is called {known}"
+        case ["curl", "-LO", url] if url.startswith("https://"):
+            return ""
         case [program, *_] if program in OTHERS:
             return ""
         case _:
