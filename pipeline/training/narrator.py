@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 from pipeline.core.progress import Bar, progress_bar
@@ -40,6 +40,7 @@ class Narrator:
         best_top1: Their best validation; None: there is none.
         bar: Shown on a terminal; None: this rank tells nothing.
         has_lines: Whether stdout is a log, which gets lines at intervals.
+        also: Told each line, too.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Narrator:
         best_top1: float | None,
         bar: Bar | None,
         has_lines: bool,
+        also: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._also = also
         self.name, self.plan, self.start_step = name, plan, start_step
         self.bar, self.has_lines = bar, has_lines
         self.best_top1 = best_top1
@@ -115,7 +118,9 @@ class Narrator:
         return LINES_AFTER_SECONDS[-1] + (beyond + 1) * SECONDS_BETWEEN_LINES
 
     def _say(self, line: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.name}: {line}", flush=True)
+        said = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.name}: {line}"
+        print(said, flush=True)
+        self._also(said)
 
     def _words(self, row: Row) -> str:
         """For the bar."""
@@ -152,7 +157,13 @@ class Narrator:
 
 @contextlib.contextmanager
 def narrating(
-    name: str, plan: StepPlan, start_step: int, *, best_top1: float | None, is_teller: bool
+    name: str,
+    plan: StepPlan,
+    start_step: int,
+    *,
+    best_top1: float | None,
+    is_teller: bool,
+    also: Callable[[str], None] = lambda _: None,
 ) -> Generator[Narrator]:
     """Show the bar while the block runs, where this rank tells and there is a terminal.
 
@@ -162,11 +173,11 @@ def narrating(
         start_step: Steps that earlier attempts made.
         best_top1: Their best validation; None: there is none.
         is_teller: Whether this rank tells.
+        also: Told each line that stays, too.
     """
     with contextlib.ExitStack() as stack:
         bar = None
         if is_teller:
             bar = stack.enter_context(progress_bar("training", plan.num_steps - start_step, bar_columns=BAR_COLUMNS))
-        yield Narrator(
-            name, plan, start_step, best_top1=best_top1, bar=bar, has_lines=is_teller and not sys.stdout.isatty()
-        )
+        has_lines = is_teller and not sys.stdout.isatty()
+        yield Narrator(name, plan, start_step, best_top1=best_top1, bar=bar, has_lines=has_lines, also=also)

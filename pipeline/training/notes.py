@@ -41,14 +41,18 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
 
 
-def announce(setup: Setup, owed_bytes: int) -> None:
-    """Print what a step will be, before the first, and warn of what will cost more than it need."""
+def announce(setup: Setup, owed_bytes: int) -> str:
+    """Print what a step will be, before the first, and warn of what will cost more than it need.
+
+    Returns:
+        What was printed.
+    """
     config, world, shards, start = setup.config, setup.world, setup.shards, setup.start
     plan, batch = setup.plan, setup.plan.batch
     ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
     sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
     origin = origin_sentence(shards.training)
-    world.say(
+    said = (
         f"{config.name}: {config.model.name}, {shards.num_classes} classes, {config.input.size} px,"
         f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
         f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
@@ -60,6 +64,7 @@ def announce(setup: Setup, owed_bytes: int) -> None:
         + (f"; resumed from {start.info.path.name}" if start.info else "")
         + "".join(f"\n  changed     {change}" for change in start.changes)
     )
+    world.say(said)
     interleaved = placement_warning(owed_bytes, world.placement, world.compute.backend)
     misfit = misfit_sentence(
         shards.training,
@@ -71,12 +76,14 @@ def announce(setup: Setup, owed_bytes: int) -> None:
     unvalidated = (
         shards.why_not_validated and f"nothing is validated, and no checkpoint is the best: {shards.why_not_validated}"
     )
-    for warning in filter(None, (unvalidated, interleaved, misfit) if world.is_rank_zero else ()):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    warnings = [f"warning: {warning}" for warning in (unvalidated, interleaved, misfit) if warning]
+    for warning in warnings if world.is_rank_zero else ():
+        print(warning, file=sys.stderr, flush=True)
+    return "\n".join((said, *warnings))
 
 
-def conclude(setup: Setup, learnt: str, speed: str, quarantine: str, report: str) -> None:
-    """Print what a finished run has learnt, how fast, what it sent, and where its report is. Rank 0 alone.
+def conclusion(setup: Setup, learnt: str, speed: str, quarantine: str, report: str) -> str:
+    """Return what a finished run has learnt, how fast, what it sent, and where its report is; empty but on rank 0.
 
     Args:
         setup: What was settled before the first step.
@@ -86,15 +93,13 @@ def conclude(setup: Setup, learnt: str, speed: str, quarantine: str, report: str
         report: Where the report is.
     """
     if not setup.world.is_rank_zero:
-        return
-    with setup.run.writing():
-        print(
-            f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
-            + (f"  learnt      {learnt}\n" if learnt else "")
-            + f"  the wire    {_wire(setup.world.size, json.loads(setup.run.ledger.read_text()))}\n"
-            + f"{quarantine}  report      {report}",
-            flush=True,
-        )
+        return ""
+    return (
+        f"{setup.config.name}: {setup.plan.num_steps} steps done. {speed}\n"
+        + (f"  learnt      {learnt}\n" if learnt else "")
+        + f"  the wire    {_wire(setup.world.size, json.loads(setup.run.ledger.read_text()))}\n"
+        + f"{quarantine}  report      {report}"
+    )
 
 
 def _wire(world_size: int, ledger: LedgerJson) -> str:

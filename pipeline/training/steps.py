@@ -38,7 +38,7 @@ from pipeline.training.begin import make_model, sha256_of_beginning
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
-from pipeline.training.notes import announce, conclude
+from pipeline.training.notes import announce, conclusion
 from pipeline.training.plan import StepPlan, make_plan, require_compression
 from pipeline.training.preflight import check_model
 from pipeline.training.reporter import outcome_record, reporting
@@ -334,15 +334,16 @@ def fit(setup: Setup) -> None:
     learner = make_learner(setup)
     powersgd = make_powersgd(setup)
     ledger = make_ledger(setup, learner, begin_attempt(setup))
-    announce(setup, ledger.gradient_bytes)
+    announced = announce(setup, ledger.gradient_bytes)
     best = None if setup.start.section is None else setup.start.section.get("best_score")
-    telling = narrating(config.name, setup.plan, setup.start.step, best_top1=best, is_teller=world.is_rank_zero)
+    telling = functools.partial(narrating, best_top1=best, is_teller=world.is_rank_zero)
     with (
         run.writing(),
         mirrored.make_tracker(setup, learner.model) as tracker,
-        telling as narrator,
+        telling(config.name, setup.plan, setup.start.step, also=tracker.say) as narrator,
         reporting(setup) as reporter,
     ):
+        tracker.say(announced)
         watchdog = StepWatchdog(world, learner, config.step_timeout_seconds)
         loader = TimedLoader(make_training_loader(setup))
         attempt = Attempt(
@@ -365,7 +366,9 @@ def fit(setup: Setup) -> None:
             trainer.fit(learner, loader, make_validation_loader(setup))
         report = reporter.finish()
         mirrored.conclude(setup, tracker, attempt.summary())
-    conclude(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence(), report)
+        concluded = conclusion(setup, narrator.outcome(), attempt.sentence(), bad_samples.sentence(), report)
+        tracker.say(concluded)
+    world.say(concluded)
 
 
 def make_training_loader(setup: Setup) -> DataLoader[LoadedBatch]:

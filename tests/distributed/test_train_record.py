@@ -191,9 +191,11 @@ def test_the_mirror_knows_what_the_run_was_and_what_came_of_it(two_ranks: Pair, 
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     kept: dict[str, list[str]] = {}
+    told = ""
     for record in records(sorted(two_ranks.resumed.glob("wandb/offline-run-*/*.wandb"))[-1]):
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+        told += record.output_logger.line
         if record.WhichOneof("record_type") == "artifact":
             kept[record.artifact.type] = [entry.path for entry in record.artifact.manifest.contents]
     assert {"world_size": 2, "num_nodes": 1, "ranks_per_node": 2, "num_classes": 1000}.items() <= config.items()
@@ -217,6 +219,8 @@ def test_the_mirror_knows_what_the_run_was_and_what_came_of_it(two_ranks: Pair, 
         "report": ["report.html"],
         "best": ["best.ckpt"],
     }
+    for line in ("resumed from step=", "resumed: step 8 of 11: validation loss", "resumed: 11 steps done", "the wire "):
+        assert line in told, told
 
 
 def test_a_restarted_run_goes_on_in_the_same_mirrored_run(two_ranks: Pair) -> None:

@@ -93,6 +93,11 @@ class Tracker:
         if self._mirror is not None:
             self._mirror.summarize(values)
 
+    def say(self, text: str) -> None:
+        """Let the mirror show what is printed of the run."""
+        if self._mirror is not None:
+            self._mirror.say(text)
+
     def keep(self, files: Mapping[str, Path]) -> None:
         """Have the mirror keep files of the run, by the name of each."""
         if self._mirror is not None:

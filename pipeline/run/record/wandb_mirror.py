@@ -109,6 +109,11 @@ class WandbMirror:
             lambda: self._run.summary.update({key: value for key, value in values.items() if value is not None})
         )
 
+    def say(self, text: str) -> None:
+        """Put text into the console log of the run; not where the machine is not to be named, as it may hold paths."""
+        if self._names_host:
+            self._guard(lambda: self._run.write_logs(printable(text)))
+
     def keep(self, name: str, path: Path) -> None:
         """Keep a file as an artefact of the run, of the type `name`; a copy of it waits below the run's directory."""
 
