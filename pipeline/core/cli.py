@@ -26,7 +26,7 @@ from pipeline.core.overrides import as_typed, literal, split_override
 from pipeline.core.secrets import redacted
 from pipeline.core.streams import has_lost_output
 from pipeline.core.surroundings import settle_surroundings
-from pipeline.core.text import one_line, printable, shortened
+from pipeline.core.text import fitted, one_line, printable, shortened
 from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
@@ -111,7 +111,8 @@ def _print_error(text: str) -> None:
     """Print to stderr, marked with the rank unless it is rank 0; URLs without what they may hold of secrets."""
     text = printable(redacted(text))
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the exit code still tells
-        print(text if rank() in (None, "0") else f"[rank {rank()}] {text}", file=sys.stderr, flush=True)
+        text = text if rank() in (None, "0") else f"[rank {rank()}] {text}"
+        print(fitted(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def compose(command: str, schema: type[T], overrides: Sequence[str]) -> T:

@@ -5,7 +5,13 @@ would move the cursor, colour the line or turn the direction of the writing is s
 """
 
 import re
+import shutil
+import sys
+import textwrap
+from typing import TextIO
 
+_LABEL = re.compile(r" *(\w[\w ]*?  +)?")
+"""What a line begins with that the lines it goes on in stand clear of: blanks, and a label with two behind it."""
 # Control characters but line feed and tab; marks that have no width or turn the direction; separators of lines; halves
 # of surrogate pairs, by which names that are not UTF-8 come; tags.
 _UNSEEN = re.compile(
@@ -30,3 +36,30 @@ def shortened(text: str, most: int) -> str:
         return text
     at_end = most // 4
     return f"{text[: most - at_end]} [... {len(text) - most:,} characters are left out ...] {text[-at_end:]}"
+
+
+def fitted(text: str, stream: TextIO | None = None) -> str:
+    """Return `text` for `stream`, or for stdout: on a terminal, lines are broken between words.
+
+    It would break them anywhere. What goes on in a further line stands below its beginning. A word longer than the
+    terminal is wide stays whole.
+    """
+    if not (stream or sys.stdout).isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(_folded(line, columns) for line in text.split("\n"))
+
+
+def _folded(line: str, columns: int) -> str:
+    label = _LABEL.match(line)
+    indent = 0 if label is None else label.end()
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            columns,
+            subsequent_indent=" " * (indent if 2 * indent < columns else 0),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        or [""]
+    )

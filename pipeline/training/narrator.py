@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 from pipeline.core.progress import Bar, progress_bar
+from pipeline.core.text import fitted
 from pipeline.core.units import format_seconds
 from pipeline.training.plan import StepPlan
 
@@ -119,7 +120,7 @@ class Narrator:
 
     def _say(self, line: str) -> None:
         said = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.name}: {line}"
-        print(said, flush=True)
+        print(fitted(said), flush=True)
         self._also(said)
 
     def _words(self, row: Row) -> str:

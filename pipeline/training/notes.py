@@ -8,6 +8,7 @@ from pipeline.comm.wire import gloo
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.schemas.ledger import LedgerJson
+from pipeline.core.text import fitted
 from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.run.launch.ranks import lab_conditions
@@ -78,7 +79,7 @@ def announce(setup: Setup, owed_bytes: int) -> str:
     )
     warnings = [f"warning: {warning}" for warning in (unvalidated, interleaved, misfit) if warning]
     for warning in warnings if world.is_rank_zero else ():
-        print(warning, file=sys.stderr, flush=True)
+        print(fitted(warning, sys.stderr), file=sys.stderr, flush=True)
     return "\n".join((said, *warnings))
 
 

@@ -27,6 +27,7 @@ from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
 from pipeline.core.compute import Compute, keep_freed_memory, set_threads
 from pipeline.core.errors import ConfigError, DataError, PeerLost, Preempted, UserError
+from pipeline.core.text import fitted
 from pipeline.data.loader import Reader
 from pipeline.run.launch import network
 from pipeline.run.launch.preempt import StopRequest
@@ -110,7 +111,7 @@ class World:
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
         if self.is_rank_zero:
-            print(text, flush=True)
+            print(fitted(text), flush=True)
 
     def agree(self, work: Callable[[], T]) -> T:
         """`work()` on every rank; if it fails with a user error on any, every rank raises it.

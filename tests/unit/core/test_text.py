@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.terminal import Terminal
-from pipeline.core.text import one_line, printable, shortened
+from pipeline.core.text import fitted, one_line, printable, shortened
 from pipeline.reporting.tables import Column, make_table
 
 EVIL = "a\x1b[2J\u202eb\u2066\x9bc"
@@ -35,6 +35,29 @@ def test_nothing_is_left_that_is_obeyed(text: str) -> None:
 @pytest.mark.parametrize("text", ["läufe/été", "日本　語", "עברית", "العربية", "a\tb\nc", "🙂", "x\u00a0y", r"a\x1b"])
 def test_what_people_write_stays(text: str) -> None:
     assert printable(text) == text
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_lines_are_broken_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "run: a sentence that is longer than it\n  the wire    4 MB sent, as predicted\n\nshort"
+    assert fitted(text, io.StringIO()) == text
+    terminal = Screen()
+    assert fitted(text, terminal).splitlines() == [
+        "run: a sentence that is longer",
+        "than it",
+        "  the wire    4 MB sent, as",
+        "              predicted",
+        "",
+        "short",
+    ]
+    assert fitted("/a/path/that/is/longer/than/the/screen is", terminal).splitlines()[1] == "is"
 
 
 def test_a_long_text_keeps_both_ends() -> None:
