@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 from pipeline.core.progress import Bar, progress_bar
-from pipeline.core.text import fitted
 from pipeline.core.units import format_seconds
 from pipeline.training.plan import StepPlan
 
@@ -120,7 +119,7 @@ class Narrator:
 
     def _say(self, line: str) -> None:
         said = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self.name}: {line}"
-        print(fitted(said), flush=True)
+        print(said, flush=True)
         self._also(said)
 
     def _words(self, row: Row) -> str:
