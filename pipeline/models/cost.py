@@ -6,8 +6,7 @@ memory, and the operators themselves are watched.
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.config.model import MAX_SIDE
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import require
+from pipeline.models.tracing import hooks, mode, stand_ins
 
 _KINDS = {"convolution": nn.Conv2d, "fully connected": nn.Linear}
 
@@ -178,18 +178,18 @@ def _forward_shapes(model: nn.Module, image_size: int, batch_size: int) -> tuple
             return
         macs[name] = macs.get(name, 0) + output.numel() // batch_size * macs_per_output
 
-    weights, images_BCHW = _stand_ins(model, image_size, batch_size)
-    with _mode(model, training=False), _hooks(model, after=after), torch.no_grad():
+    weights, images_BCHW = stand_ins(model, image_size, batch_size)
+    with mode(model, training=False), hooks(model, after=after), torch.no_grad():
         functional_call(model, weights, (images_BCHW,))
     return macs, output_bytes
 
 
 def _inference_peak(model: nn.Module, image_size: int, batch_size: int) -> int:
     """Most bytes of tensors alive at once while the model runs without gradients."""
-    weights, images_BCHW = _stand_ins(model, image_size, batch_size)
+    weights, images_BCHW = stand_ins(model, image_size, batch_size)
     live = _LiveBytes(ignored=weights.values())
     live.add(images_BCHW)
-    with _mode(model, training=False), torch.no_grad(), live:
+    with mode(model, training=False), torch.no_grad(), live:
         functional_call(model, weights, (images_BCHW,))
     return live.peak_bytes
 
@@ -205,7 +205,7 @@ def _saved_for_backward(model: nn.Module, image_size: int, batch_size: int) -> d
 
 
 def _trace_saved(model: nn.Module, image_size: int, batch_size: int) -> dict[str, int]:
-    weights, images_BCHW = _stand_ins(model, image_size, batch_size)
+    weights, images_BCHW = stand_ins(model, image_size, batch_size)
     saved_bytes: dict[str, int] = {}
     seen = {tensor.untyped_storage()._cdata for tensor in weights.values()}
     kept: list[torch.UntypedStorage] = []  # while it is referenced, its address is not given to another storage
@@ -220,58 +220,13 @@ def _trace_saved(model: nn.Module, image_size: int, batch_size: int) -> dict[str
         return tensor.detach()
 
     with (
-        _mode(model, training=True),
-        _hooks(model, before=stack.append, after=lambda *_: stack.pop()),
+        mode(model, training=True),
+        hooks(model, before=stack.append, after=lambda *_: stack.pop()),
         torch.enable_grad(),
         saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         functional_call(model, weights, (images_BCHW,))
     return saved_bytes
-
-
-def _stand_ins(model: nn.Module, image_size: int, batch_size: int) -> tuple[dict[str, Tensor], Tensor]:
-    """(parameters and buffers by name, pictures) with the model's shapes and dtypes, and no memory."""
-    weights: dict[str, Tensor] = {
-        name: torch.empty_like(parameter, device="meta").requires_grad_(parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    }
-    dtype = next((parameter.dtype for parameter in weights.values()), torch.float32)
-    weights |= {name: torch.empty_like(buffer, device="meta") for name, buffer in model.named_buffers()}
-    return weights, torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model.train(training)`, undone module by module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module,
-    after: Callable[[str, nn.Module, Any], Any],
-    before: Callable[[str], Any] = lambda _: None,
-) -> Iterator[None]:
-    """Call `before(path)` and `after(path, module, output)` around the forward pass of every module."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _module, _inputs, name=name: before(name)))
-        handles.append(
-            module.register_forward_hook(
-                lambda module, _inputs, output, name=name: (after(name, module, output), None)[1]
-            )
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _LiveBytes(TorchDispatchMode):
