@@ -84,8 +84,9 @@ def run(
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     prefix: Sequence[str] = (),
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Ended:
-    """Run `python ARGUMENTS` to its end. `expect`: the exit code, or None to take any.
+    """Run `python ARGUMENTS` to its end, within the deadline. `expect`: the exit code, or None to take any.
 
     `prefix`: a command that runs the rest of its words as a command, such as `unshare --net`.
     """
@@ -99,7 +100,7 @@ def run(
             text=True,
         )
         try:
-            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+            output, _ = process.communicate(timeout=deadline_seconds)
         finally:
             process.kill()
     assert not any(value in output for value in SECRET.values())
@@ -132,6 +133,8 @@ def train_recorded(
     kill_at: str = "",
     expect: int | None = None,
     environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Ended:
     """The same through train_recorded.py, which leaves `<root>/<name>.fed/rank<r>.jsonl`.
 
@@ -148,7 +151,7 @@ def train_recorded(
     tracking = [] if any(key.startswith("tracking=") for key in more) else ["tracking=disabled"]
     arguments = [str(TRAIN_RECORDED), *where, *SMALL, *tracking, *more]
     environment = {"FED_TO": str(fed), "KILL_AT": kill_at, **(environment or {})}
-    ended = run(arguments, expect=expect, environment=environment)
+    ended = run(arguments, expect=expect, environment=environment, prefix=prefix, deadline_seconds=deadline_seconds)
     if kill_at:
         happened = fired(fed)[num_before:]
         assert [what for _, what in happened] == [kill_at], f"{happened}\n{ended.output}"

@@ -12,7 +12,7 @@ from pipeline.config.training import CompareTrackingConfig
 from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson, ModelRowJson
 from pipeline.reporting.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
 from pipeline.run.record.tracking import kept_id
-from pipeline.run.record.wandb_mirror import WandbMirror
+from pipeline.run.record.wandb_mirror import WandbMirror, shown
 from pipeline.run.record.wandb_variables import mode_here
 
 GROUP = "comparison"
@@ -91,5 +91,5 @@ def _media(result: ComparisonJson, picture: Path) -> dict[str, Any]:
 def _table(columns: Sequence[str], rows: Iterable[ModelRowJson]) -> Any:
     import wandb
 
-    data = [[row.get(column) for column in columns] for row in rows]
-    return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+    data = [[shown(row.get(column)) for column in columns] for row in rows]
+    return wandb.Table(columns=shown(columns), data=data, allow_mixed_types=True)

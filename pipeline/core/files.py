@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic, durable writes in the directory they belong to; and locks on them."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -10,7 +11,7 @@ import secrets
 import stat
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,25 +34,39 @@ FREE_UNPACKED_BYTES = 2**24
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write `path` through a temporary file beside it: flush, fsync, replace, fsync of the directory.
 
-    The temporary file lies in the same directory, because a rename is only atomic within one file system.
-    It is made anew: nothing that lies there is opened, no link followed. `write` receives the open binary file. On any
-    failure the temporary file is removed and `path` is untouched.
+    The temporary file lies in the same directory, because a rename is only atomic within one file system. `write`
+    receives the open binary file. On any failure the temporary file is removed and `path` is untouched.
 
     Raises:
         Exception: Whatever `write` or the file system raises.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{secrets.token_hex(8)}.{os.getpid()}")
-    file = temporary.open("xb")
-    try:
-        with file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with temporary_beside(path) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        Path(file.name).replace(path)
     fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Generator[BinaryIO]:
+    """Make a file in the directory of `path`, to be renamed to it; what still has its temporary name at the end goes.
+
+    It is made anew: nothing that lies there is opened, no link followed.
+
+    Args:
+        path: What it shall become.
+
+    Yields:
+        The open file.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{secrets.token_hex(8)}.{os.getpid()}")
+    with temporary.open("xb") as file:
+        try:
+            yield file
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import select
 import sys
@@ -25,6 +26,7 @@ def settle_streams() -> None:
     for descriptor in (STDIN, STDOUT, STDERR):
         with contextlib.suppress(OSError):
             _open_if_closed(descriptor)
+    logging.raiseExceptions = False  # a library's log on a full disk would print a traceback for each of its lines
     sys.stdout = _settled(sys.stdout, sys.__stdout__, STDOUT)
     sys.stderr = _settled(sys.stderr, sys.__stderr__, STDERR)
 

@@ -34,7 +34,7 @@ from lightning_fabric.plugins import CheckpointIO
 from typing_extensions import override
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import TEMPORARY_MARK, fsync_directory, sweep_temporaries, write_json_atomic
+from pipeline.core.files import fsync_directory, sweep_temporaries, temporary_beside, write_json_atomic
 from pipeline.run.checkpoint_checks import RESTORE, require_same_model, taking
 from pipeline.run.checkpoint_files import (
     BEST_NAME,
@@ -241,26 +241,23 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def _commit(self, path: Path, write: Callable[[BinaryIO], str], facts: SidecarFactsJson) -> None:
         """Do steps 1 to 6. `write` fills the temporary file and returns the SHA-256 of what it meant to write."""
-        temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
-        # A leftover of a dead process that had our pid may be a second name of a checkpoint: never written through.
-        temporary.unlink(missing_ok=True)
-        try:
-            with temporary.open("xb") as file:
+        with temporary_beside(path) as file:  # which goes also where both names are one file: a rename leaves them
+            temporary = Path(file.name)
+            try:
                 sha256 = write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            _compare(temporary, sha256)
-            status = temporary.stat()
-            record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": versions()}
-            with contextlib.suppress(CheckpointError):
-                record["replaces"] = _as_json(verify(path)) if path.exists() else None
-            write_json_atomic(sidecar_path(path), record)
-            temporary.replace(path)
-        finally:
-            # Gone already, but after a failure, or where both names were one file, which a rename leaves alone.
-            temporary.unlink(missing_ok=True)
-            if not path.exists():
-                sidecar_path(path).unlink(missing_ok=True)
+                file.close()
+                _compare(temporary, sha256)
+                status = temporary.stat()
+                record = {**facts, "num_bytes": status.st_size, "sha256": sha256, "versions": versions()}
+                with contextlib.suppress(CheckpointError):
+                    record["replaces"] = _as_json(verify(path)) if path.exists() else None
+                write_json_atomic(sidecar_path(path), record)
+                temporary.replace(path)
+            finally:
+                if not path.exists():
+                    sidecar_path(path).unlink(missing_ok=True)
         fsync_directory(path.parent)
         self._proven[path] = (status.st_size, status.st_mtime_ns)
 

@@ -30,7 +30,7 @@ OF_A_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno
 OF_A_VANISHED_DIRECTORY = {errno.ENOENT, errno.ENOTDIR}
 
 REMEDIES = {
-    errno.EROFS: "it is on a read-only file system: set run_root= to a place that can be written",
+    errno.EROFS: "it is on a read-only file system: make that writable, or set run_root= to another one",
     errno.EACCES: "permission denied: set run_root= to a directory of yours",
     errno.EPERM: "not permitted: set run_root= to a directory of yours",
     errno.ENOSPC: "the disk is full: free some space, or set run_root= to another disk",
@@ -102,9 +102,10 @@ class RunDirectory:
             self._lock.acquire(patience_seconds)
             sweep_temporaries(self.path)
             sweep_temporaries(self.checkpoints, is_guarded=True)
-            probe = self.path / "probe"
-            write_bytes_atomic(probe, bytes(PROBE_BYTES))
-            probe.unlink()
+            for directory in (self.path, self.checkpoints):  # which may be a link to another disk
+                probe = directory / "probe"
+                write_bytes_atomic(probe, bytes(PROBE_BYTES))
+                probe.unlink()
         except OSError as error:
             self.close()
             raise ConfigError(_sentence(self.path, error)) from error

@@ -89,11 +89,11 @@ def generators() -> str:
     return digest.hexdigest()
 
 
-def resources() -> dict[str, int]:
-    """What this process holds: open files, threads, bytes of memory."""
+def resources() -> dict[str, float]:
+    """What this process holds: open files, threads, bytes of memory; and what it has used: seconds of a core."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     counts = {name: len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("fd", "task")}
-    return {**counts, "rss": pages * os.sysconf("SC_PAGE_SIZE")}
+    return {**counts, "rss": pages * os.sysconf("SC_PAGE_SIZE"), "cpu_seconds": time.process_time()}
 
 
 def record(directory: Path, rank: int, kill_at: list[str]) -> None:

@@ -1,14 +1,17 @@
-"""One training under many faults, drawn from a seed: it ends as the unbroken one, and nothing grows on the way."""
+"""One training under many faults, and one of many steps: they end as they should, and nothing grows on the way."""
 
+import itertools
 import json
+import os
 import random
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import train_recorded
+from tests.commands import rows, train_recorded
 from tests.comparing import assert_same
 from tests.faults.test_disks import small_disk
 from tests.making.pairs import Pair
@@ -27,6 +30,9 @@ SERVER_FAULTS = (
 ALLOWED = {"fd": 2, "task": 4}
 # Of the first attempt, which is short and validates nothing.
 RSS_SHARE = 1.25
+LONG_STEPS = int(os.environ.get("LONG_STEPS", "20000"))
+# Of the median of a later tenth, over that of an early one: what is cached fills up first, and other programs disturb.
+LONG_SHARES = {"rss": 1.05, "cpu_seconds": 1.25}
 
 
 class Soak:
@@ -142,3 +148,34 @@ def test_soak(num_faults: int, shards: Path, tmp_path: Path) -> None:
         assert set(soak.fired) == {*ENDINGS, "server"}
         assert_same(Pair(root, DEVICES, "soaked"))
         soak.assert_nothing_grows()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_last_of_many_steps_takes_no_more_than_an_early_one(shards: Path, tmp_path: Path) -> None:
+    """Descriptors, threads, memory and computing time of each of two ranks, W&B's mirror included."""
+    tenth = LONG_STEPS // 10
+    small = (
+        "model.metaparameters.final_relu=false",
+        "model.metaparameters.base_e=8",
+        "model.metaparameters.incr_e=8",
+        "tracking=offline",
+    )
+    every = (f"trainer.checkpoint_every_steps={tenth}", f"trainer.validate_every_steps={tenth}")
+    options = (*small, *every, f"trainer.max_steps={LONG_STEPS}", "batch.global_size=4", "recipe.lr=0.001")
+    train_recorded(tmp_path, shards, "long", DEVICES, *options, expect=0, deadline_seconds=3500)
+    assert [row["trainer/step"] for row in rows(tmp_path / "long")] == list(range(1, LONG_STEPS + 1))
+    assert json.loads((tmp_path / "long" / "ledger.json").read_text())["closed"] is True
+    for rank in range(DEVICES):
+        said = [json.loads(line) for line in (tmp_path / "long.fed" / f"rank{rank}.jsonl").read_text().splitlines()]
+        used = [after["cpu_seconds"] - before["cpu_seconds"] for before, after in itertools.pairwise(said)]
+        held = {"rss": [line["rss"] for line in said], "cpu_seconds": used}
+        assert len(said) == LONG_STEPS
+        for name, most in LONG_SHARES.items():
+            early, late = (statistics.median(held[name][start : start + tenth]) for start in (tenth, 9 * tenth))
+            print(f"rank {rank}: {name} {early:.6g} early, {late:.6g} late")
+            assert late < most * early, (rank, name, early, late)
+        for name in ALLOWED:
+            counts = {line[name] for line in said[tenth:]}  # the first validation starts threads
+            print(f"rank {rank}: {name} {sorted(counts)}")
+            assert max(counts) - min(counts) <= ALLOWED[name], (rank, name, counts)

@@ -80,9 +80,9 @@ class MetricsLog:
         try:
             while line:
                 line = line[os.write(descriptor, line) :]
-        except OSError:  # a full disk takes part of it
+        except OSError as error:  # a full disk takes part of it
             os.ftruncate(descriptor, end)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Make the rows durable and accept no more. Does nothing when closed."""

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import shutil
 import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import psutil
 
 from pipeline.core.errors import ExitCode
 from pipeline.core.text import printable
@@ -16,7 +20,12 @@ from pipeline.run.directory import NOT_SAID
 # How long a server may take to give any answer at all before the run goes offline.
 PROBE_SECONDS = 5.0
 INIT_SECONDS = 30.0
-FINISH_SECONDS = 60.0
+# For what is left to be uploaded; offline there is nothing.
+FINISH_SECONDS = {"online": 60.0, "offline": 15.0}
+# W&B is given its rows in memory, and waited for only where it takes none. Longer than that, and its helper is ended.
+PATIENCE_SECONDS = 5.0
+HELPER_NAME = "wandb-core"
+LEAST_FREE_BYTES = 2**16
 STEP_METRIC = "trainer/step"
 
 
@@ -60,6 +69,7 @@ class WandbMirror:
         self.mode = mode
         self._record = record
         self._names_host = names_host
+        self._directory = directory
         self._run: Any = None
         # Its crash reports would go to a server that was not asked for.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -83,7 +93,8 @@ class WandbMirror:
             "config": {**(config or {}), "slurm_job_id": job_id},
         }
         try:
-            self._run = self._start(directory, run_id, _shown(facts))
+            with _patience(INIT_SECONDS + PATIENCE_SECONDS):
+                self._run = self._start(directory, run_id, shown(facts))
         except Exception as error:
             self._give_up(error)
 
@@ -101,12 +112,12 @@ class WandbMirror:
 
     def log_media(self, make: Callable[[], Mapping[str, object]]) -> None:
         """Log the tables, charts and pictures that `make` returns, by name; what goes wrong in it ends the mirror."""
-        self._guard(lambda: self._run.log(dict(make())))
+        self._guard(lambda: self._run.log(dict(make())), FINISH_SECONDS[self.mode])
 
     def summarize(self, values: Mapping[str, float | int | str | None]) -> None:
         """Put results beside the run."""
         self._guard(
-            lambda: self._run.summary.update({key: value for key, value in values.items() if value is not None})
+            lambda: self._run.summary.update({key: shown(value) for key, value in values.items() if value is not None})
         )
 
     def say(self, text: str) -> None:
@@ -124,20 +135,23 @@ class WandbMirror:
             artifact.add_file(str(path))
             self._run.log_artifact(artifact)
 
-        self._guard(log)
+        self._guard(log, FINISH_SECONDS[self.mode])
 
     def finish(self, exit_code: int = 0) -> None:
         """End the run and W&B's processes. Bounded in time; what was not uploaded stays on disk."""
 
         def end() -> None:
-            import wandb
-
             if exit_code == ExitCode.PREEMPTED:
                 self._run.mark_preempting()  # shown as preempted, not as failed
             self._run.finish(exit_code=exit_code)
-            wandb.teardown(exit_code=exit_code)
+            _teardown(exit_code)
 
-        self._guard(end)
+        if self.is_alive:
+            self._guard(end, FINISH_SECONDS[self.mode] + PATIENCE_SECONDS)
+            with contextlib.suppress(OSError):
+                if shutil.disk_usage(self._directory / "wandb").free < LEAST_FREE_BYTES:
+                    _warn(f"the disk of {self._directory / 'wandb'} is full, and W&B may lack rows; {self._record} has"
+                          " everything")  # fmt: skip
         self._run = None
 
     def _start(self, directory: Path, run_id: str, facts: dict[str, Any]) -> Any:
@@ -153,7 +167,7 @@ class WandbMirror:
             disable_git=True,
             save_code=False,
             init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
+            finish_timeout=FINISH_SECONDS[self.mode],
         )
         if not self._names_host:
             settings.host = NOT_SAID
@@ -164,11 +178,12 @@ class WandbMirror:
         run.define_metric("*", step_metric=STEP_METRIC)
         return run
 
-    def _guard(self, action: Callable[[], None]) -> None:
-        """Do something with the run, if there is one still."""
+    def _guard(self, action: Callable[[], None], seconds: float = PATIENCE_SECONDS) -> None:
+        """Do something with the run, if there is one still, in at most so many seconds."""
         if self._run is not None:
             try:
-                action()
+                with _patience(seconds):
+                    action()
             except Exception as error:
                 self._give_up(error)
 
@@ -177,18 +192,56 @@ class WandbMirror:
         reason = " ".join(str(error).split())[:200]
         _warn(f"W&B is off from here on ({type(error).__name__}: {reason}); {self._record} has everything")
         # Its helper process goes too; what it had written can still be uploaded.
-        with contextlib.suppress(Exception):
-            import wandb
-
-            wandb.teardown(exit_code=1)
+        with contextlib.suppress(Exception), _patience(PATIENCE_SECONDS):
+            _teardown(1)
 
 
-def _shown(value: Any) -> Any:
+def _teardown(exit_code: int) -> None:
+    """End W&B's helper process, and wait for its end."""
+    import wandb
+
+    try:
+        wandb.teardown(exit_code=exit_code)
+    except SystemExit as error:  # it would end this process with the helper's code
+        raise RuntimeError(f"its helper process ended with {error.code}") from error
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """End W&B's helper process where the block takes longer: whatever waits for it, in any of its locks, then fails.
+
+    Raises:
+        TimeoutError: It was ended, however the block has ended then.
+    """
+    late = threading.Event()
+
+    def end_helper() -> None:
+        late.set()
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() == HELPER_NAME:
+                    child.kill()  # one that is stopped obeys nothing else
+
+    timer = threading.Timer(seconds, end_helper)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if not late.is_set():
+            raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError(f"its helper process gave no answer for {seconds:g} s, and is ended")
+
+
+def shown(value: Any) -> Any:
     """Return plain values with texts as a page may show them."""
     if isinstance(value, Mapping):
-        return {_shown(key): _shown(inner) for key, inner in cast(Mapping[Any, Any], value).items()}
+        return {shown(key): shown(inner) for key, inner in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):
-        return [_shown(inner) for inner in cast(list[Any], value)]
+        return [shown(inner) for inner in cast(list[Any], value)]
     return printable(value) if isinstance(value, str) else value
 
 

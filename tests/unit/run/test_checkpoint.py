@@ -23,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.core import files
 from pipeline.core.errors import CheckpointError
 from pipeline.core.files import sha256_of_file
 from pipeline.run import checkpoint_checks
@@ -592,11 +593,22 @@ def test_the_best_is_the_last_resort(tmp_path: Path) -> None:
     assert step == 1 and len(warnings) == 2
 
 
-def test_a_leftover_that_is_a_second_name_is_never_written_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["hardlink_to", "symlink_to"])
+def test_what_has_the_temporary_name_is_never_written_through(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can know that name; were it known, what lies there would still be left as it is."""
     io = save(tmp_path, 1)
     path = checkpoint_path(tmp_path, 1)
-    (tmp_path / f"best.ckpt.tmp.{os.getpid()}").hardlink_to(path)
-    (tmp_path / f"step=000000002.ckpt.tmp.{os.getpid()}").hardlink_to(path)
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "guessed")
+    for name in ("best.ckpt", "step=000000002.ckpt"):
+        getattr(tmp_path / f"{name}.tmp.guessed.{os.getpid()}", kind)(path)
+    with pytest.raises(CheckpointError, match="File exists"):
+        io.keep_as_best(path, score=0.5, metric="val/top1")
+    with pytest.raises(CheckpointError, match="File exists"):
+        save(tmp_path, 2, io=io)
+    verify(path)
+    monkeypatch.undo()
     io.keep_as_best(path, score=0.5, metric="val/top1")
     save(tmp_path, 2, io=io)
     verify(path)

@@ -155,6 +155,36 @@ def test_a_dead_wandb_does_not_hurt(run: RunDirectory, capsys: pytest.CaptureFix
     gc.collect()
 
 
+@pytest.mark.parametrize("logs", [False, True], ids=["at the end", "while rows come"])
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # as above
+def test_a_stopped_wandb_neither_holds_a_training_nor_its_end(
+    logs: bool, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGSTOP: it dies of nothing but SIGKILL, and its socket takes rows until it is full."""
+    monkeypatch.setattr(wandb_mirror, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_mirror, "FINISH_SECONDS", {"offline": 1.0})
+    ending = wandb_processes()
+    num_rows = 5000 if logs else 2
+    with track(run) as tracker:
+        tracker.log(1, ROW)
+        (core,) = [p for p in wandb_processes() if p not in ending and p.name() == "wandb-core"]
+        core.suspend()
+        deadline = time.monotonic() + 20
+        while core.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for step in range(2, num_rows):
+            tracker.log(step, ROW)
+        assert tracker.mode == ("disabled" if logs else "offline")
+    assert len(list(read_rows(run.metrics))) == num_rows - 1
+    assert not psutil.pid_exists(core.pid) or core.status() == psutil.STATUS_ZOMBIE
+    warned = capsys.readouterr().err
+    assert (
+        warned.count("W&B is off") == 1 and "gave no answer for" in warned and "metrics.jsonl has everything" in warned
+    )
+    gc.collect()
+
+
 # --- online ---
 
 
