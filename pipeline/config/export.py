@@ -22,6 +22,19 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """How long ONNX files are run for their latency, on one thread."""
+
+    num_windows: int = 5
+    """The median of the windows is told. 0: latency is not measured."""
+    window_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        require(self.num_windows >= 0, f"latency.num_windows={self.num_windows} must be 0 or more.")
+        require(self.window_seconds > 0, f"latency.window_seconds={self.window_seconds} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Files to ship one set of weights as, with what each costs in accuracy."""
 
@@ -44,6 +57,7 @@ class ExportConfig:
     """Shards of pictures to calibrate on and to judge by. Without data.root the package needs max_bytes, and nothing is
     judged."""
     calibration: CalibrationConfig
+    latency: LatencyConfig
     model: ModelConfig
     """Without `model=NAME`: what the checkpoint says, its input included. Other weights do not say, and need it."""
 

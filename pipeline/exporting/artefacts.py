@@ -1,6 +1,5 @@
 """The table of what `export` wrote: a row per file, as JSON and as sentences."""
 
-import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass
@@ -12,10 +11,13 @@ import torch
 from pipeline.core.files import write_bytes_atomic
 from pipeline.core.missing import Missing, known, to_json
 from pipeline.core.schemas.artefacts import ArtefactsJson
+from pipeline.core.units import format_bytes
+from pipeline.exporting.fits import alexnet_bytes, fp32_bytes, memory, memory_sentences
 from pipeline.exporting.judging import Judgement
+from pipeline.exporting.onnx_run import OnnxRun
 from pipeline.exporting.sensitivity import layers_of
-from pipeline.models import zoo
-from pipeline.training.trained import NUM_IMAGENET_CLASSES, Trained
+from pipeline.run.provenance import describe_cpu
+from pipeline.training.trained import Trained
 
 FILES = {
     "safetensors": "model.safetensors",
@@ -40,6 +42,7 @@ class Artefact:
     bytes_by_part: dict[str, int]
     judged: Judgement | None = None
     calibrated: Judgement | None = None
+    onnx_run: OnnxRun | None = None
 
     @classmethod
     def write(cls, directory: Path, kind: str, content: bytes, parts: dict[str, int]) -> "Artefact":
@@ -55,18 +58,6 @@ class Artefact:
         write_bytes_atomic(directory / FILES[kind], content)
         digest = hashlib.sha256(content).hexdigest()
         return cls(kind=kind, file=FILES[kind], num_bytes=len(content), sha256=digest, bytes_by_part=parts)
-
-
-def fp32_bytes(model: torch.nn.Module) -> int:
-    """Return what all floating-point tensors of a network take in fp32."""
-    return sum(value.numel() * NUM_FLOAT_BYTES for value in model.state_dict().values() if value.is_floating_point())
-
-
-@functools.cache
-def alexnet_bytes() -> int:
-    """Return the bytes of AlexNet's weights in fp32, the paper's yardstick."""
-    with torch.device("meta"):
-        return fp32_bytes(zoo.build("alexnet", NUM_IMAGENET_CLASSES))
 
 
 def lossless_bytes(model: torch.nn.Module) -> int:
@@ -91,6 +82,7 @@ def as_json(trained: Trained, artefacts: list[Artefact], *, judged_on_calibratio
     own, weights = fp32_bytes(trained.model), [layer.weight for _, layer in layers_of(trained.model)]
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     package = next((artefact for artefact in artefacts if artefact.kind == "package"), None)
+    cpu = describe_cpu()
     tree = {
         "schema": 1,
         "checkpoint": trained.origin,
@@ -103,6 +95,9 @@ def as_json(trained: Trained, artefacts: list[Artefact], *, judged_on_calibratio
         ),
         "lossless_bytes": lossless_bytes(trained.model),
         "judged_on_calibration": judged_on_calibration,
+        "memory": memory(trained),
+        "cpu_model": cpu["model"],
+        "cpu_flags": cpu["flags"],
         "artefacts": [_row(artefact, own, judged_on_calibration) for artefact in artefacts],
     }
     content, reasons = to_json(tree)
@@ -124,6 +119,7 @@ def _row(artefact: Artefact, own_bytes: int, judged_on_calibration: bool) -> dic
         "bytes_by_part": artefact.bytes_by_part,
         "judged": _judgement(artefact.judged, no_pictures),
         "calibrated": _judgement(artefact.calibrated, same if judged_on_calibration else no_pictures),
+        "onnx_run": _onnx_run(artefact.onnx_run),
     }
 
 
@@ -134,6 +130,13 @@ def _judgement(judgement: Judgement | None, reason: str) -> object:
     if not math.isfinite(judgement.loss_change_standard_error):
         tree["loss_change_standard_error"] = Missing("There was one picture.")
     return tree
+
+
+def _onnx_run(run: OnnxRun | None) -> object:
+    if run is None:
+        return Missing("Only ONNX files are run by ONNX Runtime.")
+    tree = asdict(run)
+    return {name: known(value, "latency.num_windows=0 leaves it out.") for name, value in tree.items()}
 
 
 def row_sentence(artefact: Artefact, trained: Trained) -> str:
@@ -166,10 +169,27 @@ def sentences(trained: Trained, content: ArtefactsJson) -> list[str]:
                 f" {row['seconds_at_1_mbit']:.2f} s at 1 Mbit/s, {row['seconds_at_60_kbit']:.0f} s at 60 kbit/s"
                 f" (calculated). Bytes: {parts}."
             )
+    told += [*memory_sentences(content), *_of_onnx_runtime(content)]
     judged = next((row["judged"] for row in content["artefacts"] if row["judged"] is not None), None)
     if judged is not None:
         told.append(
             f"{judged['num_images']} pictures judged: one of them is {1 / judged['num_images']:.2%}, so small changes"
             " of top-1 say little; the loss says more."
+        )
+    return told
+
+
+def _of_onnx_runtime(content: ArtefactsJson) -> list[str]:
+    told: list[str] = []
+    for row in content["artefacts"]:
+        run = row["onnx_run"]
+        if run is None:
+            continue
+        latency = ""
+        if run["p50_seconds"] is not None and run["p90_seconds"] is not None:
+            latency = f", {run['p50_seconds'] * 1e3:.2f} ms a picture (p90 {run['p90_seconds'] * 1e3:.2f})"
+        told.append(
+            f"{row['file']} in ONNX Runtime, one thread: activations {format_bytes(run['activation_peak_bytes'])}, the"
+            f" process grew by {format_bytes(run['process_peak_bytes'])}{latency}."
         )
     return told

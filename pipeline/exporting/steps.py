@@ -15,7 +15,7 @@ from pipeline.config.export import ExportConfig
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.files import write_json_atomic, write_text_atomic
 from pipeline.data.index import open_split
-from pipeline.exporting import files
+from pipeline.exporting import files, onnx_run
 from pipeline.exporting.artefacts import Artefact, as_json, row_sentence, sentences
 from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
 from pipeline.exporting.package import Made, PackageMaker, read_package
@@ -136,6 +136,10 @@ def write_artefacts(
         if material is not None:
             own = None if material.is_the_same else material.judge_on_calibration(network)
             artefact = dataclasses.replace(artefact, judged=material.judge(network), calibrated=own)
+        if kind.startswith("onnx"):
+            artefact = dataclasses.replace(
+                artefact, onnx_run=onnx_run.measure(directory.path / artefact.file, config.latency)
+            )
         made.append(artefact)
         print(row_sentence(artefact, trained), flush=True)
 

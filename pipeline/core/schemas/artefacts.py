@@ -28,6 +28,73 @@ class JudgementJson(TypedDict):
     """Probability of as uneven a split of the pictures that one alone has right, if both were as good (exact)."""
 
 
+class OnnxRunJson(TypedDict):
+    """An ONNX file in ONNX Runtime, for one picture on one thread, in a process of its own."""
+
+    activation_peak_bytes: int
+    """Most bytes that operators had asked for at once, by the runtime's own account."""
+    process_peak_bytes: int
+    """What the process grew by at most: weights, their packed copies, activations and workspaces."""
+    p50_seconds: float | None
+    """Median of the windows' medians; null: latency was not measured."""
+    p90_seconds: float | None
+    """Median of the windows' 90th percentiles; null: latency was not measured."""
+    num_windows: int
+    """Number of windows."""
+    window_seconds: float
+    """Length of each, at least."""
+
+
+class PeakJson(TypedDict):
+    """The most activations alive at once."""
+
+    num_elements: int
+    """Of one picture: bytes in int8, a quarter of the bytes in fp32."""
+    module: str
+    """Path of the module that is running then."""
+
+
+class PeaksJson(TypedDict):
+    """By plan of where they lie. ReLU, batch normalisation and additions replace what they read in all of them."""
+
+    copied: PeakJson
+    """A Concat copies its inputs."""
+    in_place: PeakJson
+    """The inputs of a Concat are written to where its output lies; a depthwise convolution replaces its input."""
+    streamed: PeakJson | None
+    """As in_place, and the first convolution and pooling go by rows; null: they do not follow one another."""
+
+
+class FitJson(TypedDict):
+    """A class of hardware, and a number format."""
+
+    hardware: str
+    """The class."""
+    memory_bytes: int
+    """Its memory."""
+    number_format: str
+    """`fp32` or `int8`, of weights and activations."""
+    weights_bytes: int
+    """Of all parameters in that format."""
+    are_weights_in_it: bool
+    """Whether they have to lie in that memory too, or are read from flash."""
+    plan: str | None
+    """The plan, of those above the one that asks least of whoever writes the code, by which it fits; null: none."""
+
+
+class MemoryJson(TypedDict):
+    """What one picture's answer takes, calculated. Code and workspaces are not in it."""
+
+    image_size: int
+    """Side of the picture in pixels."""
+    activations: PeaksJson
+    """Of this model."""
+    alexnet_activations: PeaksJson
+    """Of AlexNet, 224x224 pixels: the paper's yardstick for weights."""
+    fits: list[FitJson]
+    """Whether it fits."""
+
+
 class ArtefactJson(TypedDict):
     """One file."""
 
@@ -53,6 +120,8 @@ class ArtefactJson(TypedDict):
     """On pictures that nothing was calibrated on, unless `judged_on_calibration` says otherwise."""
     calibrated: JudgementJson | None
     """On the pictures by which it was rounded."""
+    onnx_run: OnnxRunJson | None
+    """Of ONNX files: what ONNX Runtime takes to answer one picture on this machine."""
 
 
 class ArtefactsJson(TypedDict):
@@ -76,6 +145,12 @@ class ArtefactsJson(TypedDict):
     """What the coded weights would take without rounding: the entropy of their values, and a table of them."""
     judged_on_calibration: bool
     """Whether the pictures that judge are those by which it was rounded, for want of others."""
+    memory: MemoryJson
+    """Whether weights and activations fit small hardware."""
+    cpu_model: str
+    """The processor on which `onnx_run` was measured: compare latencies of one processor alone."""
+    cpu_flags: list[str]
+    """Those of its instruction sets that matter here."""
     artefacts: list[ArtefactJson]
     """One row per file."""
     null_reasons: dict[str, str]
