@@ -4,6 +4,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pipeline.exporting.fits import alexnet_bytes, fp32_bytes, memory, memory_se
 from pipeline.exporting.judging import Judgement
 from pipeline.exporting.onnx_run import OnnxRun
 from pipeline.exporting.sensitivity import layers_of
+from pipeline.models.sqz.delta import base_sha256
 from pipeline.run.provenance import describe_cpu
 from pipeline.training.trained import Trained
 
@@ -102,6 +104,21 @@ def as_json(trained: Trained, artefacts: list[Artefact], *, judged_on_calibratio
     }
     content, reasons = to_json(tree)
     return {**content, "null_reasons": reasons}  # type: ignore[typeddict-item]
+
+
+def offer(directory: Path, artefacts: list[Artefact]) -> dict[str, Any]:
+    """Return latest.json, by which a device finds what is new (pipeline.models.sqz.update).
+
+    Args:
+        directory: Of the files.
+        artefacts: The files.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for artefact in artefacts:
+        rows[artefact.kind] = {name: getattr(artefact, name) for name in ("file", "num_bytes", "sha256")}
+        if artefact.kind == "delta":
+            rows["delta"]["base_sha256"] = base_sha256((directory / artefact.file).read_bytes())
+    return {"schema": 1, "files": rows}
 
 
 def _row(artefact: Artefact, own_bytes: int, judged_on_calibration: bool) -> dict[str, object]:

@@ -16,10 +16,11 @@ from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.files import write_json_atomic, write_text_atomic
 from pipeline.data.index import open_split
 from pipeline.exporting import files, onnx_run
-from pipeline.exporting.artefacts import Artefact, as_json, row_sentence, sentences
+from pipeline.exporting.artefacts import Artefact, as_json, offer, row_sentence, sentences
 from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
 from pipeline.exporting.package import Made, PackageMaker, read_package
 from pipeline.exporting.sensitivity import Sensitivity, measure
+from pipeline.models.sqz.update import OFFER
 from pipeline.run.directory import RunDirectory
 from pipeline.training.scoring import match_outputs
 from pipeline.training.trained import Trained, load_trained
@@ -189,7 +190,7 @@ def conclude(
     artefacts: list[Artefact],
     directory: RunDirectory,
 ) -> None:
-    """Write artefacts.json and .csv, and tell what was made.
+    """Write artefacts.json and .csv, and latest.json for devices, and tell what was made.
 
     Args:
         config: Of the command.
@@ -213,6 +214,7 @@ def conclude(
     table.writerow(columns)
     table.writerows([row.get(column) for column in columns] for row in rows)
     write_text_atomic(directory.path / "artefacts.csv", text.getvalue())
+    write_json_atomic(directory.path / OFFER, offer(directory.path, artefacts))  # last: what it names is there
     for sentence in sentences(trained, content):
         print(sentence)
     print(f"Files, artefacts.json and artefacts.csv are in {directory.path}.")

@@ -93,6 +93,11 @@ def apply_delta(base: bytes, delta: bytes) -> bytes:
     return made
 
 
+def base_sha256(delta: bytes) -> str:
+    """Return the SHA-256 of the older package that a delta belongs to, in hexadecimal."""
+    return DELTA_HEAD.unpack_from(delta)[2].hex()
+
+
 def _sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
