@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +20,8 @@ from pipeline.core.errors import ExitCode
 from pipeline.core.files import write_text_atomic
 
 VARIABLE = "SQUEEZEWIRE_CAUSES"
+PIPE_VARIABLE = "SQUEEZEWIRE_CAUSES_PIPE"
+"""Where ranks that a launcher of ours started say the same to it: a descriptor, and which pipe that must be."""
 _LOST = "lost the others"
 LONGEST_END_SECONDS = 60.0
 """Time that a finished rank has for its end: its result is durable by then, so that nothing is worth more waiting."""
@@ -72,17 +74,32 @@ def leave(code: int) -> NoReturn:
 
 def leave_cause(code: int, *, has_lost_others: bool) -> None:
     """Leave the cause of a rank that ends with `code`. Never fails: a rank that cannot write has its log."""
-    directory = os.environ.get(VARIABLE)
-    if not directory or code in (ExitCode.DONE, ExitCode.PREEMPTED):
+    if code in (ExitCode.DONE, ExitCode.PREEMPTED):
         return
-    with contextlib.suppress(OSError):
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        write_text_atomic(Path(directory) / f"rank{rank() or '0'}", _LOST if has_lost_others else str(code))
+    cause = _LOST if has_lost_others else str(code)
+    with contextlib.suppress(OSError, ValueError):
+        pipe = os.environ.get(PIPE_VARIABLE, "")
+        descriptor = int(pipe.partition(":")[0])
+        if name_of_pipe(descriptor) == pipe:  # else it is another file's by now: the launcher is further up
+            os.write(descriptor, f"{cause}\n".encode())
+    if directory := os.environ.get(VARIABLE):
+        with contextlib.suppress(OSError):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            write_text_atomic(Path(directory) / f"rank{rank() or '0'}", cause)
+
+
+def name_of_pipe(descriptor: int) -> str:
+    """Return the value of PIPE_VARIABLE for the writing end of a pipe."""
+    return f"{descriptor}:{os.fstat(descriptor).st_ino}"
 
 
 def read_causes(directory: str | None) -> Causes:
     """Return what `leave_cause` left in the directory; nothing if there is no such directory."""
-    words = list(_words(Path(directory).glob("rank*"))) if directory else []
+    return causes_of(list(_words(Path(directory).glob("rank*"))) if directory else [])
+
+
+def causes_of(words: Sequence[str]) -> Causes:
+    """Return what these words of `leave_cause` say."""
     return Causes(tuple(int(word) for word in words if word.isdigit()), words.count(_LOST))
 
 

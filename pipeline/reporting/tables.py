@@ -189,8 +189,14 @@ def cards_table(ledger: LedgerJson) -> Table:
         Column("unit", "counts", note="frames of the wire, or what is handed to the card before it is cut into frames"),
         Column("interface_bytes", "card", _exact, "everything the card sent while the run trained"),
         Column("tcp_bytes", "connections", _exact, "data of the ranks and of torch's store, retransmissions included"),
+        Column("retransmitted_bytes", "sent again", _exact, "of the connections' bytes, those that TCP sent again"),
         Column("header_bytes", "headers", _exact, "Ethernet, IP and TCP, of every packet"),
-        Column("residual_fraction", "unexplained", lambda share: MISSING if share is None else f"{share:+.4%}"),
+        Column(
+            "residual_fraction",
+            "unexplained",
+            lambda share: MISSING if share is None else f"{share:+.4%}",
+            "other traffic; where packets are lost or late also selective acknowledgements, which no counter has",
+        ),
     )
     return make_table("", columns, [{**card, "unit": unit[card["segmentation_offload"]]} for card in cards])
 

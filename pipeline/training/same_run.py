@@ -162,7 +162,6 @@ def compare(exchange: StoreExchange, facts: Facts) -> list[Difference]:
     texts = exchange.gather(text)
     found = None if texts is None else find_differences([json.loads(of_rank) for of_rank in texts])
     told = exchange.share(None if found is None else json.dumps([[one.key, one.values] for one in found]))
-    exchange.gather("heard")  # rank 0 may hold the store: it must not leave before all others have read
     return [Difference(key, tuple(values)) for key, values in json.loads(told)]
 
 

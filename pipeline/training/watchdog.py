@@ -143,6 +143,9 @@ class StepWatchdog(pl.Callback):
             file=sys.stderr,
             flush=True,
         )
+        for address in [] if self.world.counter is None else self.world.counter.unanswered():
+            print(f"The network: what rank {self.world.rank} sent to {address} does not arrive, though sent again.",
+                  file=sys.stderr, flush=True)  # fmt: skip
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
 
     def _stop(self) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import re
 import socket
 import threading
 import time
@@ -33,16 +32,12 @@ from pipeline.run.launch import network
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
 from pipeline.training import same_run
+from pipeline.training.lost_peers import cause_of, gist_of, is_of_a_lost_peer
 from pipeline.training.meeting import Meeting, same_error, settle_places
 
 T = TypeVar("T")
 # Ranks that wait for long work of another one meet after this share of a collective's patience.
 SHARE_OF_TIMEOUT = 0.25
-# How gloo reports a peer that stayed silent, to the transfer that waited longest, and to the others whose connection it
-# closes then; several buckets wait at once, and which of them is heard of first is chance.
-OF_A_SILENT_PEER = ("Timed out waiting", "Application timeout caused pair closure")
-# The same and how it reports a connection that broke.
-OF_A_LOST_PEER = ("gloo/transport", *OF_A_SILENT_PEER)
 
 
 @dataclass(frozen=True)
@@ -212,20 +207,6 @@ def _begun(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def _is_of_a_lost_peer(error: RuntimeError) -> bool:
-    """Whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
-
-
-def _gist(error: RuntimeError) -> str:
-    """The one clause of gloo's report that says something: `Connection closed by peer`."""
-    if any(words in str(error) for words in OF_A_SILENT_PEER):
-        return "silent for longer than cluster.step_timeout_seconds, outside steps cluster.timeout_seconds"
-    words = str(error).partition("\n")[0]
-    found = re.search(r"gloo/transport/\S+\] (.*?)(?: \[|\. |$)", words)
-    return found[1] if found else words[:200]
-
-
 @contextlib.contextmanager
 def join_group(
     ranks: RankInfo,
@@ -276,19 +257,19 @@ def join_group(
         patience, stop = cluster.timeout_seconds, stop or StopRequest()
         yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop, exchange)
     except RuntimeError as error:
-        if not _is_of_a_lost_peer(error):
+        if not is_of_a_lost_peer(error):
             raise
         if stop is not None and stop.asked:
-            raise Preempted(f"{stop.name} came, and another rank is gone: {_gist(error)}.") from error
+            raise Preempted(f"{stop.name} came, and another rank is gone: {gist_of(error)}.") from error
         if stop is not None and stop.was_just_resumed():
             raise Preempted(
-                f"Rank {ranks.rank} was suspended for longer than the ranks wait for one another ({_gist(error)})."
+                f"Rank {ranks.rank} was suspended for longer than the ranks wait for one another ({gist_of(error)})."
                 " The same command goes on from the last checkpoint."
             ) from error
         where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
         raise PeerLost(
-            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({_gist(error)}): the cause is in"
-            " what that rank said, here or in its own log."
+            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({gist_of(error)}):"
+            f" {cause_of(error)}."
         ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     meter.detach()
@@ -368,7 +349,7 @@ def _begin_group(meeting: Meeting, ranks: RankInfo, backend: str, timeout_second
     try:
         beginning.result(0)
     except (RuntimeError, TimeoutError) as error:
-        reason = f" ({_gist(error)})" if isinstance(error, RuntimeError) else ""
+        reason = f" ({gist_of(error)})" if isinstance(error, RuntimeError) else ""
         raise PeerLost(
             f"Rank {ranks.rank} got no connections with the others within {timeout_seconds:g} s{reason}:"
             f" {meeting.places}. Can they reach one another there, on all ports from 1024 on? Else set"

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import ConfigError
-from pipeline.run.launch.supervisor import Ended, Grace, RankCommand, exit_code_of, supervise, supervise_commands
+from pipeline.run.launch.children import RankCommand
+from pipeline.run.launch.ends import Ended, exit_code_of
+from pipeline.run.launch.supervisor import Grace, supervise, supervise_commands
 from tests.waiting import wait_until
 
 MARK = "SQUEEZEWIRE_TEST_MARK"
@@ -212,7 +214,8 @@ def test_ranks_that_die_of_a_passed_signal_give_the_code_of_a_shell(tmp_path: Pa
 
 STOPPED_WHILE_STARTING = """
 import os, signal, sys
-from pipeline.run.launch.supervisor import RankCommand, supervise_commands
+from pipeline.run.launch.children import RankCommand
+from pipeline.run.launch.supervisor import supervise_commands
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 if sys.argv[1] == "none":
@@ -300,3 +303,25 @@ TERM, KILL, USR1 = int(signal.SIGTERM), int(signal.SIGKILL), int(signal.SIGUSR1)
 )
 def test_exit_code_of(ended: list[Ended], forwarded: list[int], code: int) -> None:
     assert exit_code_of(ended, forwarded) == code
+
+
+SAY = "from pipeline.core.exits import leave_cause; leave_cause({code}, has_lost_others={lost}); sys.exit({code})"
+LOST, OWN = SAY.format(code=1, lost=True), SAY.format(code=1, lost=False)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "code"),
+    [
+        ((LOST, LOST), 75),
+        ((LOST, OWN), 1),
+        ((LOST, "sys.exit(1)"), 1),
+        ((LOST, "os.kill(os.getpid(), 9)"), 1),
+        ((LOST, "signal.signal(15, lambda *_: sys.exit(75)); ready(); time.sleep(60)"), 75),
+        ((f"ready(); os.close(int(os.environ['SQUEEZEWIRE_CAUSES_PIPE'].partition(':')[0])); {LOST}", LOST), 1),
+    ],
+)
+def test_ranks_that_only_lost_one_another_may_come_back(
+    bodies: tuple[str, str], code: int, tmp_path: Path, mark: dict[str, str]
+) -> None:
+    body = f"if rank == 0:\n    {bodies[0]}\n{bodies[1]}"
+    assert supervise(rank_command(tmp_path, body), 2, environment=mark, grace=Grace(peer_seconds=1)) == code

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import HERE, SMALL, fired, run, train
+from tests.commands import HERE, SMALL, TRAIN_RECORDED, fired, run, train
 from tests.comparing import differences, load
 from tests.distributed.test_lab import PATH, PRIVATE, REPOSITORY, possible
 from tests.making.pairs import PAIR_OPTIONS, Pair
@@ -41,6 +41,27 @@ def test_a_network_namespace_without_a_loopback_is_a_sentence(shards: Path, tmp_
     output = run(["-m", "pipeline.train", *where], expect=2, prefix=[*PRIVATE, "--net"]).output
     assert output.count("The loopback interface of ") == 1 and "`ip link set lo up`" in output, output
     assert "Traceback" not in output and "frame #" not in output
+
+
+def test_a_run_on_one_machine_listens_on_its_loopback_alone(shards: Path, tmp_path: Path) -> None:
+    """The kernel's list of listening sockets amid a step, in a namespace with an interface that others reach."""
+    reached = "ip link set lo up && ip link add out type veth peer name in && ip address add 10.9.9.1/24 dev out"
+    own = [*PRIVATE, "--net", "sh", "-c", f'{reached} && ip link set out up && exec "$@"', "sh"]
+    listening = tmp_path / "listening"
+    environment = {
+        "PATH": PATH,
+        "FED_TO": str(tmp_path),
+        "KILL_AT": "1 5 backward shell",
+        "DO": f"cat /proc/net/tcp /proc/net/tcp6 > {listening}; ip address > {tmp_path}/addresses",
+    }
+    where = [f"run_root={tmp_path}", f"data.root={shards}", "name=a", "cluster.devices=2", *SMALL]
+    run([str(TRAIN_RECORDED), *where, "tracking=disabled"], environment=environment, prefix=own)
+    assert [what for _, what in fired(tmp_path)] == ["1 5 backward shell"]
+    assert "10.9.9.1" in (tmp_path / "addresses").read_text()
+    sockets = [line.split() for line in listening.read_text().splitlines()]
+    at = [local for _, local, _, state, *_ in sockets if state == "0A"]  # TCP_LISTEN
+    assert len(at) >= 3  # the store, and gloo's of each rank
+    assert all(address.partition(":")[0].endswith("0100007F") for address in at), at  # 127.0.0.1, also as IPv6 has it
 
 
 def test_a_stranger_on_a_third_server_is_no_rank_and_hurts_nobody(

@@ -19,6 +19,8 @@ from pipeline.comm.kernel.interface import (
 from pipeline.comm.kernel.report import ConnectionReport, Endpoint, InterfaceReport, RankReport, label_of
 from pipeline.comm.kernel.sockets import Connection, TcpCounts, own_connections
 
+MANY_TIMEOUTS = 3
+"""In a row: at first TCP waits 0.2 s and more, then each time twice as long."""
 _TRAIN, _OPEN_TRAIN = label_of("train", True), label_of("train", False)
 
 
@@ -122,22 +124,30 @@ class SocketCounter(MeterObserver):
     # --- for the comparison ---
 
     def report(self) -> RankReport:
-        """Return what this rank tells the others. Nothing of this rank may be under way."""
-        return RankReport(
-            tuple(
-                ConnectionReport(
-                    local=watched.connection.local,
-                    remote=watched.connection.remote,
-                    store=self._is_store(watched.connection),
-                    by_label=dict(watched.by_label),
-                    retransmitted_bytes=watched.last.retransmitted_bytes,
-                    on_wire_bytes=_on_wire(watched),
-                    segment_header_bytes=66 if watched.last.has_timestamps else 54,
-                )
-                for watched in self._watched.values()
-            ),
-            self._interface_report(),
+        """Return what this rank tells the others. Nothing of this rank may be under way.
+
+        TCP may have sent something again since the last count, so connections and card are read together.
+        """
+        return RankReport(tuple(map(self._connection_report, self._watched.values())), self._interface_report())
+
+    def _connection_report(self, watched: _Watched) -> ConnectionReport:
+        first, now = watched.first, watched.connection.counts() or watched.last
+        return ConnectionReport(
+            local=watched.connection.local,
+            remote=watched.connection.remote,
+            store=self._is_store(watched.connection),
+            by_label=dict(watched.by_label),
+            retransmitted_bytes=now.retransmitted_bytes,
+            on_wire_bytes=max(0, now.on_wire_bytes - first.on_wire_bytes),
+            again_on_wire_bytes=max(0, now.retransmitted_bytes - first.retransmitted_bytes),
+            segment_header_bytes=66 if now.has_timestamps else 54,
+            is_disturbed=now.is_disturbed,
         )
+
+    def unanswered(self) -> list[str]:
+        """Return the addresses of those who did not acknowledge what was sent, though it was sent again."""
+        counts = [(watched.connection.remote[0], watched.connection.counts()) for watched in self._watched.values()]
+        return sorted({address for address, now in counts if now is not None and now.num_timeouts >= MANY_TIMEOUTS})
 
     def _interface_report(self) -> InterfaceReport | None:
         name, start = self._interface_name, self._interface_start
@@ -155,11 +165,3 @@ class SocketCounter(MeterObserver):
             for inode, watched in self._watched.items()
             if watched.connection.local in wanted and not self._is_store(watched.connection)
         }
-
-
-def _on_wire(watched: _Watched) -> int:
-    """Return the data bytes that have left through the card since `start_interface`, retransmissions included."""
-    first, last = watched.first, watched.last
-    now = last.sent_bytes - last.unsent_bytes + last.retransmitted_bytes
-    before = first.sent_bytes - first.unsent_bytes + first.retransmitted_bytes
-    return max(0, now - before)

@@ -29,7 +29,11 @@ class ConnectionReport:
     on_wire_bytes: int
     """Data bytes that have left through the card since it was first read, retransmissions included."""
     segment_header_bytes: int
-    """Bytes of Ethernet, IP and TCP headers of a segment."""
+    """Bytes of Ethernet, IP and TCP headers of a segment, without selective acknowledgements."""
+    again_on_wire_bytes: int = 0
+    """Of `on_wire_bytes`, those sent again."""
+    is_disturbed: bool = False
+    """Whether anything was sent again, or arrived twice or out of order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Offsets into struct tcp_info, <linux/tcp.h>. The fields up to tcpi_bytes_retrans exist since Linux 4.19.
-_OPTIONS, _SEGS_OUT, _NOTSENT, _BYTES_SENT, _END_OF_BYTES_RETRANS = 5, 136, 144, 200, 216
-_TCP_INFO_BYTES = 232
+_TIMEOUTS, _OPTIONS, _SEGS_OUT, _NOTSENT, _BYTES_SENT, _END_OF_BYTES_RETRANS = 2, 5, 136, 144, 200, 216
+_DSACK_DUPS, _RCV_OOOPACK, _TCP_INFO_BYTES = 216, 224, 232  # the second since Linux 5.4
 _OPTION_TIMESTAMPS = 1
 
 
@@ -30,6 +30,16 @@ class TcpCounts:
     """Segments sent, acknowledgements without data included."""
     has_timestamps: bool
     """Whether each segment carries TCP's timestamp option."""
+    is_disturbed: bool = False
+    """Whether anything was sent again, or arrived twice or out of order: then segments carry selective
+    acknowledgements, too."""
+    num_timeouts: int = 0
+    """How many times in a row what was sent last was sent again in vain."""
+
+    @property
+    def on_wire_bytes(self) -> int:
+        """Data bytes that have left through the card, those sent again included."""
+        return self.sent_bytes - self.unsent_bytes + self.retransmitted_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +78,16 @@ def parse_tcp_info(info: bytes) -> TcpCounts | None:
     (segments,) = struct.unpack_from("I", info, _SEGS_OUT)
     (unsent,) = struct.unpack_from("I", info, _NOTSENT)
     sent, retransmitted = struct.unpack_from("QQ", info, _BYTES_SENT)
+    whole = info.ljust(_TCP_INFO_BYTES, b"\0")
+    disturbances = [struct.unpack_from("I", whole, at)[0] for at in (_DSACK_DUPS, _RCV_OOOPACK)]
     return TcpCounts(
         sent_bytes=sent - retransmitted + unsent,
         retransmitted_bytes=retransmitted,
         unsent_bytes=unsent,
         segments=segments,
         has_timestamps=bool(info[_OPTIONS] & _OPTION_TIMESTAMPS),
+        is_disturbed=any((retransmitted, *disturbances)),
+        num_timeouts=info[_TIMEOUTS],
     )
 
 

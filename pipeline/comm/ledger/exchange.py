@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+HEARD = "/heard"
+
 
 class StoreExchange:
     """Texts from all ranks to rank 0 and back, through the process group's store. All calls are collective."""
@@ -38,13 +40,20 @@ class StoreExchange:
         return [text, *(self._take(self._key(rank)) for rank in range(1, self.world_size))]
 
     def share(self, text: str | None) -> str:
-        """Return rank 0's text on every rank; the others give None."""
+        """Return rank 0's text on every rank; the others give None.
+
+        Rank 0 returns when all have it: should that rank end now, the store may end with it.
+        """
         self._round += 1
         if self.rank != 0:
-            return self._take(self._key(self.rank))
+            told = self._take(self._key(self.rank))
+            self._store.set(self._key(self.rank) + HEARD, "")
+            return told
         assert text is not None
         for rank in range(1, self.world_size):
             self._store.set(self._key(rank), text)
+        for rank in range(1, self.world_size):
+            self._take(self._key(rank) + HEARD)
         return text
 
     def barrier(self) -> None:

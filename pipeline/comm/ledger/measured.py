@@ -63,6 +63,10 @@ class InterfaceRow:
     """Data of the job's connections and the store's that leave the server, retransmissions included."""
     header_bytes: int
     """Ethernet, IP and TCP headers: bytes per segment times packets of the card, which sends acknowledgements too."""
+    retransmitted_bytes: int = 0
+    """Of `tcp_bytes`, those that TCP sent again."""
+    sack_bytes_at_most: int = 0
+    """Selective acknowledgements in TCP's headers beyond `header_bytes`, which nothing counts: so many at most."""
 
     @property
     def residual_fraction(self) -> float | None:
@@ -80,6 +84,8 @@ class InterfaceRow:
             "interface_bytes": self.interface_bytes,
             "tcp_bytes": self.tcp_bytes,
             "header_bytes": self.header_bytes,
+            "retransmitted_bytes": self.retransmitted_bytes,
+            "sack_bytes_at_most": self.sack_bytes_at_most,
             "residual_fraction": self.residual_fraction,
         }
 
@@ -93,6 +99,8 @@ class InterfaceRow:
             value["interface_bytes"],
             value["tcp_bytes"],
             value["header_bytes"],
+            value.get("retransmitted_bytes", 0),  # not told before 0.1.1
+            value.get("sack_bytes_at_most", 0),
         )
 
 

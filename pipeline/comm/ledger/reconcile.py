@@ -21,6 +21,9 @@ Peers = Mapping[tuple[int, int], int]
 ROWS = (("startup", True), ("train", True), ("train", False), ("validation", True), ("checkpoint", True))
 """(phase, committed) of the rows, in the order of the table. Training that no step has committed is not committed."""
 
+LONGEST_SACK_BYTES = 28
+"""TCP's header holds 40 bytes of options, of which the time stamp takes 12."""
+
 
 # --- matching ---
 
@@ -98,6 +101,7 @@ def _row(phase: str, committed: bool, reports: Reports, peers: Peers, predicted:
 def _interfaces(reports: Reports, peers: Peers, placement: Placement) -> list[InterfaceRow]:
     """Return a row for each server whose first rank could read a card."""
     rows: list[InterfaceRow] = []
+    is_disturbed = any(connection.is_disturbed for report in reports for connection in report.connections)
     for server in range(placement.num_servers):
         ranks = [rank for rank, at in enumerate(placement.server_of_rank) if at == server]
         card = reports[ranks[0]].interface
@@ -112,6 +116,8 @@ def _interfaces(reports: Reports, peers: Peers, placement: Placement) -> list[In
                 interface_bytes=card.tx_bytes,
                 tcp_bytes=sum(connection.on_wire_bytes for connection in outward),
                 header_bytes=card.tx_packets * max((one.segment_header_bytes for one in outward), default=0),
+                retransmitted_bytes=sum(connection.again_on_wire_bytes for connection in outward),
+                sack_bytes_at_most=card.tx_packets * LONGEST_SACK_BYTES * is_disturbed,
             )
         )
     return rows

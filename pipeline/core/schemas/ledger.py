@@ -1,6 +1,6 @@
 """`ledger.json`: what a run's gradients owed, what was issued, what was sent, and whether they agree."""
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 
 class LayerJson(TypedDict):
@@ -87,6 +87,11 @@ class InterfaceJson(TypedDict):
     """Data bytes of the job's connections and the store's that left the server, retransmissions included."""
     header_bytes: int
     """Bytes of Ethernet, IP and TCP headers: those of a segment times the packets that the card sent."""
+    retransmitted_bytes: NotRequired[int]
+    """Of `tcp_bytes`, those that TCP sent again."""
+    sack_bytes_at_most: NotRequired[int]
+    """What else may be in TCP's headers: selective acknowledgements, at most 28 bytes a packet, which no counter of the
+    kernel has. 0 where nothing was sent again, or arrived twice or out of order."""
     residual_fraction: float | None
     """Fraction of the card's bytes that the connections do not explain; null where the card sent nothing."""
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from pipeline.core.errors import ConfigError
 from pipeline.run.lab import namespaces
+from pipeline.run.launch.children import RankCommand
 from pipeline.run.launch.ranks import LAB_VARIABLE, LabJson
 from pipeline.run.launch.secret import SECRET_VARIABLE, new_secret
-from pipeline.run.launch.supervisor import RankCommand, threads_of_a_rank
+from pipeline.run.launch.supervisor import threads_of_a_rank
 
 INTERFACE = "eth0"
 SUBNET = "10.77.0"  # seen by nobody outside: it may be in use on the machine as well

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core.errors import ExitCode
+from pipeline.core.exits import Causes
 
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 # Codes a rank only ends with on purpose, knowing the cause. 1 is what a peer's broken connection looks like.
 TELLING_CODES = {int(code) for code in ExitCode} - {ExitCode.DONE, ExitCode.INTERNAL}
+
+LOST_ONE_ANOTHER = (
+    "the ranks lost one another, and none of them says why (the network?): the same command goes on from the last"
+    " checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,9 @@ def exit_code_of(ended: Sequence[Ended], forwarded: Sequence[int] = ()) -> int:
             other.append(end.returncode if end.returncode > 0 else int(ExitCode.INTERNAL))
     before_the_first = [128 + number for number in ending if not ended]
     return (telling or interrupted or other or before_the_first or [int(ExitCode.DONE)])[0]
+
+
+def have_only_lost_one_another(ended: Sequence[Ended], causes: Causes) -> bool:
+    """Tell whether no rank ended for a reason of its own: each lost the others, or obeyed when one of them had."""
+    obeyed = [end for end in ended if end.told_to_stop and end.returncode == ExitCode.PREEMPTED]
+    return causes.num_lost > 0 and not causes.errors and causes.num_lost + len(obeyed) == len(ended)

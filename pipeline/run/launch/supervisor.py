@@ -7,15 +7,14 @@
 3. Signals to the parent are passed on to every rank that still runs.
 4. When a rank fails, its peers get a moment to end by themselves, then SIGTERM, then SIGKILL. When a rank ends, what is
    left of its process group (data loader workers) goes with it.
-5. The answer is the code of the rank that is the cause: see `exit_code_of`.
+5. The answer is the code of the rank that is the cause: see `exit_code_of`. Where all have only lost one another, as
+   when the network between servers is gone, the same command may do better: 75.
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 
 from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
-from pipeline.run.launch.ends import ENDING_SIGNALS, Ended, exit_code_of
+from pipeline.run.launch.children import Children, RankCommand
+from pipeline.run.launch.ends import ENDING_SIGNALS, LOST_ONE_ANOTHER, exit_code_of, have_only_lost_one_another
 from pipeline.run.launch.limits import check_processes
 from pipeline.run.launch.network import check_loopback, interfaces
 from pipeline.run.launch.ports import is_free, reserved_port
@@ -46,7 +46,6 @@ LONGEST_WAIT_SECONDS = 1.0
 POLL_SECONDS = 0.05
 # A wait that ends so much later than it should: the process was suspended (Ctrl-Z, `kill -STOP`, `scontrol suspend`).
 SUSPENDED_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +59,6 @@ class Grace:
     signal_seconds: float = 60.0
     """For ranks to obey an ending signal that was passed on, or to follow one that was preempted. A second ending
     signal shortens it to `kill_seconds`."""
-
-
-@dataclass(frozen=True)
-class RankCommand:
-    """How one rank is started."""
-
-    argv: Sequence[str]
-    environment: Mapping[str, str]
-    """All of it: nothing is inherited."""
 
 
 def as_ranks(
@@ -160,14 +150,18 @@ def supervise_commands(commands: Sequence[RankCommand], *, grace: Grace | None =
     """
     assert threading.current_thread() is threading.main_thread()
     with _signals_blocked() as (signals, mask):
-        children = _Children()
+        children = Children()
         supervision = _Supervision(children, grace or Grace())
         try:
             for command in commands:
                 if supervision.is_told_to_end(signals):
                     break
                 children.start(command, mask)
-            return supervision.run(signals)
+            code = supervision.run(signals)
+            if not have_only_lost_one_another(children.ended, children.causes()):
+                return code
+            _say(LOST_ONE_ANOTHER)
+            return int(ExitCode.PREEMPTED)
         finally:
             children.kill()
             children.wait()
@@ -226,88 +220,10 @@ def threads_of_a_rank(num_ranks: int, num_threads: int | None, environment: Mapp
     return environment.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
 
 
-class _Children:
-    """The ranks as processes: start them, pass signals on, collect their ends in order."""
-
-    def __init__(self) -> None:
-        self.running: dict[int, subprocess.Popen[bytes]] = {}
-        self.ended: list[Ended] = []
-        self.told_to_stop = False
-
-    def start(self, command: RankCommand, mask: set[signal.Signals]) -> None:
-        """Start the next rank.
-
-        Args:
-            command: Program and environment of the rank.
-            mask: Signals that are blocked in the rank.
-
-        Raises:
-            ConfigError: The program cannot be executed.
-        """
-        try:
-            child = subprocess.Popen(
-                command.argv,
-                env=command.environment,
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-                preexec_fn=_die_with_parent(mask),
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise ConfigError(f"Cannot start a rank as {command.argv[0]!r}: {error}.") from error
-        self.running[len(self.running) + len(self.ended)] = child
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to the rank processes, not to their workers, which end with them."""
-        for child in self.running.values():
-            child.send_signal(number)
-
-    def reap(self) -> None:
-        """Collect the ranks that have ended, and kill what is left of their process groups."""
-        for rank, child in list(self.running.items()):
-            # Looked at, not yet collected: as long as the dead leader is there, its group number is nobody else's.
-            if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                _kill_group(child)
-                self.ended.append(Ended(rank, child.wait(), self.told_to_stop))
-                del self.running[rank]
-
-    def kill(self) -> None:
-        """SIGKILL to every rank that still runs, and to its workers."""
-        for child in self.running.values():
-            _kill_group(child)
-
-    def wait(self) -> None:
-        """Wait until no rank runs."""
-        for child in self.running.values():
-            child.wait()
-
-
-def _kill_group(child: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
-    """Make what a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
-
-    Everything it needs exists before the fork. Should the parent have died before the request was made, the child's
-    parent is already another process, and the child ends itself. A parent outside of the child's PID namespace is seen
-    as process 0; once it has died, the namespace's first process, number 1, stands in its place.
-    """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parents = (os.getpid(), 0)
-
-    def prepare() -> None:
-        if prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0 or os.getppid() not in parents:
-            os._exit(int(ExitCode.INTERNAL))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    return prepare
-
-
 class _Supervision:
     """Waits for signals, ends and deadlines, one at a time."""
 
-    def __init__(self, children: _Children, grace: Grace) -> None:
+    def __init__(self, children: Children, grace: Grace) -> None:
         self._children = children
         self._grace = grace
         self._forwarded: list[int] = []

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -85,6 +86,17 @@ def test_the_card_is_explained_by_the_connections_that_leave_the_server() -> Non
     assert card.residual_fraction == (1367 - 1310 - 66) / 1367
 
 
+def test_what_was_sent_again_is_a_row_of_the_card_and_selective_acknowledgements_are_bounded() -> None:
+    quiet, attempt = two_ranks(), predicted(3)
+    (card,) = reconcile(quiet, attempt.predictions(), attempt.placement, 3).interfaces
+    assert (card.retransmitted_bytes, card.sack_bytes_at_most) == (0, 0)
+    again = [replace(one, again_on_wire_bytes=7) for one in quiet[0].connections]
+    disturbed = [replace(one, is_disturbed=True) for one in quiet[1].connections]
+    reports = [replace(quiet[0], connections=tuple(again)), replace(quiet[1], connections=tuple(disturbed))]
+    (card,) = reconcile(reports, attempt.predictions(), attempt.placement, 3).interfaces
+    assert (card.retransmitted_bytes, card.sack_bytes_at_most) == (2 * 7, 28)  # to the peer and to the store; 1 packet
+
+
 def test_ranks_on_one_server_send_nothing_out_of_it() -> None:
     one_server = Placement((0, 0), measured=True)
     attempt = Attempt(1, 0, one_server, "gloo")
@@ -116,7 +128,9 @@ def test_what_came_after_the_checkpoint_is_lost_work_not_forgotten(kept: int, to
 
 def test_measurements_survive_json() -> None:
     unpredicted = Row("train", False, None, Sent((4, 5), (9,)))
-    card = InterfaceRow(0, "eth0", None, interface_bytes=0, tcp_bytes=3, header_bytes=2)
+    card = InterfaceRow(
+        0, "eth0", None, interface_bytes=0, tcp_bytes=3, header_bytes=2, retransmitted_bytes=1, sack_bytes_at_most=28
+    )
     measured = Measured(9, (row(True, 7), unpredicted), (0, 1), (2, 3), (card,))
     assert Measured.from_json(json.loads(json.dumps(measured.to_json()))) == measured
     assert mismatches(measured.to_json(), MeasuredJson) == []

@@ -1,0 +1,37 @@
+"""How gloo and NCCL report a peer that is gone or silent, and what that says to people."""
+
+import re
+
+import torch.distributed as dist
+
+# How gloo reports a peer that stayed silent, to the transfer that waited longest, and to the others whose connection it
+# closes then; several buckets wait at once, and which of them is heard of first is chance.
+OF_A_SILENT_PEER = ("Timed out waiting", "Application timeout caused pair closure")
+# The same and how it reports a connection that broke.
+OF_A_LOST_PEER = ("gloo/transport", *OF_A_SILENT_PEER)
+
+
+def is_of_a_lost_peer(error: RuntimeError) -> bool:
+    """Tell whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
+
+
+def _is_of_a_silent_peer(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in OF_A_SILENT_PEER)
+
+
+def gist_of(error: RuntimeError) -> str:
+    """Return the one clause of gloo's report that says something: `Connection closed by peer`."""
+    if _is_of_a_silent_peer(error):
+        return "silent for longer than cluster.step_timeout_seconds, outside steps cluster.timeout_seconds"
+    words = str(error).partition("\n")[0]
+    found = re.search(r"gloo/transport/\S+\] (.*?)(?: \[|\. |$)", words)
+    return found[1] if found else words[:200]
+
+
+def cause_of(error: RuntimeError) -> str:
+    """Return where the cause is to be looked for."""
+    cause = "the cause is in what that rank said, here or in its own log"
+    if _is_of_a_silent_peer(error):
+        cause += "; or the network is gone, or carries no large packets (is the MTU the same on all of the way?)"
+    return cause
