@@ -14,6 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.typed import PathText, one_of, require
 
 ARTIFACTS = ("ledger", "config", "report", "best")
+LOGGERS = ("csv", "tensorboard")
 OPTIMIZERS = ("sgd", "adamw")
 MOST_CRUMBS = 4
 """A rank's share is not taken in more micro-batches than so many times those that would hold it."""
@@ -313,10 +314,14 @@ class TrackingConfig:
     tags: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
     """Files that W&B keeps of a finished training: any of `ledger`, `config`, `report` and `best`, the checkpoint."""
+    loggers: tuple[str, ...] = ()
+    """Lightning's loggers that mirror the record too: `csv`, `tensorboard`, each into a directory of its name."""
 
     def __post_init__(self) -> None:
         for name in self.artifacts:
             one_of("tracking.artifacts", name, ARTIFACTS)
+        for name in self.loggers:
+            one_of("tracking.loggers", name, LOGGERS)
         one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
         check_project("tracking.project", self.project)
         for tag in self.tags:
@@ -357,6 +362,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         one_of("privacy", self.privacy, (OPEN, STRICT))
+        require(
+            not (self.is_private and "tensorboard" in self.tracking.loggers),
+            "privacy=strict does not go with tracking.loggers=[tensorboard], whose file names hold the host: use csv.",
+        )
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
         require(
             self.data.root is not None,

@@ -6,6 +6,7 @@ Lightning calls it as a callback; the hooks at the end of the class say when, th
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +30,12 @@ from pipeline.training.lightning import validate_now
 from pipeline.training.narrator import Narrator
 from pipeline.training.reporter import Reporter
 from pipeline.training.setup import Setup
-from pipeline.training.timing import StepClock, TimedLoader
+from pipeline.training.timing import StepClock, TimedLoader, speed_sentence
 from pipeline.training.watchdog import StepWatchdog
 
 LEDGER_EVERY_SECONDS = 30.0
 NO_STEP_TIMED = "No step of this attempt has been timed."
 STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
-LARGEST_SHARE_OF_WAITING = 0.1  # above it, faster loading would make training faster by as much
 Row = dict[str, float | int | None]
 
 
@@ -321,14 +321,11 @@ class Attempt(pl.Callback):
         percentiles, share = self.clock.percentiles(), self.clock.mean_wait_share()
         if percentiles is None or share is None:
             return ""
-        rate = self.plan.batch.global_size / percentiles[0]
-        told = f"{rate:,.0f} pictures/s, {share:.1%} of the time waiting for data: "
-        if share <= LARGEST_SHARE_OF_WAITING:
-            return told + "the loader keeps up."
-        return told + (
-            "the loader holds training back. Where cores are idle, raise data.num_workers="
-            f" ({self.loader.num_workers} per rank now);"
-            " large pictures decode about twice as fast from shards prepared with short_side=256."
+        return speed_sentence(
+            self.plan.batch.global_size / percentiles[0],
+            share,
+            num_workers=self.loader.num_workers,
+            num_cores=len(os.sched_getaffinity(0)) // self.world.ranks.local_world_size,
         )
 
     # --- when Lightning calls ---

@@ -1,4 +1,4 @@
-"""What a run records while it goes: metrics.jsonl, and W&B as its mirror. Rank 0 only."""
+"""What a run records while it goes: metrics.jsonl, and W&B and Lightning's loggers as its mirrors. Rank 0 only."""
 
 import contextlib
 import os
@@ -7,13 +7,18 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config.training import TrackingConfig
 from pipeline.core.files import write_text_atomic
 from pipeline.run.directory import RunDirectory
+from pipeline.run.record.loggers import make_logger
 from pipeline.run.record.metrics_log import MetricsLog, Row
 from pipeline.run.record.wandb_mirror import WandbMirror
 from pipeline.run.record.wandb_variables import mode_here, sweep_run_id
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
 
 ID_FILE = "wandb_id"
 
@@ -48,10 +53,12 @@ class Tracker:
         self.run_id: str | None = None
         self._metrics: MetricsLog | None = None
         self._mirror: WandbMirror | None = None
+        self._loggers: list[Logger] = []
         if rank != 0:
             return
         self._metrics = MetricsLog(run.metrics)
         self._metrics.truncate_to(resume_step)
+        self._loggers = [make_logger(name, run.path, resume_step) for name in tracking.loggers]
         mode = mode_here(tracking, os.environ)
         if mode == "disabled":
             return
@@ -82,11 +89,15 @@ class Tracker:
             written = self._metrics.append(step, row)
             if self._mirror is not None:
                 self._mirror.log(step, written)
+            for logger in self._loggers:
+                logger.log_metrics({name: value for name, value in written.items() if value is not None}, step)
 
     def sync(self) -> None:
         """Make the rows durable: called before a checkpoint, so that it never knows of a step the record lacks."""
         if self._metrics is not None:
             self._metrics.sync()
+        for logger in self._loggers:
+            logger.save()
 
     def summarize(self, values: Mapping[str, float | int | str | None]) -> None:
         """Put results beside the mirrored run."""
@@ -111,6 +122,8 @@ class Tracker:
             for name, count in self._metrics.num_not_finite.items():
                 print(f"warning: {count} values of {name} were not finite and were written as null.", file=sys.stderr)
             self._metrics.num_not_finite.clear()
+        while self._loggers:
+            self._loggers.pop().finalize("success" if exit_code == 0 else "failed")
         if self._mirror is not None:
             self._mirror.finish(exit_code)
 

@@ -46,3 +46,11 @@ def test_it_is_asked_for() -> None:
     assert left_out["name"] == "sweep/lr=0.1" and Path(left_out["run_root"]) == Path("runs")
     with pytest.raises(ConfigError, match="privacy='no' is not one of open, strict"):
         compose("train", TrainConfig, [*BASE, there, "privacy=no"])
+
+
+def test_loggers_that_name_the_host_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"privacy=strict does not go with tracking.loggers=\[tensorboard\]"):
+        compose("train", TrainConfig, [*BASE, "data.root=x", "privacy=strict", "tracking=tensorboard"])
+    assert compose("train", TrainConfig, [*BASE, "data.root=x", "tracking=csv"]).tracking.loggers == ("csv",)
+    with pytest.raises(ConfigError, match=r"tracking.loggers='?comet"):
+        compose("train", TrainConfig, [*BASE, "data.root=x", "tracking.loggers=[comet]"])

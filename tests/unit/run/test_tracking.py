@@ -1,11 +1,14 @@
 """The record and its mirror: the real wandb, offline, and online against servers that do not work."""
 
 import contextlib
+import csv
 import gc
 import http.server
+import importlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +30,7 @@ from tests.wandb_file import records
 
 pytestmark = pytest.mark.not_quick
 
+TENSORBOARD: Any = importlib.import_module("tensorboardX.proto.event_pb2")
 API_KEY = "0123456789abcdef" * 2 + "01234567"
 ROW = {"train/loss": 0.5, "perf/images_per_second": 100.0, "comm/gradient_bytes": 4_941_952, "comm/seconds": None}
 
@@ -247,3 +251,33 @@ def test_a_server_that_refuses_the_key_does_not_hurt(
         server.shutdown()
     assert capsys.readouterr().err.count("W&B is off") == 1
     assert [row["trainer/step"] for row in read_rows(online.metrics)] == [1]
+
+
+def test_lightnings_loggers_mirror_the_record(run: RunDirectory) -> None:
+    """Of a run that was saved after two steps, made a third, and began again with it; None is nowhere."""
+    tracking = TrackingConfig(mode="disabled", loggers=("csv", "tensorboard"))
+    for resume_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with Tracker(run, tracking, rank=0, model="x", resume_step=resume_step) as tracker:
+            for step in steps:
+                tracker.log(step, {**ROW, "train/loss": step / 8, **({"val/top1": 0.5} if step == 2 else {})})
+    Tracker(run, tracking, rank=1, model="x").log(9, ROW)
+    for attempt, steps in enumerate(((1, 2, 3), (3, 4))):
+        with (run.path / f"csv/version_{attempt}/metrics.csv").open(newline="") as file:
+            kept = list(csv.DictReader(file))
+        assert [(int(row["step"]), float(row["train/loss"])) for row in kept] == [(step, step / 8) for step in steps]
+        assert "comm/seconds" not in kept[0] and kept[0].get("val/top1", "") == ""
+    events = [event for path in sorted(run.path.glob("tensorboard/events.*")) for event in events_of(path)]
+    told = [(event.step, value.simple_value) for event in events for value in event.summary.value
+            if value.tag == "train/loss"]  # fmt: skip
+    assert told == [(step, step / 8) for step in (1, 2, 3, 3, 4)]
+    begun_anew = [event.step for event in events if event.session_log.status == TENSORBOARD.SessionLog.START]
+    assert begun_anew == [1, 3]  # TensorBoard forgets what it was told of these steps before
+
+
+def events_of(path: Path) -> Iterator[Any]:
+    """What TensorBoard reads in a file: each event after 8 bytes of length and 4 of checksum, 4 more behind it."""
+    content, position = path.read_bytes(), 0
+    while position < len(content):
+        (length,) = struct.unpack_from("<Q", content, position)
+        yield TENSORBOARD.Event.FromString(content[position + 12 : position + 12 + length])
+        position += 16 + length

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.comm.timeline import NUM_TIMED_STEPS
-from pipeline.training.timing import StepClock, TimedLoader
+from pipeline.training.timing import StepClock, TimedLoader, speed_sentence
 
 
 def test_a_timed_loader_yields_what_it_wraps_and_counts_from_take_to_take() -> None:
@@ -51,3 +51,14 @@ def test_a_long_run_is_remembered_in_bounded_memory() -> None:
     for _ in range(NUM_TIMED_STEPS + 10):
         clock.lap(0.0)
     assert len(clock.step_seconds) == len(clock.wait_seconds) == NUM_TIMED_STEPS
+
+
+def test_only_where_cores_are_idle_workers_are_asked_for() -> None:
+    assert speed_sentence(2, 0.1, num_workers=0, num_cores=8) == (
+        "2 pictures/s, 10.0% of the time waiting for data: the loader keeps up."
+    )
+    idle = speed_sentence(2, 0.3, num_workers=1, num_cores=8)
+    assert "holds training back: raise data.num_workers= (1 per rank now)" in idle and "short_side=256" in idle
+    for num_workers, num_cores in ((0, 1), (0, 0), (7, 8)):
+        busy = speed_sentence(2, 0.3, num_workers=num_workers, num_cores=num_cores)
+        assert "as no others are idle" in busy and "data.num_workers" not in busy and "short_side=256" in busy
