@@ -104,6 +104,7 @@ def require_same_model(
     path: Path,
     model: str,
     found_model: str | None = None,
+    remedy: str = "give model= and model.metaparameters= as they are of these weights, or other weights",
 ) -> None:
     """Raise `CheckpointError` unless two state dicts have the same keys and shapes.
 
@@ -113,6 +114,7 @@ def require_same_model(
         path: The checkpoint.
         model: Name of the model that is built.
         found_model: Name of the model the checkpoint says it holds; None where it says nothing.
+        remedy: What to do, after a colon.
     """
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
@@ -132,7 +134,7 @@ def require_same_model(
     if problems:
         raise CheckpointError(
             f"{path} holds {found_model or 'another model'}, which does not fit {model} ({'; '.join(problems)}):"
-            " give the model it was saved from, or another name= for a new run."
+            f" {remedy}."
         )
 
 

@@ -262,6 +262,7 @@ def make_learner(setup: Setup) -> Learner:
                     path=start.info.path,
                     model=config.model.name,
                     found_model=start.info.model,
+                    remedy="give the model it was saved from, or another name= for a new run",
                 )
                 (optimizer_state,) = start.content["optimizer_states"]
                 learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])

@@ -49,7 +49,8 @@ def test_weights_of_another_model_are_refused_once(shards: Path, tmp_path: Path)
     torch.save(torchvision.models.squeezenet1_0(num_classes=4).state_dict(), tmp_path / "other.pth")
     ended = train(tmp_path / "runs", shards, "refused", 2, f"init.checkpoint={tmp_path}/other.pth", expect=4)
     (sentence,) = sentences(ended.output)
-    assert "other.pth holds another model, which does not fit squeezenet1_1" in sentence and "give the" in sentence
+    assert "other.pth holds another model, which does not fit squeezenet1_1" in sentence
+    assert "give model= and model.metaparameters= as they are of these weights, or other weights" in sentence
     assert not (tmp_path / "runs").exists()
 
 
