@@ -144,10 +144,13 @@ class Relay:
         wanted = self._conditions.look(now)
         self.counts["frames"] += 1
         self.counts["option_bytes"] += options_of(frame)
+        self.counts["longest_frame"] = max(len(frame), self.counts["longest_frame"])
+        self.counts["for_seconds"] += "for_seconds" in wanted
         if self._happens(wanted, "loss"):
             return
-        if len(frame) > wanted.get("largest_frame", len(frame)):
-            self.counts["largest_frame"] += 1
+        is_too_large = len(frame) > wanted.get("largest_frame", len(frame))
+        self.counts["largest_frame"] += is_too_large
+        if is_too_large:
             return
         if self._happens(wanted, "corrupt"):
             at = self._chance.randrange(8 * len(frame))
