@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["load_model"]
 
 
-def load_model(checkpoint: str | Path, model: str = "", *, num_classes: int | None = None) -> "Trained":
+def load_model(
+    checkpoint: str | Path, model: str = "", *, num_classes: int | None = None, allow_code: bool = False
+) -> "Trained":
     """Return the network of a checkpoint with its classes and preprocessing, for one's own script.
 
     Args:
@@ -31,6 +33,7 @@ def load_model(checkpoint: str | Path, model: str = "", *, num_classes: int | No
             Caffe `.npz`.
         model: Name of the model where the file does not say it, such as `squeezenet1_1`.
         num_classes: Number of outputs where the file does not say it; None: as many as its classifier has.
+        allow_code: Whether the factory that the model comes from may run, where it is neither ours nor a library's.
 
     Raises:
         CheckpointError: No such file, damaged, or of another model.
@@ -40,5 +43,5 @@ def load_model(checkpoint: str | Path, model: str = "", *, num_classes: int | No
     from pipeline.config.registry import preset_input
     from pipeline.training.trained import load_trained
 
-    asked = ModelConfig(name=model, num_classes=num_classes, input=preset_input(model))
+    asked = ModelConfig(name=model, num_classes=num_classes, input=preset_input(model), allow_code=allow_code)
     return load_trained(Path(checkpoint), asked)

@@ -1,7 +1,6 @@
 """The models of a comparison before their runs: known, accepted, and the overrides each training gets."""
 
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,15 +9,18 @@ from pipeline.comparison.launcher import Launcher, choose_launcher
 from pipeline.comparison.result import choose_baseline, label_with_hook
 from pipeline.config.compare import CompareConfig
 from pipeline.config.lab import LabConfig
+from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import DataError
 from pipeline.core.overrides import literal
+from pipeline.core.processes import our_module
 from pipeline.core.trees import flat
 from pipeline.core.typed import require
 from pipeline.data.root import check_root
 from pipeline.models import zoo
 from pipeline.models.facts import ModelFacts, model_facts
+from pipeline.models.trial import try_apart
 from pipeline.run.directory import validate_name
 
 # Fewest plain steps before PowerSGD's first that torch's hook takes.
@@ -97,9 +99,17 @@ def _of_model(config: CompareConfig, launcher: Launcher, spec: str) -> list[Cand
         overrides = _overrides(config, launcher, f"{config.name}/{slug_of(label)}", model, hook)
         train = _check_overrides(config, launcher, overrides)
         batch = train.batch.split(launcher.num_ranks)
-        facts = facts or model_facts(model, config.num_classes, train.input.size, batch.per_rank)
+        facts = facts or _facts(config, model, train.input.size, batch.per_rank)
         candidates.append(Candidate(model, hook, label, facts, tuple(overrides), tuple(alone)))
     return candidates
+
+
+def _facts(config: CompareConfig, model: str, side: int, per_rank: int) -> ModelFacts:
+    """Return what a model costs; one that others wrote is tried first."""
+    name, metaparameters = zoo.parse_spec(model)
+    told = ModelConfig(name=name, allow_code=config.allow_code, metaparameters=metaparameters)
+    try_apart(told, config.num_classes, side=side, per_rank=per_rank)
+    return model_facts(model, config.num_classes, side, per_rank, allow_code=config.allow_code)
 
 
 def _check_overrides(config: CompareConfig, launcher: Launcher, overrides: Sequence[str]) -> TrainConfig:
@@ -140,6 +150,7 @@ def _overrides(config: CompareConfig, launcher: Launcher, run: str, model: str, 
         "run_root": config.run_root,
         "seed": config.seed,
         "model.num_classes": config.num_classes,
+        "model.allow_code": config.allow_code,
         **{f"model.metaparameters.{key}": value for key, value in metaparameters.items()},
         **flat(groups),
         "trainer.max_steps": config.steps,
@@ -148,7 +159,7 @@ def _overrides(config: CompareConfig, launcher: Launcher, run: str, model: str, 
         "trainer.precision": config.precision,
     }
     tracking = f"tracking={mode if is_tracked else 'disabled'}"
-    return [f"model={name}", tracking, *(f"{key}={literal(value)}" for key, value in values.items())]
+    return [f"model={literal(name)}", tracking, *(f"{key}={literal(value)}" for key, value in values.items())]
 
 
 def _alone_overrides(config: CompareConfig, launcher: Launcher, model: str) -> list[str]:
@@ -192,7 +203,7 @@ def shards_for(config: CompareConfig) -> str:
     root = Path(config.run_root) / "builtin-shards"
     if not (root / "manifest.json").is_file():
         print(f"No data.root given: making the built-in shards in {root}", flush=True)
-        made = subprocess.run([sys.executable, "-m", "pipeline.prepare", "source=builtin", f"out={literal(str(root))}"])
+        made = subprocess.run([*our_module("pipeline.prepare"), "source=builtin", f"out={literal(str(root))}"])
         if made.returncode:
             raise DataError(f"`pipeline.prepare source=builtin` ended with exit code {made.returncode}; see above.")
     return str(root)

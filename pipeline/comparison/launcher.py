@@ -3,13 +3,13 @@
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config.compare import CompareConfig
 from pipeline.core.overrides import literal
+from pipeline.core.processes import our_module
 from pipeline.core.typed import require
 from pipeline.run.launch.limits import check_count
 from pipeline.run.launch.ranks import without_ranks
@@ -51,12 +51,12 @@ class Launcher:
             where: Overrides of the lab: name and run_root.
             alone: On one rank, which needs neither a lab nor other nodes.
         """
-        train = [sys.executable, "-m", "pipeline.train", *overrides]
+        train = [*our_module("pipeline.train"), *overrides]
         if self.kind == "slurm":
             nodes, tasks = (1, 1) if alone else (self.num_machines, self.num_ranks)
             return ["srun", f"--nodes={nodes}", f"--ntasks={tasks}", f"--cpus-per-task={self.cpus_per_rank}", *train]
         if self.kind == "lab" and not alone:
-            return [sys.executable, "-m", "pipeline.lab", *where, *self.lab, "--", *train]
+            return [*our_module("pipeline.lab"), *where, *self.lab, "--", *train]
         return train
 
     def run(self, command: Sequence[str], log: Path) -> int:

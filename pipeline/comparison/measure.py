@@ -22,6 +22,7 @@ from pipeline.core.overrides import literal
 from pipeline.core.progress import progress_bar
 from pipeline.core.typed import require
 from pipeline.models import zoo
+from pipeline.models.external import is_external
 from pipeline.models.facts import model_facts
 from pipeline.reporting.runs import RunRecord, read_run
 from pipeline.run.memory import available_memory, refusal
@@ -78,8 +79,8 @@ class _Runner:
     def _impossible(self, candidate: Candidate) -> str:
         """Return why nothing needs to be started; empty if something may."""
         taken = candidate.facts.footprint
-        if taken is None:
-            return candidate.facts.why_no_footprint
+        if taken is None:  # a network of others was tried before, and need not run without memory
+            return "" if is_external(zoo.parse_spec(candidate.model)[0]) else candidate.facts.why_no_footprint
         available = available_memory(self._accelerator)
         return refusal(taken.training_memory_bytes, self._launcher.ranks_per_machine, available)
 
@@ -175,7 +176,7 @@ def read_outcomes(config: CompareConfig) -> list[Outcome]:
         )
     alone = _read_alone(config.alone_runs)
     return [
-        _read_outcome(model, label, run, alone.get(model))
+        _read_outcome(model, label, run, alone.get(model), allow_code=config.allow_code)
         for model, label, run in zip(models, labels, records, strict=True)
     ]
 
@@ -190,8 +191,9 @@ def _with_run_names(labels: Sequence[str], records: Sequence[RunRecord]) -> list
     ]
 
 
-def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None) -> Outcome:
-    facts = model_facts(model, run.setting("model.num_classes") or 1000, run.crop, run.batch.per_rank)
+def _read_outcome(model: str, label: str, run: RunRecord, alone: RunRecord | None, *, allow_code: bool) -> Outcome:
+    num_classes = run.setting("model.num_classes") or 1000
+    facts = model_facts(model, num_classes, run.crop, run.batch.per_rank, allow_code=allow_code)
     outcome = Outcome(model, facts, run.ledger["hook"], label, command=_command_line(), why_not_alone=_NOT_GIVEN)
     outcome = with_run(outcome, run.directory)
     if outcome.exit_code == ExitCode.LEDGER:

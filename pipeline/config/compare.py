@@ -26,7 +26,10 @@ class CompareConfig:
     """The comparison's directory under run_root."""
     run_root: PathText = "runs"
     models: tuple[str, ...]
-    """Names of the registry, with metaparameters if you like: [squeezenet1_0,squeezenet1_0:sr=0.5,alexnet]."""
+    """Names of the registry, with metaparameters if you like: [squeezenet1_0,squeezenet1_0:sr=0.5,alexnet]. Those of
+    others too: [timm:resnet10t,torchvision:regnet_y_400mf,nets.py:tiny:width=8]."""
+    allow_code: bool = False
+    """As model.allow_code: whether models that are factories of yours may run."""
     hooks: tuple[str, ...] = ()
     """Compressions to run each model with, a row for each: [none,bf16,powersgd]. Empty: comm.hook alone."""
     runs: tuple[PathText, ...] = ()

@@ -51,14 +51,16 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network, by its name in the registry."""
+    """Which network: of the registry, timm:NAME, torchvision:NAME, package.module:factory, path/to/file.py:factory."""
 
     name: str
+    allow_code: bool = False
+    """Whether package.module:factory and path/to/file.py:factory may run: code that is not squeezewire's."""
     num_classes: int | None = None
     """Outputs of the classifier. Null: as many as the shards have classes."""
     metaparameters: dict[str, object] = field(default_factory=dict[str, object], metadata={"keys": SqueezeNetConfig})
     """What makes a variant of the model. SqueezeNet's, with the defaults of squeezenet1_0, are listed here; some of the
-    other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual."""
+    other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual; those of others, arguments."""
     input: InputConfig = field(default_factory=InputConfig)
 
     def __post_init__(self) -> None:

@@ -7,9 +7,10 @@ has a file `conf/model/NAME.yaml` too; without one, the row is all that `model=N
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
 
-from pipeline.config.model import InputConfig
+from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.core.cli import CONF_DIRECTORY
+from pipeline.core.overrides import BY_REFERENCE
 from pipeline.core.typed import build
 
 
@@ -159,7 +160,7 @@ def preset_input(name: str) -> InputConfig:
 
 
 def register() -> None:
-    """Make each model without a file in conf/model a choice of Hydra's group `model`.
+    """Make each model without a file in conf/model a choice of Hydra's group `model`, and `own`, for those of others.
 
     Without Hydra no command runs, but the networks, the pixels and a step's arithmetic do.
     """
@@ -168,7 +169,7 @@ def register() -> None:
     except ModuleNotFoundError:
         return
 
-    for name in MODELS:
-        if not (CONF_DIRECTORY / "model" / f"{name}.yaml").exists():
-            node = {"name": name, "num_classes": None, "metaparameters": {}, "input": asdict(InputConfig())}
-            ConfigStore.instance().store(group="model", name=name, node=node)
+    for choice, name in {**{name: name for name in MODELS}, BY_REFERENCE: "???"}.items():
+        if not (CONF_DIRECTORY / "model" / f"{choice}.yaml").exists():
+            node: dict[str, Any] = asdict(ModelConfig(name=name))
+            ConfigStore.instance().store(group="model", name=choice, node=node)

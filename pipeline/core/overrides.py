@@ -9,12 +9,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from pipeline.core.errors import ConfigError
 from pipeline.core.typed import leaf_hints, optional, text_items
 
 NULL = re.compile(r"null", re.IGNORECASE)
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 TYPED_WORDS = {"null", "true", "false", "inf", "nan"}
+BY_REFERENCE = "own"
+"""Choice of the group `model` that says nothing but that its key `name` is to be given."""
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _SWEEP = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)
 
@@ -37,7 +40,22 @@ def as_typed(overrides: Sequence[str], schema: type[Any], *, is_sweep: bool = Fa
         is_sweep: Under --multirun commas separate the values of one key.
     """
     hints = dict(leaf_hints(schema))
-    return [_quote(override, hints, is_sweep=is_sweep) for override in overrides]
+    expanded = [each for override in overrides for each in _expand(override, hints, is_sweep=is_sweep)]
+    return [_quote(override, hints, is_sweep=is_sweep) for override in expanded]
+
+
+def _expand(override: str, hints: Mapping[str, Any], *, is_sweep: bool) -> list[str]:
+    """Return `model=timm:resnet10t` as a choice of the group and a name; no file of the group has such a name."""
+    start, _, value = override.partition("=")
+    if start != "model" or ":" not in value or "model.name" not in hints:
+        return [override]
+    mixed = [each for each in (split_outside_brackets(value) if is_sweep else ()) if ":" not in each]
+    if mixed:
+        raise ConfigError(
+            f"{override}: --multirun takes models by their own names or such as timm:NAME, not both ({mixed[0]}):"
+            " sweep each kind in a command of its own."
+        )
+    return [f"model={BY_REFERENCE}", f"model.name={value}"]
 
 
 def _quote(override: str, hints: Mapping[str, Any], *, is_sweep: bool) -> str:

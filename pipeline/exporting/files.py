@@ -64,7 +64,9 @@ def safetensors(trained: Trained, *, is_half: bool) -> tuple[bytes, nn.Module, d
         is_half: Whether floating-point tensors are rounded to fp16.
     """
     state = {
-        name: value.half().contiguous() if is_half and value.is_floating_point() else value.contiguous()
+        name: (value.half() if is_half and value.is_floating_point() else value).clone(  # of two names for one tensor
+            memory_format=torch.contiguous_format
+        )
         for name, value in trained.model.state_dict().items()
     }
     network = copy.deepcopy(trained.model)

@@ -60,7 +60,10 @@ def to_onnx(trained: Trained) -> onnx.ModelProto:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ConfigError(f"{trained.name} cannot be written as ONNX ({_first_line(error)}).") from error
+            raise ConfigError(
+                f"{trained.name} cannot be written as ONNX ({_first_line(error)}): leave"
+                " onnx and onnx_int8 out of formats=[...]."
+            ) from error
         model = onnx.load(path)
     _forget_origin(model)
     onnx.checker.check_model(model, full_check=True)
@@ -176,7 +179,9 @@ def _round_weights(
             continue  # the exporter has folded it into another: the quantiser's own rounding
         largest_R = layer.weight.detach().flatten(1).abs().amax(1).cpu()
         step_R = (largest_R / MAX_INT8).clamp_min(1e-12)
-        found = LayerQuantiser(layer.weight, sensitivities[name]).quantise(0, step=step_R, bounds=(-MAX_INT8, MAX_INT8))
+        found = LayerQuantiser(layer.weight, sensitivities.get(name)).quantise(
+            0, step=step_R, bounds=(-MAX_INT8, MAX_INT8)
+        )
         store(f"{name}.weight", found.weight)
         store(f"{name}.bias", state[f"{name}.bias"].cpu() + found.bias_change)
         zero = np.array(0, np.int8)

@@ -59,7 +59,7 @@ class PackageMaker:
         """
         self._trained = trained
         self._layers = {
-            name: LayerQuantiser(layer.weight, None if sensitivities is None else sensitivities[name])
+            name: LayerQuantiser(layer.weight, None if sensitivities is None else sensitivities.get(name))
             for name, layer in layers_of(trained.model)
         }
 

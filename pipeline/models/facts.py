@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.core.errors import ConfigError
 from pipeline.models import zoo
 from pipeline.models.cost import Footprint, footprint, layer_kinds
+from pipeline.models.external import is_external
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class ModelFacts:
 
 
 @functools.cache  # a model that is compared with several compressions is built once
-def model_facts(spec: str, num_classes: int, image_size: int | None, batch_size: int | None) -> ModelFacts:
+def model_facts(
+    spec: str, num_classes: int, image_size: int | None, batch_size: int | None, *, allow_code: bool = False
+) -> ModelFacts:
     """Return the facts of a model.
 
     Args:
@@ -30,21 +33,23 @@ def model_facts(spec: str, num_classes: int, image_size: int | None, batch_size:
         num_classes: Outputs of the classifier.
         image_size: Side of the crop in pixels; None: not known.
         batch_size: Pictures at once on a rank; None: not known.
+        allow_code: Whether somebody else's factory may run.
 
     Raises:
-        ConfigError: unknown model, or impossible metaparameters.
+        ConfigError: unknown model, or impossible metaparameters; as `zoo.build`.
     """
-    import torch
-
     name, metaparameters = zoo.parse_spec(spec)
-    with torch.device("meta"):  # the shapes, without the memory
-        model = zoo.build(name, num_classes, **metaparameters)
+    model = zoo.build_shapes(name, num_classes, allow_code=allow_code, **metaparameters)
     taken, why = None, "The run does not tell its crop and its batch."
     if image_size and batch_size:
         try:
             taken = footprint(model, image_size, batch_size)
         except ConfigError as error:
             why = str(error)
+        except Exception as error:  # whatever somebody else's forward does without memory
+            if not is_external(name):
+                raise
+            why = f"{name} does not run without memory ({type(error).__name__}): its footprint is not known."
     parameters = list(model.parameters())
     return ModelFacts(
         num_parameters=sum(parameter.numel() for parameter in parameters),

@@ -1,9 +1,11 @@
-"""Models by name: built, checked, and written as specs such as `squeezenet1_0:sr=0.5`. The table is `config.registry`.
+"""Models by name: built, checked, and written as specs such as `squeezenet1_0:sr=0.5`. The table is `config.registry`;
+those of others, such as `timm:resnet10t`, are `external`'s.
 
 Nothing here imports torch until `build` is called, so that a command can list, check and explain names at once.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,15 @@ from pipeline.config.registry import MODELS, PublishedAccuracy, PublishedRecipe
 from pipeline.core.errors import ConfigError
 from pipeline.core.overrides import split_outside_brackets
 from pipeline.core.typed import is_number, is_whole, nearest, require
+from pipeline.models import external
 
 if TYPE_CHECKING:
     from torch import nn
 
 MAX_WIDTH_FACTOR = 100
 FOR_SMALL_PICTURES = "squeezenet_small"
+_OF_OTHERS = re.compile(r"[\w.-]+(?=:|$)", re.ASCII)
+"""What follows the colon of somebody else's model; metaparameters come after one more colon."""
 
 
 def names() -> tuple[str, ...]:
@@ -29,10 +34,23 @@ def names() -> tuple[str, ...]:
 def check(name: str, metaparameters: Iterable[str] = ()) -> None:
     """Refuse a model that is not in the table, or metaparameters that it does not take; values are not looked at.
 
+    Which models and arguments others have, only they know: `build` asks them.
+
     Raises:
         ConfigError: unknown model or metaparameter, with the nearest one that exists.
     """
-    require(name in MODELS, f"There is no model {name!r}.{nearest(name, MODELS)} Known: {', '.join(MODELS)}.")
+    if external.is_external(name) and name.partition(":")[0] not in MODELS:
+        external.check(name, metaparameters)
+        return
+    base, colon, _ = name.partition(":")
+    require(
+        not colon,
+        f"model={name!r} is not taken: write model={base}, and model.metaparameters.KEY=VALUE for what differs.",
+    )
+    require(
+        name in MODELS,
+        f"There is no model {name!r}.{nearest(name, MODELS)} Known: {', '.join(MODELS)}; and {external.FORMS}.",
+    )
     accepts = MODELS[name].accepts
     for key in metaparameters:
         if key not in accepts:
@@ -53,6 +71,8 @@ def check_pictures(model: ModelConfig, side: int, *, per_rank: int | None = None
             metaparameters.
     """
     check(model.name, model.metaparameters)
+    if external.is_external(model.name):
+        return  # trial.py tries it
     entry = MODELS[model.name]
     given: dict[str, Any] = model.metaparameters
     min_side = entry.min_side if entry.preset is None else replace(entry.preset, **given).min_side
@@ -69,20 +89,29 @@ def check_pictures(model: ModelConfig, side: int, *, per_rank: int | None = None
     )
 
 
-def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.Module":
+def build(name: str, num_classes: int = 1000, *, allow_code: bool = False, **metaparameters: object) -> "nn.Module":
     """Return a freshly initialised network that maps normalised (B, 3, H, W) pictures to (B, num_classes) logits.
 
     Weights are drawn from torch's global generator and made on torch's default device (`with torch.device("meta")`
     gives a network without memory).
 
+    Args:
+        name: Of the model.
+        num_classes: Outputs of the classifier.
+        allow_code: Whether `package.module:factory` and `path/to/file.py:factory` may run.
+        **metaparameters: What makes a variant of the model.
+
     Raises:
-        ConfigError: unknown model, unknown metaparameter, or an impossible value.
+        ConfigError: unknown model, unknown metaparameter, or an impossible value; somebody else's code that may not
+            run, or fails.
     """
     check(name, metaparameters)
     require(
         is_whole(num_classes) and 1 <= num_classes <= MAX_CLASSES,
         f"num_classes={num_classes!r} must be a whole number from 1 to {MAX_CLASSES:,}.",
     )
+    if external.is_external(name):
+        return external.build(name, num_classes, metaparameters, allow_code=allow_code)
     entry = MODELS[name]
     if entry.preset is not None:
         from pipeline.models.squeezenet import SqueezeNet
@@ -93,6 +122,23 @@ def build(name: str, num_classes: int = 1000, **metaparameters: object) -> "nn.M
     import torchvision
 
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **metaparameters)
+
+
+def build_shapes(name: str, num_classes: int, *, allow_code: bool = False, **metaparameters: object) -> "nn.Module":
+    """Return a network of which only names and shapes matter: without memory, unless its maker cannot do without.
+
+    Raises:
+        ConfigError: As `build`.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return build(name, num_classes, allow_code=allow_code, **metaparameters)
+    except ConfigError:
+        if not external.is_external(name):
+            raise
+    return build(name, num_classes, allow_code=allow_code, **metaparameters)
 
 
 def _check_values(name: str, metaparameters: Mapping[str, object]) -> None:
@@ -119,7 +165,7 @@ def published_accuracy(name: str) -> PublishedAccuracy | None:
         ConfigError: unknown model.
     """
     check(name)
-    return MODELS[name].published
+    return external.published_accuracy(name) if external.is_external(name) else MODELS[name].published
 
 
 def published_recipe(name: str) -> PublishedRecipe | None:
@@ -129,11 +175,13 @@ def published_recipe(name: str) -> PublishedRecipe | None:
         ConfigError: unknown model.
     """
     check(name)
-    return MODELS[name].recipe
+    return None if external.is_external(name) else MODELS[name].recipe
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
     """Return the name and metaparameters that `squeezenet1_0:sr=0.5,pool_after=[1,2,3],bypass=simple` stands for.
+
+    `timm:resnet10t:drop_rate=0.1` is `timm:resnet10t` with what comes after the second colon.
 
     A value is JSON where it is valid JSON (numbers, true, false, null, lists), otherwise a word.
 
@@ -141,6 +189,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, object]]:
         ConfigError: not of this form, or a model or metaparameter that does not exist.
     """
     name, colon, tail = spec.strip().partition(":")
+    if colon and name not in MODELS and _OF_OTHERS.match(tail):
+        what, colon, tail = tail.partition(":")
+        name = f"{name}:{what}"
     metaparameters: dict[str, object] = {}
     for item in split_outside_brackets(tail) if colon else ():
         key, equals, value = (part.strip() for part in item.partition("="))
@@ -170,6 +221,15 @@ def _value(text: str) -> object:
         return text
 
 
-def head_of(model: "nn.Module") -> str:
-    """Return the name of the layer that gives the classes: the last one with weights, in every model of the zoo."""
-    return list(model.state_dict())[-1].rpartition(".")[0]
+def head_of(model: "nn.Module", num_classes: int) -> str:
+    """Return the name of the layer that gives the classes: the last one with so many outputs, else with weights.
+
+    Args:
+        model: Any network.
+        num_classes: Its outputs.
+    """
+    from torch import nn
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    fitting = [name for name, layer in layers if len(layer.weight) == num_classes]
+    return fitting[-1] if fitting else list(model.state_dict())[-1].rpartition(".")[0]

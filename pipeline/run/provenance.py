@@ -29,6 +29,7 @@ PACKAGES = (
     "pillow",
     "numpy",
     "torchmetrics",
+    "timm",
 )
 # What decides which kernels oneDNN picks: bf16 gains from the first two, int8 and fp32 from the rest.
 CPU_FLAGS = ("amx_bf16", "avx512_bf16", "amx_int8", "avx512_vnni", "avx512f", "avx2", "f16c")

@@ -11,6 +11,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import sha256_of_file
 from pipeline.core.typed import nearest
 from pipeline.models import zoo
+from pipeline.models.external import is_external
+from pipeline.models.trial import try_out
 from pipeline.training.setup import Shards
 from pipeline.training.trained import Trained, find_checkpoint, load_trained
 
@@ -18,7 +20,7 @@ ALL_BUT_HEAD = "all_but_head"
 
 
 def make_model(
-    config: TrainConfig, shards: Shards, say: Callable[[str], None], *, is_fresh: bool
+    config: TrainConfig, shards: Shards, say: Callable[[str], None], *, num_ranks: int, is_fresh: bool
 ) -> tuple[nn.Module, list[nn.Module]]:
     """Return the model with the weights that a run begins with, and its modules that are not trained.
 
@@ -26,16 +28,22 @@ def make_model(
         config: Of the command.
         shards: Give the classes.
         say: Told where the weights come from.
+        num_ranks: That train it.
         is_fresh: Whether there is no checkpoint yet to go on from.
 
     Raises:
         CheckpointError, ConfigError: As `begin_from` and `freeze`.
+        ConfigError: As `zoo.build`; or a network that others wrote cannot be trained.
     """
-    model = zoo.build(config.model.name, shards.num_classes, **config.model.metaparameters)
+    told, num_classes = config.model, shards.num_classes
+    model = zoo.build(told.name, num_classes, allow_code=told.allow_code, **told.metaparameters)
+    if is_external(told.name):
+        per_rank = config.batch.split(num_ranks).per_rank
+        try_out(model, told.name, num_classes=num_classes, side=config.input.size, per_rank=per_rank)
     if config.init.checkpoint is not None and is_fresh:
-        for said in begin_from(config, model, shards.num_classes, shards.training.classes):
+        for said in begin_from(config, model, num_classes, shards.training.classes):
             say(f"{config.name} {said}.")
-    return model, freeze(model, config.init.freeze)
+    return model, freeze(model, config.init.freeze, num_classes)
 
 
 def sha256_of_beginning(config: TrainConfig) -> str | None:
@@ -63,7 +71,7 @@ def begin_from(config: TrainConfig, model: nn.Module, num_classes: int, classes:
     assert config.init.checkpoint is not None
     asked = replace(config.model, num_classes=None)
     trained = load_trained(Path(config.init.checkpoint), asked, size=config.data.size)
-    head = zoo.head_of(model)
+    head = zoo.head_of(model, num_classes)
     state = trained.model.state_dict()
     keeps_head = _keeps_head(config.init.head, trained, num_classes, classes)
     if not keeps_head:
@@ -110,12 +118,13 @@ def _keeps_head(asked: str | None, trained: Trained, num_classes: int, classes: 
     return True
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+def freeze(model: nn.Module, names: Iterable[str], num_classes: int) -> list[nn.Module]:
     """Take parameters out of the training; returns the modules that were named.
 
     Args:
         model: Whose parameters no longer require a gradient.
         names: Of its modules, such as `features.3`, or `all_but_head`.
+        num_classes: Its outputs.
 
     Raises:
         ConfigError: A name is of no module with parameters, or nothing would be left to train.
@@ -123,7 +132,7 @@ def freeze(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     modules = {
         name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     }
-    head = zoo.head_of(model)
+    head = zoo.head_of(model, num_classes)
     frozen: list[nn.Module] = []
     for name in names:
         if name == ALL_BUT_HEAD:

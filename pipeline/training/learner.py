@@ -143,7 +143,7 @@ class Learner(pl.LightningModule):
     @property
     def head(self) -> list[nn.Parameter]:
         """Parameters of the layer that gives the classes."""
-        name = f"{head_of(self.model)}."
+        name = f"{head_of(self.model, self.num_classes)}."
         return [parameter for at, parameter in self.model.named_parameters() if at.startswith(name)]
 
     @property

@@ -9,6 +9,7 @@ from pipeline.config.training import TrainConfig
 from pipeline.data.root import check_root
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, NoSplitError
 from pipeline.models import zoo
+from pipeline.models.trial import try_apart
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.limits import check_pictures
 from pipeline.run.record.tracking import ID_FILE
@@ -21,7 +22,7 @@ def check_before_ranks(config: TrainConfig) -> None:
     Raises:
         ConfigError: run name, W&B's variables, model, metaparameters, a global batch that the ranks cannot share, or
             pictures that the model cannot take or that fit into no memory; weights to begin with, or modules to freeze,
-            that are not this model's.
+            that are not this model's; a network of others that cannot be built, or cannot be trained.
         DataError: no shards at data.root, or not the splits wanted.
         CheckpointError: no weights where the run is to begin with some, or damaged ones.
     """
@@ -35,11 +36,13 @@ def check_before_ranks(config: TrainConfig) -> None:
         ("trainer.evaluation_batch_per_rank", config.trainer.evaluation_batch_per_rank),
     ):
         check_pictures(key, num_pictures, side, num_ranks=num_ranks)
-    check_root(config.data, config.data.train_split)
+    num_classes = check_root(config.data, config.data.train_split)
     every = config.trainer.validate_every_steps
     if every != 0:
         with contextlib.suppress(*() if every else (NoSplitError,)):  # without one it trains and says so
             check_root(config.data, config.data.val_split)
+    per_rank = config.batch.split(num_ranks).per_rank
+    try_apart(config.model, config.model.num_classes or num_classes, side=config.input.size, per_rank=per_rank)
     if config.init.checkpoint is not None or config.init.freeze:
         _check_beginning(config, is_fresh=not any(run.checkpoints.glob("*.ckpt")))
 
@@ -53,10 +56,11 @@ def _check_beginning(config: TrainConfig, *, is_fresh: bool) -> None:
     if (root / MANIFEST_NAME).is_file():
         classes = Manifest.load(root).classes
         num_classes = num_classes or len(classes)
-    model = zoo.build(config.model.name, num_classes or 2, **config.model.metaparameters)
+    told = config.model
+    model = zoo.build(told.name, num_classes or 2, allow_code=told.allow_code, **told.metaparameters)
     if config.init.checkpoint is not None and is_fresh and num_classes is not None:
         begin_from(config, model, num_classes, classes)
-    freeze(model, config.init.freeze)
+    freeze(model, config.init.freeze, num_classes or 2)
 
 
 def check_model(config: TrainConfig, num_ranks: int) -> None:

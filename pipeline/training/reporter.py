@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.core.files import write_json_atomic
 from pipeline.core.overrides import literal
+from pipeline.core.processes import our_module
 from pipeline.data.index import ShardIndex
 from pipeline.reporting.page import write_run_report
 from pipeline.run.directory import RunDirectory
@@ -78,7 +79,7 @@ class Reporter:
         self._begun = time.monotonic()
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.report", f"run={literal(str(self.run.path.absolute()))}"],
+                [*our_module("pipeline.report"), f"run={literal(str(self.run.path.absolute()))}"],
                 cwd=CODE_ROOT,
                 env=without_ranks(os.environ),
                 stdin=subprocess.DEVNULL,

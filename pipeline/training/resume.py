@@ -12,6 +12,7 @@ from pipeline.config.privacy import published
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.trees import flat, plain
+from pipeline.models.external import source_sha256
 from pipeline.run.checkpoint_files import SectionJson
 from pipeline.run.provenance import versions
 
@@ -25,7 +26,8 @@ NO_PART_OF_THE_RESULT = (
     "data.fetch_",
     "data.verify",
 )
-NOT_WORTH_SAYING = ("name", "run_root", "privacy")  # the directory that holds the checkpoint is where it is
+# The directory that holds the checkpoint is where it is; what is allowed is no part of a run.
+NOT_WORTH_SAYING = ("name", "run_root", "privacy", "model.allow_code")
 
 
 def free_fields(config: TrainConfig) -> dict[str, object]:
@@ -128,8 +130,10 @@ def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
 
     `shards_hash` is the hash of the training split's index.
     """
+    source = source_sha256(config.model.name, allow_code=config.model.allow_code)
     return {
         "model.name": config.model.name,
+        **({} if source is None else {"model.source_sha256": source}),
         "seed": config.seed,
         "batch.global_size": config.batch.global_size,
         "data.shuffle_block": config.data.shuffle_block,

@@ -116,10 +116,19 @@ def _code() -> dict[str, str]:
     }
 
 
-def state_facts(state: Mapping[str, torch.Tensor], checkpoint_sha256: str | None) -> dict[str, str]:
-    """List the shapes of a model in training, and the checkpoint its optimiser goes on from; None: from none."""
+def state_facts(
+    state: Mapping[str, torch.Tensor], checkpoint_sha256: str | None, source_sha256: str | None = None
+) -> dict[str, str]:
+    """List what a model in training is made of.
+
+    Args:
+        state: Its weights, whose shapes are listed.
+        checkpoint_sha256: Of the weights it goes on from; None: from none.
+        source_sha256: Of the code of its factory; None: it is a library's.
+    """
     shapes = {f"the shape of {name}": f"{list(value.shape)} of {value.dtype}" for name, value in state.items()}
-    return {"the SHA-256 of the checkpoint": json.dumps(checkpoint_sha256), **shapes}
+    code = {} if source_sha256 is None else {"the code of the model": source_sha256[:12]}
+    return {"the SHA-256 of the checkpoint": json.dumps(checkpoint_sha256), **code, **shapes}
 
 
 # --- comparing ---

@@ -55,6 +55,7 @@ def facts_of_content(trained: Trained, index: ShardIndex, label_of_class: tuple[
     return {
         "the hash of the split": index.index_hash,
         "the model and its input": f"{trained.name}, {trained.input}",
+        "the code of the model": str(trained.source_sha256),
         "the outputs of the classes": str(label_of_class),
         **{f"the checksum of {name}": value for name, value in checksums(trained.model.state_dict()).items()},
     }

@@ -24,6 +24,7 @@ from pipeline.data.batches import LoadedBatch
 from pipeline.data.index import ShardIndex, open_split
 from pipeline.data.loader import evaluation_loader, training_loader
 from pipeline.data.shards.manifest import NoSplitError
+from pipeline.models.external import source_sha256
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.preempt import StopRequest
@@ -237,7 +238,8 @@ def make_learner(setup: Setup) -> Learner:
     torch.manual_seed(config.seed)
 
     def make() -> Learner:
-        model, frozen = make_model(config, shards, world.say, is_fresh=start.content is None)
+        is_fresh = start.content is None
+        model, frozen = make_model(config, shards, world.say, num_ranks=world.size, is_fresh=is_fresh)
         learner = Learner(
             model,
             recipe=config.recipe,
@@ -270,7 +272,8 @@ def make_learner(setup: Setup) -> Learner:
 
     learner = world.agree(make)
     origin = start.info.sha256 if start.info else world.agree(lambda: sha256_of_beginning(config))
-    world.require_same_run(state_facts(learner.state_dict(), origin))
+    source = source_sha256(config.model.name, allow_code=config.model.allow_code)
+    world.require_same_run(state_facts(learner.state_dict(), origin, source))
     return learner
 
 

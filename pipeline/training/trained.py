@@ -22,6 +22,7 @@ from pipeline.core.typed import build
 from pipeline.data.pixels import Pixels, SampleError, eval_view
 from pipeline.models import zoo
 from pipeline.models.caffe import load_npz
+from pipeline.models.external import source_sha256
 from pipeline.models.normalizer import Normalizer
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.wrappers import unwrap
@@ -64,6 +65,8 @@ class Trained:
     """What the weights were taken out of, as a clause in brackets."""
     differences: tuple[str, ...] = ()
     """A clause for each thing that the caller asked for and that is not as in the training."""
+    source_sha256: str | None = None
+    """Hexadecimal, of the code that a factory of the user's comes from; None: the model is a library's."""
 
     def preprocess(self, *pictures: bytes | str | Path) -> Tensor:
         """Return pictures as the network is fed them: cut as in evaluation and normalised.
@@ -167,14 +170,18 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
     if name is None:
         raise ConfigError(f"{path} does not say which model it is: add model=NAME.{_that_fit(state)}")
     metaparameters = {**section.get("metaparameters", {}), **asked.metaparameters}
-    num_outputs = asked.num_classes or section.get("num_classes") or _num_outputs(state, name, metaparameters)
+    num_outputs = (
+        asked.num_classes
+        or section.get("num_classes")
+        or _num_outputs(state, name, metaparameters, allow_code=asked.allow_code)
+    )
     with checkpoints.taking("what it says of its pictures", path):
         trained_input = _trained_input(section)
     seen, differences = _input(asked, name, trained_input, size)
     zoo.check_pictures(ModelConfig(name=name, metaparameters=metaparameters), seen.size)
-    if state is not None:
-        with torch.device("meta"):  # without memory: the file may say that it is of any size
-            wanted = zoo.build(name, num_outputs, **metaparameters).state_dict()
+    if state is not None:  # without memory first: the file may say that it is of any size
+        shapes = zoo.build_shapes(name, num_outputs, allow_code=asked.allow_code, **metaparameters)
+        wanted = shapes.state_dict()
         with checkpoints.taking("the weights", path):
             checkpoints.require_same_model(wanted, state, path=path, model=name, found_model=section.get("model"))
     if network is not None and seen.size != (trained_input or seen).size:
@@ -182,11 +189,15 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
             f"{path} takes pictures of its own size only: leave data.size out, or export it anew with"
             f" data.size={seen.size}."
         )
-    model = network or zoo.build(name, num_outputs, **metaparameters)
+    model = network or zoo.build(name, num_outputs, allow_code=asked.allow_code, **metaparameters)
     if state is not None:
         model.load_state_dict(state)
     elif is_caffe:
         load_npz(path, model)
+    source = source_sha256(name, allow_code=asked.allow_code)
+    was = section.get("must_match", {}).get("model.source_sha256", source)
+    if was != source:
+        differences.append(f"the code of {name} is another one than in the training")
     classes = section.get("classes")
     return Trained(
         model=model.eval(),
@@ -198,6 +209,7 @@ def load_trained(checkpoint: Path, asked: ModelConfig, *, size: int | None = Non
         origin=f"{path} (step {section['step']})" if "step" in section else str(path),
         unwrapped=f" ({'; '.join(said)})" if said else "",
         differences=tuple(differences),
+        source_sha256=source,
     )
 
 
@@ -227,17 +239,19 @@ def _state_dict(content: checkpoints.Content, path: Path) -> tuple[dict[str, Ten
     return state, said
 
 
-def _num_outputs(state: Mapping[str, Tensor] | None, name: str, metaparameters: Mapping[str, object]) -> int:
-    """As many as the classifier's weights are for. The last entry of every model of the zoo is its classifier's."""
+def _num_outputs(
+    state: Mapping[str, Tensor] | None, name: str, metaparameters: Mapping[str, object], *, allow_code: bool
+) -> int:
+    """As many as the classifier's weights are for."""
     if state is None:
         return NUM_IMAGENET_CLASSES
-    found = state.get(list(_shapes(name, NUM_IMAGENET_CLASSES, metaparameters))[-1])
+    shapes = zoo.build_shapes(name, NUM_IMAGENET_CLASSES, allow_code=allow_code, **metaparameters)
+    found = state.get(f"{zoo.head_of(shapes, NUM_IMAGENET_CLASSES)}.weight")
     return len(found) if found is not None and found.ndim else NUM_IMAGENET_CLASSES
 
 
 def _shapes(name: str, num_outputs: int, metaparameters: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        state = zoo.build(name, num_outputs, **metaparameters).state_dict()
+    state = zoo.build_shapes(name, num_outputs, allow_code=False, **metaparameters).state_dict()
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
@@ -256,7 +270,8 @@ def _that_fit(state: Mapping[str, Tensor] | None) -> str:
     fit = [
         f"model={name}"
         for name in (zoo.names() if has_filters else ())
-        if _entries(name) == shapes.keys() and _shapes(name, _num_outputs(state, name, {}), {}) == shapes
+        if _entries(name) == shapes.keys()
+        and _shapes(name, _num_outputs(state, name, {}, allow_code=False), {}) == shapes
     ]
     return f" Its weights have the shapes of {' and of '.join(fit)}." if fit else " No model here has weights like it."
 

@@ -71,20 +71,22 @@ def test_the_head_is_what_depends_on_the_classes(name: str) -> None:
         few, many = zoo.build(name, 5), zoo.build(name, 6)
     pairs = zip(few.state_dict().items(), many.state_dict().values(), strict=True)
     differ = {key.rpartition(".")[0] for (key, value), other in pairs if value.shape != other.shape}
-    assert differ == {head_of(few)}
-    frozen = freeze(few, ["all_but_head"])
+    assert differ == {head_of(few, 5)}
+    frozen = freeze(few, ["all_but_head"], 5)
     trained = {key.rpartition(".")[0] for key, value in few.named_parameters() if value.requires_grad}
-    assert trained == {head_of(few)} and frozen
+    assert trained == {head_of(few, 5)} and frozen
 
 
 def test_modules_are_frozen_by_name_and_what_there_is_not_is_named() -> None:
     model = zoo.build("squeezenet1_1", 4)
-    assert freeze(model, ["features.0", "features.3"]) == [model.get_submodule(f"features.{at}") for at in (0, 3)]
+    assert freeze(model, ["features.0", "features.3"], num_classes=5) == [
+        model.get_submodule(f"features.{at}") for at in (0, 3)
+    ]
     assert {name.rpartition(".")[0] for name, value in model.named_parameters() if not value.requires_grad} >= {
         "features.0",
         "features.3.squeeze",
     }
     with pytest.raises(ConfigError, match=r"no module 'feature' with parameters. Did you mean 'features'"):
-        freeze(model, ["feature"])
+        freeze(model, ["feature"], 5)
     with pytest.raises(ConfigError, match=r"leaves nothing to train"):
-        freeze(model, ["features", "classifier"])
+        freeze(model, ["features", "classifier"], 5)
