@@ -46,4 +46,4 @@ def ready_as(ranks: "RankInfo", config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_command("train", TrainConfig, ready)
+    run_command("train", TrainConfig, ready, program="ready", about=__doc__)

@@ -6,6 +6,7 @@ EXIT_CODE: of the ranks, as srun reports it; then what `train` was given. Exits 
 For no: with the code of the rank that is the reason, or with EXIT_CODE.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -40,5 +41,6 @@ def requeue(config: TrainConfig, exit_code: str) -> int:
 if __name__ == "__main__":
     first, *overrides = sys.argv[1:] or [""]
     if first.startswith("-"):
-        run_command("train", TrainConfig, lambda config: requeue(config, ""), argv=sys.argv[1:])
+        nothing = functools.partial(requeue, exit_code="")
+        run_command("train", TrainConfig, nothing, argv=sys.argv[1:], program="requeue", about=__doc__)
     run_command("train", TrainConfig, lambda config: requeue(config, first), argv=overrides)

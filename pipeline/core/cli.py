@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from pipeline.core import gate
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave, leave_cause, rank
-from pipeline.core.help import format_help
+from pipeline.core.help import format_help, version_text
 from pipeline.core.overrides import as_typed, literal, split_override
 from pipeline.core.secrets import redacted
 from pipeline.core.streams import has_lost_output
@@ -31,7 +31,8 @@ from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
 T = TypeVar("T")
-CONF_DIRECTORY = Path(__file__).resolve().parents[2] / "conf"
+CONF_DIRECTORY = Path(__file__).resolve().parents[1] / "conf"
+"""In a checkout a link to conf/ at its top; an installed package holds the files."""
 # A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
 OPEN_KEYS = ("model.metaparameters.",)
 LONGEST_VALUE_SHOWN = 200
@@ -41,9 +42,41 @@ LONGEST_MESSAGE = 4000
 
 
 def run_command(
-    command: str, schema: type[T], body: Callable[[T], int | None], *, argv: Sequence[str] | None = None
+    command: str,
+    schema: type[T],
+    body: Callable[[T], int | None],
+    *,
+    argv: Sequence[str] | None = None,
+    program: str | None = None,
+    about: str | None = None,
 ) -> NoReturn:
-    """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code."""
+    """Compose `conf/<command>.yaml` with the overrides, build `schema`, run `body`, exit with the documented code.
+
+    Args:
+        command: Name of the configuration.
+        schema: Its dataclass.
+        body: What is done; returns an exit code.
+        argv: Arguments; None: those of this process.
+        program: Name of the command; None: the configuration's.
+        about: What `--help` says of it; None: what `schema` says.
+    """
+
+    def run(arguments: list[str]) -> int:
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print(help_text(command, schema, program=program, about=about), flush=True)
+            return ExitCode.DONE
+        return _run(command, schema, body, arguments)
+
+    run_plain(run, argv=argv)
+
+
+def run_plain(body: Callable[[list[str]], int | None], *, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `body` with the arguments, checked and cleaned, and exit with the documented code.
+
+    Args:
+        body: What is done; returns an exit code.
+        argv: Arguments; None: those of this process.
+    """
     has_lost_others = False
     try:
         notes = settle_surroundings()
@@ -57,7 +90,12 @@ def run_command(
     arguments = _without_carriage_returns(sys.argv[1:] if argv is None else argv)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing a command leaves may be changed by everybody
     try:
-        code = int(_run(command, schema, body, arguments))
+        _check_arguments(arguments)
+        if "--version" in arguments:
+            print(version_text(), flush=True)
+            code = int(ExitCode.DONE)
+        else:
+            code = int(body(arguments) or ExitCode.DONE)
     except UserError as error:
         text = one_line(shortened(str(error), LONGEST_MESSAGE))
         _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
@@ -77,6 +115,13 @@ def run_command(
 
 
 def _run(command: str, schema: type[T], body: Callable[[T], int | None], arguments: list[str]) -> int:
+    if any(argument.startswith("-") for argument in arguments):
+        return _run_hydra_application(command, schema, body, arguments)
+    return body(compose(command, schema, arguments)) or ExitCode.DONE
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise `ConfigError` for arguments that nothing may repeat, and that no file can hold."""
     for argument in arguments:
         if not is_text(argument):
             raise ConfigError(
@@ -85,12 +130,6 @@ def _run(command: str, schema: type[T], body: Callable[[T], int | None], argumen
             )
     for argument in arguments:  # before anything, Hydra's own messages and printing included, can repeat it
         gate.refuse_argument(argument)
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(help_text(command, schema), flush=True)
-        return ExitCode.DONE
-    if any(argument.startswith("-") for argument in arguments):
-        return _run_hydra_application(command, schema, body, arguments)
-    return body(compose(command, schema, arguments)) or ExitCode.DONE
 
 
 def _without_carriage_returns(arguments: Sequence[str]) -> list[str]:
@@ -104,7 +143,10 @@ def _without_carriage_returns(arguments: Sequence[str]) -> list[str]:
 
 def _only_tells(arguments: Sequence[str]) -> bool:
     """Return whether the command line asks for nothing but printing."""
-    return any(argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info") for argument in arguments)
+    return any(
+        argument.partition("=")[0] in ("-h", "--help", "-c", "--cfg", "-i", "--info", "--version")
+        for argument in arguments
+    )
 
 
 def _print_error(text: str) -> None:
@@ -262,15 +304,15 @@ def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]])
     return override
 
 
-def help_text(command: str, schema: type[Any]) -> str:
-    """Return what `python -m pipeline.COMMAND --help` prints."""
-    values = _defaults(command)
+def help_text(command: str, schema: type[Any], *, program: str | None = None, about: str | None = None) -> str:
+    """Return what `squeezewire COMMAND --help` prints; arguments are those of `run_command`."""
+    values = defaults(command)
     takes = {group for group in config_groups() if group in values or (group == "experiment" and command == "train")}
     groups = {group: choices for group, choices in config_groups().items() if group in takes}
-    return format_help(command, schema, groups, values)
+    return format_help(program or command, schema, groups, values, about=about)
 
 
-def _defaults(command: str) -> dict[str, Any]:
+def defaults(command: str) -> dict[str, Any]:
     """Return the configuration without overrides, missing values included as `???`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import inspect
 import textwrap
 import typing
@@ -11,8 +12,21 @@ from typing import Any, cast
 WIDTH = 100
 
 
+def version_text() -> str:
+    """Return what `--version` prints."""
+    try:
+        return f"squeezewire {importlib.metadata.version('squeezewire')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "squeezewire, from a checkout that is not installed"
+
+
 def format_help(
-    command: str, schema: type[Any], groups: Mapping[str, tuple[str, ...]], values: dict[str, object]
+    command: str,
+    schema: type[Any],
+    groups: Mapping[str, tuple[str, ...]],
+    values: dict[str, object],
+    *,
+    about: str | None = None,
 ) -> str:
     """Return what can be set: groups with their choices, then every key with its default and meaning.
 
@@ -21,13 +35,10 @@ def format_help(
         schema: Dataclass of its configuration.
         groups: Hydra groups that the command takes, and the choices in each.
         values: The configuration without overrides.
+        about: What the command does; None: what `schema` says.
     """
-    lines = [
-        f"python -m pipeline.{command} key=value ...",
-        "",
-        textwrap.fill(" ".join((schema.__doc__ or "").split()), WIDTH),
-        "",
-    ]
+    told = textwrap.fill(" ".join((schema.__doc__ or "").split()), WIDTH) if about is None else inspect.cleandoc(about)
+    lines = [f"squeezewire {command} key=value ...    (or python -m pipeline.{command} key=value ...)", "", told, ""]
     if groups:
         lines.append("Groups (GROUP=CHOICE):")
         for group, choices in groups.items():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.processes import our_module
 from pipeline.run.lab import namespaces
 from pipeline.run.launch.children import RankCommand
 from pipeline.run.launch.ranks import LAB_VARIABLE, LabJson
@@ -137,7 +138,7 @@ class Lab:
         """Make the command of every rank.
 
         Args:
-            command: What to run; `python` is the interpreter of this process.
+            command: What to run; `python` is the interpreter of this process, `squeezewire` this program.
             environment: Variables of the ranks, beside those that give them their place.
             num_threads: Compute threads per rank; None: as `threads_of_a_rank` chooses.
 
@@ -147,15 +148,16 @@ class Lab:
         Raises:
             ConfigError: There is no such program.
         """
-        program = sys.executable if command[0] == "python" else shutil.which(command[0])
-        if program is None:
+        named = {"python": [sys.executable], "squeezewire": our_module("pipeline")}.get(command[0])
+        program = named or [found for found in [shutil.which(command[0])] if found]
+        if not program:
             raise ConfigError(f"{command[0]} is not a program: the lab runs what follows `--` on every rank.")
         threads = threads_of_a_rank(self.layout.world_size, num_threads, environment)
         alike = {**environment, "OMP_NUM_THREADS": threads, SECRET_VARIABLE: new_secret()}
         inside = ["unshare", *namespaces.OWN_PROC, "--"] if self.own_processes else []
         return [
             RankCommand(
-                [*_enter(self.keepers[self.layout.place(rank)[0]]), *inside, program, *command[1:]],
+                [*_enter(self.keepers[self.layout.place(rank)[0]]), *inside, *program, *command[1:]],
                 {**alike, **self.layout.variables(rank)},
             )
             for rank in range(self.layout.world_size)

@@ -12,11 +12,11 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.processes import our_module
 
 # <linux/sched.h>
 CLONE_NEWNS = 0x00020000  # mounts
@@ -118,7 +118,7 @@ def sweep_after(networks: Sequence[Keeper]) -> Keeper:
     """Have all processes in these network namespaces killed at `release`, or when this process has ended."""
     descriptors = [os.open(f"/proc/{network.pid}/ns/net", os.O_RDONLY) for network in networks]
     try:
-        return _keeper(None, [sys.executable, "-m", "pipeline.run.lab.reaper", *map(str, descriptors)], descriptors)
+        return _keeper(None, [*our_module("pipeline.run.lab.reaper"), *map(str, descriptors)], descriptors)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from pipeline.config.training import ClusterConfig
 from pipeline.core.errors import ConfigError, ExitCode
+from pipeline.core.processes import our_module
 from pipeline.run.launch.children import Children, RankCommand
 from pipeline.run.launch.ends import ENDING_SIGNALS, LOST_ONE_ANOTHER, exit_code_of, have_only_lost_one_another
 from pipeline.run.launch.limits import check_processes
@@ -94,7 +95,7 @@ def as_ranks(
         if ranks is not None:
             start_torch(is_torchrun=ranks.source == "torchrun")
             return work(ranks)
-    argv = [sys.executable, "-m", f"pipeline.{command}", *sys.argv[1:]]
+    argv = [*our_module(f"pipeline.{command}"), *sys.argv[1:]]
     return supervise(argv, cluster.devices, num_threads=cluster.num_threads)
 
 
@@ -109,7 +110,7 @@ def supervise(
     """Run the ranks of one command on this machine until all have ended.
 
     Args:
-        argv: The whole command, usually `[sys.executable, "-m", "pipeline.train", *sys.argv[1:]]`.
+        argv: The whole command, usually `[*our_module("pipeline.train"), *sys.argv[1:]]`.
         devices: Ranks to start.
         num_threads: Compute threads per rank (OMP_NUM_THREADS). None: what the environment says, else the cores of
             this process divided by the ranks.

@@ -88,6 +88,12 @@ def _wrong_with(words: Sequence[str]) -> str:
             return ""  # the device's own; tests/unit/models/test_update.py runs it
         case ["python", "-m", module, *arguments] if module.startswith("pipeline."):
             return _wrong_with_command(module.removeprefix("pipeline."), arguments)
+        case ["squeezewire", "models" | "--help", *_]:
+            return ""
+        case ["squeezewire", command, *arguments]:
+            return _wrong_with_command(command, arguments)
+        case ["torchrun", *arguments] if "--no-python" in arguments:
+            return _wrong_with(arguments[arguments.index("--no-python") + 1 :])
         case ["python", script, *_] if script.endswith(".py"):
             return _missing_files([script])
         case ["sbatch", *arguments]:
