@@ -67,7 +67,7 @@ def refuse_key(key: str, text: str, environment: Mapping[str, str]) -> None:
     what = next((name for name, shape in _SHAPES_OF_SECRETS.items() if shape.search(text)), None)
     remedy = "If it is none, write it another way."
     for name, value in environment.items():
-        if _is_credential(name, value) and value in text:
+        if value in text and _is_credential(name, value):
             what = f"the value of {name}"
             remedy = f"If that is none, run the command with `env -u {name}` before it."
     if what is not None:

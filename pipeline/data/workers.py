@@ -18,10 +18,11 @@ from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from pipeline.core.errors import DataError, ExitCode, UserError
+from pipeline.core.errors import ConfigError, DataError, ExitCode, UserError
 from pipeline.core.streams import settle_streams
+from pipeline.core.units import format_bytes
 from pipeline.data.batches import LoadedBatch
 
 MAX_AUTOMATIC_WORKERS = 16
@@ -51,7 +52,10 @@ class BatchLoader(DataLoader[LoadedBatch]):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         with self.ahead:
-            batches = super().__iter__()
+            try:
+                batches = super().__iter__()
+            except OSError as error:  # what workers and rank wait for one another with lies there too
+                raise ConfigError(_no_shared_memory("the data loader's workers", error)) from error
             while True:
                 try:
                     batch = next(batches)
@@ -65,7 +69,7 @@ class BatchLoader(DataLoader[LoadedBatch]):
                         " data.num_workers."
                     ) from error
                 if isinstance(batch, _Failure):
-                    raise DataError(batch.message)
+                    raise batch.error(batch.message)
                 yield batch
 
 
@@ -109,9 +113,10 @@ class WorkerLost(UserError):
 
 @dataclass(frozen=True)
 class _Failure:
-    """A DataError on its way from a worker: torch would wrap it into a traceback, and the sentence would be lost."""
+    """An error on its way from a worker: torch would wrap it into a traceback, and the sentence would be lost."""
 
     message: str
+    error: type[UserError] = DataError
 
 
 class _Reporting(Dataset[Any]):
@@ -131,7 +136,27 @@ class _Reporting(Dataset[Any]):
 
 
 def _already_a_batch(batch: Any) -> Any:
+    """Return it, in a worker with its tensors in shared memory already.
+
+    Left to the thread that hands batches over, one for which there is no room is dropped, and waited for for ever.
+    """
+    if get_worker_info() is None or not isinstance(batch, LoadedBatch):
+        return batch
+    tensors = [part for part in batch if isinstance(part, torch.Tensor)]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        return _Failure(_no_shared_memory(f"a batch of {format_bytes(num_bytes)}", error), ConfigError)
     return batch
+
+
+def _no_shared_memory(what: str, error: Exception) -> str:
+    return (
+        f"No shared memory for {what} ({' '.join(str(error).split())}): make /dev/shm larger (a container's with"
+        " --shm-size), or set data.num_workers=0, by which each rank loads by itself."
+    )
 
 
 def _start_fork_server() -> None:
