@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
+from pipeline.core.processes import apart
 from pipeline.data.root import check_root
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, NoSplitError
 from pipeline.models import zoo
@@ -44,12 +45,13 @@ def check_before_ranks(config: TrainConfig) -> None:
     per_rank = config.batch.split(num_ranks).per_rank
     try_apart(config.model, config.model.num_classes or num_classes, side=config.input.size, per_rank=per_rank)
     if config.init.checkpoint is not None or config.init.freeze:
-        _check_beginning(config, is_fresh=not any(run.checkpoints.glob("*.ckpt")))
+        is_fresh = not any(run.checkpoints.glob("*.ckpt"))
+        apart(lambda: _check_beginning(config, is_fresh=is_fresh))
 
 
 def _check_beginning(config: TrainConfig, *, is_fresh: bool) -> None:
     """Begin as a rank would, as far as the number of classes is known before the shards are opened."""
-    from pipeline.training.begin import begin_from, freeze  # torch: only these runs need it here
+    from pipeline.training.begin import begin_from, freeze
 
     assert config.data.root is not None
     root, num_classes, classes = Path(config.data.root), config.model.num_classes, None
