@@ -51,11 +51,11 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network: of the registry, timm:NAME, torchvision:NAME, package.module:factory, path/to/file.py:factory."""
+    """Which network: of the registry, timm:NAME, torchvision:NAME, package.module:factory, FILE.py:factory."""
 
     name: str
     allow_code: bool = False
-    """Whether package.module:factory and path/to/file.py:factory may run: code that is not squeezewire's."""
+    """Whether package.module:factory and FILE.py:factory may run: code that is not squeezewire's."""
     num_classes: int | None = None
     """Outputs of the classifier. Null: as many as the shards have classes."""
     metaparameters: dict[str, object] = field(default_factory=dict[str, object], metadata={"keys": SqueezeNetConfig})
