@@ -272,7 +272,7 @@ def test_a_model_that_is_proposed_can_be_built(spec: str, says: str, instead: st
     def build(text: str) -> None:
         name, metaparameters = zoo.parse_spec(text)
         with torch.device("meta"):
-            zoo.build(name, 10, **metaparameters)
+            zoo.build(name, 10, allow_code=False, **metaparameters)
 
     Remedy(
         says,
