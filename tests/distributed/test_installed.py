@@ -94,5 +94,5 @@ def test_it_says_what_it_is(installed: Path, elsewhere: Path) -> None:
         assert ran([installed, command, "--help"], elsewhere).startswith(f"squeezewire {command} ")
     listed = {row["model"]: row for row in json.loads(ran([installed, "models", "--json"], elsewhere))}
     assert listed["squeezenet1_0"]["gradient_bytes"] == 4_993_696 and listed["alexnet"]["published_top1"] == 0.56522
-    told = ran([installed, "trian"], elsewhere, expect=2)
-    assert "'trian' is no command. Did you mean 'train'?" in told and "Traceback" not in told
+    told = ran([installed, "traim"], elsewhere, expect=2)
+    assert "'traim' is no command. Did you mean 'train'?" in told and "Traceback" not in told

@@ -62,7 +62,7 @@ def test_the_list_of_models_fits_a_terminal() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trian"], "Did you mean 'train'?"),
+        (["traim"], "Did you mean 'train'?"),
         (["models", "--jsn"], "takes other words"),
         (["completion", "fish"], "takes"),
     ],
