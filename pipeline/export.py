@@ -4,7 +4,8 @@
     python -m pipeline.export checkpoint=runs/second data.root=shards/mine base=runs/export/model.sqz name=second
 
 Each file holds the model's name, classes and preprocessing, is read back, and is judged beside the weights it was made
-from. Left in `<run_root>/<name>/`: the files, artefacts.json, artefacts.csv. `evaluate` and `predict` read all of them.
+from. Left in `<run_root>/<name>/`: the files, report.html, artefacts.json, artefacts.csv, and latest.json for devices.
+`evaluate` and `predict` read all of the files.
 """
 
 from pipeline.config.export import ExportConfig

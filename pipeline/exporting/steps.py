@@ -21,6 +21,7 @@ from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, sp
 from pipeline.exporting.package import Made, PackageMaker, read_package
 from pipeline.exporting.sensitivity import Sensitivity, measure
 from pipeline.models.sqz.update import OFFER
+from pipeline.reporting.shipping import write_artefacts_report
 from pipeline.run.directory import RunDirectory
 from pipeline.training.scoring import match_outputs
 from pipeline.training.trained import Trained, load_trained
@@ -214,7 +215,8 @@ def conclude(
     table.writerow(columns)
     table.writerows([row.get(column) for column in columns] for row in rows)
     write_text_atomic(directory.path / "artefacts.csv", text.getvalue())
+    report = write_artefacts_report(content, directory.path)
     write_json_atomic(directory.path / OFFER, offer(directory.path, artefacts))  # last: what it names is there
     for sentence in sentences(trained, content):
         print(sentence)
-    print(f"Files, artefacts.json and artefacts.csv are in {directory.path}.")
+    print(f"Files, artefacts.json and artefacts.csv are in {directory.path}. Report: {report}")

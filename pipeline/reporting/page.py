@@ -21,6 +21,7 @@ from pipeline.reporting.sections import (
     LearningView,
     LedgerView,
     PageFigure,
+    ShippingView,
     command_of,
     comparison_sentence,
     environment_facts,
@@ -55,6 +56,7 @@ class Page:
     learning: LearningView | None = None
     mistakes: MistakesView | None = None
     forecast: ForecastView | None = None
+    shipping: ShippingView | None = None
     ledgers: list[LedgerView] = field(default_factory=list)
     not_measured: list[tuple[str, str]] = field(default_factory=list)
     environment: list[Fact] = field(default_factory=list)

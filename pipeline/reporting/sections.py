@@ -79,6 +79,14 @@ class ForecastView:
     assumptions: list[str]
 
 
+@dataclass(frozen=True)
+class ShippingView:
+    """The files that a network was exported to."""
+
+    figures: list[PageFigure]
+    tables: list[Table]
+
+
 def comparison_sentence(comparison: ComparisonJson) -> str:
     """Return the biggest saving, in one sentence, and what repeated runs say of step times, in one for each pair."""
     return " ".join([_saving(comparison), *repetition_sentences(comparison)])

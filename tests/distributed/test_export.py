@@ -80,6 +80,9 @@ def test_memory_is_planned_and_measured(exported: Path) -> None:
         assert 0 < of["p50_seconds"] <= of["p90_seconds"] and of["process_peak_bytes"] > of["activation_peak_bytes"]
     fits = {(row["hardware"], row["number_format"]): row["plan"] for row in table["memory"]["fits"]}
     assert fits == dict.fromkeys(fits, "copied") and len(fits) == 6
+    page = (exported / "export" / "report.html").read_text()
+    assert "Files to ship" in page and f"{table['artefacts'][-1]['num_bytes']:,}" in page
+    assert "10 MB on the chip" in page and "latency.num_windows=0" not in page and page.count("<svg") == 2
     said = (exported / "said.txt").read_text()
     assert "x AlexNet's, though it has 0.001x its weights" in said and "ms a picture" in said
 
