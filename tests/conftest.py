@@ -38,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Everything at once: two ranks, two micro-batches a step, averaged weights, 1000 classes, the mirror offline.
+    """Everything at once: two ranks, two micro-batches a step, averaged weights, a pruning, 1000 classes, W&B.
 
     The supervisor is killed when rank 1 is fed the second half of step 7, in the second epoch.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
 from pipeline.config.model import InputConfig, ModelConfig
+from pipeline.config.pruning import PruneConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import PathText, one_of, require
 
@@ -107,6 +108,7 @@ class RecipeConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, which validation and best checkpoints then use; 0: off."""
+    prune: PruneConfig = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
         one_of("recipe.decay", self.decay, ("linear", "cosine", "none"))

@@ -307,7 +307,8 @@ def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]])
 def help_text(command: str, schema: type[Any], *, program: str | None = None, about: str | None = None) -> str:
     """Return what `squeezewire COMMAND --help` prints; arguments are those of `run_command`."""
     values = defaults(command)
-    takes = {group for group in config_groups() if group in values or (group == "experiment" and command == "train")}
+    of_train = ("experiment", "prune") if command == "train" else ()  # which are no key of their own
+    takes = {group for group in config_groups() if group in values or group in of_train}
     groups = {group: choices for group, choices in config_groups().items() if group in takes}
     return format_help(program or command, schema, groups, values, about=about)
 

@@ -16,7 +16,7 @@ from pipeline.core.units import format_bytes
 from pipeline.exporting.fits import alexnet_bytes, fp32_bytes, memory, memory_sentences
 from pipeline.exporting.judging import Judgement
 from pipeline.exporting.onnx_run import OnnxRun
-from pipeline.exporting.sensitivity import layers_of
+from pipeline.models.coded_layers import coded_layers
 from pipeline.models.sqz.delta import base_sha256
 from pipeline.run.provenance import describe_cpu
 from pipeline.training.trained import Trained
@@ -65,7 +65,7 @@ class Artefact:
 def lossless_bytes(model: torch.nn.Module) -> int:
     """Return what the coded weights would take as they are: the entropy of each layer's values, and a table of them."""
     num_bits = 0.0
-    for _, layer in layers_of(model):
+    for _, layer in coded_layers(model):
         _, counts = np.unique(layer.weight.detach().cpu().numpy(), return_counts=True)
         shares = counts / counts.sum()
         coded = float(-(counts * np.log2(shares)).sum()) + 8 * NUM_FLOAT_BYTES * len(counts)
@@ -81,7 +81,7 @@ def as_json(trained: Trained, artefacts: list[Artefact], *, judged_on_calibratio
         artefacts: The files.
         judged_on_calibration: Whether the pictures that judged are those of the calibration.
     """
-    own, weights = fp32_bytes(trained.model), [layer.weight for _, layer in layers_of(trained.model)]
+    own, weights = fp32_bytes(trained.model), [layer.weight for _, layer in coded_layers(trained.model)]
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     package = next((artefact for artefact in artefacts if artefact.kind == "package"), None)
     cpu = describe_cpu()

@@ -23,7 +23,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.exporting.files import description_of, self_test, test_picture
 from pipeline.exporting.judging import Pictures
 from pipeline.exporting.quantise import LayerQuantiser
-from pipeline.exporting.sensitivity import Sensitivity, layers_of
+from pipeline.exporting.sensitivity import Sensitivity
+from pipeline.models.coded_layers import coded_layers
 from pipeline.models.onnx_network import INPUT, METADATA_KEY, OUTPUT, OnnxNetwork, session_of
 from pipeline.training.trained import Trained
 
@@ -174,7 +175,7 @@ def _round_weights(
     def store(name: str, value: Tensor) -> None:
         stored[name].CopyFrom(onnx.numpy_helper.from_array(value.numpy(), name))
 
-    for name, layer in layers_of(trained.model):
+    for name, layer in coded_layers(trained.model):
         if f"{name}.weight" not in stored or f"{name}.bias" not in stored:
             continue  # the exporter has folded it into another: the quantiser's own rounding
         largest_R = layer.weight.detach().flatten(1).abs().amax(1).cpu()

@@ -14,7 +14,8 @@ from pipeline.core.progress import progress_bar
 from pipeline.exporting.files import description_of, self_test
 from pipeline.exporting.judging import Judgement
 from pipeline.exporting.quantise import LayerQuantiser, Quantised
-from pipeline.exporting.sensitivity import Sensitivity, layers_of
+from pipeline.exporting.sensitivity import Sensitivity
+from pipeline.models.coded_layers import coded_layers
 from pipeline.models.sqz.decoder import Grid, Package, decode
 from pipeline.models.sqz.encoder import Encoded, encode, make_grid, pack
 from pipeline.training.trained import Trained
@@ -60,7 +61,7 @@ class PackageMaker:
         self._trained = trained
         self._layers = {
             name: LayerQuantiser(layer.weight, None if sensitivities is None else sensitivities.get(name))
-            for name, layer in layers_of(trained.model)
+            for name, layer in coded_layers(trained.model)
         }
 
     def make(self, nats_per_bit: float) -> Made:
@@ -76,7 +77,7 @@ class PackageMaker:
             CheckpointError: The older one is of another model.
         """
         nats_per_bit = float(base.meta["nats_per_bit"])
-        shapes = {f"{name}.weight": layer.weight.shape for name, layer in layers_of(self._trained.model)}
+        shapes = {f"{name}.weight": layer.weight.shape for name, layer in coded_layers(self._trained.model)}
         if {name: values.shape for name, values in base.symbols.items()} != {
             name: tuple(shape) for name, shape in shapes.items()
         }:

@@ -5,7 +5,7 @@ For a layer with weights w (one row per output, the bias as a last column of inp
 network's answers (Fisher's information), with Kronecker factors. No labels are needed: they are drawn from the answers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.core.progress import progress_bar
 from pipeline.exporting.judging import Pictures
+from pipeline.models.coded_layers import Layer, coded_layers
 
 BATCH = 16
 TEMPERATURE = 2.0
@@ -22,7 +23,6 @@ few others say would decide alone."""
 MAX_COLUMNS = 4608
 """Layers with more inputs per output have the diagonal of H alone: the rest of AlexNet's would take 340 MB, VGG's 2.5
 GB."""
-Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,6 @@ def pooled(parts: Sequence[tuple[Mapping[str, Sensitivity], int]]) -> dict[str, 
     return found
 
 
-def layers_of(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Yield the layers whose weights are coded, by name: plain convolutions without groups, and linear layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _is_plain(module)):
-            yield name, module
-
-
-def _is_plain(layer: nn.Conv2d) -> bool:
-    """Whether `unfold` gives the inputs of each output. Other convolutions are stored as they are."""
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-
-
 def measure(model: nn.Module, pictures: Pictures, *, seed: int = 0) -> dict[str, Sensitivity]:
     """Return the sensitivity of every layer that is coded.
 
@@ -97,7 +85,7 @@ def measure(model: nn.Module, pictures: Pictures, *, seed: int = 0) -> dict[str,
 
         return dict(model.named_modules())[name].register_forward_hook(hook)
 
-    hooks = [watch(name) for name, _ in layers_of(model)]
+    hooks = [watch(name) for name, _ in coded_layers(model)]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanted:

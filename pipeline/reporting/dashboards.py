@@ -104,6 +104,7 @@ LEARNING = Section(
         Lines(title="Validation top-5", metrics=("val/top5",), x=SAMPLES, unit="share of pictures"),
         Lines(title="Learning rate", metrics=("lr",)),
         Lines(title="Norm of the whole gradient", metrics=("train/grad_norm",), log_y=True, smoothing=NOISY),
+        Lines(title="Density while pruning", metrics=("train/density",), unit="share of weights"),
     ),
 )
 SPEED = Section(

@@ -60,6 +60,14 @@ class RunRecord:
         is_recorded = ~np.isnan(values) & ~np.isnan(steps)
         return steps[is_recorded].astype(np.int64).tolist(), values[is_recorded].tolist()
 
+    @property
+    def best_val_top1(self) -> float | None:
+        """Best validation top-1; of a run that prunes, of the weights as sparse as they have become."""
+        densities = dict(zip(*self.series("train/density"), strict=True))
+        lowest = min(densities.values(), default=None)
+        rows = zip(*self.series("val/top1"), strict=True)
+        return max((top1 for step, top1 in rows if densities.get(step) == lowest), default=None)
+
     def last(self, key: str) -> float | None:
         """Return the metric's latest value."""
         values = self.series(key)[1]

@@ -55,7 +55,7 @@ class SectionJson(TypedDict):
     ledger: Any
     """The ledger's own state, a TypedDict of `comm`, which this room does not import."""
     learner: dict[str, Any]
-    """What neither the weights nor the optimiser hold: averaged weights, moments of a plateau."""
+    """What neither the weights nor the optimiser hold: averaged weights, masks of what is pruned."""
     powersgd: NotRequired[dict[str, Any] | None]
     """Matrices and error memories of the compression, where the run has it."""
 

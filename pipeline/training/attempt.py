@@ -187,6 +187,7 @@ class Attempt(pl.Callback):
             "train/top1": result.top1,
             "lr": result.lr,
             "train/grad_norm": result.grad_norm,
+            **({} if result.density is None else {"train/density": result.density}),
             "perf/images_per_second": global_size / seconds,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": waited,
@@ -198,7 +199,7 @@ class Attempt(pl.Callback):
     def _write_pending(self) -> None:
         if self._pending is not None:
             self.tracker.log(*self._pending)
-            self.narrator.tell(*self._pending)
+            self.narrator.tell(*self._pending, may_be_best=self.learner.may_be_best)
             self._pending = None
 
     def _resume_time(self) -> None:
@@ -207,7 +208,8 @@ class Attempt(pl.Callback):
         self.world.timeline.restart()
 
     def _save_if_due(self, step: int, score: float | None) -> None:
-        is_best = score is not None and (self.best_score is None or score > self.best_score)
+        is_better = score is not None and (self.best_score is None or score > self.best_score)
+        is_best = is_better and self.learner.may_be_best
         if is_best:
             self.best_score = score
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):

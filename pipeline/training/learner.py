@@ -29,6 +29,7 @@ from pipeline.models.zoo import head_of
 from pipeline.run.checkpoint_checks import unusable
 from pipeline.training import arithmetic, drift
 from pipeline.training.confusions import OutcomeRecord, Outcomes
+from pipeline.training.pruning import Pruner, make_schedule
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
@@ -65,6 +66,8 @@ class StepResult:
     """Some rank was asked to stop: all ranks know it of the same step."""
     drifted: bool = False
     """The ranks' weights were compared, and are not the same: all ranks know it of the same step."""
+    density: float | None = None
+    """Share of the weights that is not pruned, of the layers that are; None: the recipe prunes none."""
 
 
 class Learner(pl.LightningModule):
@@ -85,6 +88,9 @@ class Learner(pl.LightningModule):
         origin: context that labels the collectives inside it.
         frozen: modules whose parameters are not trained; they compute as in evaluation.
         outcomes: records what a validation says of each picture; None: nothing does.
+
+    Raises:
+        ConfigError: the recipe's pruning does not fit the run or the model.
     """
 
     frozen: tuple[nn.Module, ...]
@@ -133,6 +139,8 @@ class Learner(pl.LightningModule):
         self._sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, pictures of this rank in this step
         self._sample_ids: list[Tensor] = []
         self._grad_norm = math.nan
+        schedule = make_schedule(recipe.prune, num_steps)
+        self.pruner = schedule and Pruner(self.model, schedule, recipe.prune.scope, step=start_step)
         average = None
         if recipe.ema_decay:
             average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
@@ -150,6 +158,11 @@ class Learner(pl.LightningModule):
     def averaged_model(self) -> nn.Module:
         """The exponential moving average of the weights, or the weights themselves without one."""
         return self.model if self.average is None else self.average.module
+
+    @property
+    def may_be_best(self) -> bool:
+        """Whether the weights are what the run is for: denser ones than were asked for are not."""
+        return self.pruner is None or self.pruner.is_done
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters that must be the same on every rank, the averaged ones included."""
@@ -169,9 +182,11 @@ class Learner(pl.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """The average follows the weights to their device."""
+        """The average and the masks of the pruning follow the weights to their device."""
         if self.average is not None:
             self.average.to(self.device)
+        if self.pruner is not None:
+            self.pruner.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this micro-step and set the learning rate of this step."""
@@ -205,6 +220,8 @@ class Learner(pl.LightningModule):
 
         The gradient is already reduced, so every rank sees the same norm and decides alike, without traffic.
         """
+        if self.pruner is not None:
+            self.pruner.clear_gradients()
         parameters, norm = arithmetic.reduced_gradient(optimizer)
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
@@ -238,8 +255,12 @@ class Learner(pl.LightningModule):
         if self._micro < self.num_micro_batches:
             return None
         lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+        if self.pruner is not None:
+            self.pruner.step_done(self.committed_steps + 1)
         if self.average is not None:
             self.average.update_parameters(self.model)
+            if self.pruner is not None:
+                self.pruner.clear(dict(self.average.module.named_parameters()))
         parts = [self._sums, self._sums.new_full((1,), float(stop_asked))]
         every = self.compare_every_steps
         if every and (self.committed_steps + 1) % every == 0 and has_peers():
@@ -259,6 +280,7 @@ class Learner(pl.LightningModule):
             grad_norm=self._grad_norm,
             stop=num_asked > 0,
             drifted=bool(of_weights) and not drift.are_same(of_weights, dist.get_world_size()),
+            density=None if self.pruner is None else self.pruner.density,
         )
         self._forget_step()
         return result
@@ -317,7 +339,8 @@ class Learner(pl.LightningModule):
 
     def extra_state(self) -> dict[str, Any]:
         """What the weights and the optimiser do not hold; plain types and tensors only."""
-        return {} if self.average is None else {"average": self.average.state_dict()}
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return average if self.pruner is None else {**average, "masks": self.pruner.masks}
 
     def restore(self, state_dict: dict[str, Tensor], optimizer_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Take over a checkpoint. Call before the trainer starts.
@@ -328,7 +351,7 @@ class Learner(pl.LightningModule):
             extra: what `extra_state` returned.
 
         Raises:
-            ValueError: the optimiser's state, or the average, does not fit the weights.
+            ValueError: the optimiser's state, the average or the masks of the pruning do not fit the weights.
         """
         weights = {
             key.removeprefix(NAME_PREFIX): value for key, value in state_dict.items() if key.startswith(NAME_PREFIX)
@@ -336,6 +359,8 @@ class Learner(pl.LightningModule):
         self.model.load_state_dict(weights)
         _check_momenta(optimizer_state, list(self.model.parameters()))
         self.optimizer_state = optimizer_state
+        if self.pruner is not None:
+            self.pruner.load_masks(extra.get("masks"))
         if self.average is not None:
             # A run that had no average before starts it from the weights it has now.
             source = extra.get("average")

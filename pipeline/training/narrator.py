@@ -64,12 +64,13 @@ class Narrator:
         self._begun: float | None = None
         self._num_lines = 0
 
-    def tell(self, step: int, row: Row) -> None:
+    def tell(self, step: int, row: Row, *, may_be_best: bool = True) -> None:
         """Tell one step.
 
         Args:
             step: Steps committed.
             row: Its row of the record.
+            may_be_best: Whether its validation, if it has one, can be the best; not before a pruning has ended.
         """
         now = time.monotonic()
         if self._begun is None:
@@ -83,7 +84,7 @@ class Narrator:
             return
         self.bar.update(step - self.start_step, self._words(row))
         if "val/top1" in row:
-            self._say(self._of_validation(step, row))
+            self._say(self._of_validation(step, row, may_be_best))
         elif self.has_lines and now - self._begun >= self._next_line_seconds():
             while now - self._begun >= self._next_line_seconds():
                 self._num_lines += 1
@@ -140,11 +141,13 @@ class Narrator:
             f" lr {row['lr']:.3g}, {row['perf/images_per_second']:,.0f} pictures/s, {format_seconds(left)} left"
         )
 
-    def _of_validation(self, step: int, row: Row) -> str:
+    def _of_validation(self, step: int, row: Row, may_be_best: bool) -> str:
         top1 = float(row["val/top1"] or 0.0)
-        is_best = self.best_top1 is None or top1 > self.best_top1
+        is_best = may_be_best and (self.best_top1 is None or top1 > self.best_top1)
         self.best_top1 = top1 if is_best else self.best_top1
-        best = "the best so far" if is_best else f"best {self.best_top1:.1%}"
+        best = "the best so far" if is_best else f"best {self.best_top1 or 0.0:.1%}"
+        if not may_be_best:
+            best = "no candidate for the best before the density is reached"
         return (
             f"step {step:,} of {self.plan.num_steps:,}: validation loss {row['val/loss']:.3f}, top-1 {top1:.1%},"
             f" top-5 {row['val/top5']:.1%}; {best}"

@@ -6,12 +6,14 @@ import sys
 from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.wire import gloo
 from pipeline.config.hooks import COMPRESSIONS
+from pipeline.config.pruning import PruneConfig
 from pipeline.config.training import BatchSplit, TrainConfig
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.text import fitted
 from pipeline.core.units import format_bandwidth, format_bytes
 from pipeline.data.fit import misfit_sentence, origin_sentence
 from pipeline.run.launch.ranks import lab_conditions
+from pipeline.training.pruning import make_schedule
 from pipeline.training.setup import Setup
 from pipeline.training.world import World
 
@@ -42,6 +44,16 @@ def _counted(count: int, noun: str, plural: str = "s") -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
 
 
+def _pruning_line(config: PruneConfig, num_steps: int) -> str:
+    schedule = make_schedule(config, num_steps)
+    if schedule is None:
+        return ""
+    return (
+        f"  pruning     steps {schedule.begin_step} to {schedule.end_step}, to a density of {schedule.density:g}"
+        f" ({config.scope}); gradients stay dense, and so do their bytes\n"
+    )
+
+
 def announce(setup: Setup, owed_bytes: int) -> str:
     """Print what a step will be, before the first, and warn of what will cost more than it need.
 
@@ -61,7 +73,8 @@ def announce(setup: Setup, owed_bytes: int) -> str:
         f" x {batch.per_rank}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
-        f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
+        + _pruning_line(config.recipe.prune, plan.num_steps)
+        + f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
         + (f"; resumed from {start.info.path.name}" if start.info else "")
         + "".join(f"\n  changed     {change}" for change in start.changes)
     )

@@ -4,6 +4,7 @@ A field that decides which pictures meet which weights must match. Every other f
 is said and kept in `attempts.jsonl`: a learning rate that was edited, a package that was upgraded, other ranks.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +122,12 @@ def _shown(values: Mapping[str, object], key: str) -> str:
     return repr(plain(values[key])) if key in values else "not there"
 
 
-BEFORE_IT_WAS_A_FIELD = {"data.shuffle_groups": 1, "data.tail": "drop", "recipe.optimizer": "sgd"}
+BEFORE_IT_WAS_A_FIELD = {
+    "data.shuffle_groups": 1,
+    "data.tail": "drop",
+    "recipe.optimizer": "sgd",
+    "recipe.prune.density": 1.0,
+}
 """What checkpoints of versions without these fields were made with."""
 
 
@@ -141,4 +147,5 @@ def must_match(config: TrainConfig, shards_hash: str) -> dict[str, object]:
         "data.tail": config.data.tail,
         "data.shards_sha256": shards_hash,
         "recipe.optimizer": config.recipe.optimizer,
+        **{f"recipe.prune.{key}": value for key, value in dataclasses.asdict(config.recipe.prune).items()},
     }

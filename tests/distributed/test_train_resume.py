@@ -16,6 +16,21 @@ def test_two_ranks_accumulating_with_averaged_weights(two_ranks: Pair) -> None:
     assert_same(two_ranks)
     first, second = json.loads((two_ranks.resumed / "ledger.json").read_text())["attempts"]
     assert (first["first_step"], second["first_step"]) == (0, 6)
+    # Killed between two of the steps after which it prunes: the density of every layer is reached to a weight, exact
+    # zeros in the weights and in their average, and the bytes are those of dense gradients, which the ledger closes on.
+    content = load(two_ranks.resumed)
+    masks, average = (content["squeezewire"]["learner"][key] for key in ("masks", "average"))
+    assert len(masks) == 26
+    for name, mask in masks.items():
+        assert int(mask.sum()) == round(0.33 * mask.numel())
+        for weight in (content["state_dict"][f"model.{name}"], average[f"module.{name}"]):
+            assert torch.equal(weight != 0, mask), name
+    densities = [row["train/density"] for row in rows(two_ranks.resumed)]
+    assert densities == sorted(densities, reverse=True) and densities[0] == 1 > densities[5] > densities[7]
+    assert densities[8] == densities[10] == pytest.approx(0.33, abs=1e-4)
+    # Validated after 4 and 8 steps too, when it was denser than asked for.
+    best = torch.load(two_ranks.resumed / "checkpoints/best.ckpt", weights_only=True)
+    assert best["squeezewire"]["step"] == 11
 
 
 def test_one_rank_killed_amid_validation_across_the_turn_of_an_epoch(shards: Path, tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from tests.commands import train_recorded
 PAIR_OPTIONS = (
     "batch.max_per_rank=3",
     "recipe.ema_decay=0.9",
+    "prune=third",
+    "recipe.prune.begin_step=2",
+    "recipe.prune.end_step=9",
+    "recipe.prune.every_steps=2",
     "model.num_classes=1000",
     "tracking=offline",
     "tracking.artifacts=[ledger,config,report,best]",

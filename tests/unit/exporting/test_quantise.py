@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pipeline.exporting.judging import judge, mcnemar_p
 from pipeline.exporting.quantise import LayerQuantiser
-from pipeline.exporting.sensitivity import Sensitivity, layers_of
+from pipeline.exporting.sensitivity import Sensitivity
+from pipeline.models.coded_layers import coded_layers
 
 
 def correlated(num_columns: int, seed: int) -> Tensor:
@@ -92,7 +93,7 @@ def test_layers_that_are_coded() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, padding="same"), nn.Linear(4, 2)
     )
-    assert [name for name, _ in layers_of(model)] == ["0", "3"]
+    assert [name for name, _ in coded_layers(model)] == ["0", "3"]
 
 
 def test_judgement() -> None:

@@ -43,6 +43,19 @@ def test_step_time_comes_from_the_rows_where_the_ledger_has_none(make_run: MakeR
     assert read_run(directory).step_seconds == 0.5
 
 
+def test_the_best_of_a_run_that_prunes_is_of_its_sparsest_weights(make_run: MakeRun) -> None:
+    directory = make_run("first", num_steps=4)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row, top1, density in zip(rows, (0.9, 0.4, 0.6, 0.5), (1.0, 0.33, 0.33, 0.33), strict=True):
+        row |= {"val/top1": top1, "train/density": density}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(directory).best_val_top1 == 0.6
+    for row in rows:
+        del row["train/density"]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(directory).best_val_top1 == 0.9
+
+
 def test_a_row_cut_short_by_a_kill_is_left_out(make_run: MakeRun) -> None:
     directory = make_run("killed", num_steps=3)
     with (directory / "metrics.jsonl").open("a") as file:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.pruning import PruneConfig
 from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, ConfigError, TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute, set_threads
@@ -188,6 +189,9 @@ def test_every_field_that_shapes_the_order_or_the_weights_must_match() -> None:
         "data.shuffle_block": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_block=2)),
         "data.shuffle_groups": dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_groups=2)),
         "data.tail": dataclasses.replace(config, data=dataclasses.replace(config.data, tail="pad")),
+        "recipe.prune.every_steps": dataclasses.replace(
+            config, recipe=dataclasses.replace(config.recipe, prune=PruneConfig(every_steps=7))
+        ),
     }
     base = must_match(config, "shards")
     for key, other in changed.items():
