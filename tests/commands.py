@@ -80,13 +80,13 @@ def clean_environment() -> dict[str, str]:
 def run(
     arguments: list[str],
     *,
-    expect: int | None = 0,
+    expect: int | tuple[int, ...] | None = 0,
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     prefix: Sequence[str] = (),
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Ended:
-    """Run `python ARGUMENTS` to its end, within the deadline. `expect`: the exit code, or None to take any.
+    """Run `python ARGUMENTS` to its end, within the deadline. `expect`: the exit code, several that may be, or None for any.
 
     `prefix`: a command that runs the rest of its words as a command, such as `unshare --net`.
     """
@@ -104,7 +104,8 @@ def run(
         finally:
             process.kill()
     assert not any(value in output for value in SECRET.values())
-    assert expect is None or process.returncode == expect, f"exit code {process.returncode}\n{output}"
+    allowed = expect if isinstance(expect, tuple) else (expect,)
+    assert expect is None or process.returncode in allowed, f"exit code {process.returncode}\n{output}"
     return Ended(process.returncode, output)
 
 
@@ -131,7 +132,7 @@ def train_recorded(
     devices: int,
     *more: str,
     kill_at: str = "",
-    expect: int | None = None,
+    expect: int | tuple[int, ...] | None = None,
     environment: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
     deadline_seconds: float = DEADLINE_SECONDS,

@@ -322,7 +322,8 @@ def test_one_job_through_everything(slurm: "SlurmCluster", checkout: Checkout) -
     assert [(record["exit_code"], record["step"]) for record in ours[:2]] == [(75, 17), (137, 25)], log
     steps = [attempt["first_step"] for attempt in checkout.ledger("tried")["attempts"]]
     assert (steps[0], steps[2:4]) == (0, [17, 25])  # 25 is validated, and so far the best
-    assert steps[1] in (0, 6) and steps[4] in (40, 44)  # the later one if Slurm left the time to save
+    # If Slurm left the time to save, that of the step after; or of a later one, where the machine was busy.
+    assert (steps[1] == 0 or 6 <= steps[1] < 16) and (steps[4] == 40 or 44 <= steps[4] < 60)
 
 
 @pytest.fixture(scope="module")
