@@ -86,7 +86,7 @@ def run(
     prefix: Sequence[str] = (),
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Ended:
-    """Run `python ARGUMENTS` to its end, within the deadline. `expect`: the exit code, several that may be, or None for any.
+    """Run `python ARGUMENTS` to its end, within the deadline. `expect`: the exit code, or several; None: any.
 
     `prefix`: a command that runs the rest of its words as a command, such as `unshare --net`.
     """
