@@ -179,8 +179,8 @@ def wrong_with_commands(text: str) -> list[str]:
         if language == "python":
             found += [f"line {number}: {wrong}" for wrong in wrong_with_script(body)]
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```[\s\S]*?^```$", "", text, flags=re.MULTILINE)):
-        if match := re.match(r"python -m (pipeline|benchmarks)\.([a-z_]\w*)", span):
-            if not (REPOSITORY / match[1] / f"{match[2]}.py").is_file():
+        if match := re.match(r"python -m ((?:pipeline|benchmarks)\.[a-z_][\w.]*)", span):
+            if not (REPOSITORY / f"{match[1].replace('.', '/')}.py").is_file():
                 found.append(f"`{span}`: no such module")
         elif match := re.fullmatch(r"make ([a-z][a-z -]*)", span):
             found += [f"`{span}`: no target {name}" for name in match[1].split() if name not in make_targets()]
