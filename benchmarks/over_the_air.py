@@ -121,6 +121,8 @@ def serve(folder: Path, made: dict[str, Path], rows: Sequence[str]) -> None:
     handler = functools.partial(RangeHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("0.0.0.0", PORT), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        (folder / "serving").touch()
+        wait_for(folder / "ready")
         for row in rows:
             directory = folder / place_of(row)
             directory.mkdir()
@@ -128,8 +130,7 @@ def serve(folder: Path, made: dict[str, Path], rows: Sequence[str]) -> None:
             (directory / "latest.new").write_text(json.dumps(told))
             published = time.monotonic()  # of all processes of this machine
             (directory / "latest.new").rename(directory / "latest.json")
-            while not (directory / "answered").exists():
-                time.sleep(POLL_SECONDS)
+            wait_for(directory / "answered")
             answered = json.loads((directory / "answered").read_text())
             seconds = answered["at"] - published
             line = {
@@ -143,10 +144,18 @@ def serve(folder: Path, made: dict[str, Path], rows: Sequence[str]) -> None:
         server.shutdown()
 
 
+def wait_for(path: Path) -> None:
+    """Wait until there is a file, which is how the two programs tell one another."""
+    while not path.exists():
+        time.sleep(POLL_SECONDS / 10)
+
+
 def be_device(folder: Path, made: dict[str, Path], rows: Sequence[str], address: str) -> None:
     """Have the older model in use, and take each newer one when it is there."""
     picture = next(Path(os.environ["AIR_PICTURES"]).rglob("*.JPEG"))
     load_model(made["first"] / "model.sqz").predict(picture, top=1)  # the device runs already
+    wait_for(folder / "serving")
+    (folder / "ready").touch()
     for row in rows:
         name = place_of(row)
         kind, suffix = ROWS[row]
