@@ -46,7 +46,7 @@ class DataConfig:
     fetch_timeout_seconds: float = 300.0
     """How long a server may fail to deliver before the run stops. Keep it below the timeouts of cluster."""
     size: int | None = None
-    """Crop side in pixels; null: what the model's input says."""
+    """Crop side in pixels; null: what the model's input says. The side to resize to keeps its ratio to it."""
     train_split: str = "train"
     val_split: str = "val"
     num_workers: int | None = None

@@ -156,8 +156,10 @@ def write_artefacts(
             keep("onnx", *onnx_files.checked(model, trained, material and material.judged))
         if "onnx_int8" in config.formats:
             assert material is not None
+            print("model_int8.onnx: ranges from the pictures, then every weight is rounded; some minutes", flush=True)
             keep("onnx_int8", *onnx_files.to_int8(model, trained, material.calibration, material.sensitivities))
     if "package" in config.formats:
+        print("model.sqz: packages of several sizes are tried; some minutes where nothing was pruned", flush=True)
         package, delta = _make_package(config, trained, material)
         keep("package", package.encoded.content, package.network, package.encoded.bytes_by_part)
         if delta is not None:

@@ -75,7 +75,8 @@ def _copy_strictly(source: Mapping[str, Tensor], targets: Mapping[str, Tensor], 
         if source[name].shape != target.shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(source[name].shape)}, the model {tuple(target.shape)}:"
-                " choose the model, its metaparameters and num_classes that the file was made with."
+                " choose the model, its metaparameters and num_classes that the file was made with. The authors'"
+                " weights of SqueezeNet v1.0 are model=squeezenet1_0_caffe."
             )
         if not torch.isfinite(source[name]).all():
             raise CheckpointError(f"{path}: {name} holds values that are not finite: copy the file again.")

@@ -50,6 +50,9 @@ class SectionJson(TypedDict):
     free_fields: NotRequired[dict[str, object]]
     """Fields that it may change, by dotted key."""
     best_score: float | None
+    """Validation top-1 of the best."""
+    best_loss: NotRequired[float | None]
+    """Its mean cross-entropy."""
     owed_row: NotRequired[dict[str, float | int | None] | None]
     """Row of a step whose validation was broken off."""
     ledger: Any

@@ -25,6 +25,7 @@ from pipeline.models.plateau import DeadNetworkDetector, PlateauDetector
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
 from pipeline.training import drift, resume, same_run
+from pipeline.training.best import Validated
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.lightning import validate_now
 from pipeline.training.narrator import Narrator
@@ -83,8 +84,8 @@ class Attempt(pl.Callback):
         self.shards_hash = setup.shards.training.index_hash
         self.classes = setup.shards.training.classes
         section = setup.start.section
-        self.best_score: float | None = None if section is None else section.get("best_score")
-        """Best validation top-1 of the run, earlier attempts included."""
+        self.best = Validated.of_section(section)
+        """Best validation of the run, earlier attempts included."""
         self.owed_row: Row | None = None
         """For the checkpoint: the row of its step, where validation was due and did not take place."""
         owed = None if section is None else section.get("owed_row")
@@ -123,7 +124,7 @@ class Attempt(pl.Callback):
         if self._pending is not None:
             self._pending[1].update({f"val/{key}": results[key] for key in ("loss", "top1", "top5")})
         self.reporter.validated(self.learner.committed_steps, self.learner.last_outcomes)
-        self._save_if_due(self.learner.committed_steps, float(results["top1"]))
+        self._save_if_due(self.learner.committed_steps, Validated.of_results(results))
         self._write_pending()
         self._resume_time()
 
@@ -207,14 +208,13 @@ class Attempt(pl.Callback):
         self.clock.restart()
         self.world.timeline.restart()
 
-    def _save_if_due(self, step: int, score: float | None) -> None:
-        is_better = score is not None and (self.best_score is None or score > self.best_score)
-        is_best = is_better and self.learner.may_be_best
+    def _save_if_due(self, step: int, found: Validated | None) -> None:
+        is_best = found is not None and found.beats(self.best) and self.learner.may_be_best
         if is_best:
-            self.best_score = score
+            self.best = found
         if self.plan.checkpoint_due(step) or (is_best and self.plan.checkpoint_every_steps):
             self._write_pending()
-            self._save(step, score if is_best else None)
+            self._save(step, found.top1 if found is not None and is_best else None)
             self._resume_time()
 
     def _save(self, step: int, best_score: float | None) -> None:
@@ -280,7 +280,8 @@ class Attempt(pl.Callback):
             "input": plain(dataclasses.asdict(self.config.input)),
             "must_match": resume.must_match(self.config, self.shards_hash),
             "free_fields": resume.free_fields(self.config),
-            "best_score": self.best_score,
+            "best_score": self.best and self.best.top1,
+            "best_loss": self.best and self.best.known_loss,
             "owed_row": self.owed_row,
             "ledger": self.ledger.state_dict(),
             "learner": self.learner.extra_state(),
@@ -313,7 +314,7 @@ class Attempt(pl.Callback):
         """Results worth a line beside the run."""
         percentiles = self.clock.percentiles()
         return {
-            "best_val_top1": self.best_score,
+            "best_val_top1": self.best and self.best.top1,
             "step_seconds_p50": percentiles[0] if percentiles else None,
             "data_wait_share": self.clock.mean_wait_share(),
         }

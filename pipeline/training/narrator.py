@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pipeline.core.progress import Bar, progress_bar
 from pipeline.core.units import format_seconds
+from pipeline.training.best import Validated
 from pipeline.training.plan import StepPlan
 
 LINES_AFTER_SECONDS = (10.0, 60.0, 120.0, 300.0, 600.0)
@@ -37,7 +38,7 @@ class Narrator:
         name: Of the run.
         plan: How long it is.
         start_step: Steps that earlier attempts made.
-        best_top1: Their best validation; None: there is none.
+        best: Their best validation; None: there is none.
         bar: Shown on a terminal; None: this rank tells nothing.
         has_lines: Whether stdout is a log, which gets lines at intervals.
         also: Told each line, too.
@@ -49,7 +50,7 @@ class Narrator:
         plan: StepPlan,
         start_step: int,
         *,
-        best_top1: float | None,
+        best: Validated | None,
         bar: Bar | None,
         has_lines: bool,
         also: Callable[[str], None] = lambda _: None,
@@ -57,7 +58,7 @@ class Narrator:
         self._also = also
         self.name, self.plan, self.start_step = name, plan, start_step
         self.bar, self.has_lines = bar, has_lines
-        self.best_top1 = best_top1
+        self.best = best
         self.validation: Row | None = None
         """The last row with results of a validation."""
         self._latest: deque[Means] = deque(maxlen=NUM_STEPS_AVERAGED)
@@ -102,8 +103,8 @@ class Narrator:
             told.append(f"training loss {means.loss:.3f}, top-1 {means.top1:.1%}")
         if self.validation is not None:
             told.append(f"validation loss {self.validation['val/loss']:.3f}, top-1 {self.validation['val/top1']:.1%}")
-        if self.best_top1 is not None:
-            told.append(f"best {self.best_top1:.1%}")
+        if self.best is not None:
+            told.append(f"best {self.best.top1:.1%}")
         return f"{'; '.join(told)}." if told else ""
 
     def _means(self) -> Means | None:
@@ -142,14 +143,14 @@ class Narrator:
         )
 
     def _of_validation(self, step: int, row: Row, may_be_best: bool) -> str:
-        top1 = float(row["val/top1"] or 0.0)
-        is_best = may_be_best and (self.best_top1 is None or top1 > self.best_top1)
-        self.best_top1 = top1 if is_best else self.best_top1
-        best = "the best so far" if is_best else f"best {self.best_top1 or 0.0:.1%}"
+        found = Validated(float(row["val/top1"] or 0.0), float(row["val/loss"] or 0.0))
+        is_best = may_be_best and found.beats(self.best)
+        self.best = found if is_best else self.best
+        best = "the best so far" if is_best or self.best is None else f"best {self.best.top1:.1%}"
         if not may_be_best:
             best = "no candidate for the best before the density is reached"
         return (
-            f"step {step:,} of {self.plan.num_steps:,}: validation loss {row['val/loss']:.3f}, top-1 {top1:.1%},"
+            f"step {step:,} of {self.plan.num_steps:,}: validation loss {found.loss:.3f}, top-1 {found.top1:.1%},"
             f" top-5 {row['val/top5']:.1%}; {best}"
         )
 
@@ -164,7 +165,7 @@ def narrating(
     plan: StepPlan,
     start_step: int,
     *,
-    best_top1: float | None,
+    best: Validated | None,
     is_teller: bool,
     also: Callable[[str], None] = lambda _: None,
 ) -> Generator[Narrator]:
@@ -174,7 +175,7 @@ def narrating(
         name: Of the run.
         plan: How long it is.
         start_step: Steps that earlier attempts made.
-        best_top1: Their best validation; None: there is none.
+        best: Their best validation; None: there is none.
         is_teller: Whether this rank tells.
         also: Told each line that stays, too.
     """
@@ -183,4 +184,4 @@ def narrating(
         if is_teller:
             bar = stack.enter_context(progress_bar("training", plan.num_steps - start_step, bar_columns=BAR_COLUMNS))
         has_lines = is_teller and not sys.stdout.isatty()
-        yield Narrator(name, plan, start_step, best_top1=best_top1, bar=bar, has_lines=has_lines, also=also)
+        yield Narrator(name, plan, start_step, best=best, bar=bar, has_lines=has_lines, also=also)

@@ -36,6 +36,7 @@ from pipeline.training import mirrored, resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.begin import make_model, sha256_of_beginning
+from pipeline.training.best import Validated
 from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
@@ -339,8 +340,7 @@ def fit(setup: Setup) -> None:
     powersgd = make_powersgd(setup)
     ledger = make_ledger(setup, learner, begin_attempt(setup))
     announced = announce(setup, ledger.gradient_bytes)
-    best = None if setup.start.section is None else setup.start.section.get("best_score")
-    telling = functools.partial(narrating, best_top1=best, is_teller=world.is_rank_zero)
+    telling = functools.partial(narrating, best=Validated.of_section(setup.start.section), is_teller=world.is_rank_zero)
     with (
         run.writing(),
         mirrored.make_tracker(setup, learner.model) as tracker,

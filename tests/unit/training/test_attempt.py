@@ -24,6 +24,7 @@ from pipeline.models.plateau import NUM_DEAD_STEPS
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training.attempt import Attempt
+from pipeline.training.best import Validated
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.narrator import Narrator
 from pipeline.training.plan import make_plan
@@ -87,7 +88,7 @@ class Training:
             tracker=cast(Any, SimpleNamespace(log=lambda step, row: self.rows.append((step, dict(row))))),
             loader=TimedLoader(cast(Any, SimpleNamespace(num_workers=0))),
             watchdog=StepWatchdog(world, self.learner, 10.0),
-            narrator=Narrator("a", self.plan, step, best_top1=best, bar=None, has_lines=False),
+            narrator=Narrator("a", self.plan, step, best=Validated.of_section(section), bar=None, has_lines=False),
             reporter=Reporter(setup.run, None, num_classes=2, every_seconds=None, is_writer=False),
         )
         self.attempt._sync_record = lambda: None  # type: ignore[method-assign]

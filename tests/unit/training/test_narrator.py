@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config.training import BatchSplit
 from pipeline.core.progress import Bar
+from pipeline.training.best import Validated
 from pipeline.training.narrator import Narrator
 from pipeline.training.plan import StepPlan
 
@@ -40,9 +41,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     yield now
 
 
-def in_a_log(start_step: int = 0, best_top1: float | None = None) -> Narrator:
+def in_a_log(start_step: int = 0, best: Validated | None = None) -> Narrator:
     bar = cast(Bar, SimpleNamespace(update=lambda *_: None, describe=lambda _: None, num_columns=80))
-    return Narrator("first", PLAN, start_step, best_top1=best_top1, bar=bar, has_lines=True)
+    return Narrator("first", PLAN, start_step, best=best, bar=bar, has_lines=True)
 
 
 def test_a_log_of_twelve_minutes_has_few_lines_that_say_how_it_goes(
@@ -77,7 +78,7 @@ def test_a_long_step_brings_one_line_and_not_those_it_missed(
 def test_each_validation_is_a_line_and_the_best_one_is_known_over_attempts(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = in_a_log(start_step=20, best_top1=0.5)
+    told = in_a_log(start_step=20, best=Validated(0.5, 1.0))
     assert told.outcome() == "best 50.0%."
     for step, top1 in ((30, 0.4), (40, 0.625), (50, 0.6)):
         told.tell(step, validated(step, top1))
@@ -94,7 +95,7 @@ def test_each_validation_is_a_line_and_the_best_one_is_known_over_attempts(
 
 
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    told = Narrator("first", PLAN, 0, best_top1=None, bar=None, has_lines=False)
+    told = Narrator("first", PLAN, 0, best=None, bar=None, has_lines=False)
     told.tell(1, validated(1, 0.5))
     told.validating(3)
     assert capsys.readouterr() == ("", "")
@@ -104,7 +105,7 @@ ON_A_TERMINAL = """
 import sys, time
 from pipeline.training.narrator import narrating
 from tests.unit.training.test_narrator import PLAN, row, validated
-with narrating("first", PLAN, 0, best_top1=None, is_teller=True) as told:
+with narrating("first", PLAN, 0, best=None, is_teller=True) as told:
     for step in range(1, 1201):
         told.tell(step, row(step) if step != 600 else validated(step, 0.5))
     time.sleep(0.5)
