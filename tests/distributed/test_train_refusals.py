@@ -255,3 +255,13 @@ def test_surroundings_that_may_not_stop_a_run(shards: Path, tmp_path: Path) -> N
     assert (run_directory / "checkpoints" / "step=000000002.ckpt").is_file()
     assert (run_directory / "report.html").is_file() and list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
     assert not list(scratch.iterdir())
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """A batch is of a hundred shards, and 64 files may be open."""
+    shards = write_shards(tmp_path / "shards", train=(2,) * 100, val=(4,))
+    where = (f"run_root={tmp_path}", f"data.root={shards}", "name=few", "tracking=disabled")
+    bounds = ("batch.global_size=200", "trainer.max_steps=1", "trainer.validate_every_steps=0")
+    limited = ("bash", "-c", 'ulimit -n 64; exec "$@"', "-")
+    ended = run(["-m", "pipeline.train", *where, *SMALL, *bounds], prefix=limited)
+    assert "few: 1 steps done." in ended.output and "warning" not in ended.output, ended.output
