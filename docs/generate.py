@@ -31,22 +31,10 @@ from results_page import (
     table,
 )
 
+from pipeline.__main__ import COMMANDS
 from pipeline.core import cli, schemas
 from pipeline.core.errors import ExitCode
 
-FIRST_COMMANDS = (
-    "prepare",
-    "train",
-    "evaluate",
-    "predict",
-    "compare",
-    "plan",
-    "lab",
-    "report",
-    "dashboard",
-    "ready",
-    "requeue",
-)
 METRIC = re.compile(r"^(train|val|perf|comm|trainer|comparison)/[a-z0-9_]+$|^samples$|^lr$|^best_val_top1$")
 
 
@@ -80,7 +68,7 @@ def commands() -> dict[str, tuple[str, str, type[Any]]]:
                 module = importlib.import_module(f"pipeline.{path.stem}")
                 schema = getattr(module, ast.unparse(node.args[1]))
                 found[path.stem] = (ast.get_docstring(tree) or "", ast.literal_eval(node.args[0]), schema)
-    order = {name: position for position, name in enumerate(FIRST_COMMANDS)}
+    order = {name: position for position, name in enumerate(COMMANDS)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
