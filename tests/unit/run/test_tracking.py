@@ -71,6 +71,12 @@ def wandb_processes() -> list[psutil.Process]:
     return found
 
 
+def started_helper(before: list[psutil.Process]) -> psutil.Process:
+    """The service of wandb's that this process has started since; what it forks itself has its name until it execs."""
+    (helper,) = [process for process in wandb_processes() if process not in before and process.ppid() == os.getpid()]
+    return helper
+
+
 def track(run: RunDirectory, mode: str = "offline", **changes: Any) -> Tracker:
     return Tracker(run, TrackingConfig(mode=mode), **({"rank": 0, "model": "squeezenet1_1"} | changes))
 
@@ -149,7 +155,7 @@ def test_a_dead_wandb_does_not_hurt(run: RunDirectory, capsys: pytest.CaptureFix
     ending = wandb_processes()  # of the test before, which need not be gone yet
     with track(run) as tracker:
         tracker.log(1, ROW)
-        (core,) = [p for p in wandb_processes() if p not in ending and p.name().startswith("wandb-core")]
+        core = started_helper(ending)
         core.send_signal(signal.SIGKILL)
         core.wait(20)
         for step in range(2, 200):
@@ -171,7 +177,7 @@ def test_a_stopped_wandb_neither_holds_a_training_nor_its_end(
     num_rows = 5000 if logs else 2
     with track(run) as tracker:
         tracker.log(1, ROW)
-        (core,) = [p for p in wandb_processes() if p not in ending and p.name() == "wandb-core"]
+        core = started_helper(ending)
         core.suspend()
         deadline = time.monotonic() + 20
         while core.status() != psutil.STATUS_STOPPED:
