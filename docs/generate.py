@@ -32,7 +32,7 @@ from results_page import (
 )
 
 from pipeline.__main__ import COMMANDS
-from pipeline.core import cli, schemas
+from pipeline.core import groups, help, schemas
 from pipeline.core.errors import ExitCode
 
 METRIC = re.compile(r"^(train|val|perf|comm|trainer|comparison)/[a-z0-9_]+$|^samples$|^lr$|^best_val_top1$")
@@ -75,7 +75,7 @@ def commands() -> dict[str, tuple[str, str, type[Any]]]:
 @cache
 def help_of(name: str, schema: type[Any]) -> str:
     """Return what `--help` of the command prints."""
-    return cli.help_text(name, schema)
+    return help.help_text(name, schema)
 
 
 def commands_page() -> str:
@@ -187,7 +187,7 @@ def _below(hint: Any, mark: str = "") -> Iterator[tuple[str, Any]]:
 def surface() -> str:
     """Return what other people's commands, programs and dashboards may depend on, one line each, sorted."""
     lines = {f"exit code {code.value} {code.name}" for code in ExitCode}
-    for group, choices in cli.config_groups().items():
+    for group, choices in groups.config_groups().items():
         lines.update(f"choice {group}={choice}" for choice in choices)
     for name, (_, configuration, schema) in commands().items():
         lines.add(f"command {name}")

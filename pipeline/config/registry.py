@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
-from pipeline.core.cli import CONF_DIRECTORY
+from pipeline.core.groups import CONF_DIRECTORY
 from pipeline.core.overrides import BY_REFERENCE
 from pipeline.core.typed import build
 

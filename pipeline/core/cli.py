@@ -15,13 +15,13 @@ import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.core import gate
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
 from pipeline.core.exits import leave, leave_cause, rank
-from pipeline.core.help import format_help, version_text
+from pipeline.core.groups import CONF_DIRECTORY, check_choice, config_groups
+from pipeline.core.help import help_text, version_text
 from pipeline.core.overrides import as_typed, literal, split_override
 from pipeline.core.secrets import redacted
 from pipeline.core.streams import has_lost_output
@@ -31,8 +31,6 @@ from pipeline.core.trees import dotted_keys, flat
 from pipeline.core.typed import build, is_text, leaf_hints, nearest, optional, require
 
 T = TypeVar("T")
-CONF_DIRECTORY = Path(__file__).resolve().parents[1] / "conf"
-"""In a checkout a link to conf/ at its top; an installed package holds the files."""
 # A dictionary whose keys the configuration cannot know beforehand: keys below it may be added.
 OPEN_KEYS = ("model.metaparameters.",)
 LONGEST_VALUE_SHOWN = 200
@@ -63,7 +61,7 @@ def run_command(
 
     def run(arguments: list[str]) -> int:
         if any(argument in ("-h", "--help") for argument in arguments):
-            print(help_text(command, schema, program=program, about=about), flush=True)
+            print(help_text(command, schema, arguments, program=program, about=about), flush=True)
             return ExitCode.DONE
         return _run(command, schema, body, arguments)
 
@@ -191,7 +189,7 @@ def compose_container(command: str, schema: type[Any], overrides: Sequence[str])
     try:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
             for override in choices:
-                _check_choice(*split_override(override), groups)
+                check_choice(*split_override(override), groups)
             # Composed twice: which keys there are depends on the choices of groups alone, and only when they are known
             # can a key be found wrong, or be opened; Hydra itself names no nearest key.
             base = OmegaConf.to_container(hydra_compose(command, choices))
@@ -269,25 +267,6 @@ def _no_interpolation(key: str, value: str) -> str:
     )
 
 
-def config_groups() -> dict[str, tuple[str, ...]]:
-    """Return Hydra's groups (directories of conf/) and the choices in each: files, and what was registered."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    groups: dict[str, tuple[str, ...]] = {}
-    for directory in sorted(path for path in CONF_DIRECTORY.iterdir() if path.is_dir()):
-        registered = store.list(directory.name) if directory.name in store.repo else ()
-        files = {*registered, *(path.name for path in directory.glob("*.yaml"))}
-        groups[directory.name] = tuple(sorted(name.removesuffix(".yaml") for name in files))
-    return groups
-
-
-def _check_choice(group: str, choice: str, groups: dict[str, tuple[str, ...]]) -> None:
-    known = groups[group]
-    if choice not in known:
-        raise ConfigError(f"{group}={choice!r} does not exist.{nearest(choice, known)} Known: {', '.join(known)}.")
-
-
 def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]]) -> str:
     """Return the override, made an addition below an open key; `ConfigError` if its key does not exist."""
     key, _ = split_override(override)
@@ -302,27 +281,6 @@ def _open_or_check(override: str, base: Any, groups: dict[str, tuple[str, ...]])
         by_leaf = leaves.get(key.rpartition(".")[2])  # a right name in the wrong place is nearer than a similar one
         raise ConfigError(f"Unknown key {key}.{f' Did you mean {by_leaf!r}?' if by_leaf else guess}")
     return override
-
-
-def help_text(command: str, schema: type[Any], *, program: str | None = None, about: str | None = None) -> str:
-    """Return what `squeezewire COMMAND --help` prints; arguments are those of `run_command`."""
-    values = defaults(command)
-    of_train = ("experiment", "prune") if command == "train" else ()  # which are no key of their own
-    takes = {group for group in config_groups() if group in values or group in of_train}
-    groups = {group: choices for group, choices in config_groups().items() if group in takes}
-    return format_help(program or command, schema, groups, values, about=about)
-
-
-def defaults(command: str) -> dict[str, Any]:
-    """Return the configuration without overrides, missing values included as `???`."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
-        container = OmegaConf.to_container(hydra_compose(command), resolve=False)
-    assert isinstance(container, dict)
-    return typing.cast(dict[str, Any], container)
 
 
 def _run_hydra_application(

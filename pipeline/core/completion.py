@@ -5,7 +5,7 @@ Nothing of this program runs when Tab is pressed.
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.core.cli import config_groups, defaults
+from pipeline.core.groups import config_groups, defaults
 from pipeline.core.trees import dotted_keys
 
 _SCRIPT = r"""# bash completion of squeezewire; made by: squeezewire completion bash

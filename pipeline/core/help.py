@@ -6,8 +6,11 @@ import importlib.metadata
 import inspect
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
+
+from pipeline.core.groups import check_choice, config_groups, defaults
+from pipeline.core.overrides import split_override
 
 WIDTH = 100
 
@@ -20,12 +23,43 @@ def version_text() -> str:
         return "squeezewire, from a checkout that is not installed"
 
 
-def format_help(
+def help_text(
+    command: str,
+    schema: type[Any],
+    arguments: Sequence[str] = (),
+    *,
+    program: str | None = None,
+    about: str | None = None,
+) -> str:
+    """Return what `squeezewire COMMAND --help` prints.
+
+    Args:
+        command: Name of the configuration.
+        schema: Its dataclass.
+        arguments: Beside `--help`. Of those that choose in a group (`recipe=adamw`) the values are shown.
+        program: As of `run_command`.
+        about: As of `run_command`.
+
+    Raises:
+        ConfigError: there is no such choice.
+    """
+    values = defaults(command)
+    of_train = ("experiment", "prune") if command == "train" else ()  # which are no key of their own
+    groups = {group: names for group, names in config_groups().items() if group in values or group in of_train}
+    chosen = [argument for argument in arguments if split_override(argument)[0] in groups]
+    for argument in chosen:
+        check_choice(*split_override(argument), groups)
+    values = defaults(command, chosen) if chosen else values
+    return _format(program or command, schema, groups, values, chosen=chosen, about=about)
+
+
+def _format(
     command: str,
     schema: type[Any],
     groups: Mapping[str, tuple[str, ...]],
     values: dict[str, object],
     *,
+    chosen: Sequence[str] = (),
     about: str | None = None,
 ) -> str:
     """Return what can be set: groups with their choices, then every key with its default and meaning.
@@ -34,7 +68,8 @@ def format_help(
         command: Name of the command.
         schema: Dataclass of its configuration.
         groups: Hydra groups that the command takes, and the choices in each.
-        values: The configuration without overrides.
+        values: The configuration without overrides, but for those in `chosen`.
+        chosen: Choices of groups that `values` are of, as `recipe=adamw`.
         about: What the command does; None: what `schema` says.
     """
     told = textwrap.fill(" ".join((schema.__doc__ or "").split()), WIDTH) if about is None else inspect.cleandoc(about)
@@ -45,7 +80,7 @@ def format_help(
             names = ", ".join(choices)
             lines.append(textwrap.fill(names, WIDTH, initial_indent=f"  {group}: ", subsequent_indent="      "))
         lines.append("")
-    lines.append("Keys (key=value):")
+    lines.append(f"Keys (key=value){', with ' if chosen else ''}{' '.join(chosen)}:")
     lines.extend(_lines_of_fields(schema, values, ""))
     lines += [
         "",

@@ -61,12 +61,17 @@ class RunRecord:
         return steps[is_recorded].astype(np.int64).tolist(), values[is_recorded].tolist()
 
     @property
-    def best_val_top1(self) -> float | None:
-        """Best validation top-1; of a run that prunes, of the weights as sparse as they have become."""
+    def best_validation(self) -> tuple[float, int] | None:
+        """Best validation top-1 and its step; of a run that prunes, of the weights as sparse as they have become.
+
+        Of equal ones that of the lowest loss, which is the best checkpoint, too.
+        """
         densities = dict(zip(*self.series("train/density"), strict=True))
         lowest = min(densities.values(), default=None)
+        losses = dict(zip(*self.series("val/loss"), strict=True))
         rows = zip(*self.series("val/top1"), strict=True)
-        return max((top1 for step, top1 in rows if densities.get(step) == lowest), default=None)
+        found = [(top1, step) for step, top1 in rows if densities.get(step) == lowest]
+        return max(found, key=lambda one: (one[0], -losses.get(one[1], 0.0)), default=None)
 
     def last(self, key: str) -> float | None:
         """Return the metric's latest value."""

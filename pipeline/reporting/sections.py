@@ -185,11 +185,14 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
             )
         )
     loss, train_top1 = (run.mean_of_latest(f"train/{key}", NUM_STEPS_AVERAGED) for key in ("loss", "top1"))
-    wait, top5 = run.data_wait_share, run.last("val/top5")
+    wait, top5, best = run.data_wait_share, run.last("val/top5"), run.best_validation
     of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, run.num_rows)} steps"
     facts = [
         Fact("validation top-1", format_accuracy(run.last("val/top1"))),
-        Fact("best validation top-1", format_accuracy(run.best_val_top1)),
+        Fact(
+            "best validation top-1",
+            format_accuracy(None) if best is None else f"{format_accuracy(best[0])} at step {best[1]:,}",
+        ),
         Fact("validation top-5", format_accuracy(top5)) if top5 is not None else None,
         Fact("validation loss", _number(run.last("val/loss"))),
         Fact(f"training loss, {of_latest}", _number(loss)),

@@ -53,6 +53,8 @@ class SectionJson(TypedDict):
     """Validation top-1 of the best."""
     best_loss: NotRequired[float | None]
     """Its mean cross-entropy."""
+    best_step: NotRequired[int | None]
+    """Optimiser steps after which it took place."""
     owed_row: NotRequired[dict[str, float | int | None] | None]
     """Row of a step whose validation was broken off."""
     ledger: Any

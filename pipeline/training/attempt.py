@@ -124,7 +124,7 @@ class Attempt(pl.Callback):
         if self._pending is not None:
             self._pending[1].update({f"val/{key}": results[key] for key in ("loss", "top1", "top5")})
         self.reporter.validated(self.learner.committed_steps, self.learner.last_outcomes)
-        self._save_if_due(self.learner.committed_steps, Validated.of_results(results))
+        self._save_if_due(self.learner.committed_steps, Validated.of_results(results, self.learner.committed_steps))
         self._write_pending()
         self._resume_time()
 
@@ -282,6 +282,7 @@ class Attempt(pl.Callback):
             "free_fields": resume.free_fields(self.config),
             "best_score": self.best and self.best.top1,
             "best_loss": self.best and self.best.known_loss,
+            "best_step": self.best and self.best.step,
             "owed_row": self.owed_row,
             "ledger": self.ledger.state_dict(),
             "learner": self.learner.extra_state(),

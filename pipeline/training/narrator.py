@@ -104,7 +104,7 @@ class Narrator:
         if self.validation is not None:
             told.append(f"validation loss {self.validation['val/loss']:.3f}, top-1 {self.validation['val/top1']:.1%}")
         if self.best is not None:
-            told.append(f"best {self.best.top1:.1%}")
+            told.append(f"best {self.best.in_words}")
         return f"{'; '.join(told)}." if told else ""
 
     def _means(self) -> Means | None:
@@ -143,10 +143,10 @@ class Narrator:
         )
 
     def _of_validation(self, step: int, row: Row, may_be_best: bool) -> str:
-        found = Validated(float(row["val/top1"] or 0.0), float(row["val/loss"] or 0.0))
+        found = Validated(float(row["val/top1"] or 0.0), float(row["val/loss"] or 0.0), step)
         is_best = may_be_best and found.beats(self.best)
         self.best = found if is_best else self.best
-        best = "the best so far" if is_best or self.best is None else f"best {self.best.top1:.1%}"
+        best = "the best so far" if is_best or self.best is None else f"best {self.best.in_words}"
         if not may_be_best:
             best = "no candidate for the best before the density is reached"
         return (

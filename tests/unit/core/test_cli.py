@@ -12,9 +12,9 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.squeezenet import SqueezeNetConfig
 from pipeline.config.training import TrainConfig, TrainerConfig
 from pipeline.core import cli
-from pipeline.core.cli import compose, help_text
+from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
-from pipeline.core.help import field_docs
+from pipeline.core.help import field_docs, help_text
 from pipeline.core.typed import build
 from pipeline.run.directory import validate_name
 
@@ -122,6 +122,15 @@ def test_help_lists_every_key_with_its_meaning() -> None:
         assert sentence.split()[0] in text
     for key, sentence in field_docs(SqueezeNetConfig).items():
         assert f" model.metaparameters.{key}=" in text and sentence.split()[0] in text
+
+
+def test_help_shows_the_values_of_the_choices_that_stand_beside_it() -> None:
+    assert "\n  recipe.lr=0.04\n" in help_text("train", TrainConfig)
+    text = help_text("train", TrainConfig, ["name=x", "recipe=adamw", "--help"])
+    assert "\n  recipe.lr=0.0005\n" in text and "\n  recipe.optimizer=adamw\n" in text
+    assert "\nKeys (key=value), with recipe=adamw:\n" in text
+    with pytest.raises(ConfigError, match="Did you mean 'adamw'"):
+        help_text("train", TrainConfig, ["recipe=adamx"])
 
 
 @pytest.mark.not_quick

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.cli import compose, compose_container, config_groups
+from pipeline.core.cli import compose, compose_container
+from pipeline.core.groups import config_groups
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONF = REPOSITORY / "conf"

@@ -26,8 +26,9 @@ from pipeline.config.plan import PlanConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.training import BatchConfig, TrainConfig
-from pipeline.core.cli import compose, config_groups
+from pipeline.core.cli import compose
 from pipeline.core.errors import UserError
+from pipeline.core.groups import config_groups
 from pipeline.core.typed import leaf_hints
 from pipeline.data.index import ShardIndex
 from pipeline.data.prepare.builtin import BuiltinPictures

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.model import ModelConfig
 from pipeline.config.training import TrainConfig
-from pipeline.core.cli import compose, config_groups
+from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
+from pipeline.core.groups import config_groups
 from pipeline.core.typed import build as build_config
 from pipeline.models import zoo
 from pipeline.models.squeezenet import SqueezeNet

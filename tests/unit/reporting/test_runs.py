@@ -49,11 +49,20 @@ def test_the_best_of_a_run_that_prunes_is_of_its_sparsest_weights(make_run: Make
     for row, top1, density in zip(rows, (0.9, 0.4, 0.6, 0.5), (1.0, 0.33, 0.33, 0.33), strict=True):
         row |= {"val/top1": top1, "train/density": density}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_run(directory).best_val_top1 == 0.6
+    assert read_run(directory).best_validation == (0.6, 3)
     for row in rows:
         del row["train/density"]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_run(directory).best_val_top1 == 0.9
+    assert read_run(directory).best_validation == (0.9, 1)
+
+
+def test_of_equal_validations_that_of_the_lowest_loss_is_the_best(make_run: MakeRun) -> None:
+    directory = make_run("first", num_steps=4)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row, top1, loss in zip(rows, (0.5, 0.5, 0.5, 0.4), (0.9, 0.4, 0.6, 0.1), strict=True):
+        row |= {"val/top1": top1, "val/loss": loss}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(directory).best_validation == (0.5, 2)
 
 
 def test_a_row_cut_short_by_a_kill_is_left_out(make_run: MakeRun) -> None:

@@ -78,20 +78,21 @@ def test_a_long_step_brings_one_line_and_not_those_it_missed(
 def test_each_validation_is_a_line_and_the_best_one_is_known_over_attempts(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = in_a_log(start_step=20, best=Validated(0.5, 1.0))
-    assert told.outcome() == "best 50.0%."
+    told = in_a_log(start_step=20, best=Validated(0.5, 1.0, 20))
+    assert told.outcome() == "best 50.0% at step 20."
     for step, top1 in ((30, 0.4), (40, 0.625), (50, 0.6)):
         told.tell(step, validated(step, top1))
     told.tell(60, validated(60, 0.9), may_be_best=False)
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(STAMP, "", line) for line in lines] == [
-        "step 30 of 1,440: validation loss 0.750, top-1 40.0%, top-5 90.0%; best 50.0%",
+        "step 30 of 1,440: validation loss 0.750, top-1 40.0%, top-5 90.0%; best 50.0% at step 20",
         "step 40 of 1,440: validation loss 0.750, top-1 62.5%, top-5 90.0%; the best so far",
-        "step 50 of 1,440: validation loss 0.750, top-1 60.0%, top-5 90.0%; best 62.5%",
+        "step 50 of 1,440: validation loss 0.750, top-1 60.0%, top-5 90.0%; best 62.5% at step 40",
         "step 60 of 1,440: validation loss 0.750, top-1 90.0%, top-5 90.0%; no candidate for the best before the"
         " density is reached",
     ]
-    assert told.outcome() == "training loss 0.024, top-1 25.0%; validation loss 0.750, top-1 90.0%; best 62.5%."
+    learnt = "training loss 0.024, top-1 25.0%; validation loss 0.750, top-1 90.0%"
+    assert told.outcome() == f"{learnt}; best 62.5% at step 40."
 
 
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
