@@ -115,6 +115,7 @@ bench: venv peers ## the published figures, measured here; an hour and a quiet m
 	$(PY) -m benchmarks.links --batches
 	$(PY) -m benchmarks.forecast
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
+	$(if $(CIFAR10),$(PY) -m benchmarks.pruned_cifar10 --tar "$(CIFAR10)",@echo "pruned_cifar10: left out, give CIFAR10=cifar10.tar")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.loader --folder "$(IMAGENET_SAMPLE)",@echo "loader: left out, give IMAGENET_SAMPLE=folder")
 	$(if $(IMAGENET_SAMPLE),$(PY) -m benchmarks.prepare --folder "$(IMAGENET_SAMPLE)",@echo "prepare: left out, give IMAGENET_SAMPLE=folder")
 	$(if $(WEIGHTS),$(PY) -m benchmarks.fine_tuning --folder "$(IMAGENET_SAMPLE)" --classes "$(IMAGENET_CLASSES)" --weights "$(WEIGHTS)",@echo "fine_tuning: left out, give IMAGENET_SAMPLE=folder IMAGENET_CLASSES=names.txt WEIGHTS=squeezenet_v1_0.npz")
