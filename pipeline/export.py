@@ -4,7 +4,8 @@
     python -m pipeline.export checkpoint=runs/second data.root=shards/mine base=runs/export/model.sqz name=second
 
 Each file holds the model's name, classes and preprocessing, is read back, and is judged beside the weights it was made
-from. Left in `<run_root>/<name>/`: the files, report.html, artefacts.json, artefacts.csv, and latest.json for devices.
+from. Left in `<run_root>/<name>/`: the files, report.html, artefacts.json, artefacts.csv, and latest.json for devices,
+all once the last is made; an export that is broken off leaves what was there before.
 `evaluate` and `predict` read all of the files.
 """
 
@@ -18,9 +19,9 @@ def export(config: ExportConfig) -> int:
 
     trained = steps.load(config)
     material = steps.find_pictures(config, trained)
-    with steps.open_directory(config) as directory:
-        artefacts = steps.write_artefacts(config, trained, material, directory)
-        steps.conclude(config, trained, material, artefacts, directory)
+    with steps.open_directory(config) as directory, steps.unfinished(directory.path) as folder:
+        artefacts = steps.write_artefacts(config, trained, material, folder)
+        steps.conclude(config, trained, material, artefacts, folder, directory.path)
     return 0
 
 

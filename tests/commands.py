@@ -109,6 +109,40 @@ def run(
     return Ended(process.returncode, output)
 
 
+def typed(words: list[str], directory: Path, *, interrupted_after: str = "") -> tuple[int, str]:
+    """Run a command as from a shell in this directory; returns exit code and output.
+
+    Args:
+        words: Of the command line; `python` is this one.
+        directory: Where the user is.
+        interrupted_after: Ctrl-C is pressed after the first line that holds it, if given.
+    """
+    lines: list[str] = []
+    with (
+        _nothing_left_behind() as mark,
+        subprocess.Popen(
+            [sys.executable if words[0] == "python" else words[0], *words[1:]],
+            cwd=directory,
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            while interrupted_after and not (lines and interrupted_after in lines[-1]):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            if interrupted_after:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal: all of the group in front
+            rest, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            process.kill()
+    return process.returncode, "".join(lines) + rest
+
+
 def train(
     root: Path,
     shards: Path | str,

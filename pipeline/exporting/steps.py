@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import functools
 import io
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from pipeline.training.scoring import match_outputs
 from pipeline.training.trained import Trained, load_trained
 
 DEFAULT_MAX_LOSS = 0.01
+UNFINISHED = "unfinished"
+"""Folder of the files that are being made, beside those of the export before."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +120,36 @@ def open_directory(config: ExportConfig) -> Iterator[RunDirectory]:
         directory.close()
 
 
-def write_artefacts(
-    config: ExportConfig, trained: Trained, material: Material | None, directory: RunDirectory
-) -> list[Artefact]:
+@contextlib.contextmanager
+def unfinished(directory: Path) -> Iterator[Path]:
+    """Make a folder for the files until all are made, so that an export that is broken off changes nothing.
+
+    Args:
+        directory: Where the files belong; this process has its lock.
+
+    Yields:
+        The folder. What is in it at the end is removed.
+    """
+    folder = directory / UNFINISHED
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+    folder.mkdir()
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        print(f"{directory} is as it was: its files are exchanged when all are made.", file=sys.stderr)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_artefacts(config: ExportConfig, trained: Trained, material: Material | None, folder: Path) -> list[Artefact]:
     """Write every file that was asked for, read it back, and judge it.
 
     Args:
         config: Of the command.
         trained: The network.
         material: Pictures; None: nothing is calibrated or judged.
-        directory: For the files.
+        folder: For the files.
 
     Raises:
         ConfigError: A bound cannot be reached, or the network cannot be written in a format.
@@ -134,14 +158,12 @@ def write_artefacts(
     made: list[Artefact] = []
 
     def keep(kind: str, content: bytes, network: nn.Module, parts: dict[str, int]) -> None:
-        artefact = Artefact.write(directory.path, kind, content, parts)
+        artefact = Artefact.write(folder, kind, content, parts)
         if material is not None:
             own = None if material.is_the_same else material.judge_on_calibration(network)
             artefact = dataclasses.replace(artefact, judged=material.judge(network), calibrated=own)
         if kind.startswith("onnx"):
-            artefact = dataclasses.replace(
-                artefact, onnx_run=onnx_run.measure(directory.path / artefact.file, config.latency)
-            )
+            artefact = dataclasses.replace(artefact, onnx_run=onnx_run.measure(folder / artefact.file, config.latency))
         made.append(artefact)
         print(row_sentence(artefact, trained), flush=True)
 
@@ -191,19 +213,23 @@ def conclude(
     trained: Trained,
     material: Material | None,
     artefacts: list[Artefact],
-    directory: RunDirectory,
+    folder: Path,
+    directory: Path,
 ) -> None:
-    """Write artefacts.json and .csv, and latest.json for devices, and tell what was made.
+    """Move the files to where they belong, with artefacts.json and .csv, and latest.json for devices; tell of them.
 
     Args:
         config: Of the command.
         trained: The network.
         material: Pictures; None: there were none.
         artefacts: What was written.
-        directory: For the tables.
+        folder: Where the files are.
+        directory: Where they belong.
     """
     content = as_json(trained, artefacts, judged_on_calibration=material is not None and material.is_the_same)
-    write_json_atomic(directory.path / "artefacts.json", content)
+    for artefact in artefacts:
+        (folder / artefact.file).replace(directory / artefact.file)
+    write_json_atomic(directory / "artefacts.json", content)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     rows = [
@@ -216,9 +242,9 @@ def conclude(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table.writerow(columns)
     table.writerows([row.get(column) for column in columns] for row in rows)
-    write_text_atomic(directory.path / "artefacts.csv", text.getvalue())
-    report = write_artefacts_report(content, directory.path)
-    write_json_atomic(directory.path / OFFER, offer(directory.path, artefacts))  # last: what it names is there
+    write_text_atomic(directory / "artefacts.csv", text.getvalue())
+    report = write_artefacts_report(content, directory)
+    write_json_atomic(directory / OFFER, offer(directory, artefacts))  # last: what it names is there
     for sentence in sentences(trained, content):
         print(sentence)
-    print(f"Files, artefacts.json and artefacts.csv are in {directory.path}. Report: {report}")
+    print(f"Files, artefacts.json and artefacts.csv are in {directory}. Report: {report}")

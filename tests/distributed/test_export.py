@@ -12,7 +12,7 @@ import pytest
 from pipeline import load_model
 from pipeline.models.sqz.decoder import decode
 from pipeline.models.sqz.delta import apply_delta
-from tests.commands import run, train
+from tests.commands import run, train, typed
 from tests.making.shards import CLASSES, NUM_VALIDATION
 from tests.sharing import made_once
 
@@ -152,3 +152,20 @@ def test_what_cannot_be_is_refused(exported: Path, trained: Path, shards: Path, 
     _, said = export(tmp_path, *common, f"base={damaged}", expect=4)
     assert "is no sound .sqz package" in said
     run(["-m", "pipeline.evaluate", f"checkpoint={damaged}", f"data.root={shards}"], expect=4)
+
+
+@pytest.mark.not_quick
+def test_one_that_is_broken_off_leaves_what_was_there(trained: Path, shards: Path, tmp_path: Path) -> None:
+    """No file without its row in artefacts.json, and none of another export beside an older latest.json."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in ("model.safetensors", "artefacts.json", "latest.json"):
+        (folder / name).write_text("older")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "model.sqz").write_text("of one that was killed")
+    keys = [f"run_root={tmp_path}", f"checkpoint={trained}", f"data.root={shards}", *LATENCY]
+    command = ["python", "-m", "pipeline.export", *keys, "formats=[safetensors,onnx,onnx_int8,package]"]
+    code, said = typed(command, tmp_path, interrupted_after="model.safetensors")
+    assert code == 130 and f"{folder} is as it was" in " ".join(said.split()), said
+    kept = {path.name: path.read_text() for path in folder.iterdir() if path.name != "lock"}
+    assert kept == dict.fromkeys(("model.safetensors", "artefacts.json", "latest.json"), "older")

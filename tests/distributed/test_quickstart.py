@@ -1,27 +1,21 @@
 """The way from a folder of pictures to a model in use, by the commands of docs/quickstart.md as they stand there."""
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
-from tests.commands import HERE, MARK, clean_environment, marked
+from tests.commands import HERE, typed
 from tests.making.pictures import coloured, write_files
 from tests.pages import fenced, lines_of
-from tests.waiting import wait_until
 
 SECTION = "From your own pictures to a model in use"
 CLASSES = ("bird", "cat", "dog", "fish")
 MOST_COMMANDS = 11
-DEADLINE_SECONDS = 240
 WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
 SMALL = ["data.size=64", "cluster.num_threads=1"]
 """Added to each training; the other commands must find what they need in the run."""
@@ -37,40 +31,6 @@ def blocks() -> dict[str, list[str]]:
     for _, language, body in fenced(section):
         found[language].append(body)
     return found
-
-
-def typed(words: list[str], directory: Path, *, interrupted_after: str = "") -> tuple[int, str]:
-    """Run a command as from a shell in this directory; returns exit code and output.
-
-    Args:
-        words: Of the command line; `python` is this one.
-        directory: Where the user is.
-        interrupted_after: Ctrl-C is pressed after the first line that holds it, if given.
-    """
-    mark = f"quickstart-{os.getpid()}"
-    environment = {**clean_environment(), "PYTHONPATH": str(HERE.parent), MARK: mark}
-    with subprocess.Popen(
-        [sys.executable if words[0] == "python" else words[0], *words[1:]],
-        cwd=directory,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        lines: list[str] = []
-        try:
-            while interrupted_after and not (lines and interrupted_after in lines[-1]):
-                lines.append(process.stdout.readline())
-                assert lines[-1], lines
-            if interrupted_after:
-                os.killpg(process.pid, signal.SIGINT)  # as a terminal: all of the group in front
-            rest, _ = process.communicate(timeout=DEADLINE_SECONDS)
-        finally:
-            process.kill()
-    wait_until(lambda: not marked(mark), "processes are left", seconds=30)
-    return process.returncode, "".join(lines) + rest
 
 
 def shown_as(line: str) -> re.Pattern[str]:
