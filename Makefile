@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 PEERS := .venv-peers
+# The tests start some five hundred processes: none but the first is to compile our modules.
+unexport PYTHONDONTWRITEBYTECODE
 # Built-in shards, prepared once; the demo and people's first runs read them.
 DEMO_SHARDS := shards/builtin
 
@@ -41,9 +43,10 @@ demo: venv ## shards, a two-rank training and a comparison with larger models: r
 	$(PY) -m pipeline.train experiment=demo
 	$(PY) -m pipeline.compare name=demo data.root=$(DEMO_SHARDS) data.size=64 steps=5 alone=false
 
-# One worker more than cores: ranks and clusters wait for one another much of their time. They come first, file by file
-# (tests/sharing.py), so that the many short files of the unit tests fill the end.
-SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --maxprocesses 8 --no-loadscope-reorder
+# Two workers more than cores: ranks wait for one another much of their time, and the worker that has the cluster waits for
+# Slurm's clocks. They come first, file by file (tests/sharing.py), so that the many short files of the unit tests fill
+# the end.
+SIDE_BY_SIDE = -n $$(($$(nproc) + 2)) --maxprocesses 8 --no-loadscope-reorder
 
 .PHONY: test
 test: venv ## the tests but the slow ones, as CI runs them
