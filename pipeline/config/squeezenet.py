@@ -78,6 +78,9 @@ class SqueezeNetConfig:
     final_relu: bool = True
     """Keep the ReLU after conv10. It makes loss = ln(classes) an absorbing state: where every output of conv10 is
     negative, every gradient is exactly 0."""
+    norm: str = "none"
+    """`none`, as in the paper; `batch`: conv1 and the convolutions of fire modules have a BatchNorm in the place of a
+    bias. Export folds it into the convolutions, so that what is shipped is a network without."""
     dropout: float = 0.5
     """Share of fire9's outputs that training drops, in [0, 1)."""
     init: str = "torchvision"
@@ -107,6 +110,7 @@ class SqueezeNetConfig:
         )
         one_of("bypass", self.bypass, ("none", "simple", "complex"))
         one_of("stem", self.stem, tuple(STEMS))
+        one_of("norm", self.norm, ("none", "batch"))
         one_of("init", self.init, ("torchvision", "caffe"))
         self._check_widths()
 
@@ -134,6 +138,17 @@ class SqueezeNetConfig:
         """
         conv1 = STEMS[self.stem]
         return conv1.stride * (2 ** len(self.pool_after) - 1) + conv1.kernel_size - 2 * conv1.padding
+
+    @property
+    def max_side_of_one_value(self) -> int:
+        """Side in pixels of the largest picture of which a BatchNorm layer sees one value per channel; 0: no such.
+
+        A pooling (3x3, stride 2, rounded up) makes one pixel of a side of up to three.
+        """
+        if self.norm == "none":
+            return 0
+        conv1, num_poolings = STEMS[self.stem], len(set(self.pool_after) - {NUM_DOWNSAMPLABLE_LAYERS})
+        return conv1.stride * (2 ** (num_poolings + 1) - 1) + conv1.kernel_size - 2 * conv1.padding - 1
 
     def fire_widths(self, layer: int) -> FireWidths:
         """Return the widths of fire module `layer`, 2 to 9 (section 5.1 of the paper).

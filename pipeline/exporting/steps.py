@@ -22,6 +22,7 @@ from pipeline.exporting.artefacts import Artefact, as_json, offer, row_sentence,
 from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
 from pipeline.exporting.package import Made, PackageMaker, read_package
 from pipeline.exporting.sensitivity import Sensitivity, measure
+from pipeline.models.squeezenet import SqueezeNet
 from pipeline.models.sqz.update import OFFER
 from pipeline.reporting.shipping import write_artefacts_report
 from pipeline.run.directory import RunDirectory
@@ -75,6 +76,10 @@ def load(config: ExportConfig) -> Trained:
             raise CheckpointError(f"{trained.origin}: {name} holds values that are not finite: give an earlier one.")
     for difference in trained.differences:
         print(f"not as trained: {difference}.")
+    if isinstance(trained.model, SqueezeNet) and trained.model.config.norm != "none":
+        print("BatchNorm is folded into the convolutions: what is written is the same network without, norm=none.")
+        metaparameters = {**trained.metaparameters, "norm": "none"}
+        return dataclasses.replace(trained, model=trained.model.folded(), metaparameters=metaparameters)
     return trained
 
 

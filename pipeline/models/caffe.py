@@ -37,8 +37,9 @@ def load_npz(path: Path | str, model: nn.Module) -> None:
         )
     targets: dict[str, Tensor] = {}
     for name, conv in model.named_convolutions():
-        assert conv.bias is not None
-        targets[f"{name}.weight"], targets[f"{name}.bias"] = conv.weight, conv.bias
+        targets[f"{name}.weight"] = conv.weight
+        if conv.bias is not None:  # a BatchNorm stands in its place, of which the file knows nothing
+            targets[f"{name}.bias"] = conv.bias
     try:
         if wrong := what_it_is(path):
             raise CheckpointError(f"{path} is not a readable .npz file: it {wrong}.")

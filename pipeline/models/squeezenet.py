@@ -1,6 +1,8 @@
 """SqueezeNet, as Iandola et al. describe it (arXiv 1602.07360), with its metaparameters left open.
 
-Layers are counted as in the paper: 1 is conv1, 2 to 9 are fire2 to fire9, 10 is conv10. There is no BatchNorm.
+Layers are counted as in the paper: 1 is conv1, 2 to 9 are fire2 to fire9, 10 is conv10. The paper's network has no
+BatchNorm; with `norm="batch"` conv1 and the convolutions of fire modules are followed by one, which `folded` takes out
+again. conv10 and the convolution of a complex bypass have none.
 
 Parameter names equal torchvision's (`features.3.squeeze.weight`), so state dicts load strictly in both directions;
 with `init="torchvision"` the same torch seed also gives the same initial weights.
@@ -10,9 +12,11 @@ Shape suffixes: B pictures, C channels, H height, W width, K classes.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.config.squeezenet import FIRE_LAYERS, STEMS, FireWidths, SqueezeNetConfig
 
@@ -26,14 +30,15 @@ class Fire(nn.Module):
     `"complex"` a 1x1 convolution makes the numbers equal where they differ (section 6 of the paper).
     """
 
-    def __init__(self, num_inputs: int, widths: FireWidths, bypass: str = "none") -> None:
+    def __init__(self, num_inputs: int, widths: FireWidths, bypass: str = "none", norm: str = "none") -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(num_inputs, widths.s1x1, kernel_size=1)
-        self.squeeze_activation = nn.ReLU(inplace=True)
-        self.expand1x1 = nn.Conv2d(widths.s1x1, widths.e1x1, kernel_size=1)
-        self.expand1x1_activation = nn.ReLU(inplace=True)
-        self.expand3x3 = nn.Conv2d(widths.s1x1, widths.e3x3, kernel_size=3, padding=1)
-        self.expand3x3_activation = nn.ReLU(inplace=True)
+        has_bias = norm == "none"
+        self.squeeze = nn.Conv2d(num_inputs, widths.s1x1, kernel_size=1, bias=has_bias)
+        self.squeeze_activation = _activation(widths.s1x1, norm)
+        self.expand1x1 = nn.Conv2d(widths.s1x1, widths.e1x1, kernel_size=1, bias=has_bias)
+        self.expand1x1_activation = _activation(widths.e1x1, norm)
+        self.expand3x3 = nn.Conv2d(widths.s1x1, widths.e3x3, kernel_size=3, padding=1, bias=has_bias)
+        self.expand3x3_activation = _activation(widths.e3x3, norm)
         self.bypass: nn.Module | None = None
         if bypass != "none" and num_inputs == widths.e:
             self.bypass = nn.Identity()
@@ -54,10 +59,12 @@ class SqueezeNet(nn.Module):
 
     def __init__(self, num_classes: int, config: SqueezeNetConfig) -> None:
         super().__init__()
+        self.config = config
         conv1 = STEMS[config.stem]
+        has_bias = config.norm == "none"
         layers: list[nn.Module] = [
-            nn.Conv2d(3, conv1.num_filters, conv1.kernel_size, conv1.stride, conv1.padding),
-            nn.ReLU(inplace=True),
+            nn.Conv2d(3, conv1.num_filters, conv1.kernel_size, conv1.stride, conv1.padding, bias=has_bias),
+            _activation(conv1.num_filters, config.norm),
         ]
         # Where each layer of the paper lies in `features`: torchvision's numbering counts ReLU and poolings too.
         self._index_of_layer = {1: 0}
@@ -67,7 +74,7 @@ class SqueezeNet(nn.Module):
         for layer in FIRE_LAYERS:
             widths = config.fire_widths(layer)
             self._index_of_layer[layer] = len(layers)
-            layers.append(Fire(num_channels, widths, config.bypass))
+            layers.append(Fire(num_channels, widths, config.bypass, config.norm))
             num_channels = widths.e
             if layer in config.pool_after:
                 layers.append(_max_pool())
@@ -95,8 +102,36 @@ class SqueezeNet(nn.Module):
                 nn.init.uniform_(conv.weight, -bound, bound)
             else:
                 nn.init.kaiming_uniform_(conv.weight)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+
+    def folded(self) -> "SqueezeNet":
+        """Return the network without BatchNorm that gives the same logits in evaluation, up to rounding.
+
+        Each convolution takes the statistics of its BatchNorm into its weights and a bias.
+        """
+        assert not self.training, "statistics of a training still change"
+        with torch.device("meta"):
+            plain = SqueezeNet(self.num_classes, replace(self.config, norm="none")).eval()
+        norms = self._norms()
+        for (name, own), (_, target) in zip(self.named_convolutions(), plain.named_convolutions(), strict=True):
+            fused = fuse_conv_bn_eval(own, norms[name]) if name in norms else own
+            target.load_state_dict(fused.state_dict(), assign=True)
+        return plain
+
+    def _norms(self) -> dict[str, nn.BatchNorm2d]:
+        """Each BatchNorm by the name of its convolution."""
+        activations = {"conv1": self.features[1]}
+        for name, layer in self.named_layers():
+            if isinstance(layer, Fire):
+                activations[f"{name}/squeeze1x1"] = layer.squeeze_activation
+                activations[f"{name}/expand1x1"] = layer.expand1x1_activation
+                activations[f"{name}/expand3x3"] = layer.expand3x3_activation
+        norms = {name: next(activation.children(), None) for name, activation in activations.items()}
+        return {name: norm for name, norm in norms.items() if isinstance(norm, nn.BatchNorm2d)}
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the ten layers of the paper's Table 1 that own parameters: conv1, fire2 to fire9, conv10."""
@@ -119,6 +154,12 @@ class SqueezeNet(nn.Module):
             else:
                 assert isinstance(layer, nn.Conv2d)
                 yield name, layer
+
+
+def _activation(num_channels: int, norm: str) -> nn.Module:
+    """Return what follows a convolution. Names of the other layers are the same whether it has weights or not."""
+    relu = nn.ReLU(inplace=True)
+    return relu if norm == "none" else nn.Sequential(nn.BatchNorm2d(num_channels), relu)
 
 
 def _max_pool() -> nn.MaxPool2d:

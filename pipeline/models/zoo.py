@@ -75,17 +75,18 @@ def check_pictures(model: ModelConfig, side: int, *, per_rank: int | None = None
         return  # trial.py tries it
     entry = MODELS[model.name]
     given: dict[str, Any] = model.metaparameters
-    min_side = entry.min_side if entry.preset is None else replace(entry.preset, **given).min_side
+    sides = entry if entry.preset is None else replace(entry.preset, **given)
     require(
-        side >= min_side,
+        side >= sides.min_side,
         f"{model.name} cannot take pictures of {side} x {side} pixels, of which its downsampling leaves nothing: set"
-        f" data.size to {min_side} or more, or take a model for small pictures, such as model={FOR_SMALL_PICTURES}.",
+        f" data.size to {sides.min_side} or more, or take a model for small pictures, such as"
+        f" model={FOR_SMALL_PICTURES}.",
     )
     require(
-        per_rank != 1 or side > entry.max_side_of_one_value,
+        per_rank != 1 or side > sides.max_side_of_one_value,
         f"{model.name} cannot train on one picture of {side} x {side} pixels at a time: BatchNorm layers would see a"
         " single value per channel. Give each rank two or more at once (raise batch.global_size and"
-        f" batch.max_per_rank), or set data.size to {entry.max_side_of_one_value + 1} or more.",
+        f" batch.max_per_rank), or set data.size to {sides.max_side_of_one_value + 1} or more.",
     )
 
 

@@ -21,7 +21,8 @@ JUDGED = NUM_VALIDATION - NUM_CALIBRATION
 MAX_BYTES = 26_000
 LATENCY = ("latency.num_windows=2", "latency.window_seconds=0.05")
 # A twenty-fifth of squeezenet1_1: what is tested is files, and weights cost the time of their rounding.
-MODEL = ("model=squeezenet_small", "+model.metaparameters.base_e=32", "+model.metaparameters.incr_e=32")
+WIDTHS = ("+model.metaparameters.base_e=32", "+model.metaparameters.incr_e=32")
+MODEL = ("model=squeezenet_small", *WIDTHS, "+model.metaparameters.norm=batch")
 
 
 def export(root: Path, *arguments: str, expect: int = 0) -> tuple[dict[str, Any], str]:
@@ -107,6 +108,7 @@ def test_weights_of_int8_are_stored_as_int8_and_nothing_tells_of_this_machine(ex
 def test_each_is_used_like_a_checkpoint(file: str, exported: Path, shards: Path, trained: Path) -> None:
     shipped, origin = load_model(exported / "export" / file), load_model(trained)
     assert shipped.classes == origin.classes == CLASSES and shipped.input == origin.input
+    assert (origin.metaparameters["norm"], shipped.metaparameters["norm"]) == ("batch", "none")  # folded
     pictures = some_pictures(shards)
     for ours, theirs in zip(shipped.predict(*pictures), origin.predict(*pictures), strict=True):
         assert {item.name: item.probability for item in ours} == pytest.approx(

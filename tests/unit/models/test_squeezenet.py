@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pipeline.config.model import ModelConfig
 from pipeline.config.squeezenet import FIRE_LAYERS, SqueezeNetConfig
+from pipeline.core.errors import ConfigError
 from pipeline.models import zoo
 from pipeline.models.squeezenet import Fire, SqueezeNet
 
@@ -186,6 +188,53 @@ def test_every_parameter_of_every_variant_learns_under_bf16_and_channels_last(na
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
         assert parameter.grad.any(), key
+
+
+def lived_in(model: SqueezeNet) -> SqueezeNet:
+    """With statistics as of a training: nothing is 0 or 1 any more."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                assert tensor is not None
+                tensor.uniform_(0.2, 1.2, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0_complex_bypass", "squeezenet_small_simple_bypass"])
+def test_batch_norm_stands_for_biases_and_folds_into_them(name: str) -> None:
+    torch.manual_seed(0)
+    model, plain = lived_in(build(name, 10, norm="batch")), build(name, 10)
+    num_channels = sum(len(conv.weight) for name, conv in plain.named_convolutions())
+    num_channels -= 10 + sum(len(conv.weight) for name, conv in plain.named_convolutions() if name.endswith("/bypass"))
+    assert count(model) == count(plain) + num_channels  # a scale and a shift for a bias
+    assert sum(buffer.numel() for buffer in model.buffers() if buffer.ndim) == 2 * num_channels
+    before = torch.get_rng_state()
+    folded = model.folded()
+    assert torch.equal(torch.get_rng_state(), before)
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    with torch.no_grad():
+        expected_BK = model(pictures(64))
+        torch.testing.assert_close(plain.eval()(pictures(64)), expected_BK, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(folded(pictures(64)), expected_BK, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(stem=st.sampled_from(["v1.0", "v1.1", "small"]), pool_after=st.sets(st.integers(1, 9), max_size=5))
+@example(stem="v1.1", pool_after={1, 3, 5})
+def test_one_picture_is_trained_on_where_batch_norm_sees_more_than_one_value(stem: str, pool_after: set[int]) -> None:
+    metaparameters: dict[str, Any] = {"stem": stem, "pool_after": sorted(pool_after), "norm": "batch"}
+    model = meta("squeezenet_small", 10, **metaparameters)
+    asked = ModelConfig(name="squeezenet_small", metaparameters=metaparameters)
+    config = SqueezeNetConfig(**metaparameters)
+    refused, taken = config.max_side_of_one_value, max(config.max_side_of_one_value + 1, config.min_side)
+    model(torch.empty(1, 3, taken, taken, device="meta"))
+    zoo.check_pictures(asked, taken, per_rank=1)
+    if refused >= config.min_side:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(torch.empty(1, 3, refused, refused, device="meta"))
+        with pytest.raises(ConfigError, match=f"data.size to {taken} or more"):
+            zoo.check_pictures(asked, refused, per_rank=1)
 
 
 @settings(max_examples=40, deadline=None)
