@@ -58,7 +58,7 @@ class PackageMaker:
             trained: The network.
             sensitivities: By layer; None: not known.
         """
-        self._trained = trained
+        self._trained, self._knows_the_loss = trained, sensitivities is not None
         self._layers = {
             name: LayerQuantiser(layer.weight, None if sensitivities is None else sensitivities.get(name))
             for name, layer in coded_layers(trained.model)
@@ -131,10 +131,10 @@ class PackageMaker:
         if best is not None:
             return best
         smallest = self.make(PRICES[1])
+        told = f", and would raise the loss by about {smallest.expected_loss:.2g}" if self._knows_the_loss else ""
         raise ConfigError(
             f"max_bytes={max_bytes:,} cannot be reached: the smallest package of {self._trained.name} has"
-            f" {len(smallest.encoded.content):,} bytes, and would raise the loss by about"
-            f" {smallest.expected_loss:.2g}. Raise max_bytes, or train a smaller or a pruned network."
+            f" {len(smallest.encoded.content):,} bytes{told}. Raise max_bytes, or train a smaller or a pruned network."
         )
 
     def losing(self, max_loss: float, judge: Callable[[nn.Module], Judgement]) -> Made:

@@ -23,6 +23,9 @@ RATE_WEIGHT = 0.5
 NUM_PASSES = 2
 """Roundings, each with the bits that the symbols of the one before have."""
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = 512, 32
+LOSS_OF_A_WEIGHT = 1e-5
+"""Twice the nats that an error as large as its layer's weights costs, where nothing is known: a guess of the order, so
+that prices mean about the same with pictures and without."""
 RARE = 0.3
 """Occurrences that a symbol which did not occur is counted as."""
 NUM_CLASSES = 3
@@ -70,7 +73,8 @@ class LayerQuantiser:
         num_rows, num_columns = self._weight_RN.shape
         if sensitivity is None:
             power = float(self._weight_RN.square().sum() / max(1, int((self._weight_RN != 0).sum())))
-            sensitivity = Sensitivity(torch.full((num_columns + 1,), 1 / max(power, 1e-30)), torch.ones(num_rows))
+            moment = LOSS_OF_A_WEIGHT * num_rows / max(power, 1e-30)
+            sensitivity = Sensitivity(torch.full((num_columns + 1,), moment), torch.full((num_rows,), 1 / num_rows))
         # An output that some hundred pictures hardly ask for is asked for by others.
         self._share_R = sensitivity.share_of_row * (1 - ROW_SHRINKAGE) + ROW_SHRINKAGE / num_rows
         self._bias_weight_N, self._parts = _factorise(self._weight_RN != 0, sensitivity.moments)

@@ -2,6 +2,7 @@
 
 python -m tests.fuzzing                                 ten minutes, fresh seeds, which are printed
 python -m tests.fuzzing --seed 0 --cases 400            the same 400 of each target every time
+python -m tests.fuzzing --targets package delta --cases 10000    two kinds of file alone
 python -m tests.fuzzing --only manifest:17              one case, in this process, with its traceback
 """
 

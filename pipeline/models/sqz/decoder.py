@@ -5,8 +5,7 @@ import itertools
 import json
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from constriction import stream  # pyright: ignore[reportAttributeAccessIssue]
@@ -22,8 +21,7 @@ class PackageError(ValueError):
     """The file is no package, or is damaged."""
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """How a tensor became symbols (value = symbol x step), and how often each symbol from `lowest` on is expected."""
 
     step: float
@@ -41,8 +39,7 @@ class Grid:
         return stream.model.Categorical(weights.astype(np.float32), perfect=False)
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):
     """What a file holds: its description, the tensors as symbols or as they are, and what a test picture gives."""
 
     meta: dict[str, Any]
@@ -59,12 +56,16 @@ class Package:
 
 def digest(tensors: dict[str, np.ndarray]) -> bytes:
     """Return the SHA-256 of names and contents, in order."""
-    return hashlib.sha256(b"".join(name.encode() + b"\0" + tensors[name].tobytes() for name in tensors)).digest()
+    sha256 = hashlib.sha256()
+    for name, values in tensors.items():
+        sha256.update(name.encode() + b"\0")
+        sha256.update(np.ascontiguousarray(values).ravel().data)  # the array itself, no copy of it
+    return sha256.digest()
 
 
 def decode(content: bytes) -> Package:
     """Return what a package holds. Nothing in it is used before its SHA-256 was found right."""
-    magic, sha256, sha256_of_tensors, *lengths = HEAD.unpack_from(content)
+    magic, sha256, sha256_of_tensors, *lengths = HEAD.unpack_from(content.ljust(HEAD.size, b"\0"))
     if magic != MAGIC or hashlib.sha256(content[36:]).digest() != sha256:
         raise PackageError("it is no .sqz package of schema 1, or its SHA-256 shows that it was cut or changed")
     ends = np.cumsum([HEAD.size, *lengths]).tolist()
@@ -82,7 +83,7 @@ def decode(content: bytes) -> Package:
             at += GRID.size + num_codes
             package.grids[name] = grid = Grid(step, lowest, tables[at - num_codes : at])
             coded = coder.decode(grid.model(), count) if num_codes > 1 else np.zeros(count, np.int32)
-            package.symbols[name] = (coded + lowest).astype(np.int32).reshape(shape)
+            package.symbols[name] = (coded + lowest).astype(np.int32, copy=False).reshape(shape)
         else:
             package.plain[name] = plain = np.frombuffer(values, PLAIN_DTYPES[kind], count, at_plain).reshape(shape)
             at_plain += plain.nbytes

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.models.sqz.decoder import PackageError, decode
+from pipeline.models.sqz.decoder import decode
 from pipeline.models.sqz.delta import apply_delta
 
 OFFER = "latest.json"
@@ -171,7 +171,7 @@ def _receive(url: str, content: bytearray, max_bytes: int, deadline: float, stal
 def _applied(current: bytes, delta: bytes) -> bytes:
     try:
         return apply_delta(current, delta)
-    except PackageError as error:
+    except Exception as error:  # whatever it stumbles over in a file made to harm
         raise UpdateError(f"the delta cannot be applied: {error}") from error
 
 
@@ -181,7 +181,7 @@ def _check(content: bytes, wanted: Offered, kind: str) -> None:
     if kind == "package":
         try:
             decode(content)
-        except (PackageError, ValueError) as error:
+        except Exception as error:  # as above
             raise UpdateError(f"the package cannot be decoded: {error}") from error
 
 

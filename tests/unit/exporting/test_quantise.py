@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.exporting.judging import judge, mcnemar_p
+from pipeline.exporting.package import PRICES
 from pipeline.exporting.quantise import LayerQuantiser
 from pipeline.exporting.sensitivity import Sensitivity
 from pipeline.models.coded_layers import coded_layers
@@ -87,6 +88,20 @@ def test_layers_with_many_inputs_are_rounded_without_their_moments() -> None:
     assert float((found.symbols * found.step - weight).abs().max()) <= found.step
     blind = LayerQuantiser(weight, None).quantise(1e-6)
     assert float((blind.symbols * blind.step - weight).abs().max()) <= blind.step
+
+
+def test_where_nothing_is_known_all_layers_are_rounded_alike_and_to_any_size() -> None:
+    """Prices reach from weights as they are to none at all, without pictures too, whatever a layer's size and scale."""
+    generator = torch.Generator().manual_seed(0)
+    coarseness = []
+    for rows, columns, scale in ((4, 300, 0.01), (96, 27, 3.0), (1000, 64, 0.2)):
+        weight = torch.randn(rows, columns, generator=generator) * scale
+        quantiser = LayerQuantiser(weight, None)
+        coarseness.append(quantiser.step(3e-8) / scale)
+        assert not quantiser.quantise(PRICES[1]).symbols.any()
+        error = quantiser.quantise(PRICES[0]).weight - weight
+        assert float(error.std()) < 1e-3 * scale
+    assert max(coarseness) < 1.05 * min(coarseness)
 
 
 def test_layers_that_are_coded() -> None:

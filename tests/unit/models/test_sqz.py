@@ -154,7 +154,7 @@ def test_damage_is_refused(what: str) -> None:
             damaged += generator.randbytes(generator.randint(1, 40))
         if bytes(damaged) == sound or (kind == 2 and bytes(damaged) == other):
             continue
-        with pytest.raises((PackageError, struct.error)):
+        with pytest.raises(PackageError):
             read(bytes(damaged))
 
 
