@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pipeline.core import gate
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
-from pipeline.core.exits import leave, leave_cause, rank
+from pipeline.core.exits import code_of, leave, leave_cause, rank
 from pipeline.core.groups import CONF_DIRECTORY, check_choice, config_groups
 from pipeline.core.help import help_text, version_text
 from pipeline.core.overrides import as_typed, literal, split_override
@@ -97,15 +97,15 @@ def run_plain(body: Callable[[list[str]], int | None], *, argv: Sequence[str] | 
     except UserError as error:
         text = one_line(shortened(str(error), LONGEST_MESSAGE))
         _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
-        code, has_lost_others = int(error.exit_code), isinstance(error, PeerLost)
-    except KeyboardInterrupt:
+        code, has_lost_others = code_of(error), isinstance(error, PeerLost)
+    except KeyboardInterrupt as error:
         _print_error("interrupted")
-        code = 130  # the shell's code for SIGINT
-    except SystemExit as error:  # of a library, which knows nothing of our codes
-        code = int(ExitCode.INTERNAL if error.code else ExitCode.DONE)
-    except Exception:
+        code = code_of(error)
+    except SystemExit as error:
+        code = code_of(error)
+    except Exception as error:
         _print_error(traceback.format_exc())
-        code = int(ExitCode.INTERNAL)
+        code = code_of(error)
     if code == ExitCode.DONE and _only_tells(arguments) and has_lost_output():
         code = int(ExitCode.INTERNAL)
     leave_cause(code, has_lost_others=has_lost_others)

@@ -58,9 +58,15 @@ class DriftError(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank ended or fell silent. Its exit code says why, so that of this rank must say nothing."""
+    """Another rank ended or fell silent.
+
+    Its exit code says why. That of this rank says nothing where somebody collects the causes of all (1); elsewhere it
+    is that of the rank that is the cause, or 75 where nothing says why (`core.exits.code_of`).
+    """
 
     exit_code = ExitCode.INTERNAL
+    cause_code: int | None = None
+    """Exit code of the rank that is the cause; None: it said nothing."""
 
 
 class Preempted(UserError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.core.errors import ExitCode
+from pipeline.core.errors import ExitCode, PeerLost, UserError
 from pipeline.core.files import write_text_atomic
 
 VARIABLE = "SQUEEZEWIRE_CAUSES"
@@ -50,6 +50,24 @@ def rank() -> str | None:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
 
 
+def are_causes_collected() -> bool:
+    """Tell whether a launcher of ours, or slurm/train.sh, is told why each rank ends, and answers for them all."""
+    return VARIABLE in os.environ or _causes_pipe() is not None
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ends with `error`."""
+    if isinstance(error, PeerLost) and not are_causes_collected():
+        return int(ExitCode.PREEMPTED) if error.cause_code is None else error.cause_code
+    if isinstance(error, UserError):
+        return int(error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return 130  # the shell's code for SIGINT
+    if isinstance(error, SystemExit):  # of a library, which knows nothing of our codes
+        return int(ExitCode.INTERNAL if error.code else ExitCode.DONE)
+    return int(ExitCode.INTERNAL)
+
+
 def leave(code: int) -> NoReturn:
     """Exit. A rank goes without the interpreter's teardown, which for a failed one waits for ranks that wait for it.
 
@@ -77,15 +95,22 @@ def leave_cause(code: int, *, has_lost_others: bool) -> None:
     if code in (ExitCode.DONE, ExitCode.PREEMPTED):
         return
     cause = _LOST if has_lost_others else str(code)
-    with contextlib.suppress(OSError, ValueError):
-        pipe = os.environ.get(PIPE_VARIABLE, "")
-        descriptor = int(pipe.partition(":")[0])
-        if name_of_pipe(descriptor) == pipe:  # else it is another file's by now: the launcher is further up
+    if (descriptor := _causes_pipe()) is not None:
+        with contextlib.suppress(OSError):
             os.write(descriptor, f"{cause}\n".encode())
     if directory := os.environ.get(VARIABLE):
         with contextlib.suppress(OSError):
             Path(directory).mkdir(parents=True, exist_ok=True)
             write_text_atomic(Path(directory) / f"rank{rank() or '0'}", cause)
+
+
+def _causes_pipe() -> int | None:
+    """Return the descriptor that PIPE_VARIABLE names; None: it is another file's, for the launcher is further up."""
+    pipe = os.environ.get(PIPE_VARIABLE, "")
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = int(pipe.partition(":")[0])
+        return descriptor if name_of_pipe(descriptor) == pipe else None
+    return None
 
 
 def name_of_pipe(descriptor: int) -> str:

@@ -59,8 +59,8 @@ class Meeting:
 
     def __init__(self, ranks: RankInfo, timeout_seconds: float, directory: Path | None = None) -> None:
         self.timeout_seconds = timeout_seconds
-        self.places = ""
-        """Where the ranks are, in words, once that is known."""
+        self.places: list[network.Place] = []
+        """Where the ranks are, once that is known; for NCCL it stays empty."""
         self._ranks = ranks
         self._deadline = time.monotonic() + timeout_seconds
         self._talk_at = time.monotonic() + TALK_AFTER_SECONDS
@@ -130,6 +130,8 @@ class Meeting:
         try:
             if self._store is None:
                 self._store = self._open()
+                if isinstance(self._store, RankStore):
+                    self._store.leave_will(gone_key(self._ranks.rank))
             self._store.set(f"{topic}/{self._ranks.rank}", json.dumps(word))
             everyone = range(self._ranks.world_size)
             try:
@@ -316,7 +318,12 @@ def settle_places(meeting: Meeting, own: network.Place | None, found: Mapping[st
     places = [network.Place(**place) for place in settled]
     network.check_apart(places)
     network.use(places[own.rank])
-    meeting.places = network.tell(places)
+    meeting.places = places
+
+
+def gone_key(rank: int) -> str:
+    """Return the key that is in the store once a rank's connection to it has ended."""
+    return f"gone/{rank}"
 
 
 def _named(ranks: list[int]) -> str:

@@ -155,6 +155,10 @@ class RankStore(Store):
     def num_keys(self) -> int:
         return self._ask("count")
 
+    def leave_will(self, key: str) -> None:
+        """Have the server set a key when this connection has ended, however it does."""
+        self._ask("will", key=key)
+
     # By these names torch's C++ looks for the two above.
     deleteKey, getNumKeys = delete_key, num_keys
 

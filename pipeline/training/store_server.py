@@ -107,6 +107,7 @@ class StoreServer:
         threading.Thread(target=self._loop.run_forever, name="store", daemon=True).start()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        will: str | None = None
         self._strangers.append(writer)
         if len(self._strangers) > MOST_STRANGERS:
             self._strangers[0].transport.abort()
@@ -120,12 +121,15 @@ class StoreServer:
                 header = await reader.readexactly(HEADER_BYTES)
                 text = await reader.readexactly(length_of(header))
                 question = session.open(header, text, to_server=True)
+                will = question["key"] if question["op"] == "will" else will
                 writer.write(session.seal(self._answer(**question), to_server=False))
                 await writer.drain()
         except (OSError, EOFError, TimeoutError, ProtocolError):
             pass  # a stranger, or a rank that has ended: others see to that
         finally:
             writer.transport.abort()
+            if will is not None:
+                self._set(will, "")
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Session:
         own = secrets.token_bytes(NONCE_BYTES)
@@ -150,6 +154,7 @@ class StoreServer:
             "compare_set": self._compare_set,
             "delete": lambda key: self._values.pop(key, None) is not None,
             "count": lambda: len(self._values),
+            "will": lambda key: None,  # `_serve` sees to it
         }
         return answers[op](*arguments.values())
 

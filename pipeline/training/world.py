@@ -25,14 +25,15 @@ from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
 from pipeline.config.training import ClusterConfig, CommConfig
 from pipeline.core.compute import Compute, keep_freed_memory, set_threads
-from pipeline.core.errors import ConfigError, DataError, PeerLost, Preempted, UserError
+from pipeline.core.errors import ConfigError, DataError, PeerLost, UserError
 from pipeline.core.text import fitted
 from pipeline.data.loader import Reader
 from pipeline.run.launch import network
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo, lab_conditions
 from pipeline.training import same_run
-from pipeline.training.lost_peers import cause_of, gist_of, is_of_a_lost_peer
+from pipeline.training.endings import Endings
+from pipeline.training.lost_peers import gist_of
 from pipeline.training.meeting import Meeting, same_error, settle_places
 
 T = TypeVar("T")
@@ -252,25 +253,10 @@ def join_group(
     observers = [timeline] if counter is None else [timeline, counter]
     meter = CollectiveMeter(enabled=comm.meter, pinned=pinned, observers=observers)
     meter.attach()
-    try:
+    patience, stop = cluster.timeout_seconds, stop or StopRequest()
+    with Endings(ranks, meeting, counter, stop).told():
         placement = _placement(ranks, compute)
-        patience, stop = cluster.timeout_seconds, stop or StopRequest()
         yield World(ranks, compute, meter, timeline, placement, num_threads, counter, patience, stop, exchange)
-    except RuntimeError as error:
-        if not is_of_a_lost_peer(error):
-            raise
-        if stop is not None and stop.asked:
-            raise Preempted(f"{stop.name} came, and another rank is gone: {gist_of(error)}.") from error
-        if stop is not None and stop.was_just_resumed():
-            raise Preempted(
-                f"Rank {ranks.rank} was suspended for longer than the ranks wait for one another ({gist_of(error)})."
-                " The same command goes on from the last checkpoint."
-            ) from error
-        where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
-        raise PeerLost(
-            f"Rank {ranks.rank} lost its connection to another rank{where} and stops ({gist_of(error)}):"
-            f" {cause_of(error)}."
-        ) from error
     # Only after success: tearing the group down waits for ranks which, after an error, wait for this one.
     meter.detach()
     dist.destroy_process_group()
@@ -352,7 +338,7 @@ def _begin_group(meeting: Meeting, ranks: RankInfo, backend: str, timeout_second
         reason = f" ({gist_of(error)})" if isinstance(error, RuntimeError) else ""
         raise PeerLost(
             f"Rank {ranks.rank} got no connections with the others within {timeout_seconds:g} s{reason}:"
-            f" {meeting.places}. Can they reach one another there, on all ports from 1024 on? Else set"
+            f" {network.tell(meeting.places)}. Can they reach one another there, on all ports from 1024 on? Else set"
             f" {network.GLOO_VARIABLE} to the interface between the machines."
         ) from error
 

@@ -32,6 +32,7 @@ class _Watched:
     last: TcpCounts
     first: TcpCounts
     by_label: Counter[str] = field(default_factory=Counter[str])
+    is_unanswered: bool = False
 
 
 class SocketCounter(MeterObserver):
@@ -145,9 +146,15 @@ class SocketCounter(MeterObserver):
         )
 
     def unanswered(self) -> list[str]:
-        """Return the addresses of those who did not acknowledge what was sent, though it was sent again."""
-        counts = [(watched.connection.remote[0], watched.connection.counts()) for watched in self._watched.values()]
-        return sorted({address for address, now in counts if now is not None and now.num_timeouts >= MANY_TIMEOUTS})
+        """Return the addresses of those who did not acknowledge what was sent, though it was sent again.
+
+        Of a connection that is closed by now: by the last call. From any thread.
+        """
+        every = list(self._watched.values())
+        for watched in every:
+            if (now := watched.connection.counts()) is not None:
+                watched.is_unanswered = now.num_timeouts >= MANY_TIMEOUTS
+        return sorted({watched.connection.remote[0] for watched in every if watched.is_unanswered})
 
     def _interface_report(self) -> InterfaceReport | None:
         name, start = self._interface_name, self._interface_start
