@@ -45,6 +45,8 @@ class Hostile:
     command: tuple[str, ...]
     make: Callable[[Path], Path]
     """Makes it in an empty folder; returns what the command is given."""
+    then: Callable[[Path], None] | None = None
+    """Done to it once the command has read it, after which it is read again."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -81,6 +83,24 @@ def swollen_index(folder: Path) -> Path:
     manifest.split("val").extra[INDEX_KEY] = described
     manifest.save(root)
     return root
+
+
+def shards_alone(folder: Path) -> Path:
+    """Without an index: the command keeps one of its own."""
+    from tests.making.shards import write_shards
+
+    return write_shards(folder / "shards")
+
+
+def swell_kept_index(root: Path) -> None:
+    """Keys that are zeros, well packed, in the index that the command has left for the next one."""
+    import numpy as np
+
+    (path,) = (root / ".squeezewire").glob("*.npz")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **{**arrays, "key": np.zeros(SWOLLEN_BYTES // 64, "S64")})
 
 
 def saved(folder: Path, content: dict[str, Any], *, num_zeros: int | None = None) -> Path:
@@ -174,6 +194,7 @@ HARMLESS = {
 }
 FILES = [
     Hostile("index beside the shards whose keys swell to 1 GiB", "index", INDEX, swollen_index),
+    Hostile("index kept in .squeezewire/, the same", "index", INDEX, shards_alone, swell_kept_index),
     Hostile("state dict whose tensor swells to 1 GiB", "checkpoint", CHECKPOINT, swollen_weights),
     Hostile("state dict whose pickle makes a bytearray of 1 GiB", "checkpoint", CHECKPOINT, swollen_pickle),
     Hostile(".npz whose array swells to 1 GiB", "checkpoint", CAFFE, swollen_npz),
@@ -202,10 +223,20 @@ def read(hostile: Hostile, code: Path, scratch: Path, patience_seconds: float) -
         one.mkdir()
     file = hostile.make(folder)
     given = {"file": file, "out": out, "shards": scratch / "shards", "weights": scratch / "weights.pt"}
-    name, *words = [word.format(**given) for word in hostile.command]
+    words = [word.format(**given) for word in hostile.command]
+    if hostile.then is not None:
+        run(words, code, patience_seconds)
+        hostile.then(file)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return run(words, code, patience_seconds), size
+
+
+def run(words: Sequence[str], code: Path, patience_seconds: float) -> Ended:
+    """A command of the code in a process of its own."""
+    name, *arguments = words
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", f"pipeline.{name}", *words],
+        [sys.executable, "-m", f"pipeline.{name}", *arguments],
         cwd=code,
         env={**os.environ, "PYTHONPATH": str(code)},
         stdout=subprocess.DEVNULL,
@@ -220,13 +251,10 @@ def read(hostile: Hostile, code: Path, scratch: Path, patience_seconds: float) -
     _, status, usage = os.wait4(process.pid, 0)
     timer.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     is_late = process.returncode == -signal.SIGKILL
-    lines = [line for line in said.splitlines() if line.strip()]
-    last = "traceback" if "Traceback" in said else next((line for line in lines if "error: " in line), "")
-    last = last or next((line for line in lines if "warning: " in line), "")
-    seconds = time.monotonic() - began
-    return Ended(None if is_late else process.returncode, last, seconds, usage.ru_maxrss * 1024), size
+    lines = [line for line in said.splitlines() if "error: " in line or "warning: " in line]
+    told = "traceback" if "Traceback" in said else next(iter(sorted(lines)), "")  # the error first
+    return Ended(None if is_late else process.returncode, told, time.monotonic() - began, usage.ru_maxrss * 1024)
 
 
 def main(arguments: Sequence[str]) -> int:
