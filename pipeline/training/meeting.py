@@ -145,7 +145,7 @@ class Meeting:
             return [json.loads(self._store.get(f"{topic}/{rank}")) for rank in everyone]
         except dist.DistError as error:
             reason = str(error).partition("\n")[0][:200]
-            raise PeerLost(f"Rank {self._ranks.rank} lost the others at {self._place} ({reason}).") from error
+            raise PeerLost(f"Rank {self._ranks.rank} lost the others at {self.place} ({reason}).") from error
         finally:
             if self._ranks.is_first and self._file is not None:
                 self._file.remove()
@@ -188,12 +188,12 @@ class Meeting:
         if self.left_seconds == 0:
             because = f" ({reason})" if reason else ""
             raise PeerLost(
-                f"Rank {self._ranks.rank} of {self._ranks.world_size} did not find the others at {self._place} in"
+                f"Rank {self._ranks.rank} of {self._ranks.world_size} did not find the others at {self.place} in"
                 f" {self.timeout_seconds:g} s: {missing()} did not come{because}. {self._remedy()}"
             )
         if time.monotonic() > self._talk_at and self._ranks.local_rank == 0:
             self._talk_at = math.inf
-            print(f"rank {self._ranks.rank} waits for {missing()} at {self._place}, for up to"
+            print(f"rank {self._ranks.rank} waits for {missing()} at {self.place}, for up to"
                   f" {self.timeout_seconds:g} s (cluster.timeout_seconds)", file=sys.stderr, flush=True)  # fmt: skip
         time.sleep(min(seconds, self.left_seconds))
 
@@ -209,7 +209,8 @@ class Meeting:
         )
 
     @property
-    def _place(self) -> str:
+    def place(self) -> str:
+        """Address and port of the store."""
         address = self._address
         return f"{f'[{address}]' if ':' in address else address}:{self.port}"
 

@@ -303,7 +303,9 @@ def _require_same_run(meeting: Meeting, ranks: RankInfo, facts: same_run.Facts) 
         differences = same_run.compare(exchange, facts)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0][:200]
-        raise PeerLost(f"Rank {ranks.rank} lost the others before the first step ({reason}).") from error
+        raise PeerLost(
+            f"Rank {ranks.rank} lost the others at {meeting.place}, before the first step ({reason})."
+        ) from error
     if differences:
         raise ConfigError(same_run.refusal(differences))
     return exchange

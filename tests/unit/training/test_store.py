@@ -74,6 +74,15 @@ def test_a_key_that_does_not_come_is_said_in_time(store: RankStore) -> None:
     assert store.get("late") == b"1"
 
 
+def test_a_will_is_done_when_its_connection_ends(place: Place, store: RankStore) -> None:
+    other = RankStore(place, SECRET, 5.0)
+    other.leave_will("gone")
+    other.set("here", "")
+    assert not store.check(["gone"])
+    other._socket.close()
+    store.wait(["gone"], timedelta(seconds=5))
+
+
 def connect(place: Place) -> socket.socket:
     return socket.create_connection(place, timeout=5)
 
