@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.core import gate
-from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
+from pipeline.core.errors import ConfigError, ExitCode, PeerLost, Preempted, UserError
 from pipeline.core.exits import code_of, leave, leave_cause, rank
 from pipeline.core.groups import CONF_DIRECTORY, check_choice, config_groups
 from pipeline.core.help import help_text, version_text
@@ -96,7 +96,8 @@ def run_plain(body: Callable[[list[str]], int | None], *, argv: Sequence[str] | 
             code = int(body(arguments) or ExitCode.DONE)
     except UserError as error:
         text = one_line(shortened(str(error), LONGEST_MESSAGE))
-        _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
+        if not (isinstance(error, Preempted) and error.by_all_ranks) or rank() in (None, "0"):
+            _print_error(f"{'preempted' if error.exit_code == ExitCode.PREEMPTED else 'error'}: {text}")
         code, has_lost_others = code_of(error), isinstance(error, PeerLost)
     except KeyboardInterrupt as error:
         _print_error("interrupted")

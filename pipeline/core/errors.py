@@ -73,3 +73,8 @@ class Preempted(UserError):
     """The cluster wants the machine back; the state is saved and the same command resumes."""
 
     exit_code = ExitCode.PREEMPTED
+
+    def __init__(self, message: str, *, by_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.by_all_ranks = by_all_ranks
+        """Whether all ranks end alike, so that one of them says it."""

@@ -140,13 +140,15 @@ class Attempt(pl.Callback):
         if step == self.plan.num_steps:
             return
         if not self.plan.checkpoint_every_steps:
-            raise Preempted(f"Asked to stop after step {step}. Nothing is saved: trainer.checkpoint_every_steps=0.")
+            told = f"Asked to stop after step {step}. Nothing is saved: trainer.checkpoint_every_steps=0."
+            raise Preempted(told, by_all_ranks=True)
         if self.plan.validation_due(step) and self._pending is not None:
             self.owed_row, self._pending = self._pending[1], None
         self._write_pending()
         if self._saved_step != step:
             self._save(step, None)
-        raise Preempted(f"Asked to stop: step {step} of {self.plan.num_steps} is saved. The same command goes on.")
+        told = f"Asked to stop: step {step} of {self.plan.num_steps} is saved. The same command goes on."
+        raise Preempted(told, by_all_ranks=True)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ def make_tracker(setup: Setup, model: nn.Module) -> Tracker:
         config.tracking,
         rank=world.rank,
         model=config.model.name,
-        config={**published(config), **facts(setup, model)},
+        config={**published(setup.meant), **facts(setup, model)},
         notes=training_notes(config, world, setup.plan.batch),
         resume_step=setup.start.num_recorded,
         names_host=not config.is_private,

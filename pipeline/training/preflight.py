@@ -1,20 +1,25 @@
 """What can be known to be wrong before any rank starts, mostly without torch: said once, by one process."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.training import TrainConfig
+from pipeline.core.files import read_regular
 from pipeline.core.processes import apart
 from pipeline.data.root import check_root
 from pipeline.data.shards.manifest import MANIFEST_NAME, Manifest, NoSplitError
 from pipeline.models import zoo
+from pipeline.models.external import is_external
 from pipeline.models.trial import try_apart
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.limits import check_pictures
 from pipeline.run.record.tracking import ID_FILE
 from pipeline.run.record.wandb_variables import check_variables
+
+LARGEST_SIDECAR_BYTES = 1 << 20
 
 
 def check_before_ranks(config: TrainConfig) -> None:
@@ -80,7 +85,27 @@ def check_evaluation(config: EvaluateConfig, split: str) -> None:
     Raises:
         ConfigError: the model or its metaparameters. What its pictures are, the weights say.
         DataError: no shards at data.root, or not the split.
+        CheckpointError: of a network of others, the weights.
     """
     if config.model.name:  # else the checkpoint says which it is
         zoo.check(config.model.name, config.model.metaparameters)
     check_root(config.data, split)
+    if is_external(config.model.name or _model_beside(Path(config.checkpoint))):
+        apart(lambda: _load(config))
+
+
+def _model_beside(checkpoint: Path) -> str:
+    """Return the model that the files beside a checkpoint, or in a run, say it is of; empty: they do not."""
+    folders = (checkpoint, checkpoint / "checkpoints")
+    sidecars = [path for folder in folders for path in folder.glob("*.ckpt.json")]
+    for sidecar in (*sidecars, checkpoint.with_name(f"{checkpoint.name}.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(read_regular(sidecar, LARGEST_SIDECAR_BYTES))["model"])
+    return ""
+
+
+def _load(config: EvaluateConfig) -> None:
+    """Build the network and load its weights, as each rank will."""
+    from pipeline.training.trained import load_trained
+
+    load_trained(Path(config.checkpoint), config.model, size=config.data.size)

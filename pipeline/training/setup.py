@@ -1,6 +1,6 @@
 """What is settled before the first step: facts that every later part of a training is handed, and nobody changes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.training import TrainConfig
 from pipeline.data.index import ShardIndex
@@ -61,6 +61,12 @@ class Setup:
     def is_finished(self) -> bool:
         """Whether earlier attempts have committed all steps."""
         return self.start.step >= self.plan.num_steps
+
+    @property
+    def meant(self) -> TrainConfig:
+        """The configuration for the record: as many classes as there are, and the input as data.size makes it."""
+        model = replace(self.config.model, num_classes=self.shards.num_classes, input=self.config.input)
+        return replace(self.config, model=model)
 
     def refuse_without_effect(self) -> None:
         """Refuse what the command changes of a finished run.

@@ -1,7 +1,6 @@
 """The steps of `train.py`, one function each: open the run, open the shards, find where it stands, fit, report."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -99,13 +98,10 @@ def begin_attempt(setup: Setup) -> int:
     """Write down what this attempt is made of; returns its number, from 1. A finished run does not come here."""
     config, world, run, start, index = setup.config, setup.world, setup.run, setup.start, setup.shards.training
     hosts, private = world.gather_hosts(), config.is_private
-    resolved = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, num_classes=setup.shards.num_classes)
-    )
 
     def begin() -> int:
         with run.writing():
-            run.write_config(yaml.safe_dump(published(resolved), sort_keys=False))
+            run.write_config(yaml.safe_dump(published(setup.meant), sort_keys=False))
             environment = describe(world.ranks, hosts=hosts, num_threads=world.num_threads)
             command = ["python", "-m", "pipeline.train", *sys.argv[1:]]
             shards = {"sha256": index.index_hash, "classes": None if index.classes is None else list(index.classes)}

@@ -26,8 +26,9 @@ def test_a_file_of_ones_own_is_trained_judged_and_kept_to(shards: Path, tmp_path
     assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0, 0]
 
     where = [f"run_root={tmp_path}", f"data.root={shards}", f"checkpoint={tmp_path / 'net'}"]
-    refused = run(["-m", "pipeline.evaluate", *where, "name=no"], expect=2)
-    assert "add model.allow_code=true" in refused.output
+    two = ("name=no", "cluster.devices=2", "cluster.num_threads=1")
+    refused = run(["-m", "pipeline.evaluate", *where, *two], expect=2)
+    assert refused.output.count("add model.allow_code=true") == refused.output.count("\n") == 1, refused.output
     path.write_text(path.read_text().replace("nn.Flatten()", "nn.Dropout(0.9), nn.Flatten()"))
     refused = train(tmp_path, shards, "net", 2, model, *KEYS, "trainer.max_steps=6", expect=4)
     assert any("model.source_sha256 was" in sentence for sentence in sentences(refused.output))

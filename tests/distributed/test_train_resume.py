@@ -42,7 +42,11 @@ def test_one_rank_killed_amid_validation_across_the_turn_of_an_epoch(shards: Pat
     assert "recipe.optimizer was 'adamw' and is 'sgd'" in refused.output
     # Null in the command: the record of a run says what it was.
     config = yaml.safe_load((pair.resumed / "config.yaml").read_text())
-    assert config["model"]["num_classes"] == load(pair.resumed)["squeezewire"]["num_classes"]
+    section = load(pair.resumed)["squeezewire"]
+    assert config["model"]["num_classes"] == section["num_classes"]
+    # Two keys for one size: the record says at both what the pictures were.
+    assert config["data"]["size"] == config["model"]["input"]["size"] == section["input"]["size"] != 224
+    assert config["model"]["input"]["resize_side"] == section["input"]["resize_side"]
 
 
 COMPRESSED = ("comm.hook=powersgd", "comm.powersgd_start_step=2", "comm.bucket_megabytes=0.5")

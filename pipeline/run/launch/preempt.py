@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.core.errors import ExitCode
+from pipeline.run.launch.ranks import SPAWNED_MARK
 
 # Sent by Slurm: SIGTERM (requeue, preemption, time limit), what `--signal` says. SIGHUP: by a terminal that goes away.
 # SIGINT comes from a keyboard.
@@ -112,14 +113,21 @@ class StopRequest:
         if self._timer is not None:
             self._timer.cancel()
 
-    def hear(self, number: signal.Signals) -> None:
-        """React to a signal."""
+    def hear(self, number: signal.Signals, *, from_launcher: bool = False) -> None:
+        """React to a signal.
+
+        Args:
+            number: The signal.
+            from_launcher: Whether the parent that started all ranks sent it, which sends it to each of them: rank 0
+                alone then says what comes of it.
+        """
         with self._lock:
             if number == signal.SIGCONT:
                 self._resumed_at = time.monotonic()
                 return
             if self._phase == "starting":
-                self._leave(f"{number.name} before the first step: nothing is lost. The same command goes on.")
+                told = f"{number.name} before the first step: nothing is lost. The same command goes on."
+                self._leave("" if from_launcher and _rank() != "0" else told)
             if self._phase != "training" or self.signal is not None:
                 return
             self.signal = number
@@ -137,10 +145,11 @@ class StopRequest:
 
     def _listen(self, heard: set[signal.Signals]) -> None:
         while True:
-            number = signal.Signals(signal.sigwait(heard))
+            received = signal.sigwaitinfo(heard)
             if self._phase == "closed":
                 return
-            self.hear(number)
+            from_launcher = SPAWNED_MARK in os.environ and received.si_pid == os.getppid()
+            self.hear(signal.Signals(received.si_signo), from_launcher=from_launcher)
 
     def _leave_late(self) -> None:
         time.sleep(HEARING_SECONDS)
@@ -156,7 +165,10 @@ class StopRequest:
 
     def _leave(self, text: str) -> None:
         """End the process, whatever its other threads do."""
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         with suppress(OSError):  # a full disk, a pipe that nobody reads
-            os.write(sys.stderr.fileno(), f"preempted: [rank {rank}] {text}\n".encode())
+            os.write(sys.stderr.fileno(), f"preempted: [rank {_rank()}] {text}\n".encode() if text else b"")
         os._exit(int(ExitCode.PREEMPTED))
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -45,6 +45,26 @@ def test_before_training_it_leaves_at_once(name: str) -> None:
     assert said == f"preempted: [rank 0] {name} before the first step: nothing is lost. The same command goes on.\n"
 
 
+def test_of_ranks_that_their_launcher_tells_one_says_it() -> None:
+    """One that somebody else tells says it itself, for no other may know."""
+    child = PREAMBLE + "with StopRequest().listening(): print(flush=True); time.sleep(50)"
+    body = f"""
+    mine = {{**os.environ, "SQUEEZEWIRE_SPAWNED": "1"}}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", {child!r}], env={{**mine, "RANK": rank}}, stdout=subprocess.PIPE)
+        for rank in "012"
+    ]
+    assert all(rank.stdout.readline() for rank in ranks)
+    subprocess.run(["/bin/kill", "-TERM", str(ranks[2].pid)], check=True)
+    ranks[2].wait()
+    for rank in ranks[:2]:
+        rank.send_signal(signal.SIGINT)
+    assert [rank.wait() for rank in ranks] == [75, 75, 75]
+    """
+    told = "before the first step: nothing is lost. The same command goes on."
+    assert run(body) == f"preempted: [rank 2] SIGTERM {told}\npreempted: [rank 0] SIGINT {told}\n"
+
+
 @pytest.mark.parametrize("ignored", [["SIGUSR2"], ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2"]])
 def test_what_was_ignored_at_start_stays_so_and_the_end_comes(ignored: list[str]) -> None:
     body = f"""
