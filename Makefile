@@ -37,6 +37,15 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt $(VENV)/installed
 	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers/requirements.txt
 	@touch $@
 
+# Those that `export` is compared with; NNCodec wants numpy < 2 and has an environment that sees nothing of ours.
+.PHONY: export-peers
+export-peers: venv ## what benchmarks.export_peers compares with: .venv-export-peers and .venv-nncodec
+	test -x .venv-export-peers/bin/python || "$(PYTHON)" -m venv .venv-export-peers
+	$(PY) $(SITE_PACKAGES) > "$$(.venv-export-peers/bin/python $(SITE_PACKAGES))/the_other.pth"
+	.venv-export-peers/bin/python -m pip install --quiet nncf==3.4.0 bsdiff4==1.3.2 zstandard==0.25.0
+	test -x .venv-nncodec/bin/python || "$(PYTHON)" -m venv .venv-nncodec
+	.venv-nncodec/bin/python -m pip install --quiet nncodec==2.1.3 torch==2.14.1 numpy==1.26.4
+
 .PHONY: demo
 demo: venv ## shards, a two-rank training and a comparison with larger models: runs/demo/report.html
 	$(PY) -m pipeline.prepare source=builtin out=$(DEMO_SHARDS)

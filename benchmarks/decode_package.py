@@ -8,7 +8,6 @@ nothing else of ours, the median of five.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,33 +26,9 @@ NUM_ROUNDS = 5
 MOST_SECONDS, MOST_TIMES_FP32 = 1.0, 3.0
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` or `VmHWM` of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def as_device(package: str, delta: str | None) -> None:
-    """Decode, or apply and decode; prints seconds and bytes as JSON."""
-    import time
-
-    from pipeline.models.sqz.decoder import decode
-    from pipeline.models.sqz.delta import apply_delta
-
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    content = Path(package).read_bytes()
-    change = None if delta is None else Path(delta).read_bytes()
-    Path("/proc/self/clear_refs").write_text("5")
-    before, wall, cpu = resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
-    tensors = decode(content if change is None else apply_delta(content, change)).tensors()
-    found = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    found |= {"peak_bytes": resident_bytes("VmHWM") - before, "num_tensors": len(tensors)}
-    print(json.dumps(found))
-
-
 def measure(package: Path, delta: Path | None) -> dict[str, float]:
     """The median of some fresh processes."""
-    command = [sys.executable, "-m", "benchmarks.decode_package", "--device", str(package)]
+    command = [sys.executable, "-m", "benchmarks.as_device", str(package)]
     command += [] if delta is None else [str(delta)]
     rounds = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -100,7 +75,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--device"]:
-        as_device(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -75,7 +75,7 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(content[start:])
 
 
-def make_files(options: Any) -> dict[str, Path]:
+def make_files(options: Any, first_kinds: str = "package") -> dict[str, Path]:
     """The directories of both versions and of AlexNet, as `export` leaves them."""
     root, runs = common.SHARDS / NAME, common.RUNS
     common.run("prepare", f"source={options.folder}", f"classes={options.classes}", "split=train", f"out={root}")
@@ -87,7 +87,7 @@ def make_files(options: Any) -> dict[str, Path]:
     )  # fmt: skip
     export = (data, "data.split=train", f"run_root={runs}", "latency.num_windows=0")
     first, second, alexnet = (f"{NAME}-{name}" for name in ("first", "second", "alexnet"))
-    package, all_kinds = "formats=[package]", "formats=[safetensors,onnx_int8,package]"
+    package, all_kinds = f"formats=[{first_kinds}]", "formats=[safetensors,onnx_int8,package]"
     common.run("export", f"checkpoint={options.weights}", model, f"name={first}", package, "max_bytes=400000", *export)
     base = f"base={runs / first / 'model.sqz'}"
     common.run("export", f"checkpoint={runs / NAME}", f"name={second}", all_kinds, base, *export)
