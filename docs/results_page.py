@@ -30,8 +30,8 @@ REMARKS = {
     "exactness": "What it means, and the other libraries: [exactness.md](exactness.md).",
     "exposed_time": "`waited` is what paired steps say (synced less hidden), `exposed` what the timeline says;"
     " `slowed` is what\ncommunication costs computation (hidden less alone), which is no waiting.",
-    "fine_tuning": "Of seed 0, which misses 40 points by less than a picture; the mean of three is 42.6. What was done, and"
-    " what it means:\n[fine-tuning.md](fine-tuning.md).",
+    "fine_tuning": "Of seed 0, which misses 40 points by less than a picture; the mean of three is 42.6. What was done,"
+    " and what it means:\n[fine-tuning.md](fine-tuning.md).",
     "imagenet_sample": "No claim about ImageNet: it learns a few hundred pictures by heart.\n\n"
     "![The curve of the training loss](../benchmarks/results/imagenet_sample.png)",
     "links": "Exposed is what a step waits for communication with nothing else to do; efficiency is a rank's speed over"
