@@ -22,6 +22,7 @@ from pipeline.config.registry import MODELS, preset_input
 from pipeline.exporting import onnx_files
 from pipeline.models import zoo
 from pipeline.models.normalizer import Normalizer
+from pipeline.models.onnx_network import OnnxNetwork, session_of
 from pipeline.training.trained import Trained
 
 SIZES = (("squeezenet1_0", 227), ("squeezenet1_0", 224), ("squeezenet1_0_caffe", 227), ("squeezenet1_1", 224))
@@ -58,7 +59,8 @@ def measure(name: str, side: int) -> dict[str, Any]:
     """One model at one size."""
     trained = drawn(name, side)
     started = time.monotonic()
-    content, network, _ = onnx_files.checked(onnx_files.to_onnx(trained), trained, None)
+    content = onnx_files.to_onnx(trained).SerializeToString()
+    network = OnnxNetwork(session_of(content))
     seconds, images_BCHW = time.monotonic() - started, pictures(trained)
     with torch.inference_mode():
         expected_BK, found_BK = trained.model(images_BCHW), network(images_BCHW)

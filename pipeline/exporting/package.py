@@ -1,8 +1,9 @@
 """The over-the-air package of a network: as good as its bytes allow, or as small as its loss allows."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,9 +65,19 @@ class PackageMaker:
             for name, layer in coded_layers(trained.model)
         }
 
-    def make(self, nats_per_bit: float) -> Made:
-        """Return the package at a price of a bit."""
-        quantised = {name: layer.quantise(nats_per_bit) for name, layer in self._layers.items()}
+    def make(self, nats_per_bit: float, told: Callable[[int], None] = lambda _: None) -> Made:
+        """Return the package at a price of a bit.
+
+        Args:
+            nats_per_bit: The price.
+            told: Hears how many weights are rounded, after each layer.
+        """
+        quantised: dict[str, Quantised] = {}
+        num_rounded = 0
+        for name, layer in self._layers.items():
+            quantised[name] = found = layer.quantise(nats_per_bit)
+            num_rounded += found.symbols.numel()
+            told(num_rounded)
         grids = {f"{name}.weight": make_grid(found.symbols.numpy(), found.step) for name, found in quantised.items()}
         return self._assemble(quantised, grids, nats_per_bit)
 
@@ -110,6 +121,19 @@ class PackageMaker:
         made = encode(pack(description, tensors, grids, self_test(network, self._trained)))
         return Made(made, network, nats_per_bit, sum(found.loss for found in quantised.values()))
 
+    @contextlib.contextmanager
+    def _tries(self) -> Iterator[Iterator[Callable[[int], None]]]:
+        """Yield the tries, each as what hears how many of its weights are rounded; a bar shows it."""
+        num_weights = max(1, sum(layer.num_weights for layer in self._layers.values()))
+        with progress_bar("package", num_weights) as bar:
+
+            def all_of_them() -> Iterator[Callable[[int], None]]:
+                for number in range(1, NUM_TRIES + 1):
+                    bar.update(0, f"package, try {number} of at most {NUM_TRIES}")
+                    yield bar.update
+
+            yield all_of_them()
+
     def within(self, max_bytes: int) -> Made:
         """Return the best package of at most so many bytes.
 
@@ -117,11 +141,10 @@ class PackageMaker:
             ConfigError: None is so small; says the smallest and what its loss would be.
         """
         price, best, size_at = FIRST_PRICE, None, dict[float, int]()
-        with progress_bar("seeking the best package", NUM_TRIES) as bar:
-            for number in range(1, NUM_TRIES + 1):
-                made = self.make(price)
+        with self._tries() as tries:
+            for told in tries:
+                made = self.make(price, told)
                 size_at[price] = size = len(made.encoded.content)
-                bar.update(number)
                 if size <= max_bytes and (best is None or price < best.nats_per_bit):
                     best = made
                 if max_bytes * (1 - CLOSE_ENOUGH) <= size <= max_bytes or price == PRICES[1]:
@@ -153,16 +176,15 @@ class PackageMaker:
         """
         price, bracket = FIRST_PRICE, list(PRICES)
         best: Made | None = None
-        with progress_bar("seeking the smallest package", NUM_TRIES) as bar:
-            for number in range(1, NUM_TRIES + 1):
-                made = self.make(price)
+        with self._tries() as tries:
+            for told in tries:
+                made = self.make(price, told)
                 judgement = judge(made.network)
                 lost = max(judgement.loss_change, judgement.kl_divergence)
                 if lost <= max_loss:
                     best, bracket[0] = made, price
                 else:
                     bracket[1] = price
-                bar.update(number)
                 if best is not None and bracket[1] / bracket[0] < SAME_PRICE:
                     break
                 # The loss goes about as the price.

@@ -83,6 +83,11 @@ class LayerQuantiser:
         mean = sum(float(curvature.sum()) for curvature in curvatures) / max(1, num_weights)
         self._curvature = max(mean, 1e-30)  # of a layer without a weight, or that nothing reaches
 
+    @property
+    def num_weights(self) -> int:
+        """Of the layer, pruned ones included."""
+        return self._weight_RN.numel()
+
     def step(self, nats_per_bit: float) -> float:
         """Return the step at which a bit more saves what it costs: at high rate D^2 = 12 price / (curvature ln 2)."""
         return math.sqrt(12 * nats_per_bit / (self._curvature * math.log(2)))
