@@ -23,6 +23,7 @@ from typing import Any
 from results_page import (
     NOTE,
     REPOSITORY,
+    faltering_table,
     fine_tuning_table,
     links_table,
     models_table,
@@ -212,6 +213,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/comparing.md": {"links": links_table},
     "docs/exactness.md": {"peers": peers_table},
     "docs/fine-tuning.md": {"fine_tuning": fine_tuning_table},
+    "docs/survival.md": {"faltering": faltering_table},
 }
 
 

@@ -50,6 +50,8 @@ REMARKS = {
     "checkpoint_save": "`torch.save` syncs and proves nothing. Measured on a virtual disk.",
     "rank_checks": "Taken while other work kept the machine busy: `least_seconds` is of the quietest of 50 starts.",
     "long_record": "Taken while other work kept the machine busy.",
+    "faltering_network": "Seconds are of whole commands, on a busy machine; the same in short:"
+    " [survival.md](survival.md#networks-that-falter).",
     "epoch_start": "`first`: without an index, all shards are scanned once; `cached`: with the index at hand.",
     "train_step": "How it is measured: [benchmarks/README.md](../benchmarks/README.md#how-the-step-is-measured).",
 }
@@ -64,6 +66,11 @@ COLUMNS = {
         "forecast",
         "points",
     ): "model servers bandwidth forecast_seconds measured_seconds error forecast_bytes measured_bytes",
+    (
+        "hostile_files",
+        "files",
+    ): "file file_bytes before_exit_code before_seconds before_harmless_seconds before_more_bytes"
+    " exit_code seconds harmless_seconds more_bytes",
     ("links", "runs"): "model bandwidth step_seconds_alone step_seconds exposed_seconds scaling_efficiency",
     ("links_batches", "runs"): "model batch_per_rank buckets step_seconds exposed_seconds wire_seconds least_seconds"
     " over_least",
@@ -242,6 +249,48 @@ def fine_tuning_table() -> str:
             )
             for title, row in trainings.items()
         ],
+    )
+
+
+def faltering_table() -> str:
+    """Return what each faltering network cost a training, and how those ended that are gone."""
+    result = json.loads((RESULTS / "faltering_network.json").read_text())
+    rows = [
+        (
+            row["network"],
+            f"{row['frames_hit']:,} of {row['frames']:,}" if row["frames_hit"] is not None else "",
+            f"{row['seconds']:.0f}",
+            f"{row['retransmitted_bytes']:,} B",
+            f"{row['unexplained_fraction']:.3%}".replace("%", " %"),
+        )
+        for row in result["trainings"]
+    ]
+    endings = [
+        f"- {row['network']}: all ranks end with {row['exit_code']} in {row['seconds_until_all_ended']:.0f} s, of which"
+        f" they wait {row['patience_seconds']} s for one another; {row['then']}."
+        for row in result["endings"]
+    ]
+    header = ("network", "frames hit", "s", "sent again", "unexplained")
+    return table(header, rows) + "\n" + "\n".join(endings) + "\n"
+
+
+def hostile_table() -> str:
+    """Return what each hostile file did before and does now, beside a harmless one of its kind."""
+    result = json.loads((RESULTS / "hostile_files.json").read_text())
+
+    def shown(row: Mapping[str, Any], prefix: str) -> tuple[str, str, str]:
+        code = row[f"{prefix}exit_code"]
+        end = "did not end" if code is None else "traceback" if row[f"{prefix}said"] == "traceback" else f"exit {code}"
+        seconds = f"{row[f'{prefix}seconds']:.1f} ({row[f'{prefix}harmless_seconds']:.1f})"
+        return (
+            end,
+            f"> {result['settings']['patience_seconds']:.0f}" if code is None else seconds,
+            (f"{row[f'{prefix}more_bytes'] / 1e6:,.0f} MB"),
+        )
+
+    return table(
+        ("file", "bytes", "before", "s", "more memory", "now", "s", "more memory"),
+        [(row["file"], f"{row['file_bytes']:,}", *shown(row, "before_"), *shown(row, "")) for row in result["files"]],
     )
 
 

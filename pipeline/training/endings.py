@@ -24,7 +24,7 @@ from pipeline.comm.kernel.sockets import own_connections
 from pipeline.core.errors import PeerLost, Preempted
 from pipeline.core.exits import are_causes_collected, code_of
 from pipeline.core.text import shortened
-from pipeline.run.launch.network import Place
+from pipeline.run.launch.network import Place, tell
 from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.training.lost_peers import cause_of, gist_of, is_of_a_lost_peer
@@ -116,6 +116,10 @@ class Endings:
             return lost
         who += [f"{self._name(rank)} ended without a word (was it killed?)" for rank in gone]
         who = who or [f"{self._at(address)} does not answer" for address in unanswered]
+        if not who:  # this rank has sent nothing that could be acknowledged
+            silent = [place for place in self._places if place.rank != self._ranks.rank]
+            who = [f"nothing came from {tell(silent)}, which does not answer"] if len(silent) == 1 else []
+            who = who or [f"nothing came from one of {tell(silent)}"] if silent else []
         return PeerLost(f"{begin} ({gist_of(error)}): {'; '.join([*who, cause_of(error)])}.")
 
     def _look(self) -> tuple[dict[int, tuple[int, str]], list[int]]:

@@ -118,7 +118,9 @@ def sent_again(ledger: dict[str, Any]) -> int:
 
 def assert_gone(output: str, *, has_launcher: bool = True) -> None:
     """Every rank says that it is the network and names the other one, and the launcher says what to do."""
-    assert output.count("error: Rank ") == 2 and output.count("or the network is gone") == 2, output
+    # The first to give up closes its connections, by which the other one, started by hand, may hear of it first.
+    assert output.count("error: Rank ") == 2, output
+    assert output.count("or the network is gone") in ((2,) if has_launcher else (1, 2)), output
     assert output.count("launcher: the ranks lost one another") == has_launcher and "Traceback" not in output, output
     for rank in (0, 1):
         assert re.search(rf"error: Rank {rank} lost .*10\.77\.0\.{2 - rank} .*does not answer", output), output
