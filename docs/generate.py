@@ -25,6 +25,7 @@ from results_page import (
     REPOSITORY,
     faltering_table,
     fine_tuning_table,
+    hostile_table,
     links_table,
     models_table,
     peers_table,
@@ -214,6 +215,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/exactness.md": {"peers": peers_table},
     "docs/fine-tuning.md": {"fine_tuning": fine_tuning_table},
     "docs/survival.md": {"faltering": faltering_table},
+    "SECURITY.md": {"hostile": hostile_table},
 }
 
 

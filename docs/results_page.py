@@ -52,6 +52,7 @@ REMARKS = {
     "long_record": "Taken while other work kept the machine busy.",
     "faltering_network": "Seconds are of whole commands, on a busy machine; the same in short:"
     " [survival.md](survival.md#networks-that-falter).",
+    "hostile_files": "In short: [SECURITY.md](../SECURITY.md#files-made-to-harm).",
     "epoch_start": "`first`: without an index, all shards are scanned once; `cached`: with the index at hand.",
     "train_step": "How it is measured: [benchmarks/README.md](../benchmarks/README.md#how-the-step-is-measured).",
 }
