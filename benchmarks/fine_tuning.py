@@ -7,13 +7,14 @@ each of 450 classes, so that none of a class could be left out: its classes are 
 classes each, and a third of each kind's pictures is left out, which are of other classes than those trained on. The
 authors trained their weights on ImageNet, which has all these classes, and may have seen these pictures.
 
-Three trainings on two ranks, 100 steps each, with the same pictures and seed: from nothing; from the weights, of which
-the last module learns, and a new head ten times as fast; and from the weights with all but the head frozen, whose
-ledger owes the head alone.
+Three trainings of each seed on two ranks, 100 steps each, with the same pictures: from nothing; from the weights, of
+which the last module learns, and a new head ten times as fast; and from the weights with all but the head frozen, whose
+ledger owes the head alone. One of the pictures left out is more than a point, so that the mean of the seeds is judged.
 """
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks import common
 
 LEAST_POINTS = 40.0
-"""By which fine-tuning must be better, percentage points of top-1 on the pictures left out."""
+"""By which fine-tuning must be better, percentage points of top-1 on the pictures left out, mean of the seeds."""
 NUM_OUTPUTS_OF_BODY = 512
 NAME = "fine-tuning"
 Ranges = tuple[tuple[int, int], ...]
@@ -89,14 +90,36 @@ def write_kinds(folder: Path, names: Sequence[str], out: Path) -> int:
     return num_pictures
 
 
+def trained(name: str, root: Path, overrides: Sequence[str], seed: int, steps: int) -> dict[str, Any]:
+    """What one training has learnt and sent."""
+    keys = [f"name={common.fresh(name)}", f"data.root={root}", *OVERRIDES]
+    seconds = common.run("train", *keys, *common.train_overrides(seed, steps, overrides))
+    rows = common.read_rows(name)
+    ledger = json.loads((common.RUNS / name / "ledger.json").read_text())
+    validation = json.loads((common.RUNS / name / "validation.json").read_text())
+    found = {
+        "top1_on_pictures_left_out": common.last_of(rows, "val/top1"),
+        "num_pictures_left_out": validation["num_samples"],
+        "train_top1_of_last_step": rows[-1]["train/top1"],
+        "steps": len(rows),
+        "gradient_bytes_per_step": ledger["gradient_bytes"],
+        "residual_bytes_per_rank": ledger["transport"]["residual_bytes_per_rank"],
+        "ledger_closed": ledger["closed"],
+        "total_gigabytes": common.last_of(rows, "comm/total_gigabytes"),
+        "train_seconds": seconds,
+    }
+    common.show(name, found)
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Shards, three trainings, the difference."""
+    """Shards, three trainings of each seed, the difference."""
     parser = common.parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="class folders of JPEGs")
     parser.add_argument("--classes", type=Path, required=True, help="1000 class names, one per line, in index order")
     parser.add_argument("--weights", type=Path, required=True, help="v1.0's published weights, as .npz")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("extra", nargs="*", metavar="key=value", help="further overrides of pipeline.train")
     options = parser.parse_args(arguments)
     common.print_conditions()
@@ -111,44 +134,31 @@ def main(arguments: Sequence[str]) -> int:
         {**vars(options), "overrides": [*OVERRIDES], "tuned": [*TUNED], "frozen": [*FROZEN], "kinds": len(KINDS)},
     )
     result.figures["num_pictures"] = num_pictures
-    found: dict[str, dict[str, Any]] = {}
-    for title, own in variants.items():
-        name = f"{NAME}-{title.replace(' ', '-')}"
-        keys = [f"name={common.fresh(name)}", f"data.root={root}", *OVERRIDES, *own]
-        seconds = common.run("train", *keys, *common.train_overrides(options.seed, options.steps, options.extra))
-        rows = common.read_rows(name)
-        ledger = json.loads((common.RUNS / name / "ledger.json").read_text())
-        validation = json.loads((common.RUNS / name / "validation.json").read_text())
-        found[title] = {
-            "top1_on_pictures_left_out": common.last_of(rows, "val/top1"),
-            "num_pictures_left_out": validation["num_samples"],
-            "train_top1_of_last_step": rows[-1]["train/top1"],
-            "steps": len(rows),
-            "gradient_bytes_per_step": ledger["gradient_bytes"],
-            "residual_bytes_per_rank": ledger["transport"]["residual_bytes_per_rank"],
-            "ledger_closed": ledger["closed"],
-            "total_gigabytes": common.last_of(rows, "comm/total_gigabytes"),
-            "train_seconds": seconds,
-        }
-        common.show(title, found[title])
-    result.figures["trainings"] = found
-    nothing, tuned, frozen = found.values()
-    gains = [100 * (one["top1_on_pictures_left_out"] - nothing["top1_on_pictures_left_out"]) for one in (tuned, frozen)]
-    result.figures |= {"points_fine_tuned": gains[0], "points_head_alone": gains[1]}
+    rows = [
+        {"seed": seed, "training": title}
+        | trained(f"{NAME}-{title.replace(' ', '-')}-{seed}", root, [*own, *options.extra], seed, options.steps)
+        for seed in options.seeds
+        for title, own in variants.items()
+    ]
+    top1 = {title: [row["top1_on_pictures_left_out"] for row in rows if row["training"] == title] for title in variants}
+    gains = {
+        title: [100 * (one - nothing) for one, nothing in zip(top1[title], top1["from nothing"], strict=True)]
+        for title in ("fine-tuned", "head alone")
+    }
+    result.figures |= {"trainings": rows, "points": gains}
     head_bytes = 4 * len(KINDS) * (NUM_OUTPUTS_OF_BODY + 1)
+    beyond = [row["gradient_bytes_per_step"] - head_bytes for row in rows if row["training"] == "head alone"]
+    residuals = [abs(value) for row in rows for value in row["residual_bytes_per_rank"]]
     result.floors = [
-        common.Floor("points of top-1 by which fine-tuning is better", gains[0], at_least=LEAST_POINTS),
         common.Floor(
-            "bytes that the ledger of the head alone owes beyond the head's",
-            frozen["gradient_bytes_per_step"] - head_bytes,
-            at_least=0,
-            at_most=0,
+            "points of top-1 by which fine-tuning is better, mean of the seeds",
+            statistics.mean(gains["fine-tuned"]),
+            at_least=LEAST_POINTS,
         ),
         common.Floor(
-            "largest residual, bytes",
-            max(abs(value) for one in found.values() for value in one["residual_bytes_per_rank"]),
-            at_most=0,
+            "bytes that the ledger of the head alone owes beyond the head's", max(beyond), at_least=0, at_most=0
         ),
+        common.Floor("largest residual, bytes", max(residuals), at_most=0),
     ]
     return result.finish(options.results)
 
