@@ -62,7 +62,7 @@ outcome("second", lambda: second.agree("b", failing(1, ConfigError("later"))))
 
 # One does not come: the others wait as long as they may; and no longer, where it is known to have ended.
 port = next(ports)
-late = Meeting(dataclasses.replace(ranks, master_port=port), 3)
+late = Meeting(dataclasses.replace(ranks, master_port=port), 6)
 if ranks.rank == 1:
     while not all((out / f"waited{rank}").exists() for rank in (0, 2)):
         time.sleep(0.05)
@@ -103,7 +103,7 @@ def test_three_ranks_meet_or_say_why_not(tmp_path: Path, capfd: pytest.CaptureFi
             code, message = told["late"]
             assert code == 1 and message.startswith(f"Rank {rank} of 3 did not find the others at "), message
             missing = "rank 1 did not come" if rank == 0 else "did not come"
-            assert " in 3 s: " in message and missing in message and "raise cluster.timeout_seconds" in message
+            assert " in 6 s: " in message and missing in message and "raise cluster.timeout_seconds" in message
             assert told["gone"][0] == 1 and told["gone"][1].startswith("rank 1 ended before the ranks had met")
 
 
