@@ -64,7 +64,7 @@ TUNED = (
     "recipe.lr=0.0001",
     "recipe.head_lr_factor=10",
 )
-"""All but the last module and the head are frozen. Chosen by three-fold cross-validation of the training pictures."""
+"""All but the last module and the head are frozen. Chosen by cross-validation of the training pictures."""
 FROZEN = ("init.head=new", "init.freeze=[all_but_head]", "recipe.lr=0.02")
 
 

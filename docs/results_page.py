@@ -242,7 +242,7 @@ def fine_tuning_table() -> str:
         [
             (
                 row["training"],
-                row["seed"],
+                str(row["seed"]),
                 f"{row['top1_on_pictures_left_out']:.1%} of {row['num_pictures_left_out']}",
                 f"{row['gradient_bytes_per_step']:,}",
                 " / ".join(map(str, row["residual_bytes_per_rank"])),
