@@ -58,15 +58,16 @@ class DriftError(UserError):
 
 
 class PeerLost(UserError):
-    """Another rank ended or fell silent.
+    """Another rank ended, fell silent or never came.
 
-    Its exit code says why. That of this rank says nothing where somebody collects the causes of all (1); elsewhere it
-    is that of the rank that is the cause, or 75 where nothing says why (`core.exits.code_of`).
+    Its exit code says why. That of this rank says nothing where somebody collects the causes of all (1); elsewhere this
+    rank ends with `cause_code` (`core.exits.code_of`).
     """
 
     exit_code = ExitCode.INTERNAL
-    cause_code: int | None = None
-    """Exit code of the rank that is the cause; None: it said nothing."""
+    cause_code: int = ExitCode.INTERNAL
+    """Exit code of the rank that is the cause; 75 where it was lost without a word. Ranks that never met may be set up
+    wrong, and would not meet the next time either: 1."""
 
 
 class Preempted(UserError):

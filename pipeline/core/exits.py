@@ -52,13 +52,13 @@ def rank() -> str | None:
 
 def are_causes_collected() -> bool:
     """Tell whether a launcher of ours, or slurm/train.sh, is told why each rank ends, and answers for them all."""
-    return VARIABLE in os.environ or _causes_pipe() is not None
+    return bool(os.environ.get(VARIABLE)) or _causes_pipe() is not None
 
 
 def code_of(error: BaseException) -> int:
     """Return the exit code of a command that ends with `error`."""
     if isinstance(error, PeerLost) and not are_causes_collected():
-        return int(ExitCode.PREEMPTED) if error.cause_code is None else error.cause_code
+        return int(error.cause_code)
     if isinstance(error, UserError):
         return int(error.exit_code)
     if isinstance(error, KeyboardInterrupt):

@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.comm.kernel.counter import SocketCounter
 from pipeline.comm.kernel.sockets import own_connections
-from pipeline.core.errors import PeerLost, Preempted
+from pipeline.core.errors import ExitCode, PeerLost, Preempted
 from pipeline.core.exits import are_causes_collected, code_of
 from pipeline.core.text import shortened
 from pipeline.run.launch.network import Place, tell
@@ -29,9 +30,10 @@ from pipeline.run.launch.preempt import StopRequest
 from pipeline.run.launch.ranks import RankInfo
 from pipeline.training.lost_peers import cause_of, gist_of, is_of_a_lost_peer
 from pipeline.training.meeting import LAST_WORDS_SECONDS, Meeting, gone_key
+from pipeline.training.store import FAILED_KEY
 
-LOOK_SECONDS = 1.0
-"""For the word or the end of a rank to arrive in the store: its connections break one after another."""
+LOOK_SECONDS = 3.0
+"""For the word of a rank to arrive in the store: its connections break one after another."""
 ANSWER_SECONDS = 2.0
 """The store's patience with a question, once a rank is lost."""
 PAUSE_SECONDS = 0.05
@@ -91,9 +93,10 @@ class Endings:
         was_asked = self._stop.asked  # before the look, in which a launcher may give this rank up
         was_suspended = not was_asked and self._stop.was_just_resumed()
         lost = self._who_is_lost(error)
-        if lost.cause_code is None and was_asked:
+        nobody_says_why = lost.cause_code == ExitCode.PREEMPTED
+        if nobody_says_why and was_asked:
             return Preempted(f"{self._stop.name} came, and another rank is gone: {gist_of(error)}.")
-        if lost.cause_code is None and was_suspended:
+        if nobody_says_why and was_suspended:
             return Preempted(
                 f"Rank {self._ranks.rank} was suspended for longer than the ranks wait for one another"
                 f" ({gist_of(error)}). The same command goes on from the last checkpoint."
@@ -108,42 +111,54 @@ class Endings:
         words, gone, who = {}, [], []
         try:
             words, gone = self._look()
-        except dist.DistError as silence:
-            who = [f"{self._name(0)}, which keeps the ranks' store, does not answer ({gist_of(silence)})"]
-        for rank, (code, reason) in words.items():
+        except dist.DistError:
+            who = [f"{self._name(0)}, which keeps the ranks' store, is gone or does not answer"]
+        own = {rank: (int(word[0]), str(word[1])) for rank, word in words.items() if word is not None}
+        if own:
+            rank, (code, reason) = max(own.items(), key=lambda item: item[1][0])  # the code a launcher ends with
             lost = PeerLost(f"{begin}: {self._name(rank)} ended by itself with exit code {code}: {reason}")
             lost.cause_code = code
             return lost
         who += [f"{self._name(rank)} ended without a word (was it killed?)" for rank in gone]
+        who += [f"{self._name(rank)} has ended, too" for rank in words]
         who = who or [f"{self._at(address)} does not answer" for address in unanswered]
         if not who:  # this rank has sent nothing that could be acknowledged
             silent = [place for place in self._places if place.rank != self._ranks.rank]
             who = [f"nothing came from {tell(silent)}, which does not answer"] if len(silent) == 1 else []
             who = who or [f"nothing came from one of {tell(silent)}"] if silent else []
-        return PeerLost(f"{begin} ({gist_of(error)}): {'; '.join([*who, cause_of(error)])}.")
+        lost = PeerLost(
+            f"{begin} ({gist_of(error)}): {'; '.join([*who, cause_of(error)])}. The same command goes on from the last"
+            " checkpoint."
+        )
+        lost.cause_code = ExitCode.PREEMPTED
+        return lost
 
-    def _look(self) -> tuple[dict[int, tuple[int, str]], list[int]]:
-        """(Exit code and reason of ranks that ended for a reason of their own, ranks that ended without a word)."""
+    def _look(self) -> tuple[dict[int, Any], list[int]]:
+        """(What each rank that has ended says, ranks that ended without a word): exit code and reason, or null."""
         deadline = time.monotonic() + LOOK_SECONDS
         while True:
             words, gone = {}, []
             for rank in self._others:
                 if self._store.check([_word_key(rank)]):
-                    word = json.loads(self._store.get(_word_key(rank)))
-                    words |= {} if word is None else {rank: (int(word[0]), str(word[1]))}
+                    words[rank] = json.loads(self._store.get(_word_key(rank)))
                 elif self._store.check([gone_key(rank)]):
                     gone.append(rank)
-            if words or time.monotonic() > deadline:
+            is_everyone = len(words) + len(gone) == len(self._others)
+            if any(words.values()) or is_everyone or time.monotonic() > deadline:
                 return words, gone
             time.sleep(PAUSE_SECONDS)
 
     def _leave(self, error: BaseException) -> None:
         """Say why this rank ends; rank 0 then lets the others go first."""
         is_own = not isinstance(error, PeerLost | Preempted)
-        word = [code_of(error), shortened(str(error) or type(error).__name__, LONGEST_REASON)] if is_own else None
+        # A library that leaves with 0 in the middle of a training has not done it.
+        code = code_of(error) or int(ExitCode.INTERNAL)
+        word = [code, shortened(str(error) or type(error).__name__, LONGEST_REASON)] if is_own else None
         self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
         with contextlib.suppress(dist.DistError):  # nobody is there to be told
             self._store.set(_word_key(self._ranks.rank), json.dumps(word))
+            if is_own:
+                self._store.set(FAILED_KEY, "")
             if self._ranks.is_first and not are_causes_collected() and not isinstance(error, Preempted):
                 self._break_connections()
                 deadline = time.monotonic() + LAST_WORDS_SECONDS
@@ -151,7 +166,10 @@ class Endings:
                     time.sleep(PAUSE_SECONDS)
 
     def _break_connections(self) -> None:
-        """End those to other ranks but the store's, by which the others notice."""
+        """End those to other ranks but the store's, by which the others notice.
+
+        On one machine every other connection over the loopback ends with them: nothing is to use one any more.
+        """
         addresses = {place.address for place in self._places}
         for connection in own_connections():
             if connection.remote[0] in addresses and self._port not in (connection.local[1], connection.remote[1]):

@@ -9,11 +9,16 @@ import torch.distributed as dist
 OF_A_SILENT_PEER = ("Timed out waiting", "Application timeout caused pair closure")
 # The same and how it reports a connection that broke.
 OF_A_LOST_PEER = ("gloo/transport", *OF_A_SILENT_PEER)
+# What NCCL was asked wrongly, by this rank.
+OF_MISUSE = ("invalid usage", "invalid argument")
 
 
 def is_of_a_lost_peer(error: RuntimeError) -> bool:
     """Tell whether `error` is the broken or silent connection to a peer, as gloo and NCCL report it."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in OF_A_LOST_PEER)
+    text = str(error)
+    if isinstance(error, dist.DistError):
+        return not any(words in text for words in OF_MISUSE)
+    return any(words in text for words in OF_A_LOST_PEER)
 
 
 def _is_of_a_silent_peer(error: RuntimeError) -> bool:

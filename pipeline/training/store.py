@@ -27,6 +27,8 @@ from pipeline.training.store_server import (
 )
 
 SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.001, 0.25
+FAILED_KEY = "failed"
+"""Set by a rank that ends by its own error: what others wait for may never come."""
 
 
 class UnknownServer(OSError):
@@ -129,6 +131,8 @@ class RankStore(Store):
         seconds = self._patience_seconds if timeout is None else timeout.total_seconds()
         deadline, pause = time.monotonic() + seconds, SHORTEST_PAUSE_SECONDS
         while not self.check(keys):
+            if self.check([FAILED_KEY]):
+                raise dist.DistStoreError(f"the ranks' store: a rank has failed, and none said {keys[0]}")
             if time.monotonic() > deadline:
                 raise dist.DistStoreError(f"the ranks' store: no rank said {keys[0]} in {seconds:g} s")
             time.sleep(pause)
