@@ -5,7 +5,8 @@
 
 Each file holds the model's name, classes and preprocessing, is read back, and is judged beside the weights it was made
 from. Left in `<run_root>/<name>/`: the files, report.html, artefacts.json, artefacts.csv, and latest.json for devices,
-all once the last is made; an export that is broken off leaves what was there before.
+all once the last is made; an export that is broken off leaves what was there before. Of an earlier export of that name
+the files that are not made again go, but for those that this one is made from.
 `evaluate` and `predict` read all of the files.
 """
 
@@ -19,9 +20,11 @@ def export(config: ExportConfig) -> int:
 
     trained = steps.load(config)
     material = steps.find_pictures(config, trained)
-    with steps.open_directory(config) as directory, steps.unfinished(directory.path) as folder:
-        artefacts = steps.write_artefacts(config, trained, material, folder)
-        steps.conclude(config, trained, material, artefacts, folder, directory.path)
+    with steps.open_directory(config) as directory:
+        with steps.unfinished(config, directory.path) as folder:
+            artefacts = steps.write_artefacts(config, trained, material, folder)
+            content = steps.write_tables(config, trained, material, artefacts, folder)
+        steps.tell(trained, content, directory.path)
     return 0
 
 

@@ -4,15 +4,17 @@ import ast
 import dataclasses
 import importlib.metadata
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from pipeline.core.groups import check_choice, config_groups, defaults
-from pipeline.core.overrides import split_override
 
 WIDTH = 100
+_CHOICE = re.compile(r"(\w+)=([\w-]+)", re.ASCII)
+"""`recipe=adamw`; neither a sweep, nor an addition or removal, nor a model of others."""
 
 
 def version_text() -> str:
@@ -36,7 +38,8 @@ def help_text(
     Args:
         command: Name of the configuration.
         schema: Its dataclass.
-        arguments: Beside `--help`. Of those that choose in a group (`recipe=adamw`) the values are shown.
+        arguments: Beside `--help`. Of those that choose in a group (`recipe=adamw`) the values are shown; others
+            change nothing.
         program: As of `run_command`.
         about: As of `run_command`.
 
@@ -46,11 +49,13 @@ def help_text(
     values = defaults(command)
     of_train = ("experiment", "prune") if command == "train" else ()  # which are no key of their own
     groups = {group: names for group, names in config_groups().items() if group in values or group in of_train}
-    chosen = [argument for argument in arguments if split_override(argument)[0] in groups]
-    for argument in chosen:
-        check_choice(*split_override(argument), groups)
-    values = defaults(command, chosen) if chosen else values
-    return _format(program or command, schema, groups, values, chosen=chosen, about=about)
+    chosen: dict[str, str] = {}
+    for match in filter(None, map(_CHOICE.fullmatch, arguments)):
+        if match[1] in groups:
+            check_choice(match[1], match[2], groups)
+            chosen[match[1]] = match[0]
+    values = defaults(command, [*chosen.values()]) if chosen else values
+    return _format(program or command, schema, groups, values, chosen=[*chosen.values()], about=about)
 
 
 def _format(

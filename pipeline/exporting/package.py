@@ -154,10 +154,10 @@ class PackageMaker:
         if best is not None:
             return best
         smallest = self.make(PRICES[1])
-        told = f", and would raise the loss by about {smallest.expected_loss:.2g}" if self._knows_the_loss else ""
+        cost = f", and would raise the loss by about {smallest.expected_loss:.2g}" if self._knows_the_loss else ""
         raise ConfigError(
             f"max_bytes={max_bytes:,} cannot be reached: the smallest package of {self._trained.name} has"
-            f" {len(smallest.encoded.content):,} bytes{told}. Raise max_bytes, or train a smaller or a pruned network."
+            f" {len(smallest.encoded.content):,} bytes{cost}. Raise max_bytes, or train a smaller or a pruned network."
         )
 
     def losing(self, max_loss: float, judge: Callable[[nn.Module], Judgement]) -> Made:

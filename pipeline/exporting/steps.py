@@ -7,7 +7,7 @@ import functools
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.config.export import ExportConfig
 from pipeline.core.errors import CheckpointError, ConfigError
-from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.files import fsync_directory, write_json_atomic, write_text_atomic
+from pipeline.core.schemas.artefacts import ArtefactsJson
 from pipeline.data.index import open_split
 from pipeline.exporting import files, onnx_run
-from pipeline.exporting.artefacts import Artefact, as_json, offer, row_sentence, sentences
+from pipeline.exporting.artefacts import FILES, Artefact, as_json, offer, row_sentence, sentences
 from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
 from pipeline.exporting.package import Made, PackageMaker, read_package
 from pipeline.exporting.sensitivity import Sensitivity, measure
@@ -30,6 +31,7 @@ from pipeline.training.scoring import match_outputs
 from pipeline.training.trained import Trained, load_trained
 
 DEFAULT_MAX_LOSS = 0.01
+REPORT = "report.html"
 UNFINISHED = "unfinished"
 """Folder of the files that are being made, beside those of the export before."""
 
@@ -126,25 +128,63 @@ def open_directory(config: ExportConfig) -> Iterator[RunDirectory]:
 
 
 @contextlib.contextmanager
-def unfinished(directory: Path) -> Iterator[Path]:
+def unfinished(config: ExportConfig, directory: Path) -> Iterator[Path]:
     """Make a folder for the files until all are made, so that an export that is broken off changes nothing.
 
+    At the end they replace those of the export before in a row of renames, latest.json last: what it names is there.
+    Of that export's own files, those that were not made now go then, for neither latest.json nor artefacts.json names
+    them any more.
+
     Args:
+        config: Of the command.
         directory: Where the files belong; this process has its lock.
 
     Yields:
-        The folder. What is in it at the end is removed.
+        The folder. It is removed, with what is in it where the block fails.
+
+    Raises:
+        ConfigError: Something else has its name.
     """
     folder = directory / UNFINISHED
     shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-    folder.mkdir()
     try:
-        yield folder
-    except KeyboardInterrupt:
-        print(f"{directory} is as it was: its files are exchanged when all are made.", file=sys.stderr)
-        raise
+        folder.mkdir()
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{folder} is in the way: files are made in a folder of that name. Move it away, or give another name=."
+        ) from error
+    try:
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            print(f"{directory} is as it was: its files are exchanged when all are made.", file=sys.stderr)
+            raise
+        made = _exchange(folder, directory)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    _remove_earlier(config, directory, made)
+
+
+def _exchange(folder: Path, directory: Path) -> list[str]:
+    """Rename the files of a folder into another, latest.json once the others are durable; returns the others."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != OFFER)
+    for name in names:
+        (folder / name).replace(directory / name)
+    fsync_directory(directory)
+    (folder / OFFER).replace(directory / OFFER)
+    fsync_directory(directory)
+    return names
+
+
+def _remove_earlier(config: ExportConfig, directory: Path, made: Sequence[str]) -> None:
+    """Remove the files that an earlier export of the same name left and this one did not make, but for what it read."""
+    read = {Path(path).resolve() for path in (config.checkpoint, config.base) if path is not None}
+    others = (directory / name for name in FILES.values() if name not in made)
+    stale = [path for path in others if path.is_file() and path.resolve() not in read]
+    for path in stale:
+        path.unlink()
+    if stale:
+        print(f"Removed, of an earlier export of this name: {', '.join(path.name for path in stale)}.")
 
 
 def write_artefacts(config: ExportConfig, trained: Trained, material: Material | None, folder: Path) -> list[Artefact]:
@@ -213,15 +253,10 @@ def _make_package(config: ExportConfig, trained: Trained, material: Material | N
     return maker.losing(config.max_loss or DEFAULT_MAX_LOSS, material.judge), None
 
 
-def conclude(
-    config: ExportConfig,
-    trained: Trained,
-    material: Material | None,
-    artefacts: list[Artefact],
-    folder: Path,
-    directory: Path,
-) -> None:
-    """Move the files to where they belong, with artefacts.json and .csv, and latest.json for devices; tell of them.
+def write_tables(
+    config: ExportConfig, trained: Trained, material: Material | None, artefacts: list[Artefact], folder: Path
+) -> ArtefactsJson:
+    """Write artefacts.json and .csv, the report, and latest.json for devices.
 
     Args:
         config: Of the command.
@@ -229,12 +264,12 @@ def conclude(
         material: Pictures; None: there were none.
         artefacts: What was written.
         folder: Where the files are.
-        directory: Where they belong.
+
+    Returns:
+        What is in artefacts.json.
     """
     content = as_json(trained, artefacts, judged_on_calibration=material is not None and material.is_the_same)
-    for artefact in artefacts:
-        (folder / artefact.file).replace(directory / artefact.file)
-    write_json_atomic(directory / "artefacts.json", content)
+    write_json_atomic(folder / "artefacts.json", content)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     rows = [
@@ -247,9 +282,14 @@ def conclude(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table.writerow(columns)
     table.writerows([row.get(column) for column in columns] for row in rows)
-    write_text_atomic(directory / "artefacts.csv", text.getvalue())
-    report = write_artefacts_report(content, directory)
-    write_json_atomic(directory / OFFER, offer(directory, artefacts))  # last: what it names is there
+    write_text_atomic(folder / "artefacts.csv", text.getvalue())
+    write_artefacts_report(content, folder / REPORT, title=Path(config.name).name)
+    write_json_atomic(folder / OFFER, offer(folder, artefacts))
+    return content
+
+
+def tell(trained: Trained, content: ArtefactsJson, directory: Path) -> None:
+    """Tell what was made, and where it is."""
     for sentence in sentences(trained, content):
         print(sentence)
-    print(f"Files, artefacts.json and artefacts.csv are in {directory}. Report: {report}")
+    print(f"Files, artefacts.json and artefacts.csv are in {directory}. Report: {directory / REPORT}")

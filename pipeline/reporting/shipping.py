@@ -48,11 +48,9 @@ FITS = (
 )
 
 
-def write_artefacts_report(content: ArtefactsJson, directory: Path) -> Path:
-    """Write `report.html` beside artefacts.json; returns its path."""
-    path = directory / "report.html"
-    write_text_atomic(path, render(_page(directory.name, content)))
-    return path
+def write_artefacts_report(content: ArtefactsJson, path: Path, *, title: str) -> None:
+    """Write the page of artefacts.json."""
+    write_text_atomic(path, render(_page(title, content)))
 
 
 def _page(name: str, content: ArtefactsJson) -> Page:

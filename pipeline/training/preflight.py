@@ -98,7 +98,7 @@ def _model_beside(checkpoint: Path) -> str:
     """Return the model that the files beside a checkpoint, or in a run, say it is of; empty: they do not."""
     folders = (checkpoint, checkpoint / "checkpoints")
     sidecars = [path for folder in folders for path in folder.glob("*.ckpt.json")]
-    for sidecar in (*sidecars, checkpoint.with_name(f"{checkpoint.name}.json")):
+    for sidecar in (*sidecars, checkpoint.parent / f"{checkpoint.name}.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return str(json.loads(read_regular(sidecar, LARGEST_SIDECAR_BYTES))["model"])
     return ""

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pipeline.core.errors import ExitCode
+from pipeline.core.exits import rank
 from pipeline.run.launch.ranks import SPAWNED_MARK
 
 # Sent by Slurm: SIGTERM (requeue, preemption, time limit), what `--signal` says. SIGHUP: by a terminal that goes away.
@@ -127,7 +128,7 @@ class StopRequest:
                 return
             if self._phase == "starting":
                 told = f"{number.name} before the first step: nothing is lost. The same command goes on."
-                self._leave("" if from_launcher and _rank() != "0" else told)
+                self._leave("" if from_launcher and (rank() or "0") != "0" else told)
             if self._phase != "training" or self.signal is not None:
                 return
             self.signal = number
@@ -166,9 +167,5 @@ class StopRequest:
     def _leave(self, text: str) -> None:
         """End the process, whatever its other threads do."""
         with suppress(OSError):  # a full disk, a pipe that nobody reads
-            os.write(sys.stderr.fileno(), f"preempted: [rank {_rank()}] {text}\n".encode() if text else b"")
+            os.write(sys.stderr.fileno(), f"preempted: [rank {rank() or '0'}] {text}\n".encode() if text else b"")
         os._exit(int(ExitCode.PREEMPTED))
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

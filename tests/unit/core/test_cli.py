@@ -133,6 +133,32 @@ def test_help_shows_the_values_of_the_choices_that_stand_beside_it() -> None:
         help_text("train", TrainConfig, ["recipe=adamx"])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["model=timm:resnet10t"],
+        ["model=torchvision:resnet18"],
+        ["model=package.module:factory"],
+        ["model=path/to/file.py:factory"],
+        ["--multirun", "recipe=adamw,sgd"],
+        ["--multirun", "recipe=choice(adamw,sgd)"],
+        ["+recipe=adamw"],
+        ["++recipe=adamw"],
+        ["~recipe"],
+        ["~recipe=sgd"],
+        ["recipe@elsewhere=adamw"],
+        ["recipe.lr=1"],
+    ],
+)
+def test_help_ignores_all_but_plain_choices(given: list[str]) -> None:
+    assert help_text("train", TrainConfig, [*given, "--help"]) == help_text("train", TrainConfig)
+
+
+def test_help_shows_the_last_of_two_choices() -> None:
+    text = help_text("train", TrainConfig, ["recipe=sgd", "recipe=adamw"])
+    assert text == help_text("train", TrainConfig, ["recipe=adamw"])
+
+
 @pytest.mark.not_quick
 def test_exit_codes_and_one_sentence() -> None:
     wrong_key = run(*BASE, "trainer.max_step=1")
