@@ -164,8 +164,8 @@ def measure_cut_for_ever(shards: Path, root: Path, link: dict[str, float]) -> di
     seconds = time.time() - cut
     assert seconds < patience_seconds + BUSY_SECONDS
     assert_gone(output)
-    for rank in (0, 1):
-        assert f"what rank {rank} sent to 10.77.0.{2 - rank} does not arrive" in output
+    # Of a rank whose words had all arrived before the cut there is nothing that could not.
+    assert any(f"what rank {rank} sent to 10.77.0.{2 - rank} does not arrive" in output for rank in (0, 1)), output
 
     output, links = train_apart(root, shards, Network(link), patience)
     assert "resumed from" in output
