@@ -13,8 +13,10 @@ def test_a_data_loader_worker_that_is_killed_ends_all_ranks_with_the_cause(shard
     """As the kernel's out-of-memory killer does it."""
     options = (*OPTIONS, "data.num_workers=1", "trainer.max_steps=60")
     ended = train_recorded(tmp_path, shards, "lost", 2, *options, kill_at="1 3 0 worker", expect=1)
-    (sentence,) = [line for line in ended.output.splitlines() if "DataLoader worker" in line]
-    assert sentence.startswith("[rank 1] error:") and "data.num_workers" in sentence
+    told = [line for line in ended.output.splitlines() if "DataLoader worker" in line]
+    (sentence,) = [line for line in told if line.startswith("[rank 1] error:")]
+    assert "data.num_workers" in sentence
+    assert all("ended by itself with exit code 1: " in line for line in told if line != sentence), ended.output
     assert "signal: Killed" in sentence or "exited unexpectedly" in sentence  # as torch happens to notice
     assert "Traceback" not in ended.output
 
