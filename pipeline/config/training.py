@@ -179,7 +179,7 @@ class TrainerConfig:
     evaluation_batch_per_rank: int = 64
     report_every_seconds: float | None = 60.0
     """After a checkpoint, report.html is made anew where the last one was begun so long ago, by a process of its own
-    at the lowest priority. Null: at the end alone."""
+    at the lowest priority; and once more where a signal stops the training. Null: at the end alone."""
 
     def __post_init__(self) -> None:
         one_of("trainer.precision", self.precision, ("auto", "fp32", "bf16"))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core.errors import Preempted
 from pipeline.core.files import write_json_atomic
 from pipeline.core.overrides import literal
 from pipeline.core.processes import our_module
@@ -130,7 +131,7 @@ def outcome_record(validation: ShardIndex | None) -> OutcomeRecord | None:
 
 @contextlib.contextmanager
 def reporting(setup: Setup) -> Iterator[Reporter]:
-    """Keep the report of a training while the block runs."""
+    """Keep the report of a training while the block runs; one that was asked to stop leaves a last one."""
     reporter = Reporter(
         setup.run,
         setup.shards.validation,
@@ -139,7 +140,12 @@ def reporting(setup: Setup) -> Iterator[Reporter]:
         is_writer=setup.world.is_rank_zero,
     )
     with contextlib.closing(reporter):
-        yield reporter
+        try:
+            yield reporter
+        except Preempted as stopped:
+            if stopped.by_all_ranks and reporter.every_seconds is not None:
+                reporter.finish()
+            raise
 
 
 def _warn(path: Path, reason: str) -> None:

@@ -36,6 +36,7 @@ def test_one_rank_of_two_is_asked_in_the_middle_of_a_step(two_ranks: Pair, shard
     ended = preempted(tmp_path, shards, "resumed", 2, "1 step6.0 SIGTERM rank", *PAIR_OPTIONS)
     assert ended.output.count("step 7 of 11 is saved. The same command goes on.") == 1  # all ranks would say the same
     assert saved_step(tmp_path / "resumed") == 7
+    assert "7 steps" in (tmp_path / "resumed" / "report.html").read_text()
     ended = train_recorded(tmp_path, shards, "resumed", 2, *PAIR_OPTIONS)
     assert "resumed from step=000000007.ckpt" in ended.output
     assert_same(Pair(tmp_path, 2))
