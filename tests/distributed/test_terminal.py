@@ -16,7 +16,7 @@ from tests.waiting import wait_until
 
 ROWS, LONGEST_SECONDS = 60, 240
 LAST_LINES = (
-    r"  learnt +training loss [\d.]+, top-1 [\d.]+%; validation loss [\d.]+, top-1 [\d.]+%; best [\d.]+% at step \d+\.$",
+    r"  learnt +training loss [\d.]+, top-1 [\d.]+%; validation loss [\d.]+, top-1 [\d.]+%; best [\d.]+% at step 60\.$",
     r"  the wire +[\d.]+ [KMG]B sent in training by all ranks, as predicted, to the byte: the ledger closed$",
     r"  report +runs/seen/report\.html$",
 )
