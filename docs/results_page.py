@@ -47,8 +47,8 @@ REMARKS = {
     "prepare": "Images per second of one core; ImageNet's size is extrapolated from the rates on all cores and disk."
     "\nMemory grows with the images, because one process holds what is known of each: a coarse figure.",
     "checkpoint_save": "`torch.save` syncs and proves nothing. Measured on a virtual disk.",
-    "rank_checks": "Taken while other work kept the machine busy: `least_seconds` is of the quietest of 50 starts.",
-    "long_record": "Taken while other work kept the machine busy.",
+    "pruned_cifar10": "What is lost, pruning loses, in nine epochs; packing costs the pruned weights nothing that can be"
+    " seen, and the dense\nones little.",
     "faltering_network": "Seconds are of whole commands, on a busy machine; the same in short:"
     " [survival.md](survival.md#networks-that-falter).",
     "hostile_files": "In short: [SECURITY.md](../SECURITY.md#files-made-to-harm).",
