@@ -47,8 +47,8 @@ REMARKS = {
     "prepare": "Images per second of one core; ImageNet's size is extrapolated from the rates on all cores and disk."
     "\nMemory grows with the images, because one process holds what is known of each: a coarse figure.",
     "checkpoint_save": "`torch.save` syncs and proves nothing. Measured on a virtual disk.",
-    "pruned_cifar10": "What is lost, pruning loses, in nine epochs; packing costs the pruned weights nothing that can be\n"
-    "seen, and the dense ones little.",
+    "pruned_cifar10": "What is lost, pruning loses, in nine epochs; packing costs the pruned weights nothing that can"
+    " be\nseen, and the dense ones little.",
     "faltering_network": "Seconds are of whole commands, on a busy machine; the same in short:"
     " [survival.md](survival.md#networks-that-falter).",
     "hostile_files": "In short: [SECURITY.md](../SECURITY.md#files-made-to-harm).",
