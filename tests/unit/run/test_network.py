@@ -102,7 +102,8 @@ def test_machines_with_one_address_are_refused() -> None:
 
 def test_the_variable_of_the_user_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(0, "n0", "a", "10.0.0.7", "eth0")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is taken back, whatever `use` makes of it
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     network.use(dataclasses.replace(place, interface=None))
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     network.use(place)
