@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.launch.ports import reserved_port
+
 HERE = Path(__file__).parent
 TRAIN_RECORDED = HERE / "distributed/train_recorded.py"
 MARK = "SQUEEZEWIRE_COMMAND_MARK"
 DEADLINE_SECONDS = 300.0
+BY_HAND_SECONDS = 240.0
 LEFT_BEHIND_SECONDS = 30.0
 SECRET = {"DECOY_TOKEN": "correct-horse-battery-staple"}
 """In the environment of every command, and never in what one prints."""
@@ -195,6 +198,32 @@ def train_recorded(
             assert took <= GONE_SECONDS, f"{took:.1f} s\n{ended.output}"
             _assert_death_is_told(kill_at, devices, ended.output)
     return ended
+
+
+def by_hand(
+    program: Sequence[str], words_by_rank: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None
+) -> list[Ended]:
+    """Start Python as each rank, with words of its own and torchrun's variables; returns how they ended, by rank."""
+    with reserved_port() as port:
+        common = {**clean_environment(), "PYTHONPATH": str(HERE.parent), "GLOO_SOCKET_IFNAME": "lo"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(words_by_rank))}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *program, *words],
+                env={**common, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, words in enumerate(words_by_rank)
+        ]
+        try:
+            outputs = [process.communicate(timeout=BY_HAND_SECONDS)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return [Ended(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def fired(fed: Path) -> list[tuple[float, str]]:

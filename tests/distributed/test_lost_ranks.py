@@ -2,45 +2,18 @@
 
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from pipeline.run.launch.ports import reserved_port
-from tests.commands import HERE, SMALL, TRAIN_RECORDED, Ended, clean_environment, fired, run
+from tests.commands import SMALL, TRAIN_RECORDED, by_hand, fired, run
 from tests.comparing import differences, load
 from tests.making.pairs import PAIR_OPTIONS, Pair
 
 NOTED = 'trap : TERM; "$@"; code=$?; echo $code > "$FED_TO/code.$RANK"; exit $code'
 """Around a rank of torchrun, which tells nobody how each of its ranks ended, and ends the others."""
-DEADLINE_SECONDS = 240
-
-
-def by_hand(words: list[list[str]], environment: Mapping[str, str]) -> list[Ended]:
-    """Start each rank with words of its own; how they ended, by rank."""
-    with reserved_port() as port:
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(words))}
-        common |= {**clean_environment(), "PYTHONPATH": str(HERE.parent), **environment}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(TRAIN_RECORDED), *own],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank, own in enumerate(words)
-        ]
-        try:
-            outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    return [Ended(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def test_a_rank_of_torchrun_that_is_killed(two_ranks: Pair, shards: Path, tmp_path: Path) -> None:
@@ -66,7 +39,7 @@ def test_a_rank_started_by_hand_that_is_killed(victim: int, num_ranks: int, shar
     """Rank 0 keeps the store of the ranks, and takes it along."""
     where = [f"run_root={tmp_path}", f"data.root={shards}", "name=run", *SMALL, "tracking=disabled"]
     environment = {"FED_TO": str(tmp_path), "KILL_AT": f"{victim} 4 backward rank"}
-    ended = by_hand([where] * num_ranks, environment)
+    ended = by_hand([str(TRAIN_RECORDED)], [where] * num_ranks, environment)
     assert [what for _, what in fired(tmp_path)] == [environment["KILL_AT"]]
     for rank, (code, output) in enumerate((one.code, one.output) for one in ended):
         if rank == victim:
@@ -90,7 +63,7 @@ def test_a_rank_that_fails_by_itself_is_named_and_its_code_is_everyones(
         words.append([*where, *SMALL, "tracking=disabled"])
     environment = {"FED_TO": str(tmp_path), "KILL_AT": f"{failing} 4 0 shell"}
     environment["DO"] = f"truncate --size=0 {tmp_path}/shards{failing}/*.tar"
-    ended = by_hand(words, environment)
+    ended = by_hand([str(TRAIN_RECORDED)], words, environment)
     assert [what for _, what in fired(tmp_path)] == [environment["KILL_AT"]]
     assert [one.code for one in ended] == [3] * num_ranks, [one.output for one in ended]
     (own,) = [line for line in ended[failing].output.splitlines() if "error: " in line]

@@ -2,45 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipeline.run.launch.ports import reserved_port
-from tests.commands import HERE, SMALL, Ended, clean_environment, sentences, train_recorded
+from tests.commands import SMALL, Ended, by_hand, sentences, train_recorded
 from tests.making.pairs import Pair
 from tests.making.shards import NUM_VALIDATION
 
-DEADLINE_SECONDS = 240
 EVALUATE = ("data.size=32", "data.num_workers=0", "cluster.num_threads=1", "batch_per_rank=4")
-
-
-def start_by_hand(command: str, words_by_rank: Sequence[Sequence[str]]) -> list[Ended]:
-    """Start each rank with words of its own and torchrun-style variables; returns how they ended, by rank."""
-    with reserved_port() as port:
-        processes = []
-        for rank, words in enumerate(words_by_rank):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(words_by_rank))}
-            master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", f"pipeline.{command}", *words],
-                    env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **place, **master},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        try:
-            outputs = [process.communicate(timeout=DEADLINE_SECONDS)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    return [Ended(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def assert_all_refuse(ended: Sequence[Ended], *words: str) -> None:
@@ -53,7 +24,7 @@ def assert_all_refuse(ended: Sequence[Ended], *words: str) -> None:
 def test_unequal_commands_of_three_ranks_are_refused(shards: Path, tmp_path: Path) -> None:
     where = [f"run_root={tmp_path}/runs", f"data.root={shards}", "tracking=disabled", *SMALL]
     other = ["recipe.lr=0.5", "name=second", "trainer.precision=bf16", "data.num_workers=1"]
-    ended = start_by_hand("train", [["name=first", *where], ["name=first", *where], [*where, *other]])
+    ended = by_hand(["-m", "pipeline.train"], [["name=first", *where], ["name=first", *where], [*where, *other]])
     assert_all_refuse(ended, 'name is "first" on ranks 0, 1, "second" on rank 2', "recipe.lr is 0.04", "0.5 on rank 2")
     assert all("num_workers" not in rank.output for rank in ended)
     assert not (tmp_path / "runs").exists()
@@ -73,10 +44,12 @@ def test_weights_and_shards_are_compared_where_paths_may_differ(two_ranks: Pair,
         paths = ["model=squeezenet1_1", f"data.root={tmp_path / name}", f"checkpoint={tmp_path / name}.pt"]
         return ["name=check", f"run_root={tmp_path}", "model.num_classes=1000", *paths, *EVALUATE]
 
-    for rank in (ended := start_by_hand("evaluate", [words("here"), words("there")])):
+    for rank in (ended := by_hand(["-m", "pipeline.evaluate"], [words("here"), words("there")])):
         assert rank.code == 0, rank.output
     assert f"of {NUM_VALIDATION})" in ended[0].output
-    assert_all_refuse(start_by_hand("evaluate", [words("here"), words("changed")]), "checksum of", "on rank 1")
+    assert_all_refuse(
+        by_hand(["-m", "pipeline.evaluate"], [words("here"), words("changed")]), "checksum of", "on rank 1"
+    )
 
 
 def test_one_bit_of_one_weight_of_one_rank_ends_the_run_within_the_interval(shards: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_it_ends_in_a_sentence_and_loses_nothing(two_ranks: Pair, shards: Path, 
         output = attempt(4, f"head -c 9m /dev/zero > '{run}/filler' || true", 4)
         (sentence,) = sentences(output)
         assert f"Cannot write {run / 'metrics.jsonl'} (No space left on device): the disk is full: free" in sentence
-        assert committed() in (3, 4)  # the record's last page may have room for a row
+        assert committed() == 3  # step 4 is validated, but none is the best before its weights are pruned
         (run / "filler").unlink()
         for place, words in ((run, "make that writable"), (kept, "Read-only file system; check the disk")):
             before = committed()
