@@ -158,11 +158,18 @@ def find_latest(directory: Path, warn: Callable[[str], None] = print_warning) ->
         if not is_ours(path):
             warn(f"{path} is not a checkpoint of this run and is not read.")
     candidates = sorted(filter(is_ours, directory.glob("*.ckpt")), key=step_of, reverse=True)
+    newest = None
     for path in candidates:
+        if newest is not None and step_of(path) <= newest.step:
+            break
         try:
-            return verify(path)
+            found = verify(path)
         except CheckpointError as error:
             warn(f"checkpoint passed over: {error}")
+        else:
+            newest = found if newest is None or found.step > newest.step else newest
+    if newest is not None:
+        return newest
     if candidates or (directory / POINTER_NAME).exists():
         raise CheckpointError(
             f"No checkpoint in {directory} can be trusted ({len(candidates)} there, none verifies): restore one with"
@@ -317,12 +324,16 @@ def is_ours(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint: by its name, or for `best.ckpt` by its sidecar; -1 if that cannot be read."""
+    """Return the step of a checkpoint by its name; of `best.ckpt` the latest that its sidecar speaks of.
+
+    Where a process was killed between the two, that is the step of the one that was to come, and not of the file.
+    -1: the sidecar cannot be read.
+    """
     named = STEP_NAME.fullmatch(path.name)
     if named:
         return int(named[1])
     try:
-        return read_records(path)[0].step
+        return max(record.step for record in read_records(path))
     except CheckpointError:
         return -1
 

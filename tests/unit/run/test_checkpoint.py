@@ -514,6 +514,23 @@ def test_killed_at_any_moment_the_newest_is_whole_and_nothing_is_passed_over(tmp
     assert steps[-1] > 0, "nothing was ever saved"
 
 
+@pytest.mark.parametrize("is_newest_whole", [True, False])
+def test_a_best_that_never_came_hides_no_later_step(is_newest_whole: bool, tmp_path: Path) -> None:
+    """Killed between the sidecar of step 8 and its rename, `best.ckpt` is still the one of step 3."""
+    io, best, aside = AtomicCheckpointIO(keep=2), tmp_path / "best.ckpt", tmp_path / "aside"
+    save(tmp_path, 3, io=io)
+    io.keep_as_best(checkpoint_path(tmp_path, 3), score=0.3, metric="val/top1")
+    save(tmp_path, 7, 8, io=io)
+    shutil.copyfile(best, aside)
+    io.keep_as_best(checkpoint_path(tmp_path, 8), score=0.8, metric="val/top1")
+    aside.replace(best)
+    assert (found := find_best(tmp_path)) is not None and found.step == 3
+    if not is_newest_whole:
+        flip_a_bit(checkpoint_path(tmp_path, 8))
+    step, warnings = latest(tmp_path)
+    assert (step, len(warnings)) == ((8, 0) if is_newest_whole else (7, 1))
+
+
 def _save_until_file_size(directory: Path, step: int, num_bytes: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it, and would be told of EFBIG instead
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
