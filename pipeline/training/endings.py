@@ -120,16 +120,16 @@ class Endings:
             lost.cause_code = code
             return lost
         who += [f"{self._name(rank)} ended without a word (was it killed?)" for rank in gone]
-        who += [f"{self._name(rank)} has ended, too" for rank in words]
+        is_wordless = bool(who)
+        who = who or [f"{self._name(rank)} has ended, too" for rank in words]
         who = who or [f"{self._at(address)} does not answer" for address in unanswered]
         if not who:  # this rank has sent nothing that could be acknowledged
             silent = [place for place in self._places if place.rank != self._ranks.rank]
             who = [f"nothing came from {tell(silent)}, which does not answer"] if len(silent) == 1 else []
             who = who or [f"nothing came from one of {tell(silent)}"] if silent else []
-        lost = PeerLost(
-            f"{begin} ({gist_of(error)}): {'; '.join([*who, cause_of(error)])}. The same command goes on from the last"
-            " checkpoint."
-        )
+        who.append(cause_of(error, is_wordless=is_wordless))
+        told = f"{begin} ({gist_of(error)}): {'; '.join(who)}. The same command goes on."
+        lost = PeerLost(told)
         lost.cause_code = ExitCode.PREEMPTED
         return lost
 

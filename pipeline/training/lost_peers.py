@@ -34,9 +34,9 @@ def gist_of(error: RuntimeError) -> str:
     return found[1] if found else words[:200]
 
 
-def cause_of(error: RuntimeError) -> str:
-    """Return where the cause is to be looked for."""
-    cause = "the cause is in what that rank said, here or in its own log"
+def cause_of(error: RuntimeError, *, is_wordless: bool) -> str:
+    """Return where the cause is to be looked for; `is_wordless`: who is lost is known, and left no word."""
+    cause = "its log may say more" if is_wordless else "the cause is in what that rank said, here or in its own log"
     if _is_of_a_silent_peer(error):
         cause += "; or the network is gone, or carries no large packets (is the MTU the same on all of the way?)"
     return cause

@@ -71,13 +71,21 @@ def test_the_gravest_code_is_everyones(ranks: list[Rank]) -> None:
 
 
 def test_without_a_word_it_may_go_on(ranks: list[Rank]) -> None:
-    """One was killed, the other asked to stop."""
+    """One was killed, the other was asked to stop, which is no cause."""
     ranks[1].store._socket.close()
     ranks[2].end(Preempted("SIGTERM came"))
     lost = ranks[0].end(RuntimeError(BROKEN))
     assert code_of(lost) == ExitCode.PREEMPTED
-    assert "rank 1 ended without a word (was it killed?); rank 2 has ended, too; " in str(lost)
-    assert str(lost).endswith("The same command goes on from the last checkpoint.")
+    assert "rank 1 ended without a word (was it killed?); its log may say more. The same command" in str(lost)
+
+
+def test_all_others_were_asked_to_stop(ranks: list[Rank]) -> None:
+    for rank in ranks[1:]:
+        rank.end(Preempted("SIGTERM came"))
+    lost = ranks[0].end(RuntimeError(BROKEN))
+    assert code_of(lost) == ExitCode.PREEMPTED
+    assert "rank 1 has ended, too; rank 2 has ended, too; the cause is in what" in str(lost)
+    assert str(lost).endswith("The same command goes on.")
 
 
 def test_who_leaves_with_0_in_the_middle_has_not_done_it(ranks: list[Rank]) -> None:

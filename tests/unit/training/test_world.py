@@ -149,7 +149,7 @@ def test_a_lost_peer_is_one_sentence_and_no_cause(how: str, tmp_path: Path) -> N
     for rank, facts in ((0, first), (2, last)):
         assert facts["code"] == 1
         assert facts["message"].startswith(f"Rank {rank} lost its connection to another rank")
-        assert "pair.cc" not in facts["message"] and len(facts["message"]) < 400, facts["message"]
+        assert "pair.cc" not in facts["message"] and len(facts["message"]) < 250, facts["message"]
 
 
 @pytest.mark.parametrize("heard_first", [0, 1])
