@@ -16,7 +16,7 @@ from pipeline.core.cli import run_command
 
 def export(config: ExportConfig) -> int:
     """Write and judge the files; returns the exit code."""
-    from pipeline.exporting import steps
+    from pipeline.exporting import steps, tracking
 
     trained = steps.load(config)
     material = steps.find_pictures(config, trained)
@@ -25,6 +25,7 @@ def export(config: ExportConfig) -> int:
             artefacts = steps.write_artefacts(config, trained, material, folder)
             content = steps.write_tables(config, trained, material, artefacts, folder)
         steps.tell(trained, content, directory.path)
+        tracking.mirror_artefacts(content, config.name, directory.path, config.tracking)
     return 0
 
 

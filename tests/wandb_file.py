@@ -1,6 +1,7 @@
 """Read back what wandb wrote offline."""
 
 import importlib
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +27,15 @@ def records(path: Path) -> Iterator[Any]:
             record.ParseFromString(payload)
             yield record
             payload = b""
+
+
+def tables(directory: Path, key: str) -> list[list[dict[str, Any]]]:
+    """The table logged under `key` in every offline run that W&B would upload, by row."""
+    found: list[list[dict[str, Any]]] = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        history = [record.history for record in records(path) if record.WhichOneof("record_type") == "history"]
+        items = {tuple(item.nested_key): json.loads(item.value_json) for row in history for item in row.item}
+        table = json.loads((path.parent / "files" / items[key, "path"]).read_text())
+        found.append([dict(zip(table["columns"], row, strict=True)) for row in table["data"]])
+        assert items[key, "nrows"] == len(found[-1])
+    return found

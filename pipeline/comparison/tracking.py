@@ -4,15 +4,14 @@ Like every mirror it may fail in any way: the comparison's files are complete be
 """
 
 import os
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.training import CompareTrackingConfig
-from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson, ModelRowJson
+from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson
 from pipeline.reporting.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
 from pipeline.run.record.tracking import kept_id
-from pipeline.run.record.wandb_mirror import WandbMirror, shown
+from pipeline.run.record.wandb_mirror import WandbMirror, table
 from pipeline.run.record.wandb_variables import mode_here
 
 GROUP = "comparison"
@@ -67,29 +66,16 @@ def comparison_notes(result: ComparisonJson) -> str:
     return f"{models} under the same conditions, as multiples of {result['baseline']}. {conditions}."
 
 
-def scalar_columns(rows: Sequence[ModelRowJson]) -> list[str]:
-    """Return the keys whose value is a number, a text or null in every row, in order of appearance."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if all(isinstance(row.get(key), int | float | str | None) for row in rows)]
-
-
 def _media(result: ComparisonJson, picture: Path) -> dict[str, Any]:
     """Return what W&B shows, by key. Its own classes have no types."""
     import wandb
 
     rows = result["models"]
-    media: dict[str, Any] = {COMPARISON_TABLE: _table(scalar_columns(rows), rows)}
+    media: dict[str, Any] = {COMPARISON_TABLE: table(rows)}
     for key, (column, title) in COMPARISON_BARS.items():
         measured = [row for row in rows if row.get(column) is not None]
         if measured:
-            media[key] = wandb.plot.bar(_table(["model", column], measured), "model", column, title=title)
+            media[key] = wandb.plot.bar(table(measured, ["model", column]), "model", column, title=title)
     if picture.is_file():
         media[COMPARISON_PICTURE] = wandb.Image(str(picture))
     return media
-
-
-def _table(columns: Sequence[str], rows: Iterable[ModelRowJson]) -> Any:
-    import wandb
-
-    data = [[shown(row.get(column)) for column in columns] for row in rows]
-    return wandb.Table(columns=shown(columns), data=data, allow_mixed_types=True)

@@ -1,9 +1,10 @@
 """What `export` may be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.config.evaluate import EvaluateDataConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.training import TrackingConfig
 from pipeline.core.typed import PathText, one_of, require
 
 FORMATS = ("safetensors", "safetensors_fp16", "onnx", "onnx_int8", "package")
@@ -60,11 +61,18 @@ class ExportConfig:
     latency: LatencyConfig
     model: ModelConfig
     """Without `model=NAME`: what the checkpoint says, its input included. Other weights do not say, and need it."""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(mode="disabled"))
+    """Weights & Biases gets the table of the files, and the files as artefacts."""
 
     def __post_init__(self) -> None:
         require(bool(self.formats), f"formats=[] must name at least one of {', '.join(FORMATS)}.")
         for number, kind in enumerate(self.formats):
             one_of(f"formats[{number}]", kind, FORMATS)
+        for key in ("artifacts", "loggers"):
+            require(
+                not getattr(self.tracking, key),
+                f"tracking.{key} is for a training: with tracking=offline or online W&B keeps every file of an export.",
+            )
         require(self.max_bytes is None or self.max_bytes > 0, f"max_bytes={self.max_bytes} must be positive.")
         require(self.max_loss is None or self.max_loss > 0, f"max_loss={self.max_loss} must be positive.")
         given = [key for key in ("max_bytes", "max_loss", "base") if getattr(self, key) is not None]

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,12 @@ from pipeline.exporting.artefacts import FILES, Artefact, as_json, offer, row_se
 from pipeline.exporting.judging import Judgement, Pictures, judge, logits_of, split_pictures
 from pipeline.exporting.package import Made, PackageMaker, read_package
 from pipeline.exporting.sensitivity import Sensitivity, measure
+from pipeline.exporting.tracking import ID_FILE, flat_rows
 from pipeline.models.squeezenet import SqueezeNet
 from pipeline.models.sqz.update import OFFER
 from pipeline.reporting.shipping import write_artefacts_report
 from pipeline.run.directory import RunDirectory
+from pipeline.run.record.wandb_variables import check_variables
 from pipeline.training.scoring import match_outputs
 from pipeline.training.trained import Trained, load_trained
 
@@ -115,9 +118,10 @@ def open_directory(config: ExportConfig) -> Iterator[RunDirectory]:
         The directory.
 
     Raises:
-        ConfigError: It cannot be written, or another process has it.
+        ConfigError: It cannot be written, or another process has it; or W&B's variables contradict tracking.
     """
     directory = RunDirectory(config.run_root, config.name)
+    check_variables(config.tracking, directory.path / ID_FILE, os.environ)
     directory.open()
     try:
         with contextlib.suppress(OSError):
@@ -272,13 +276,7 @@ def write_tables(
     write_json_atomic(folder / "artefacts.json", content)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    rows = [
-        {
-            **{key: value for key, value in row.items() if not isinstance(value, dict)},
-            **{f"judged_{key}": value for key, value in (row["judged"] or {}).items()},
-        }
-        for row in content["artefacts"]
-    ]
+    rows = flat_rows(content)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table.writerow(columns)
     table.writerows([row.get(column) for column in columns] for row in rows)

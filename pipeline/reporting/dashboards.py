@@ -27,6 +27,14 @@ COMPARISON_BARS = {
 }
 """Key -> (column of the table, title)."""
 
+# What an export's own run logs (pipeline/exporting/tracking.py).
+ARTEFACTS_TABLE = "export/artefacts"
+ARTEFACTS_BARS = {
+    "export/num_bytes": ("num_bytes", "Bytes to ship"),
+    "export/loss_change": ("judged_loss_change", "Change of the loss"),
+}
+"""Key -> (column of the table, title)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wandb_file import records
+from tests.wandb_file import tables
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +39,6 @@ def compare(shards: Path, root: Path, models: str, *more: str, expect: int = 0) 
     return json.loads((root / "c" / "comparison.json").read_text()), said
 
 
-def tables_in_wandb(directory: Path) -> list[list[dict]]:
-    """The comparison's table in every offline run that W&B would upload, by row."""
-    found = []
-    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        history = [record.history for record in records(path) if record.WhichOneof("record_type") == "history"]
-        items = {tuple(item.nested_key): json.loads(item.value_json) for row in history for item in row.item}
-        table = json.loads((path.parent / "files" / items["comparison/models", "path"]).read_text())
-        found.append([dict(zip(table["columns"], row, strict=True)) for row in table["data"]])
-        assert items["comparison/models", "nrows"] == len(found[-1])
-    return found
-
-
 def test_bytes_are_those_the_collectives_carried(shards: Path, tmp_path: Path) -> None:
     """One model fails: it is a row, and the others are reported. Then the same name is used again."""
     # 32 pixels are too few for AlexNet's strides, which is known without a run.
@@ -71,7 +59,7 @@ def test_bytes_are_those_the_collectives_carried(shards: Path, tmp_path: Path) -
     assert "alone=false" in result["null_reasons"]["models.0.scaling_efficiency"]
     page = (tmp_path / "c" / "report.html").read_text()
     assert "4,941,984 bytes" in page and "http" not in page
-    (table,) = tables_in_wandb(tmp_path / "c")
+    (table,) = tables(tmp_path / "c", "comparison/models")
     assert table == [{key: row.get(key) for key in table[0]} for row in result["models"]]
     assert {"model", "gradient_bytes", "step_seconds", "times_baseline", "ledger_closed"} <= table[0].keys()
 

@@ -15,6 +15,7 @@ from pipeline.models.sqz.delta import apply_delta
 from tests.commands import run, train, typed
 from tests.making.shards import CLASSES, NUM_VALIDATION
 from tests.sharing import made_once
+from tests.wandb_file import records, tables
 
 NUM_CALIBRATION = 10
 JUDGED = NUM_VALIDATION - NUM_CALIBRATION
@@ -43,7 +44,12 @@ def exported(trained: Path, shards: Path, tmp_path_factory: pytest.TempPathFacto
     """The directory of every file of that run, and what was said."""
 
     def make(root: Path) -> None:
-        bound = (f"max_bytes={MAX_BYTES}", f"calibration.num_images={NUM_CALIBRATION}", f"data.root={shards}")
+        bound = (
+            f"max_bytes={MAX_BYTES}",
+            f"calibration.num_images={NUM_CALIBRATION}",
+            f"data.root={shards}",
+            "tracking=offline",
+        )
         _, said = export(root, f"checkpoint={trained}", *bound)
         (root / "said.txt").write_text(said)
 
@@ -66,6 +72,22 @@ def test_every_file_is_written_judged_and_small(exported: Path) -> None:
     assert table["bits_per_weight"] == rows["package"]["num_bytes"] * 8 / table["num_parameters"]
     said = (exported / "said.txt").read_text()
     assert "model.sqz" in said and "x under AlexNet's fp32" in said and "WARNING" not in said
+
+
+def test_wandb_gets_the_table_and_keeps_the_files(exported: Path) -> None:
+    rows = json.loads((exported / "export" / "artefacts.json").read_text())["artefacts"]
+    (table,) = tables(exported / "export", "export/artefacts")
+    assert [row["file"] for row in table] == [row["file"] for row in rows]
+    for told, row in zip(table, rows, strict=True):
+        assert told["num_bytes"] == row["num_bytes"] and told["judged_loss_change"] == row["judged"]["loss_change"]
+    (path,) = (exported / "export").glob("wandb/offline-run-*/*.wandb")
+    kept = {record.artifact.type: record.artifact for record in records(path) if record.HasField("artifact")}
+    assert {row["artefact"] for row in rows} <= kept.keys()
+    for row in rows:
+        artifact = kept[row["artefact"]]
+        assert set(artifact.aliases) == {"latest", row["sha256"][:12]}
+        (entry,) = artifact.manifest.contents
+        assert (entry.path, entry.size) == (row["file"], row["num_bytes"])
 
 
 def test_memory_is_planned_and_measured(exported: Path) -> None:
@@ -100,7 +122,7 @@ def test_weights_of_int8_are_stored_as_int8_and_nothing_tells_of_this_machine(ex
     assert concats
     for concat in concats:
         assert len({scales[dequantised[name]] for name in concat.input}) == 1
-    for path in (exported / "export").iterdir():
+    for path in filter(Path.is_file, (exported / "export").rglob("*")):
         assert str(Path(__file__).parents[2]).encode() not in path.read_bytes(), path
 
 

@@ -125,15 +125,21 @@ class WandbMirror:
         if self._names_host:
             self._guard(lambda: self._run.write_logs(printable(text)))
 
-    def keep(self, name: str, path: Path) -> None:
-        """Keep a file as an artefact of the run, of the type `name`; a copy of it waits below the run's directory."""
+    def keep(self, name: str, path: Path, aliases: Sequence[str] = ()) -> None:
+        """Keep a file as an artefact of the run, of the type `name`; a copy of it waits below the run's directory.
+
+        Args:
+            name: Type; the artefact is called by the run's id and by it.
+            path: The file.
+            aliases: What this version is called besides `latest`.
+        """
 
         def log() -> None:
             import wandb
 
             artifact = wandb.Artifact(f"{self._run.id}-{name}", type=name)
             artifact.add_file(str(path))
-            self._run.log_artifact(artifact)
+            self._run.log_artifact(artifact, aliases=["latest", *aliases])
 
         self._guard(log, FINISH_SECONDS[self.mode])
 
@@ -234,6 +240,22 @@ def _patience(seconds: float) -> Iterator[None]:
         timer.cancel()
     if late.is_set():
         raise TimeoutError(f"its helper process gave no answer for {seconds:g} s, and is ended")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Any:
+    """Return W&B's table of rows, whose class has no types.
+
+    Args:
+        rows: Values by column.
+        columns: Of the table; None: those whose value is a number, a text or null in every row.
+    """
+    import wandb
+
+    if columns is None:
+        keys = dict.fromkeys(key for row in rows for key in row)
+        columns = [key for key in keys if all(isinstance(row.get(key), int | float | str | None) for row in rows)]
+    data = [[shown(row.get(column)) for column in columns] for row in rows]
+    return wandb.Table(columns=shown(columns), data=data, allow_mixed_types=True)
 
 
 def shown(value: Any) -> Any:

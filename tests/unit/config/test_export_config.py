@@ -13,6 +13,7 @@ from pipeline.core.errors import UserError
         (["max_bytes=1000", "max_loss=0.1"], "max_bytes and max_loss were given, and each alone decides"),
         (["max_bytes=1000", "base=x.sqz"], "max_bytes and base were given"),
         (["formats=[tflite]"], "formats"),
+        (["tracking=csv"], "tracking.loggers is for a training"),
         (["formats=[]"], "must name at least one of"),
         (["max_bytes=0"], "max_bytes=0 must be positive"),
         (["max_loss=-1"], "max_loss=-1.0 must be positive"),
