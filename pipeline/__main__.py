@@ -26,6 +26,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "compare",
+    "study",
     "plan",
     "export",
     "lab",

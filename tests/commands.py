@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,35 @@ def run(
     assert not any(value in output for value in SECRET.values())
     allowed = expect if isinstance(expect, tuple) else (expect,)
     assert expect is None or process.returncode in allowed, f"exit code {process.returncode}\n{output}"
+    return Ended(process.returncode, output)
+
+
+def interrupted(
+    arguments: list[str], number: signal.Signals, when: Callable[[], bool], *, expect: int, cwd: Path | None = None
+) -> Ended:
+    """Start `python ARGUMENTS`, send it a signal once `when` says so, and see it end with the exit code `expect`."""
+    with (
+        _nothing_left_behind() as mark,
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**clean_environment(), "PYTHONPATH": str(HERE.parent), **mark},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + DEADLINE_SECONDS
+            while not when():
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == expect, f"exit code {process.returncode}\n{output}"
     return Ended(process.returncode, output)
 
 

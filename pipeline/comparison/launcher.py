@@ -1,23 +1,49 @@
-"""How each training of a comparison is started: as ranks of this machine, in a lab, or over a Slurm allocation."""
+"""How each training of several is started and watched: as ranks of this machine, in a lab, over a Slurm allocation."""
 
 import contextlib
 import os
+import re
+import signal
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
-from pipeline.config.compare import CompareConfig
+from pipeline.config.lab import TrainingsLab
+from pipeline.config.training import ClusterConfig
 from pipeline.core.overrides import literal
 from pipeline.core.processes import our_module
 from pipeline.core.typed import require
+from pipeline.run.launch.children import die_with_parent
 from pipeline.run.launch.limits import check_count
 from pipeline.run.launch.ranks import without_ranks
 
 # Ranks that fail agree on it and leave with the same code, but not at the same instant: as in slurm/train.sh.
 _SRUN_DEFAULTS = {"SLURM_WAIT": "300", "SLURM_KILL_BAD_EXIT": "0"}
 _SRUN_EXPORTS = {"SLURM_EXPORT_ENV": "ALL"}  # what this process has, its ranks need, also after `sbatch --export=NONE`
-_SRUN_SECONDS = 60.0  # for srun to end its ranks when the comparison is told to stop
+_SRUN_SECONDS = 60.0  # for srun to end its ranks when the command is told to stop
+LONGEST_REASON = 300  # characters of a training's last words
+
+
+class ToStart(Protocol):
+    """What a command that starts trainings is told about where they run."""
+
+    @property
+    def launcher(self) -> str:
+        """`local`, `slurm` or `auto`."""
+        ...
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        """Ranks of this machine, and threads of each."""
+        ...
+
+    @property
+    def lab(self) -> TrainingsLab:
+        """The lab, if any."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,23 +85,40 @@ class Launcher:
             return [*our_module("pipeline.lab"), *where, *self.lab, "--", *train]
         return train
 
-    def run(self, command: Sequence[str], log: Path) -> int:
+    def run(self, command: Sequence[str], log: Path, *, grace_seconds: float = 0.0) -> int:
         """Run a command to its end, its output in `log`. An exception here ends the command too.
+
+        It is in a process group of its own, so that a Ctrl-C reaches it once, through us; and it does not outlive us.
+
+        Args:
+            command: The command line.
+            log: File of its output.
+            grace_seconds: On an exception, how long it may take to save its state and leave; 0: it is killed.
 
         Returns:
             The exit code, negative where a signal ended the command.
         """
         with (
             log.open("w") as output,
-            subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment()) as process,
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                process_group=0,
+                preexec_fn=die_with_parent(set()),
+            ) as process,
         ):
             try:
                 return process.wait()
             except BaseException:
                 if self.kind == "slurm":  # killed, srun would leave its ranks behind
+                    grace_seconds = max(grace_seconds, _SRUN_SECONDS)
+                if grace_seconds:
                     process.terminate()
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(_SRUN_SECONDS)
+                        process.wait(grace_seconds)
                 process.kill()  # its ranks go with it
                 raise
 
@@ -86,11 +129,11 @@ class Launcher:
         return without_ranks(os.environ)
 
 
-def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None = None) -> Launcher:
+def choose_launcher(config: ToStart, environment: Mapping[str, str] | None = None) -> Launcher:
     """Decide how trainings are started here, from `launcher` and `lab`.
 
     Args:
-        config: Configuration of the comparison.
+        config: What the command was told.
         environment: Variables; None: this process's.
 
     Raises:
@@ -101,8 +144,8 @@ def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None
     is_one_of_several = "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1"
     require(
         not is_one_of_several,
-        f"This is rank {environment.get('RANK')} of {environment.get('WORLD_SIZE')}, and each would make the comparison"
-        ": start `compare` once, without torchrun; it starts the ranks of its trainings itself (cluster.devices).",
+        f"This is rank {environment.get('RANK')} of {environment.get('WORLD_SIZE')}, and each would start all of them:"
+        " start the command once, without torchrun; it starts their ranks itself (cluster.devices).",
     )
     in_job = environment.get("SLURM_JOB_ID", "") != ""
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES") or 1)
@@ -137,6 +180,22 @@ def choose_launcher(config: CompareConfig, environment: Mapping[str, str] | None
     return launcher
 
 
-def _lab(config: CompareConfig) -> list[str]:
+def _lab(config: ToStart) -> list[str]:
     values = {**asdict(config.lab), "num_threads": config.cluster.num_threads}
     return [f"{key}={literal(value)}" for key, value in values.items()]
+
+
+def why_failed(returncode: int, log: Path) -> str:
+    """Return why a training command failed: its own last error sentence, else the exception, else its last line."""
+    number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
+    if number in set(signal.Signals):
+        name = signal.Signals(number).name
+        hint = ", most likely for want of memory" if name == "SIGKILL" else ""
+        return f"The run was killed by {name}{hint}; its output is in {log}."
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.partition("error: ")[2] for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+    if errors:
+        return f"{errors[-1]} (exit code {returncode})"
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    last_words = textwrap.shorten((exceptions or lines)[-1], LONGEST_REASON) if lines else "It said nothing"
+    return f"{last_words} (exit code {returncode}; its output is in {log})"

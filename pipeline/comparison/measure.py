@@ -1,18 +1,16 @@
 """Making the runs a comparison is made of, one `pipeline.train` after another, or reading runs already made."""
 
-import re
 import shlex
 import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.comparison.candidates import Candidate, log_path, where_of
 from pipeline.comparison.conditions import footing_difference, refuse_to_mix
-from pipeline.comparison.launcher import choose_launcher
+from pipeline.comparison.launcher import choose_launcher, why_failed
 from pipeline.comparison.outcome import Outcome, metered_gradient_bytes
 from pipeline.comparison.result import choose_baseline, label_with_hook
 from pipeline.config.compare import CompareConfig
@@ -27,7 +25,6 @@ from pipeline.models.facts import model_facts
 from pipeline.reporting.runs import RunRecord, read_run
 from pipeline.run.memory import available_memory, refusal
 
-LONGEST_REASON = 300  # characters of a run's last words
 _NOT_WANTED = "alone=false: no run on a single rank was made, against which to measure scaling."
 _NOT_GIVEN = "No run on a single rank was given: alone_runs=[...]."
 
@@ -109,7 +106,7 @@ class _Runner:
         code = self._launcher.run(self._launcher.command(overrides, where, alone=alone), log_path(directory))
         if not code:
             return outcome
-        return replace(outcome, reason=_reason(code, log_path(directory)), exit_code=max(code, ExitCode.INTERNAL))
+        return replace(outcome, reason=why_failed(code, log_path(directory)), exit_code=max(code, ExitCode.INTERNAL))
 
     def _directory(self, slug: str) -> Path:
         return self._config.directory / slug
@@ -125,22 +122,6 @@ def with_run(outcome: Outcome, directory: Path) -> Outcome:
     except UserError as error:
         return replace(outcome, reason=str(error), exit_code=int(error.exit_code))
     return replace(outcome, run=run)
-
-
-def _reason(returncode: int, log: Path) -> str:
-    """Return why a training command failed: its own last error sentence, else the exception, else its last line."""
-    number = -returncode if returncode < 0 else returncode - 128  # as a child or as a shell tells it
-    if number in set(signal.Signals):
-        name = signal.Signals(number).name
-        hint = ", most likely for want of memory" if name == "SIGKILL" else ""
-        return f"The run was killed by {name}{hint}; its output is in {log}."
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line.partition("error: ")[2] for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
-    if errors:
-        return f"{errors[-1]} (exit code {returncode})"
-    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    last_words = textwrap.shorten((exceptions or lines)[-1], LONGEST_REASON) if lines else "It said nothing"
-    return f"{last_words} (exit code {returncode}; its output is in {log})"
 
 
 def _command_line() -> str:

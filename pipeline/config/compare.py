@@ -5,17 +5,9 @@ from pathlib import Path
 
 from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
-from pipeline.config.lab import LabCluster
+from pipeline.config.lab import TrainingsLab
 from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig
 from pipeline.core.typed import PathText, one_of, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareLabConfig(LabCluster):
-    """Whether each training runs on a cluster of network namespaces, as `pipeline.lab` makes one."""
-
-    servers: int | None = None
-    """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +50,7 @@ class CompareConfig:
     cluster: ClusterConfig
     comm: CommConfig
     tracking: CompareTrackingConfig
-    lab: CompareLabConfig
+    lab: TrainingsLab
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, ("auto", "fp32", "bf16"))

@@ -11,7 +11,7 @@ PLACEMENTS = ("contiguous", "interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class LabCluster:
-    """Cluster of network namespaces, whether `lab` runs a command on it or `compare` its trainings."""
+    """Cluster of network namespaces, whether `lab` runs a command on it or others their trainings."""
 
     servers: int | None
     ranks_per_server: int = 1
@@ -22,6 +22,14 @@ class LabCluster:
     offloads: bool = False
     """True leaves TSO, GSO and GRO on: faster, but interfaces then count packets before segmentation, with one header
     for many frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingsLab(LabCluster):
+    """Whether each training of a command that starts several runs on such a cluster."""
+
+    servers: int | None = None
+    """Null: no; cluster.devices ranks of this machine. Else how many, and cluster.devices is not used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,11 @@ def break_even_bandwidth(light: Source, heavy: Source) -> float | Missing:
 
 def _images_per_second(source: Source, bandwidth: float | None) -> float:
     """Forecast the pictures per second of the measured cluster with other links."""
+    return source.global_batch / step_with_links(source, bandwidth).step_seconds
+
+
+def step_with_links(source: Source, bandwidth: float | None) -> pure.StepForecast:
+    """Forecast a step of the measured cluster, all as it was but the bits per second of every server's link."""
     cluster = Cluster(
         num_servers=source.num_ranks // source.ranks_per_server,
         ranks_per_server=source.ranks_per_server,
@@ -159,7 +164,7 @@ def _images_per_second(source: Source, bandwidth: float | None) -> float:
     )
     found = step_on(source, cluster)
     assert isinstance(found, pure.StepForecast)  # a ring of any cluster
-    return cluster.global_batch / found.step_seconds
+    return found
 
 
 # --- the grid ---

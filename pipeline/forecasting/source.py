@@ -30,6 +30,11 @@ class Source:
     ranks_per_server: int
     network: pure.Network
 
+    @property
+    def global_batch(self) -> int:
+        """Pictures of a step over all ranks."""
+        return self.num_ranks * self.batch_per_rank * self.step.num_micro_batches
+
 
 def read_source(
     run: RunRecord,

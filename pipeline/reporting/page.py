@@ -22,6 +22,7 @@ from pipeline.reporting.sections import (
     LedgerView,
     PageFigure,
     ShippingView,
+    StudyPart,
     command_of,
     comparison_sentence,
     environment_facts,
@@ -57,6 +58,7 @@ class Page:
     mistakes: MistakesView | None = None
     forecast: ForecastView | None = None
     shipping: ShippingView | None = None
+    study: list[StudyPart] = field(default_factory=list)
     ledgers: list[LedgerView] = field(default_factory=list)
     not_measured: list[tuple[str, str]] = field(default_factory=list)
     environment: list[Fact] = field(default_factory=list)

@@ -80,6 +80,16 @@ class ForecastView:
 
 
 @dataclass(frozen=True)
+class StudyPart:
+    """Figures and tables of a study that belong together."""
+
+    title: str
+    lead: str
+    figures: list[PageFigure]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
 class ShippingView:
     """The files that a network was exported to."""
 

@@ -51,7 +51,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 process_group=0,
                 pass_fds=(self._mouth,),
-                preexec_fn=_die_with_parent(mask),
+                preexec_fn=die_with_parent(mask),
             )
         except (OSError, subprocess.SubprocessError) as error:
             raise ConfigError(f"Cannot start a rank as {command.argv[0]!r}: {error}.") from error
@@ -95,7 +95,7 @@ def _kill_group(child: "subprocess.Popen[bytes]") -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
+def die_with_parent(mask: set[signal.Signals]) -> Callable[[], None]:
     """Make what a child runs between fork and exec: ask for SIGKILL at the parent's death, restore the signal mask.
 
     Everything it needs exists before the fork. Should the parent have died before the request was made, the child's

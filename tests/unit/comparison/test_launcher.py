@@ -45,7 +45,11 @@ def test_the_launcher_follows_the_allocation(
         (["launcher=slurm", "lab.servers=2"], TWO_NODES, "lab.servers makes a cluster of one machine"),
         (["launcher=slurm"], ONE_NODE, "at least 2"),
         (["cluster.devices=1"], {}, "at least 2"),
-        ([], {"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2, and each would make the comparison: start `compare` once"),
+        (
+            [],
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "rank 1 of 2, and each would start all of them: start the command once",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_refused(overrides: list[str], environment: dict[str, str], said: str) -> None:

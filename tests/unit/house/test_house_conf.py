@@ -23,6 +23,7 @@ NEEDED = {
     "prepare": ["source=builtin", "out=x"],
     "compare": ["data.root=x"],
     "plan": ["run=x"],
+    "study": ["study=strategies"],
     "report": ["run=x"],
 }
 

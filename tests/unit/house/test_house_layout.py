@@ -51,7 +51,14 @@ def commands() -> list[Path]:
 PLANTED = {
     "core/errors.py": ("from pipeline.config import training", "The stair"),
     "data/order.py": ("from pipeline.comm import hooks", "The stair"),
-    "comparison/rows.py": ("from pipeline.training import steps", "A comparison starts commands and reads runs"),
+    "comparison/rows.py": (
+        "from pipeline.training import steps",
+        "A comparison, and a study, starts commands and reads runs",
+    ),
+    "studying/runs.py": (
+        "from pipeline.training import steps",
+        "A comparison, and a study, starts commands and reads runs",
+    ),
     "comm/hooks.py": ("from pipeline.comm import ddp", "No circle, on any floor"),
     "data/index.py": ("from pipeline.data.prepare import writer", "Data: reading knows nothing of writing"),
     "oddments.py": ("", "The stair"),

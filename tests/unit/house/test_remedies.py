@@ -25,6 +25,7 @@ from pipeline.config.model import InputConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.prepare import PrepareConfig
+from pipeline.config.study import StudyConfig
 from pipeline.config.training import BatchConfig, TrainConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import UserError
@@ -50,6 +51,7 @@ SCHEMAS = (
     PrepareConfig,
     CompareConfig,
     PlanConfig,
+    StudyConfig,
     LabConfig,
     DashboardConfig,
 )

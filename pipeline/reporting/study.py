@@ -1,0 +1,296 @@
+"""The tables of a study, its CSV and its page."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import write_json_atomic, write_text_atomic
+from pipeline.core.schemas.study import AverageJson, EnvelopePointJson, ReachJson, StudyJson, StudyRowJson
+from pipeline.core.units import (
+    MISSING,
+    format_accuracy,
+    format_bytes,
+    format_count,
+    format_seconds,
+)
+from pipeline.reporting import figures, study_figures
+from pipeline.reporting.page import Page, render
+from pipeline.reporting.sections import Fact, StudyPart, not_measured, svg_figure
+from pipeline.reporting.tables import Column, Row, Table, make_table
+
+BYTES_PER_GIGABYTE = 1e9
+OPEN, UNMEASURED = "*", "?"
+"""After the name of a row whose ledger does not close, or was not measured."""
+
+
+def _gigabytes(value: float | None) -> str:
+    return format_bytes(None if value is None else value * BYTES_PER_GIGABYTE)
+
+
+def _average(value: AverageJson | None) -> str:
+    if value is None:
+        return MISSING
+    spread = f" ({value['lowest'] * 100:.2f} to {value['highest'] * 100:.2f})"
+    return format_accuracy(value["mean"]) + (spread if value["lowest"] < value["highest"] else "")
+
+
+def _whole(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def _ledger(closed: bool | None) -> str:
+    return {True: "closed", False: "does not close", None: MISSING}[closed]
+
+
+_NAME = Column("name", "variant")
+_MODEL = (
+    Column("num_parameters", "parameters", format_count),
+    Column("num_parameters_of_1000_classes", "of 1000 classes", format_count, "parameters with ImageNet’s classifier"),
+    Column("gradient_bytes", "gradients", format_bytes, "what one step sums over all ranks, before compression"),
+    Column("macs", "multiply-adds", format_count, "of one picture’s forward pass"),
+    Column("inference_peak_activation_bytes", "activations, peak", format_bytes, "alive at once for one picture, fp32"),
+    Column("training_activation_bytes", "activations, kept", format_bytes, "of a rank’s batch for the backward pass"),
+)
+_RUNS = (
+    Column("num_steps", "steps", format_count),
+    Column("step_seconds", "step", format_seconds, "median; mean of the seeds"),
+    Column("exposed_seconds", "exposed", format_seconds, "a step’s wait for communication that no computation hides"),
+    Column(
+        "server_egress_bytes_per_step", "out of a server per step", format_bytes, "the busiest; compressed, if it is"
+    ),
+    Column("server_egress_bytes_per_epoch", "per epoch", format_bytes),
+    Column("gigabytes", "in all", _gigabytes, "out of all servers together, in a whole run"),
+    Column("seconds", "steps took", format_seconds, "without validations and checkpoints"),
+    Column("ledger_closed", "ledger", _ledger, "whether what was sent is what the collectives must send, to the byte"),
+)
+_ACCURACY = (
+    Column("top1", "validation top-1", _average, "of the last validation: mean of the seeds, lowest to highest"),
+    Column("num_seeds", "seeds", format_count),
+    Column("published_top1", "published top-1", format_accuracy, "on ImageNet; not measured here"),
+    Column("published_top5", "published top-5", format_accuracy, "on ImageNet; not measured here"),
+    Column(
+        "published_megabytes",
+        "published MB",
+        lambda value: MISSING if value is None else f"{value:g}",
+        "as printed there",
+    ),
+    Column("bytes_of_1000_classes", "counted", format_bytes, "weights in fp32 with 1000 classes"),
+)
+_TERMINAL = (
+    _NAME,
+    Column("num_parameters", "parameters", format_count),
+    Column("step_seconds", "step", format_seconds),
+    Column("gigabytes", "in all", _gigabytes),
+    Column("top1", "validation top-1", _average),
+)
+
+
+def terminal_table(study: StudyJson) -> Table:
+    """Return what fits into 80 columns. A name ends with a mark where the row's ledger is not closed."""
+    rows = [{**row, "name": row["name"] + _mark(row)} for row in study["rows"]]
+    marks = {_mark(row).strip() for row in study["rows"]}
+    meanings = {OPEN: "the ledger does not close", UNMEASURED: "the bytes sent were not measured"}
+    caption = " · ".join(f"{mark} {meaning}" for mark, meaning in meanings.items() if mark in marks)
+    made = make_table("", _TERMINAL, [_failed(row) for row in rows])
+    return Table("", made.columns, made.rows, caption)
+
+
+def _mark(row: StudyRowJson) -> str:
+    if row["ledger_closed"] is None:
+        return "" if _reason(row) else f" {UNMEASURED}"
+    return "" if row["ledger_closed"] else f" {OPEN}"
+
+
+def _reason(row: StudyRowJson | Mapping[str, Any]) -> str:
+    """Return why a variant has no run at all; empty where one ended well."""
+    reasons = [run.get("reason", "") for run in row["runs"]]
+    return "; ".join(dict.fromkeys(reasons)) if reasons and all(reasons) else ""
+
+
+def _failed(row: Mapping[str, Any]) -> Row:
+    return {**row, "reason": _reason(row)}
+
+
+def study_sentence(study: StudyJson) -> str:
+    """Return the most accurate variant, and the cheapest one to the highest target that any reaches."""
+    rated = [(row["top1"]["mean"], row) for row in study["rows"] if row["top1"] is not None]
+    if not rated:
+        return "No variant was validated; the reasons are in the report."
+    top1, best = max(rated, key=lambda found: found[0])
+    of = f"{len(study['seeds'])} seeds" if len(study["seeds"]) > 1 else "one seed"
+    said = (
+        f"{best['name']} is the most accurate of {len(study['rows'])} variants: {format_accuracy(top1)}, {of},"
+        f" for {_gigabytes(best['gigabytes'])} out of all servers."
+    )
+    for target in sorted({one["target"] for row in study["rows"] for one in row["reach"]}, reverse=True):
+        at = [(one["gigabytes"], row["name"]) for row, one in _reached(study, target) if one["gigabytes"] is not None]
+        if at:
+            gigabytes, name = min(at)
+            return f"{said} To {target:.0%} {name} needs fewest: {_gigabytes(gigabytes)}."
+    return said
+
+
+def _reached(study: StudyJson, target: float) -> Iterator[tuple[StudyRowJson, ReachJson]]:
+    """Yield the variants of which every seed reaches a target."""
+    for row in study["rows"]:
+        for one in row["reach"]:
+            if one["target"] == target and 0 < one["num_runs"] == one["num_reached"]:
+                yield row, one
+
+
+# --- files ---
+
+
+def write_study(study: StudyJson, directory: Path) -> Path:
+    """Write study.json and .csv, every picture as .png and .svg, and report.html. Returns the last."""
+    write_json_atomic(directory / "study.json", study)
+    write_text_atomic(directory / "study.csv", study_csv(study))
+    drawings = study_figures.draw_all(study)
+    for name, drawing in drawings.items():
+        figures.save(drawing.figure, directory / name)
+    report = directory / "report.html"
+    write_text_atomic(report, render(_page(study, drawings)))
+    return report
+
+
+def study_csv(study: StudyJson) -> str:
+    """Return a line for each variant, exact and unformatted; an empty field was not measured."""
+    lines: list[dict[str, Any]] = []
+    for row in study["rows"]:
+        line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+        top1 = row["top1"] or {}
+        line |= {f"top1_{key}": top1.get(key) for key in ("mean", "lowest", "highest")}
+        line |= {f"to_{one['target']:g}_{key}": one[key] for one in row["reach"] for key in ("gigabytes", "seconds")}
+        lines.append({**line, "top1": None, "published": None, "reason": _reason(row)})
+    keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in ("top1", "published")]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, keys, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows({key: {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+                      for key, value in line.items()} for line in lines)  # fmt: skip
+    return buffer.getvalue()
+
+
+def _page(study: StudyJson, drawings: Mapping[str, study_figures.Drawing]) -> Page:
+    def shown(prefix: str) -> list[Any]:
+        return [
+            svg_figure(drawing.figure, name, drawing.caption)
+            for name, drawing in drawings.items()
+            if name.startswith(prefix)
+        ]
+
+    budget = study["budget"]
+    forecast = "Minutes at other links are a forecast from the measured run, not a measurement."
+    own = {path: reason for path, reason in study["null_reasons"].items() if path.count(".") == 2}
+    return Page(
+        title=study["study"],
+        kicker=f"{len(study['rows'])} variants studied",
+        headline=" ".join(filter(None, (study["question"], study_sentence(study)))),
+        figures_of_merit=[],
+        conditions=[
+            Fact("each run", f"{budget['amount']:g} {budget['kind']}"),
+            Fact("seeds", ", ".join(map(str, study["seeds"]))),
+            *(Fact(key, value) for key, value in study["conditions"].items()),
+        ],
+        command=study["command"],
+        study=[
+            part
+            for part in (
+                StudyPart("One thing at a time", "", shown("study-of-"), []),
+                StudyPart(
+                    "Accuracy and what was spent", _CURVES_LEAD, shown("study-against-"), _envelope_tables(study)
+                ),
+                StudyPart("To a target", forecast, [], _reach_tables(study)),
+                StudyPart("All variants", "", [], _tables(study)),
+            )
+            if part.figures or part.tables
+        ],
+        not_measured=not_measured(own),
+    )
+
+
+_CURVES_LEAD = (
+    "Validations of runs whose ledger closes, mean of the seeds. The thick line is the envelope: the most accurate"
+    " variant for what was spent so far."
+)
+
+
+def _tables(study: StudyJson) -> list[Table]:
+    rows = [
+        _failed(
+            {
+                **row,
+                "num_seeds": sum(run["top1"] is not None for run in row["runs"]),
+                "bytes_of_1000_classes": row["num_parameters_of_1000_classes"] * 4,
+                **{f"published_{key}": value for key, value in (row["published"] or {}).items()},
+            }
+        )
+        for row in study["rows"]
+    ]
+    models = [{**row, "reason": ""} for row in rows]
+    seeds = [{**run, "name": f"{row['name']}, seed {run['seed']}"} for row in study["rows"] for run in row["runs"]]
+    by_seed = (
+        Column("top1", "validation top-1", format_accuracy),
+        Column("gigabytes", "in all", _gigabytes),
+        Column("seconds", "steps took", format_seconds),
+        Column("ledger_closed", "ledger", _ledger),
+    )
+    return [
+        _table("Model", _MODEL, models),
+        _table("Accuracy", _ACCURACY, rows),
+        _table("Bytes and time", _RUNS, rows),
+        _table("Every run", by_seed, seeds),
+    ]
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """Return a table of the columns in which any row has a value."""
+    shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+
+    def mark(row: Row) -> str:
+        return "failed" if row.get("reason") else "open" if row.get("ledger_closed") is False else ""
+
+    return make_table(title, (_NAME, *shown), rows, mark)
+
+
+def _reach_tables(study: StudyJson) -> list[Table]:
+    """Return a table for each target that any seed reaches, and a sentence's worth for those that none does."""
+    made = []
+    for position, target in enumerate(one["target"] for one in study["rows"][0]["reach"]):
+        found = [(row, row["reach"][position]) for row in study["rows"]]
+        bandwidths = [forecast["bandwidth"] for forecast in found[0][1]["forecasts"]]
+        columns = (
+            Column("reached", "seeds that get there"),
+            Column("gigabytes", "moved", _gigabytes, "out of all servers together"),
+            Column("seconds", "steps took", format_seconds),
+            Column("images", "pictures", _whole),
+            *(Column(rate, f"forecast at {rate}", format_seconds) for rate in bandwidths),
+        )
+        rows = [
+            {
+                "name": row["name"],
+                **one,
+                "reached": f"{one['num_reached']} of {one['num_runs']}" if one["num_reached"] else "never",
+                **{forecast["bandwidth"]: forecast["seconds"] for forecast in one["forecasts"]},
+            }
+            for row, one in found
+        ]
+        made.append(_table(f"To {target:.0%}", columns, rows))
+    return made
+
+
+def _envelope_tables(study: StudyJson) -> list[Table]:
+    shows = {
+        "gigabytes": ("gigabytes", _gigabytes),
+        "seconds": ("seconds", format_seconds),
+        "images": ("pictures", _whole),
+    }
+    made = []
+    for axis, (title, show) in shows.items():
+        points: list[EnvelopePointJson] = study["envelope"][axis]
+        if points:
+            columns = (Column("spent", "from", show), Column("top1", "validation top-1", format_accuracy))
+            made.append(make_table(f"The best for its {title}", (_NAME, *columns), points))
+    return made

@@ -1,0 +1,165 @@
+"""`study` before its first training: what it refuses, all at once, and what it is about to train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.squeezenet import FIRE_LAYERS, STEMS, SqueezeNetConfig
+from pipeline.config.study import StudyConfig
+from pipeline.core.cli import compose
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.studying.plan import Plan, make_plan
+from pipeline.studying.runs import steps_for_gigabytes
+
+SMALL = "'model=squeezenet_small'"
+
+
+def variant(name: str, *overrides: str) -> str:
+    return f"{{name:{name},overrides:[{','.join(overrides)}]}}"
+
+
+def configured(
+    root: Path, shards: Path, *variants: str, more: tuple[str, ...] = ("study.budget.steps=4",)
+) -> StudyConfig:
+    where = ["name=s", f"run_root='{root}'", f"data.root='{shards}'", "data.size=32"]
+    small = "study.overrides=[batch.global_size=12]"
+    return compose("study", StudyConfig, [*where, f"study.variants=[{','.join(variants)}]", small, *more])
+
+
+def test_every_fault_is_told_before_anything_starts(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = (
+        variant("twice", SMALL),
+        variant("twice", SMALL),
+        variant("lucky", SMALL, "'seed=3'"),
+        variant("other", SMALL, "'data.augment.flip=false'"),
+        variant("odd", SMALL, "'batch.global_size=13'"),
+        variant("coarse", "'model=alexnet'"),
+        variant("greedy", SMALL, "'trainer.max_steps=9'"),
+        variant("plain", SMALL, "'comm=powersgd'"),
+        variant("misspelt", "'model=squeezenet_smal'"),
+        variant("large", "'batch.global_size=600'", SMALL),
+        variant("good", SMALL),
+    )
+    with pytest.raises(ConfigError, match=r"^9 faults in the study s, each told above: nothing was started"):
+        make_plan(configured(tmp_path, shards, *variants))
+    told = capsys.readouterr().err.splitlines()
+    for said in (
+        "Two variants share the name 'twice'",
+        "lucky: seed is the study's own, and the same for all that is compared: set study.seeds",
+        "other: data.augment.flip would differ between variants",
+        "odd: batch.global_size=13 is not divisible by 2 ranks",
+        "coarse: alexnet cannot take pictures of 32 x 32 pixels",
+        "greedy: trainer.max_steps is the study's own, and the same for all that is compared: set study.budget",
+        "plain: comm.powersgd_start_step=1000, but its runs have 4 steps",
+        "misspelt: model='squeezenet_smal' does not exist. Did you mean 'squeezenet_small'?",
+        "large: batch.global_size=600 is more than the 60 training pictures",
+    ):
+        assert len([line for line in told if line.startswith(f"error: {said}")]) == 1, said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "Nothing says how far to train"),
+        (("study.budget.steps=4", "study.budget.seconds=9"), "has steps and seconds: keep one"),
+        (("study.budget.gigabytes=-1",), "must be positive"),
+        (("study.budget.steps=4", "study.seeds=[1,1]"), "names a seed twice"),
+        (("study.budget.steps=4", "study.seeds=[]"), "leaves nothing to train"),
+        (("study.budget.steps=4", "study.targets=[80]"), "must be a fraction"),
+        (("study.budget.steps=4", "data.root=null"), "data.root is not set"),
+        (("study.budget.steps=4", "study.variants=[]"), "choose a file of conf/study/"),
+        (("study.budget.steps=4", "cluster.devices=1"), "at least 2"),
+    ],
+)
+def test_one_fault_is_a_sentence(shards: Path, tmp_path: Path, more: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=more))
+
+
+def test_without_shards_there_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        make_plan(configured(tmp_path, tmp_path / "nowhere", variant("a", SMALL)))
+
+
+def test_runs_that_were_told_something_else_are_not_gone_on_with(shards: Path, tmp_path: Path) -> None:
+    config = configured(tmp_path, shards, variant("a", SMALL))
+    plan = make_plan(config)
+    (planned,) = plan.variants
+    told = plan.overrides(planned, "seed0", {"seed": 0, "trainer.max_steps": 4})
+    record = config.directory / "a/seed0.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"overrides": told, "exit_code": None}))
+    assert len(make_plan(config).variants) == 1
+
+    with pytest.raises(ConfigError, match=r"a/seed0 was begun with other values of recipe\.lr, trainer\.max_steps"):
+        longer = ("study.budget.steps=5",)
+        make_plan(configured(tmp_path, shards, variant("a", SMALL, "'recipe.lr=0.5'"), more=longer))
+    record.unlink()
+    (config.directory / "a/seed0").mkdir()
+    with pytest.raises(ConfigError, match="a/seed0 exists and was not made by a study"):
+        make_plan(config)
+
+
+def test_an_epoch_is_whole_batches(shards: Path, tmp_path: Path) -> None:
+    batches = (variant("a", SMALL), variant("b", SMALL, "'batch.global_size=16'"))
+    plan = make_plan(configured(tmp_path, shards, *batches, more=("study.budget.epochs=2.5",)))
+    assert [plan.num_steps(planned) for planned in plan.variants] == [12, 7]  # 60 pictures: 5 and 3 an epoch
+
+
+# --- the studies that ship ---
+
+
+def shipped(study: str, shards: Path, *more: str) -> Plan:
+    return make_plan(compose("study", StudyConfig, [f"study={study}", f"data.root='{shards}'", *more]))
+
+
+def parameters_by_the_paper(config: SqueezeNetConfig, num_classes: int) -> int:
+    """Weights and biases of sections 3 and 5.1, layer by layer; bypasses of section 6."""
+    conv1 = STEMS[config.stem]
+    total, inputs = (conv1.kernel_size**2 * 3 + 1) * conv1.num_filters, conv1.num_filters
+    for layer in FIRE_LAYERS:
+        s, e1, e3 = vars(config.fire_widths(layer)).values()
+        total += (inputs + 1) * s + (s + 1) * e1 + (9 * s + 1) * e3
+        if config.bypass == "complex" and inputs != e1 + e3:
+            total += (inputs + 1) * (e1 + e3)
+        inputs = e1 + e3
+    return total + (inputs + 1) * num_classes
+
+
+def test_the_papers_sizes_are_its_formulas_and_its_table(shards: Path) -> None:
+    plan = shipped("paper", shards, "study.overrides=[batch.global_size=12,model=squeezenet1_0]")
+    sizes = {}
+    for planned in plan.variants:
+        metaparameters: dict[str, Any] = planned.facts.config.model.metaparameters
+        counted = planned.facts.num_parameters_of_1000_classes
+        assert counted == parameters_by_the_paper(SqueezeNetConfig(**metaparameters), 1000), planned.variant.name
+        sizes[planned.variant.name] = counted
+        published = planned.variant.published
+        # The paper's 7.7 for the complex bypass does not follow from its description, which gives 6.4 (docs/study.md).
+        if published is not None and published.megabytes is not None and planned.variant.name != "bypass=complex":
+            digits = 1 if published.megabytes < 10 else 0
+            printed = {round(counted * 4 / unit, digits) for unit in (10**6, 2**20)}  # the paper has both
+            assert published.megabytes in printed, planned.variant.name
+    assert (sizes["sr=0.125"], sizes["bypass=complex"], len(sizes)) == (1_248_424, 1_589_672, 11)
+
+
+# --- budgets ---
+
+
+@given(st.floats(0.1, 1e4), st.floats(1e-4, 1.0), st.floats(1e-4, 1.0), st.integers(0, 50))
+def test_a_budget_of_gigabytes_pays_for_its_steps_and_for_no_more(
+    budget: float, plain: float, compressed: float, num_plain: int
+) -> None:
+    steps = steps_for_gigabytes(budget, plain, compressed, num_plain)
+
+    def price(count: int) -> float:
+        return min(count, num_plain) * plain + max(0, count - num_plain) * compressed
+
+    assert price(steps) <= budget * (1 + 1e-9) < price(steps + 1) * (1 + 1e-8)
