@@ -75,7 +75,7 @@ def assert_same(pair: Pair, *, least_attempts: int = 2) -> None:
     unbroken, resumed = load(pair.unbroken), load(pair.resumed)
     for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
         assert not differences(unbroken[part], resumed[part], part)
-    for part in ("step", "learner", "best_score", "must_match", "powersgd"):
+    for part in ("step", "learner", "best_score", "must_match", "powersgd", "rank_states"):
         assert not differences(unbroken["squeezewire"][part], resumed["squeezewire"][part], part)
     assert rows(pair.unbroken) == rows(pair.resumed)
     assert [row["trainer/step"] for row in rows(pair.resumed)] == list(range(1, len(rows(pair.unbroken)) + 1))

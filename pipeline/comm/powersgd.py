@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_powersgd
 
+from pipeline.comm.averaging import stack_on_first
 from pipeline.comm.hooks import GradientFuture, average
 from pipeline.core.errors import CheckpointError
 
@@ -171,7 +172,7 @@ class PowerSGD:
         return {
             "rank": state.matrix_approximation_rank,
             "layout": self._present_layout(),
-            "errors": {index: _gather(error) for index, error in sorted(state.error_dict.items())},
+            "errors": {index: stack_on_first(error) for index, error in sorted(state.error_dict.items())},
             "p": {index: tensor.cpu().clone() for index, tensor in state.p_memory_dict.items()},
             "q": {index: tensor.cpu().clone() for index, tensor in state.q_memory_dict.items()},
             "rng_keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
@@ -204,13 +205,3 @@ class PowerSGD:
         self._layout = dict(enumerate(saved["layout"]))  # kept as it is where no hook runs, in a world of one
         # Without a compressed step so far there is nothing that another layout could break.
         self._saved_layout = saved["layout"] if saved["errors"] else None
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Every rank's `tensor`, stacked by rank, on rank 0's CPU; nothing elsewhere."""
-    if dist.get_world_size() == 1:
-        return tensor.unsqueeze(0).cpu().clone()
-    is_first = dist.get_rank() == 0
-    received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if is_first else None
-    dist.gather(tensor, received, dst=0)
-    return torch.stack(received).cpu() if received is not None else tensor.new_empty(0, device="cpu")

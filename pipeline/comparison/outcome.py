@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.config.hooks import COMPRESSIONS
-from pipeline.core.errors import ExitCode, LedgerError
+from pipeline.core.errors import ConfigError, ExitCode, LedgerError
 from pipeline.models.facts import ModelFacts
 from pipeline.reporting.runs import RunRecord
 
@@ -39,8 +39,14 @@ def metered_gradient_bytes(run: RunRecord, parameter_bytes: int) -> int:
     Where the compression has no fixed share, what DDP handed over in each step, which must be no less than was carried.
 
     Raises:
+        ConfigError: the run exchanged nothing in most of its steps.
         LedgerError: nothing was carried, or not what the model's parameters owe.
     """
+    if (period := run.setting("comm.period")) is not None:
+        raise ConfigError(
+            f"{run.directory} was made with comm.period={period}, so that most of its steps exchanged nothing: a"
+            " comparison is of runs that exchanged gradients in every step."
+        )
     wire_bytes = run.wire_gradient_bytes
     compression = COMPRESSIONS.get(run.ledger["hook"])
     share = compression and compression.share

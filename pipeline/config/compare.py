@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.comm import CommConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.hooks import HOOKS
 from pipeline.config.lab import TrainingsLab
-from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, CompareTrackingConfig
+from pipeline.config.training import BatchConfig, ClusterConfig, CompareTrackingConfig
 from pipeline.core.typed import PathText, one_of, require
 
 
@@ -63,6 +64,11 @@ class CompareConfig:
         require(
             bool(self.runs) or not self.alone_runs,
             "alone_runs=[...] belongs to runs=[...]: without them `alone=true` makes the single-rank runs.",
+        )
+        require(
+            self.comm.period is None,
+            f"comm.period={self.comm.period}: a comparison is of what each step exchanges, and ranks that train by"
+            " themselves exchange nothing in most: set comm.period=null, and train with it to see what a run sends.",
         )
         require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
         require(self.num_classes >= 2, f"num_classes={self.num_classes} must be at least 2.")

@@ -5,10 +5,11 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
+from pipeline.config.comm import CommConfig
 from pipeline.config.data import DataConfig
-from pipeline.config.hooks import HOOKS
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.pruning import PruneConfig
 from pipeline.core.errors import ConfigError
@@ -130,6 +131,20 @@ class RecipeConfig:
         require(self.grad_clip_norm >= 0, f"recipe.grad_clip_norm={self.grad_clip_norm} must not be negative.")
         require(0 <= self.ema_decay < 1, f"recipe.ema_decay={self.ema_decay} must be in [0, 1).")
 
+    def learning_rate(self, step: int, num_steps: int) -> float:
+        """Learning rate of optimiser step `step` (0-based) of `num_steps`: linear warm-up, then decay towards 0.
+
+        linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.decay == "none":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        if self.decay == "linear":
+            return self.lr * max(0.0, 1 - progress)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
@@ -222,7 +237,7 @@ class ClusterConfig:
     """How long a collective may wait for the other ranks: until the first step, in validation and checkpoints."""
     step_timeout_seconds: float | None = None
     """The same between steps, where a rank that is late hangs. Null: data.fetch_timeout_seconds, which a rank may wait
-    for its shards, and a minute more; at most timeout_seconds."""
+    for its shards, and a minute more, or with comm.period timeout_seconds; at most timeout_seconds."""
     preempt_grace_seconds: float = 120.0
     """After a signal that asks to stop: how long the end of the step, a save and W&B may take before the rank leaves
     as it is. Keep it below what `--signal` in slurm/train.sh allows."""
@@ -241,55 +256,6 @@ class ClusterConfig:
         )
         require(self.preempt_grace_seconds > 0, "cluster.preempt_grace_seconds must be positive.")
         require(self.max_fruitless_requeues >= 0, "cluster.max_fruitless_requeues must not be negative.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommConfig:
-    """How gradients travel."""
-
-    meter: bool = True
-    """Record every collective. Off only to measure what the recording costs."""
-    timeline: bool = True
-    """Time each step's communication, and how much of it is exposed. Needs the meter. Off only to measure its cost."""
-    bucket_megabytes: float | None = 1.0
-    """DDP's bucket_cap_mb, in MiB as torch counts it, for every bucket. Null: torch's default, a first bucket of 1 MiB
-    and 25 MiB after it. 1 was measured: the last bucket, which nothing hides, is small, and large models lose nothing
-    on gloo (python -m benchmarks.links --batches)."""
-    strict: bool | None = None
-    """Fail with exit code 6 when bytes measured and predicted differ. Null: yes on gloo, whose bytes are exact."""
-    hook: str = "none"
-    """Compression of gradients on the wire: `none`, `fp16`, `bf16`, `powersgd`."""
-    powersgd_rank: int = 1
-    """powersgd: rank of the matrices that stand for a layer's gradient. Higher: closer to it, and more bytes."""
-    powersgd_start_step: int = 1000
-    """powersgd: optimiser steps of the run that reduce plainly before the first compressed one, at least 2."""
-    find_unused_parameters: bool = False
-    nccl_algorithm: str | None = None
-    """Hold NCCL to `ring` or `tree`, and to one channel, so that its bytes can be predicted. Null: it chooses at run
-    time."""
-    nccl_protocol: str | None = None
-    """With nccl_algorithm: `simple`, or `ll`, which sends every byte twice to save latency."""
-
-    def __post_init__(self) -> None:
-        require(
-            (self.nccl_algorithm is None) == (self.nccl_protocol is None),
-            "comm.nccl_algorithm and comm.nccl_protocol belong together: set both, or neither.",
-        )
-        if self.nccl_algorithm is not None and self.nccl_protocol is not None:
-            one_of("comm.nccl_algorithm", self.nccl_algorithm, ("ring", "tree"))
-            one_of("comm.nccl_protocol", self.nccl_protocol, ("simple", "ll"))
-        one_of("comm.hook", self.hook, HOOKS)
-        for key, least in (("powersgd_rank", 1), ("powersgd_start_step", 2)):
-            require(getattr(self, key) >= least, f"comm.{key}={getattr(self, key)} must be at least {least}.")
-        require(
-            self.hook != "powersgd" or not self.find_unused_parameters,
-            "comm.hook=powersgd cannot compress the zero gradients of unused parameters:"
-            " set comm.find_unused_parameters=false, or another comm.hook.",
-        )
-        require(
-            self.bucket_megabytes is None or self.bucket_megabytes > 0,
-            f"comm.bucket_megabytes={self.bucket_megabytes} must be positive, or null for torch's default.",
-        )
 
 
 OPEN, STRICT = "open", "strict"
@@ -378,6 +344,17 @@ class TrainConfig:
             self.batch.global_size % self.data.shuffle_groups == 0,
             f"data.shuffle_groups={self.data.shuffle_groups} must divide batch.global_size={self.batch.global_size}.",
         )
+        period = self.comm.period
+        require(
+            period is None or not self.recipe.ema_decay,
+            f"recipe.ema_decay={self.recipe.ema_decay} averages over weights that differ from rank to rank between"
+            f" synchronisations (comm.period={period}): set recipe.ema_decay=0, or comm.period=null.",
+        )
+        require(
+            period is None or not self.recipe.prune.prunes,
+            f"recipe.prune.density={self.recipe.prune.density} would prune other weights on each rank between"
+            f" synchronisations (comm.period={period}): set prune=dense, or comm.period=null.",
+        )
 
     @property
     def is_private(self) -> bool:
@@ -386,10 +363,11 @@ class TrainConfig:
 
     @property
     def step_timeout_seconds(self) -> float:
-        """How long a collective may wait between steps."""
+        """How long a collective may wait between steps. Ranks that meet once in a round may be a round apart."""
         cluster = self.cluster
         longest_fetch = self.data.fetch_timeout_seconds + 60.0
-        return min(cluster.timeout_seconds, cluster.step_timeout_seconds or longest_fetch)
+        longest = longest_fetch if self.comm.period is None else cluster.timeout_seconds
+        return min(cluster.timeout_seconds, cluster.step_timeout_seconds or longest)
 
     @property
     def input(self) -> InputConfig:

@@ -63,6 +63,8 @@ class SectionJson(TypedDict):
     """What neither the weights nor the optimiser hold: averaged weights, masks of what is pruned."""
     powersgd: NotRequired[dict[str, Any] | None]
     """Matrices and error memories of the compression, where the run has it."""
+    rank_states: NotRequired[dict[str, Any]]
+    """Momenta, and within a round weights, of every rank, where ranks train by themselves."""
 
 
 class SidecarFactsJson(TypedDict, total=False):

@@ -24,7 +24,7 @@ from pipeline.core.trees import plain
 from pipeline.models.plateau import DeadNetworkDetector, PlateauDetector
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
-from pipeline.training import drift, resume, same_run
+from pipeline.training import drift, rank_states, resume, same_run
 from pipeline.training.best import Validated
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.lightning import validate_now
@@ -71,7 +71,8 @@ class Attempt(pl.Callback):
         narrator: Narrator,
         reporter: Reporter,
     ) -> None:
-        self.config, self.world, self.plan, self.directory = setup.config, setup.world, setup.plan, setup.run
+        self._setup, self.config, self.world = setup, setup.config, setup.world
+        self.plan, self.directory = setup.plan, setup.run
         self.learner, self.ledger, self.powersgd = learner, ledger, powersgd
         self.tracker, self.loader, self.watchdog, self.narrator = tracker, loader, watchdog, narrator
         self.reporter = reporter
@@ -107,11 +108,12 @@ class Attempt(pl.Callback):
         if result.drifted:
             self._refuse_drift()
         step, row = result.step, self._row(result)
-        if warning := self.plateau.update(step, result.loss):
-            print(f"warning: {warning}", file=sys.stderr)
         self._pending = (step, row)
-        if verdict := self.dead.update(step, result.loss, result.grad_norm):
-            raise NonFiniteError(verdict)
+        if result.loss is not None and result.grad_norm is not None:  # else the ranks kept the step to themselves
+            if warning := self.plateau.update(step, result.loss):
+                print(f"warning: {warning}", file=sys.stderr)
+            if verdict := self.dead.update(step, result.loss, result.grad_norm):
+                raise NonFiniteError(verdict)
         if not self.plan.validation_due(step):  # else the row waits for its results, and the save for the score
             self._write_pending()
             self._save_if_due(step, None)
@@ -183,14 +185,12 @@ class Attempt(pl.Callback):
         seconds = self.clock.lap(waited)
         traffic, times = self.ledger.commit_step(), self.world.timeline.take_step()
         global_size = self.plan.batch.global_size
+        learnt = {name: getattr(result, name) for name in ("loss", "top1", "grad_norm", "density")}
         return {
             "samples": result.step * global_size,
             "epoch": result.step / self.plan.steps_per_epoch,
-            "train/loss": result.loss,
-            "train/top1": result.top1,
             "lr": result.lr,
-            "train/grad_norm": result.grad_norm,
-            **({} if result.density is None else {"train/density": result.density}),
+            **{f"train/{name}": value for name, value in learnt.items() if value is not None},
             "perf/images_per_second": global_size / seconds,
             "perf/step_seconds": seconds,
             "perf/data_wait_seconds": waited,
@@ -245,7 +245,7 @@ class Attempt(pl.Callback):
         Raises:
             DriftError: they differ.
         """
-        if self.learner.compare_every_steps and self.world.size > 1:
+        if self.learner.compare_every_steps and self.world.size > 1 and self.learner.is_synchronised:
             step = self.learner.committed_steps
             if found := self.world.differences(drift.checksums(self.learner.weights())):
                 raise DriftError(drift.refusal(step, same_run.sentence(found)))
@@ -265,8 +265,10 @@ class Attempt(pl.Callback):
         if best_score is not None and self.world.is_rank_zero:
             self.io.keep_as_best(path, best_score, "val/top1")
 
-    def to_checkpoint(self) -> checkpoints.SectionJson:
-        """What neither the weights nor the optimiser hold, in plain types. Collective."""
+    def to_checkpoint(self, checkpoint: dict[str, Any]) -> checkpoints.SectionJson:
+        """What neither the weights nor the optimiser in `checkpoint` hold, in plain types. Collective."""
+        with self.world.meter.phase("checkpoint"), self.world.meter.origin("parameters"):
+            states = rank_states.gather(self.learner, checkpoint)
         compression = None
         if self.powersgd is not None:  # before the ledger's state: gathering it is traffic
             with self.world.meter.phase("checkpoint"), self.world.meter.origin("gradients"):
@@ -289,6 +291,7 @@ class Attempt(pl.Callback):
             "ledger": self.ledger.state_dict(),
             "learner": self.learner.extra_state(),
             "powersgd": compression,
+            "rank_states": states,
         }
 
     def _write_ledger(self, *, ended: bool, only_if_old: bool = False) -> None:
@@ -337,8 +340,9 @@ class Attempt(pl.Callback):
     # --- when Lightning calls ---
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Time starts after the warm-up of the buckets."""
-        del trainer, pl_module
+        """Time starts after the warm-up of the buckets, before which DDP gave all ranks the same weights."""
+        del pl_module
+        rank_states.take_own(self._setup, self.learner, trainer.optimizers[0])
         self.loader.take()
         self._resume_time()
 
@@ -386,7 +390,7 @@ class Attempt(pl.Callback):
         step = self.learner.committed_steps
         checkpoint["global_step"] = step
         checkpoint["epoch"] = step // self.plan.steps_per_epoch
-        checkpoint[checkpoints.SECTION] = self.to_checkpoint()
+        checkpoint[checkpoints.SECTION] = self.to_checkpoint(checkpoint)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to be broken off."""

@@ -7,7 +7,8 @@ a function of the step, so neither needs saving: a resumed run draws and steps a
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.comm.averaging import Averaging
+from pipeline.comm.collectives import Call
+from pipeline.comm.rounds import Rounds
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.core.compute import has_peers
@@ -29,39 +33,28 @@ from pipeline.models.zoo import head_of
 from pipeline.run.checkpoint_checks import unusable
 from pipeline.training import arithmetic, drift
 from pipeline.training.confusions import OutcomeRecord, Outcomes
+from pipeline.training.momenta import check_momenta
 from pipeline.training.pruning import Pruner, make_schedule
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
 
 
-def learning_rate(recipe: RecipeConfig, step: int, num_steps: int) -> float:
-    """Learning rate of optimiser step `step` (0-based) of `num_steps`: linear warm-up, then decay towards 0.
-
-    linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
-    """
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    if recipe.decay == "none":
-        return recipe.lr
-    progress = (step - recipe.warmup_steps) / max(1, num_steps - recipe.warmup_steps)
-    if recipe.decay == "linear":
-        return recipe.lr * max(0.0, 1 - progress)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 @dataclass
 class StepResult:
-    """What a committed optimiser step was, over all ranks."""
+    """What a committed optimiser step was, over all ranks; None: this step is a rank's own, and nothing was exchanged.
+
+    What the steps of a round were, its last one says.
+    """
 
     step: int
     """Steps committed, this one included."""
-    loss: float
-    """Mean cross-entropy of the global batch, label smoothing included."""
-    top1: float
     lr: float
-    grad_norm: float
-    """Norm of the reduced gradient before clipping."""
+    loss: float | None = None
+    """Mean cross-entropy of the global batch, or of those of the round, label smoothing included."""
+    top1: float | None = None
+    grad_norm: float | None = None
+    """Norm of the reduced gradient before clipping; where weights are averaged, the mean of the ranks' own norms."""
     stop: bool = False
     """Some rank was asked to stop: all ranks know it of the same step."""
     drifted: bool = False
@@ -88,6 +81,8 @@ class Learner(pl.LightningModule):
         origin: context that labels the collectives inside it.
         frozen: modules whose parameters are not trained; they compute as in evaluation.
         outcomes: records what a validation says of each picture; None: nothing does.
+        rounds: when ranks that train by themselves average their weights; None: gradients are exchanged in every step.
+        bucket_megabytes: size of the buckets in which weights are averaged (averaging.flat_buckets).
 
     Raises:
         ConfigError: the recipe's pruning does not fit the run or the model.
@@ -114,6 +109,8 @@ class Learner(pl.LightningModule):
         origin: Origin = lambda _: nullcontext(),
         frozen: Sequence[nn.Module] = (),
         outcomes: OutcomeRecord | None = None,
+        rounds: Rounds | None = None,
+        bucket_megabytes: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -134,9 +131,12 @@ class Learner(pl.LightningModule):
         self.last_outcomes: Outcomes | None = None
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
+        self.rounds = rounds
+        self._averaging = Averaging(self.model, bucket_megabytes, origin)
         self._rank = rank
         self._micro = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, pictures of this rank in this step
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        """Loss, correct, pictures of this rank since the ranks last added theirs up."""
         self._sample_ids: list[Tensor] = []
         self._grad_norm = math.nan
         schedule = make_schedule(recipe.prune, num_steps)
@@ -171,9 +171,24 @@ class Learner(pl.LightningModule):
             found |= {f"average of {name}": value.detach() for name, value in self.average.module.named_parameters()}
         return found
 
+    @property
+    def exchanges_gradients(self) -> bool:
+        """Whether the step under way does, or is one of a round."""
+        return self.rounds is None or self.rounds.exchanges_gradients(self.committed_steps + 1)
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether the ranks have the same weights after the committed steps."""
+        return self.rounds is None or self.rounds.is_synchronised(self.committed_steps)
+
+    def owed(self, step: int) -> Counter[Call] | None:
+        """Return the collectives of step `step` (from 1); None: DDP's buckets of gradients and what goes with them."""
+        num_sums = 5 + (2 * drift.NUM_PIECES if self.compare_every_steps else 0)
+        return self.rounds and self._averaging.owed(self.rounds, step, num_sums, dist.get_world_size())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD or AdamW, going on from the state that was saved."""
-        lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+        lr = self.recipe.learning_rate(self.committed_steps, self.num_steps)
         optimizer = arithmetic.make_optimizer(self.model.parameters(), self.recipe, lr, self.head)
         if self.optimizer_state is not None:
             # Only the state is taken over: hyper-parameters come from the configuration, which may have been edited.
@@ -196,7 +211,7 @@ class Learner(pl.LightningModule):
         numbers = (self.seed, self.committed_steps, self._micro, self._rank)
         arithmetic.seed_generators(numbers, self.device)
         if self._micro == 0:
-            lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+            lr = self.recipe.learning_rate(self.committed_steps, self.num_steps)
             arithmetic.set_learning_rate(cast(torch.optim.Optimizer, self.optimizers()), lr)
 
     def training_step(self, batch: LoadedBatch, batch_idx: int) -> Tensor:
@@ -211,14 +226,15 @@ class Learner(pl.LightningModule):
             label_smoothing=self.recipe.label_smoothing,
         )
         if not self.warming_up:
-            self._sums = self._sums.to(loss.device) + sums
+            self.sums = self.sums.to(loss.device) + sums
             self._sample_ids.append(batch.sample_ids_B)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a gradient that is not finite, before it reaches the weights; clip it if the recipe says so.
 
-        The gradient is already reduced, so every rank sees the same norm and decides alike, without traffic.
+        A reduced gradient has the same norm on every rank, so all decide alike, without traffic. Within a round it is
+        the rank's own, and so is the decision: the others lose a peer that says why.
         """
         if self.pruner is not None:
             self.pruner.clear_gradients()
@@ -229,14 +245,16 @@ class Learner(pl.LightningModule):
         arithmetic.clip(parameters, norm, self.recipe.grad_clip_norm)
 
     def _describe_non_finite(self) -> str:
-        """Step, ranks whose own loss is not finite, and this rank's sample ids. Collective."""
-        mine = torch.isfinite(self._sums[0]).logical_not().to(torch.int32).reshape(1)
-        flags = [mine]
-        if has_peers():
+        """Step, ranks whose own loss is not finite, and this rank's sample ids. Collective, where gradients are."""
+        mine = torch.isfinite(self.sums[0]).logical_not().to(torch.int32).reshape(1)
+        flags, first, what = [mine], 0, "the reduced gradient"
+        if not self.exchanges_gradients:
+            first, what = self._rank, f"the gradient of rank {self._rank}"
+        elif has_peers():
             flags = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
             dist.all_gather(flags, mine)
-        ranks = [rank for rank, flag in enumerate(flags) if int(flag)]
-        where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the reduced gradient"
+        ranks = [rank for rank, flag in enumerate(flags, first) if int(flag)]
+        where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else what
         ids = torch.cat(self._sample_ids).tolist()
         shown = ", ".join(map(str, ids[:64])) + (", ..." if len(ids) > 64 else "")
         return (
@@ -248,22 +266,31 @@ class Learner(pl.LightningModule):
     def end_micro_batch(self, *, stop_asked: bool) -> StepResult | None:
         """After the last micro-batch of a step: add the ranks' sums up and count the step as committed.
 
-        `stop_asked`: whether this rank was asked to stop. The wish travels with the sums, which are exchanged in any
-        case. Returns None amid a step. Collective at its end.
+        `stop_asked`: whether this rank was asked to stop. The wish travels with the sums, which are exchanged anyway.
+        Returns None amid a step. Collective at its end, but within a round, whose last step averages the weights.
         """
         self._micro += 1
         if self._micro < self.num_micro_batches:
             return None
-        lr = learning_rate(self.recipe, self.committed_steps, self.num_steps)
+        step = self.committed_steps + 1
+        lr = self.recipe.learning_rate(self.committed_steps, self.num_steps)
         if self.pruner is not None:
-            self.pruner.step_done(self.committed_steps + 1)
+            self.pruner.step_done(step)
         if self.average is not None:
             self.average.update_parameters(self.model)
             if self.pruner is not None:
                 self.pruner.clear(dict(self.average.module.named_parameters()))
-        parts = [self._sums, self._sums.new_full((1,), float(stop_asked))]
+        if self.rounds is not None and not self.rounds.is_synchronised(step):
+            self.committed_steps = step
+            self._forget_step()
+            return StepResult(step, lr)
+        averages = self.rounds is not None and self.rounds.averages(step)
+        parts = [self.sums, self.sums.new_full((1,), float(stop_asked))]
+        if averages:
+            self._averaging.average()
+            parts.append(self.sums.new_full((1,), self._grad_norm))
         every = self.compare_every_steps
-        if every and (self.committed_steps + 1) % every == 0 and has_peers():
+        if every and (averages or step % every == 0) and has_peers():
             parts.append(drift.to_sums(drift.checksum(self.weights().values())))
         sums = torch.cat(parts)
         with self.origin("metrics"):
@@ -271,23 +298,23 @@ class Learner(pl.LightningModule):
                 dist.all_reduce(sums)
         # With `float(norm)` above: two waits for the device a step on a GPU; not measured on one yet.
         loss, correct, count, num_asked, *of_weights = sums.tolist()
-        self.committed_steps += 1
+        self.committed_steps = step
         result = StepResult(
-            step=self.committed_steps,
+            step,
+            lr,
             loss=loss / count,
             top1=correct / count,
-            lr=lr,
-            grad_norm=self._grad_norm,
+            grad_norm=of_weights.pop(0) / dist.get_world_size() if averages else self._grad_norm,
             stop=num_asked > 0,
             drifted=bool(of_weights) and not drift.are_same(of_weights, dist.get_world_size()),
             density=None if self.pruner is None else self.pruner.density,
         )
+        self.sums = torch.zeros_like(self.sums)
         self._forget_step()
         return result
 
     def _forget_step(self) -> None:
         self._micro = 0
-        self._sums = torch.zeros_like(self._sums)
         self._sample_ids = []
 
     @property
@@ -357,7 +384,7 @@ class Learner(pl.LightningModule):
             key.removeprefix(NAME_PREFIX): value for key, value in state_dict.items() if key.startswith(NAME_PREFIX)
         }
         self.model.load_state_dict(weights)
-        _check_momenta(optimizer_state, list(self.model.parameters()))
+        check_momenta(optimizer_state, list(self.model.parameters()))
         self.optimizer_state = optimizer_state
         if self.pruner is not None:
             self.pruner.load_masks(extra.get("masks"))
@@ -371,26 +398,3 @@ class Learner(pl.LightningModule):
                 if wrong := next(filter(None, (unusable(key, source[key], expected[key]) for key in expected)), ""):
                     raise ValueError(f"in the averaged weights {wrong}")
                 self.average.load_state_dict(source)
-
-
-MOMENTA = {"momentum_buffer": "momentum", "exp_avg": "mean gradient", "exp_avg_sq": "mean squared gradient"}
-"""What SGD and AdamW keep of each parameter, in its shape; AdamW also counts its steps."""
-
-
-def _check_momenta(optimizer_state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError unless each momentum that was saved is one of a parameter; torch would take it as it is."""
-    state = optimizer_state["state"]
-    if any(group.get("momentum", True) for group in optimizer_state["param_groups"]) and not state:
-        raise ValueError("the momenta are missing")
-    for number, kept in state.items():
-        if number not in range(len(parameters)):
-            raise ValueError(f"the momentum of parameter {number} is of none of the {len(parameters)} there are")
-        expected = {key: parameters[number].float() for key in MOMENTA} | {"step": torch.zeros(())}
-        for key, value in kept.items():
-            if key not in expected or value is None:
-                continue
-            name = f"the {MOMENTA.get(key, 'count of steps')} of parameter {number}"
-            if wrong := unusable(name, value, expected[key]):
-                raise ValueError(wrong)
-            if (value.shape, value.dtype) != (expected[key].shape, torch.float32):
-                raise ValueError(f"{name} is {tuple(value.shape)} of {value.dtype}")

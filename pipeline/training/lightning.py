@@ -5,7 +5,8 @@ Private names that are touched, and why:
 - `Strategy._setup_model`, `_ddp_kwargs`, `_register_ddp_hooks` (MeteredDDPStrategy): DDP must be MeteredDDP, which
   registers its communication hook itself. Lightning registers one on CUDA devices only, and says nothing otherwise.
 - `epoch_loop._broadcast_sigterm_tensor` (MeteredDDPStrategy): a collective before every micro-batch that bypasses the
-  strategy; it is counted as Lightning's.
+  strategy; it is counted as Lightning's. What it says, that a signal came, never comes here (below), so in local SGD,
+  where a step exchanges nothing, it is left out.
 - `trainer._checkpoint_connector` (_NoPickUp): inside a Slurm job it would resume from any `hpc_ckpt_N.ckpt` it finds.
 - `trainer._signal_connector.register_signal_handlers` (make_trainer): its handler would broadcast from inside the
   signal, and one rank alone would wait for the others for ever.
@@ -228,8 +229,12 @@ class MeteredDDPStrategy(DDPStrategy):
         """Lightning broadcasts one int64 before every micro-batch, past the strategy; make it Lightning's."""
         loop = trainer.fit_loop.epoch_loop
         inner = type(loop)._broadcast_sigterm_tensor
+        module = trainer.lightning_module
+        is_left_out = isinstance(module, Learner) and module.rounds is not None
 
         def claimed() -> None:
+            if is_left_out:
+                return
             with self.meter.origin("lightning"), self.timeline.waiting():
                 inner(loop)
 
@@ -267,7 +272,11 @@ class MeteredDDPStrategy(DDPStrategy):
     # --- the step ---
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Time the forward pass."""
+        """Time the forward pass. Within a round neither its gradients travel nor, before it, buffers."""
+        module = self.lightning_module
+        if isinstance(module, Learner) and not (module.exchanges_gradients or module.warming_up):
+            assert isinstance(self.model, MeteredDDP)
+            self.model.require_backward_grad_sync = self.model.require_forward_param_sync = False
         with self.timeline.forward():
             return super().training_step(*args, **kwargs)
 

@@ -5,6 +5,7 @@ import sys
 
 from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.wire import gloo
+from pipeline.config.comm import CommConfig
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.pruning import PruneConfig
 from pipeline.config.training import BatchSplit, TrainConfig
@@ -22,12 +23,19 @@ def training_notes(config: TrainConfig, world: World, batch: BatchSplit) -> str:
     """Where it runs and what a step is, in two sentences. No path, host or command: they are nobody's business."""
     comm = config.comm
     hook = COMPRESSIONS[comm.hook].words + (f" of rank {comm.powersgd_rank}" if comm.hook == "powersgd" else "")
+    travels = f"gradients {hook} (comm.hook={comm.hook})" if comm.period is None else rounds_sentence(comm)
     return (
         f"{config.model.name} on {_counted(world.size, 'rank')}, {_servers(world)}, over {world.compute.backend}."
         f" A step is {batch.global_size} pictures ({_counted(batch.num_micro_batches, 'micro-batch', 'es')} of"
-        f" {batch.per_rank} per rank), {world.compute.arithmetic}, gradients"
-        f" {hook} (comm.hook={comm.hook})."
+        f" {batch.per_rank} per rank), {world.compute.arithmetic}, {travels}."
     )
+
+
+def rounds_sentence(comm: CommConfig) -> str:
+    """Say when ranks that train by themselves average their weights."""
+    start = f", after {comm.local_start_step} steps that exchange gradients" if comm.local_start_step else ""
+    length = f"at least {comm.period} and (alpha / lr)^2" if comm.rule == "qsr" else f"{comm.period}"
+    return f"weights averaged after rounds of {length} steps{start} (comm.rule={comm.rule})"
 
 
 def _servers(world: World) -> str:
@@ -54,6 +62,16 @@ def _pruning_line(config: PruneConfig, num_steps: int) -> str:
     )
 
 
+def _rounds_line(setup: Setup) -> str:
+    rounds = setup.plan.rounds
+    if rounds is None:
+        return ""
+    return (
+        f"  rounds      {rounds_sentence(setup.config.comm)}: {len(rounds.ends)} times in"
+        f" {setup.plan.num_steps} steps, as many bytes each as gradients would be; between them nothing is sent\n"
+    )
+
+
 def announce(setup: Setup, owed_bytes: int) -> str:
     """Print what a step will be, before the first, and warn of what will cost more than it need.
 
@@ -73,6 +91,7 @@ def announce(setup: Setup, owed_bytes: int) -> str:
         f" x {batch.per_rank}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
+        + _rounds_line(setup)
         + _pruning_line(config.recipe.prune, plan.num_steps)
         + f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
         + (f"; resumed from {start.info.path.name}" if start.info else "")

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.config.training import BatchConfig, BatchSplit, CommConfig, TrainerConfig
+from pipeline.comm.rounds import Rounds, plan_rounds, quadratic_steps
+from pipeline.config.comm import CommConfig
+from pipeline.config.training import BatchConfig, BatchSplit, RecipeConfig, TrainerConfig
 from pipeline.core.compute import Compute
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.data.order import steps_per_epoch
@@ -24,6 +26,8 @@ class StepPlan:
     """0: never."""
     checkpoint_every_steps: int
     """0: never."""
+    rounds: Rounds | None = None
+    """When the ranks average their weights; None: they exchange gradients in every step."""
 
     @property
     def dropped_per_epoch(self) -> int:
@@ -47,8 +51,16 @@ class StepPlan:
         return f"{self.steps_per_epoch} an epoch of {self.num_samples:,} pictures, {tail}"
 
     def validation_due(self, committed_steps: int) -> bool:
-        """Whether the weights after `committed_steps` steps are validated: at the interval and at the end."""
-        return self._due(committed_steps, self.validate_every_steps)
+        """Whether the weights after `committed_steps` steps are validated: at the interval and at the end.
+
+        Where each rank has its own weights at the interval: when they are averaged next.
+        """
+        every, rounds = self.validate_every_steps, self.rounds
+        if rounds is None or every == 0 or committed_steps == 0:
+            return self._due(committed_steps, every)
+        since = rounds.last_synchronised(committed_steps - 1)
+        is_due = committed_steps // every > since // every or committed_steps == self.num_steps
+        return is_due and rounds.is_synchronised(committed_steps)
 
     def checkpoint_due(self, committed_steps: int) -> bool:
         """Whether the state after `committed_steps` steps is saved: at the interval and at the end."""
@@ -106,6 +118,32 @@ def make_plan(
         validate_every_steps=validate_every if validate else 0,
         checkpoint_every_steps=checkpoint_every,
     )
+
+
+def make_rounds(comm: CommConfig, recipe: RecipeConfig, num_steps: int) -> Rounds | None:
+    """Say when the ranks of a run average their weights; None where they exchange gradients in every step.
+
+    Raises:
+        ConfigError: no round would fit into the run.
+    """
+    period, start = comm.period, comm.local_start_step
+    if period is None:
+        return None
+    if start + period > num_steps:
+        after = f" after comm.local_start_step={start}" if start else ""
+        raise ConfigError(
+            f"comm.period={period}{after} is longer than the run of {num_steps} steps: lower comm.period, or set it to"
+            " null to exchange gradients."
+        )
+
+    def round_steps(step: int) -> int:
+        if comm.rule != "qsr" or comm.qsr_alpha is None:
+            return period
+        # In the warm-up the learning rate is low for another reason: its peak counts, as the rule's authors advise.
+        lr = recipe.learning_rate(max(step, recipe.warmup_steps), num_steps)
+        return quadratic_steps(period, comm.qsr_alpha, lr)
+
+    return plan_rounds(num_steps, round_steps, start)
 
 
 def require_compression(comm: CommConfig, plan: StepPlan, compute: Compute) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import yaml
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader
 from pipeline.comm.ddp import gradient_bytes_by_parameter
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.reconcile import Reconciler
-from pipeline.comm.powersgd import PowerSGD
 from pipeline.config.privacy import published, published_environment
 from pipeline.config.training import TrainConfig
 from pipeline.core.compute import choose_compute
@@ -31,7 +31,7 @@ from pipeline.run.launch.ranks import RankInfo
 from pipeline.run.provenance import describe
 from pipeline.run.record.tracking import ID_FILE
 from pipeline.run.record.wandb_variables import check_variables
-from pipeline.training import mirrored, resume
+from pipeline.training import mirrored, rank_states, resume
 from pipeline.training.attempt import Attempt
 from pipeline.training.bad_samples import BadSamples
 from pipeline.training.begin import make_model, sha256_of_beginning
@@ -40,7 +40,7 @@ from pipeline.training.learner import Learner
 from pipeline.training.lightning import BucketWarmUp, make_trainer
 from pipeline.training.narrator import narrating
 from pipeline.training.notes import announce, conclusion
-from pipeline.training.plan import StepPlan, make_plan, require_compression
+from pipeline.training.plan import StepPlan, make_plan, make_rounds, require_compression
 from pipeline.training.preflight import check_model
 from pipeline.training.reporter import outcome_record, reporting
 from pipeline.training.same_run import facts_of, state_facts
@@ -189,7 +189,9 @@ def plan_steps(config: TrainConfig, world: World, shards: Shards) -> StepPlan:
             tail=config.data.tail,
         )
         require_compression(config.comm, made, world.compute)
-        return made
+        rounds = make_rounds(config.comm, config.recipe, made.num_steps)
+        # One rank alone has the mean in its weights.
+        return made if world.size == 1 else replace(made, rounds=rounds)
 
     return world.agree(plan)
 
@@ -252,6 +254,8 @@ def make_learner(setup: Setup) -> Learner:
             origin=world.exchanging,
             frozen=frozen,
             outcomes=outcome_record(shards.validation),
+            rounds=plan.rounds,
+            bucket_megabytes=config.comm.bucket_megabytes,
         )
         if start.content is not None and start.info is not None and start.section is not None:
             with checkpoints.taking("the weights or the optimiser's state", start.info.path):
@@ -265,6 +269,7 @@ def make_learner(setup: Setup) -> Learner:
                 )
                 (optimizer_state,) = start.content["optimizer_states"]
                 learner.restore(start.content["state_dict"], optimizer_state, start.section["learner"])
+                rank_states.require_complete(start.section, learner)
         return learner
 
     learner = world.agree(make)
@@ -272,36 +277,6 @@ def make_learner(setup: Setup) -> Learner:
     source = source_sha256(config.model.name, allow_code=config.model.allow_code)
     world.require_same_run(state_facts(learner.state_dict(), origin, source))
     return learner
-
-
-def make_powersgd(setup: Setup) -> PowerSGD | None:
-    """The compression with its state from the checkpoint; None for any other `comm.hook`.
-
-    A run that was not compressed before starts it without a debt.
-
-    Raises:
-        CheckpointError: the state is of another rank of approximation.
-    """
-    config, world, start = setup.config, setup.world, setup.start
-    saved = None if start.section is None else start.section.get("powersgd")
-    if config.comm.hook != "powersgd":
-        if saved is not None and start.info is not None:
-            with checkpoints.taking("the state of PowerSGD", start.info.path):
-                if saved["errors"]:
-                    world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
-        return None
-    powersgd = PowerSGD(
-        rank=config.comm.powersgd_rank,
-        start_step=config.comm.powersgd_start_step,
-        seed=config.seed,
-        step=start.step,
-        device=world.device,
-        waiting=world.timeline.waiting,
-    )
-    if saved is not None and start.info is not None:
-        with checkpoints.taking("the state of PowerSGD", start.info.path):
-            powersgd.load_state_dict(saved, world.rank, world.size)
-    return powersgd
 
 
 def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
@@ -314,7 +289,13 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
         reconciler.start()
     owed = gradient_bytes_by_parameter(learner.model)
     ledger = Ledger(
-        world.meter, owed, placement=world.placement, attempt=attempt, rank=world.rank, reconciler=reconciler
+        world.meter,
+        owed,
+        placement=world.placement,
+        attempt=attempt,
+        rank=world.rank,
+        reconciler=reconciler,
+        owed=learner.owed,
     )
     if setup.start.section is not None and setup.start.info is not None:
         previous = None
@@ -333,7 +314,7 @@ def fit(setup: Setup) -> None:
     """
     config, world, run = setup.config, setup.world, setup.run
     learner = make_learner(setup)
-    powersgd = make_powersgd(setup)
+    powersgd = rank_states.make_powersgd(setup)
     ledger = make_ledger(setup, learner, begin_attempt(setup))
     announced = announce(setup, ledger.gradient_bytes)
     telling = functools.partial(narrating, best=Validated.of_section(setup.start.section), is_teller=world.is_rank_zero)

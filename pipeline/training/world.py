@@ -23,7 +23,8 @@ from pipeline.comm.ledger.traffic import Placement
 from pipeline.comm.plain_values import broadcast_value, gather_values
 from pipeline.comm.timeline import CudaClock, HostClock, Timeline
 from pipeline.comm.wire import nccl
-from pipeline.config.training import ClusterConfig, CommConfig
+from pipeline.config.comm import CommConfig
+from pipeline.config.training import ClusterConfig
 from pipeline.core.compute import Compute, keep_freed_memory, set_threads
 from pipeline.core.errors import ConfigError, DataError, PeerLost, UserError
 from pipeline.core.text import fitted

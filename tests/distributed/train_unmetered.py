@@ -1,6 +1,7 @@
-"""`pipeline.train` with a fault planted. FAULT: `group`, `formula` or `none`.
+"""`pipeline.train` with a fault planted. FAULT: `group`, `collective`, `formula` or `none`.
 
 group: in step 3 every rank reduces a tensor over a group of its own, which the meter does not see.
+collective: the same over the group of all ranks, which the meter sees.
 formula: the price of an all-reduce is 48 bytes too high for rank 0.
 """
 
@@ -14,7 +15,7 @@ from pipeline.run.launch.supervisor import supervise
 from pipeline.train import train
 
 
-def plant_group() -> None:
+def plant_reduction(*, has_own_group: bool) -> None:
     import torch
     import torch.distributed as dist
 
@@ -24,7 +25,7 @@ def plant_group() -> None:
 
     def training_step(learner: Learner, loaded: Any, batch_idx: int) -> Any:
         if learner.committed_steps == 3 and not learner.warming_up:
-            group = dist.new_group(list(range(dist.get_world_size())))
+            group = dist.new_group(list(range(dist.get_world_size()))) if has_own_group else dist.group.WORLD
             assert isinstance(group, dist.ProcessGroup)
             dist.all_reduce(torch.ones(1000), group=group)
             print("the fault fired", flush=True)
@@ -53,7 +54,13 @@ def train_with_a_fault(config: TrainConfig) -> int:
     """As `train`, with this file as the program of the ranks."""
     if "RANK" not in os.environ:
         return supervise([sys.executable, *sys.argv], config.cluster.devices, num_threads=config.cluster.num_threads)
-    {"group": plant_group, "formula": plant_formula, "none": lambda: None}[os.environ["FAULT"]]()
+    plants = {
+        "group": lambda: plant_reduction(has_own_group=True),
+        "collective": lambda: plant_reduction(has_own_group=False),
+        "formula": plant_formula,
+        "none": lambda: None,
+    }
+    plants[os.environ["FAULT"]]()
     return train(config)
 
 

@@ -29,7 +29,7 @@ from pipeline.run.checkpoint_files import SECTION, checkpoint_path, sidecar_path
 from pipeline.run.directory import RunDirectory
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.run.wrappers import unwrap
-from pipeline.training import scoring, steps
+from pipeline.training import rank_states, scoring, steps
 from pipeline.training.trained import load_trained
 from pipeline.training.world import World
 from tests.fuzzing.damage import damage_bytes, damage_json, damage_tree, odd_value
@@ -67,7 +67,7 @@ def checkpoint_targets(under: Path) -> list[Target]:
         setup = steps.Setup(config, world, opened, steps.plan_steps(config, world, opened), run, start)
         learner = steps.make_learner(setup)
         learner.configure_optimizers()
-        steps.make_powersgd(setup)
+        rank_states.make_powersgd(setup)
         steps.make_ledger(setup, learner, 2)
         if start.step != NUM_STEPS:
             raise WrongResultError(f"it starts at step {start.step}")

@@ -5,6 +5,7 @@ outside training, and the steps it took after the checkpoint from which the next
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TypedDict
 
 from pipeline.comm.collectives import Call, CollectiveMeter
@@ -51,6 +52,7 @@ class Ledger:
         attempt: int,
         rank: int,
         reconciler: Reconciler | None,
+        owed: Callable[[int], Counter[Call] | None] = lambda _: None,
     ) -> None:
         """Account for one attempt at a run.
 
@@ -62,6 +64,8 @@ class Ledger:
             attempt: Number of this start of the run, from 1; raised if the loaded state is as late.
             rank: Rank of this process.
             reconciler: Compares with the kernel's counts; None where nothing is measured.
+            owed: Returns the collectives that a step, numbered from 1, owes in the phase `train`; None for one that
+                owes its gradients through DDP.
         """
         assert placement.world_size == meter.world_size
         self.num_steps = 0
@@ -72,7 +76,7 @@ class Ledger:
         self._open_gradient_bytes = 0  # of the step under way
         self._last: StepTraffic | None = None
         self._last_calls: Counter[Call] | None = None
-        self._reconciler, self._rank = reconciler, rank
+        self._reconciler, self._rank, self._owed = reconciler, rank, owed
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
         # A world of one has nothing to count.
         metered = meter.enabled or meter.world_size == 1
@@ -90,7 +94,8 @@ class Ledger:
         """Close an optimiser step: what the train phase issued since the last commit belongs to it.
 
         Raises:
-            LedgerError: The gradients that DDP handed over are not the bytes that the model owes.
+            LedgerError: The gradients that DDP handed over are not the bytes that the model owes, or the collectives of
+                a step without gradients are not those that it owes.
         """
         self.num_steps += 1
         if not self._present.metered:
@@ -99,7 +104,11 @@ class Ledger:
             return self._last
         self._collect()
         gradient_bytes, self._open_gradient_bytes = self._open_gradient_bytes, 0
-        self._check_gradients(gradient_bytes)
+        owed = self._owed(self.num_steps)
+        if owed is None:
+            self._check_gradients(gradient_bytes)
+        else:
+            self._check_calls(owed)
         train, self._present.open_train = self._present.open_train, Counter()
         traffic, self._last_calls = self._price_step(train), train
         self._present.committed.update(train)
@@ -136,6 +145,16 @@ class Ledger:
         raise LedgerError(
             f"Step {self.num_steps} reduced {gradient_bytes:,} bytes of gradients, but the model owes "
             f"{self.gradient_bytes:,}; one optimiser step must reduce each trainable parameter once."
+        )
+
+    def _check_calls(self, owed: Counter[Call]) -> None:
+        issued = self._present.open_train
+        if issued == owed:
+            return
+        raise LedgerError(
+            f"Step {self.num_steps} owes {_told(owed)}, but {_told(issued - owed)} too many and {_told(owed - issued)}"
+            " too few were issued. With comm.period ranks exchange weights at the end of a round, and nothing else in a"
+            " step: take out what does, or set comm.period=null."
         )
 
     def _price_step(self, train: Counter[Call]) -> Traffic:
@@ -264,3 +283,11 @@ class Ledger:
         if not self._present.metered:
             return METER_OFF
         return _NOT_MEASURED if self._reconciler is None else _NOT_COMPARED
+
+
+def _told(calls: Counter[Call]) -> str:
+    """Collectives in words."""
+    words = [
+        f"{count} {call.op} of {call.payload_bytes:,} bytes ({call.origin})" for call, count in sorted(calls.items())
+    ]
+    return " and ".join(words) or "no collective"

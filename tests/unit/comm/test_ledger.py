@@ -316,6 +316,18 @@ def attached() -> CollectiveMeter:
     return meter
 
 
+def test_a_step_that_owes_no_gradients_owes_what_it_is_told() -> None:
+    meter = recorded()
+    meter._gradient_bytes = 0
+    owed = {1: Counter({all_reduce(40): 1}), 2: Counter[Call]()}
+    placement = Placement.assumed(2)
+    ledger = Ledger(meter, {"w": 40}, placement=placement, attempt=1, rank=0, reconciler=None, owed=lambda at: owed[at])
+    assert ledger.commit_step().payload_bytes == 40
+    meter._counts[all_reduce(40)] += 2
+    with pytest.raises(LedgerError, match=r"Step 2 owes no collective, but 2 all_reduce of 40 bytes .* too many"):
+        ledger.commit_step()
+
+
 @pytest.mark.usefixtures("world_of_one")
 def test_world_of_one_exchanges_nothing() -> None:
     meter = attached()

@@ -105,6 +105,7 @@ def test_powersgd_begins_within_the_steps(tmp_path: Path, asked: int, expected: 
         (["hooks=[nonsense]"], "'nonsense' is not one of"),
         (["hooks=[bf16,bf16]"], "names a hook twice"),
         (["alone_runs=[runs/one]"], "belongs to runs="),
+        (["comm=local"], r"comm\.period=16: a comparison is of what each step exchanges"),
     ],
 )
 def test_impossible_compressions_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.comm import CommConfig
 from pipeline.config.data import DataConfig
 from pipeline.config.model import InputConfig
-from pipeline.config.training import BatchConfig, CommConfig, RecipeConfig, TrainConfig, TrainerConfig
+from pipeline.config.training import BatchConfig, RecipeConfig, TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
 from pipeline.core.typed import build
@@ -105,6 +106,15 @@ def test_impossible_values_are_refused(values: dict[str, object], message: str) 
         ({"powersgd_rank": 0}, r"comm\.powersgd_rank=0 must be at least 1"),
         ({"powersgd_start_step": 1}, r"comm\.powersgd_start_step=1 must be at least 2"),
         ({"hook": "powersgd", "find_unused_parameters": True}, r"set comm\.find_unused_parameters=false"),
+        ({"period": 0}, r"comm\.period=0 must be at least 1"),
+        ({"period": 4, "hook": "bf16"}, r"comm\.hook=bf16 compresses gradients.*set comm\.hook=none"),
+        ({"period": 4, "rule": "qrs"}, "Did you mean 'qsr'"),
+        ({"period": 4, "rule": "post_local"}, r"needs comm\.local_start_step="),
+        ({"period": 4, "rule": "qsr"}, r"comm\.rule=qsr with comm\.qsr_alpha=None"),
+        ({"period": 4, "qsr_alpha": 0.1}, r"comm\.qsr_alpha=0\.1 is of comm\.rule=qsr"),
+        ({"period": 4, "local_start_step": -1}, r"comm\.local_start_step=-1 must not be negative"),
+        ({"rule": "qsr"}, r"comm\.rule=qsr is about local steps: set comm\.period="),
+        ({"local_start_step": 3}, r"comm\.local_start_step=3 is about local steps"),
     ],
 )
 def test_impossible_compressions_are_refused(values: dict[str, object], message: str) -> None:
@@ -124,6 +134,13 @@ def test_impossible_compressions_are_refused(values: dict[str, object], message:
 def test_impossible_ways_to_read_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(DataConfig, values)
+
+
+@pytest.mark.parametrize("option", ["recipe.ema_decay=0.9", "recipe.prune.density=0.5"])
+def test_what_needs_the_same_weights_in_every_step_is_refused_beside_local_steps(option: str) -> None:
+    options = ["name=a", "data.root=x", "trainer.max_steps=1", "comm=local", option]
+    with pytest.raises(ConfigError, match=option.replace(".", r"\.") + r" .*comm\.period=16"):
+        compose("train", TrainConfig, options)
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused() -> None:

@@ -143,6 +143,14 @@ def test_runs_that_measured_too_little_are_refused(tmp_path: Path, changes: dict
     assert said in done.stderr
 
 
+def test_a_run_of_local_steps_is_refused(tmp_path: Path) -> None:
+    run = timed_run()
+    run.config["comm"] = {**run.config.get("comm", {}), "period": 4}
+    run.write(tmp_path / "small")
+    done = plan(tmp_path, f"run={tmp_path / 'small'}")
+    assert done.returncode == 2 and "comm.period=4, so that most of its steps exchanged nothing" in done.stderr
+
+
 def test_a_cluster_whose_links_nobody_knows_is_asked_for(tmp_path: Path) -> None:
     run = timed_run()
     del run.environment["lab"]

@@ -17,7 +17,7 @@ from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
-from pipeline.training.learner import Learner, StepResult, learning_rate
+from pipeline.training.learner import Learner, StepResult
 
 NUM_CLASSES = 7
 SIDE = 8
@@ -35,7 +35,7 @@ recipes = st.builds(
 
 @given(recipes, st.integers(1, 300))
 def test_the_rate_climbs_to_its_peak_and_never_again(recipe: RecipeConfig, num_steps: int) -> None:
-    rates = [learning_rate(recipe, step, num_steps) for step in range(num_steps)]
+    rates = [recipe.learning_rate(step, num_steps) for step in range(num_steps)]
     climb, rest = rates[: recipe.warmup_steps], rates[recipe.warmup_steps :]
     assert climb == sorted(climb) and rest == sorted(rest, reverse=True)
     assert all(0 < rate <= recipe.lr * (1 + 1e-12) for rate in rates)
@@ -45,17 +45,17 @@ def test_the_rate_climbs_to_its_peak_and_never_again(recipe: RecipeConfig, num_s
 
 @given(recipes, st.integers(1, 300), st.integers(0, 300))
 def test_past_its_end_a_decayed_rate_is_zero(recipe: RecipeConfig, num_steps: int, past: int) -> None:
-    rate = learning_rate(recipe, max(num_steps, recipe.warmup_steps + 1) + past, num_steps)
+    rate = recipe.learning_rate(max(num_steps, recipe.warmup_steps + 1) + past, num_steps)
     assert rate == pytest.approx(recipe.lr if recipe.decay == "none" else 0.0, abs=1e-12 * recipe.lr)
 
 
 def test_the_rate_is_half_way_down_at_half_time() -> None:
     for decay in ("linear", "cosine"):
         recipe = RecipeConfig(lr=0.4, warmup_steps=10, decay=decay)
-        assert learning_rate(recipe, 0, 110) == pytest.approx(0.04)
-        assert learning_rate(recipe, 60, 110) == pytest.approx(0.2)
+        assert recipe.learning_rate(0, 110) == pytest.approx(0.04)
+        assert recipe.learning_rate(60, 110) == pytest.approx(0.2)
     # Caffe's poly policy of power 1: base_lr * (1 - iter / max_iter).
-    assert learning_rate(RecipeConfig(lr=0.04, decay="linear"), 42_500, 170_000) == pytest.approx(0.03)
+    assert RecipeConfig(lr=0.04, decay="linear").learning_rate(42_500, 170_000) == pytest.approx(0.03)
 
 
 # --- steps ---
@@ -173,7 +173,7 @@ def test_a_clipped_step_is_no_longer_than_the_recipe_says() -> None:
     before = weights(steps.learner)
     result = steps.take([pictures(4)])
     moved = torch.cat([(weights(steps.learner)[name] - value).flatten() for name, value in before.items()])
-    assert result.grad_norm > 0.25  # as it was before clipping
+    assert (result.grad_norm or 0) > 0.25  # as it was before clipping
     assert float(moved.norm()) == pytest.approx(0.25, rel=1e-4)
 
 

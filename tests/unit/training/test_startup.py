@@ -1,6 +1,8 @@
 """What is decided before the first step: arithmetic, threads, and which steps mean what."""
 
 import dataclasses
+import itertools
+import math
 import os
 from collections.abc import Iterator
 
@@ -9,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.comm.rounds import Rounds, plan_rounds
+from pipeline.config.comm import CommConfig
 from pipeline.config.pruning import PruneConfig
-from pipeline.config.training import BatchConfig, ClusterConfig, CommConfig, ConfigError, TrainConfig, TrainerConfig
+from pipeline.config.training import BatchConfig, BatchSplit, ClusterConfig, RecipeConfig, TrainConfig, TrainerConfig
 from pipeline.core.cli import compose
 from pipeline.core.compute import choose_compute, set_threads
-from pipeline.core.errors import DataError
-from pipeline.training.plan import StepPlan, make_plan, require_compression
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.training.plan import StepPlan, make_plan, make_rounds, require_compression
 from pipeline.training.resume import must_match
 
 CPU = ClusterConfig(accelerator="cpu")
@@ -104,6 +108,49 @@ def test_without_validation_nothing_is_validated() -> None:
     plan = make_plan(TrainerConfig(max_steps=4), BatchConfig(global_size=2), 9, 1, validate=False)
     assert not any(plan.validation_due(step) for step in range(1, 5))
     assert [step for step in range(1, 5) if plan.checkpoint_due(step)] == [4]
+
+
+# --- rounds ---
+
+
+def test_a_round_longer_than_the_run_is_refused() -> None:
+    recipe = RecipeConfig()
+    assert make_rounds(CommConfig(), recipe, 10) is None
+    assert make_rounds(CommConfig(period=10), recipe, 10) == Rounds(0, (10,))
+    with pytest.raises(ConfigError, match=r"comm\.period=11 is longer than the run of 10 steps"):
+        make_rounds(CommConfig(period=11), recipe, 10)
+    late = CommConfig(period=4, rule="post_local", local_start_step=7)
+    with pytest.raises(ConfigError, match=r"comm\.period=4 after comm\.local_start_step=7 is longer"):
+        make_rounds(late, recipe, 10)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_quadratic_rounds_follow_the_learning_rate(decay: str) -> None:
+    recipe = RecipeConfig(lr=0.4, warmup_steps=20, decay=decay)
+    rounds = make_rounds(CommConfig(period=2, rule="qsr", qsr_alpha=0.6), recipe, 400)
+    assert rounds is not None
+    begins = [0, *rounds.ends]
+    lengths = [end - begin for begin, end in itertools.pairwise(begins)]
+    assert lengths[:10] == [2] * 10  # the warm-up is as long as its peak says
+    assert lengths[:-1] == sorted(lengths[:-1]) and lengths[-2] > 20 and begins[-1] == 400
+    for begin, length in zip(begins[10:], lengths[10:-1], strict=False):
+        assert length == max(2, math.floor((0.6 / recipe.learning_rate(begin, 400)) ** 2))
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 20))
+def test_what_is_validated_is_an_average_and_at_most_a_round_late(
+    num_steps: int, period: int, every: int, start: int
+) -> None:
+    rounds = plan_rounds(num_steps, lambda _: period, start)
+    plan = StepPlan(100, BatchSplit(10, 10, 1), num_steps, 10, every, 3, rounds)
+    validated = [step for step in range(1, num_steps + 1) if plan.validation_due(step)]
+    assert validated[-1] == num_steps and all(map(rounds.is_synchronised, validated))
+    meetings = [step for step in range(1, num_steps + 1) if rounds.is_synchronised(step)]
+    expected = {next(at for at in meetings if at >= due) for due in (*range(every, num_steps + 1, every), num_steps)}
+    assert validated == sorted(expected)
+    assert [step for step in range(1, num_steps + 1) if plan.checkpoint_due(step)] == [
+        step for step in range(1, num_steps + 1) if step % 3 == 0 or step == num_steps
+    ]
 
 
 # --- arithmetic ---

@@ -1,0 +1,168 @@
+"""What differs from rank to rank and must survive: the state of a compression, and of ranks that train by themselves.
+
+Rank 0's checkpoint holds that of all ranks, gathered when it is written. What is the same for all (weights, optimiser)
+is the mean over the ranks there, so that other readers, and another number of ranks, find the run's weights in it.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.comm.averaging import stack_on_first
+from pipeline.comm.powersgd import PowerSGD
+from pipeline.run import checkpoint as checkpoints
+from pipeline.training.learner import NAME_PREFIX, Learner
+from pipeline.training.momenta import MOMENTA
+from pipeline.training.setup import Setup
+
+Stacks = dict[str, Tensor]
+"""By name: a row of every rank."""
+SUMS = "sums"
+
+
+def make_powersgd(setup: Setup) -> PowerSGD | None:
+    """The compression with its state from the checkpoint; None for any other `comm.hook`.
+
+    A run that was not compressed before starts it without a debt.
+
+    Raises:
+        CheckpointError: the state is of another rank of approximation.
+    """
+    config, world, start = setup.config, setup.world, setup.start
+    saved = None if start.section is None else start.section.get("powersgd")
+    if config.comm.hook != "powersgd":
+        if saved is not None and start.info is not None:
+            with checkpoints.taking("the state of PowerSGD", start.info.path):
+                if saved["errors"]:
+                    world.say(f"warning: comm.hook={config.comm.hook} drops what PowerSGD still owed the weights.")
+        return None
+    powersgd = PowerSGD(
+        rank=config.comm.powersgd_rank,
+        start_step=config.comm.powersgd_start_step,
+        seed=config.seed,
+        step=start.step,
+        device=world.device,
+        waiting=world.timeline.waiting,
+    )
+    if saved is not None and start.info is not None:
+        with checkpoints.taking("the state of PowerSGD", start.info.path):
+            powersgd.load_state_dict(saved, world.rank, world.size)
+    return powersgd
+
+
+# --- local SGD ---
+
+
+def gather(learner: Learner, checkpoint: dict[str, Any]) -> Stacks:
+    """Return the state of every rank, complete on rank 0, where the means take the place of its own in `checkpoint`.
+
+    Momenta differ once the first round has begun; weights, buffers and sums within one. Collective, where they do.
+
+    Args:
+        learner: What is trained.
+        checkpoint: As Lightning makes it; its tensors are the living ones, and are not written to.
+    """
+    rounds = learner.rounds
+    if rounds is None or rounds.exchanges_gradients(learner.committed_steps):
+        return {}
+    (optimizer_state,) = checkpoint["optimizer_states"]
+    mine = {name: _flat(some) for name, some in _momenta(optimizer_state["state"]).items()}
+    if not learner.is_synchronised:
+        mine |= {name: _flat(some) for name, some in _weights(learner).items()} | {SUMS: learner.sums}
+    stacks = {name: stack_on_first(flat) for name, flat in mine.items()}
+    if learner.global_rank == 0:
+        means = {name: stack.double().mean(0).to(stack.dtype) for name, stack in stacks.items()}
+        checkpoint["optimizer_states"] = [copy.deepcopy(optimizer_state)]
+        for name, momenta in _momenta(checkpoint["optimizer_states"][0]["state"]).items():
+            _fill(momenta, means[name])
+        if not learner.is_synchronised:
+            state = {key: value.clone() for key, value in checkpoint["state_dict"].items()}
+            checkpoint["state_dict"] = state
+            for origin, names in _names(learner).items():
+                _fill([state[NAME_PREFIX + name] for name in names], means[origin])
+    return stacks
+
+
+def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None:
+    """Refuse a checkpoint of local SGD that does not hold the state of each of its ranks.
+
+    Args:
+        section: Our part of it.
+        learner: With the weights and the optimiser's state from it.
+
+    Raises:
+        ValueError: Something is missing, or of another shape.
+    """
+    stacks, num_ranks = section.get("rank_states"), section["world_size"]
+    was_local = (section.get("free_fields") or {}).get("comm.period") is not None and num_ranks > 1
+    if stacks is None:
+        if was_local:
+            raise ValueError(f"the states of its {num_ranks} ranks are missing")
+        return
+    assert learner.optimizer_state is not None
+    expected = {name: _flat(some) for name, some in _momenta(learner.optimizer_state["state"]).items()}
+    expected |= {name: _flat(some) for name, some in _weights(learner).items()} | {SUMS: learner.sums}
+    for name, stack in stacks.items():
+        shape = (num_ranks, len(expected[name])) if name in expected else None
+        if not isinstance(stack, Tensor) or tuple(stack.shape) != shape:
+            raise ValueError(f"the states of its {num_ranks} ranks are not complete ({name})")
+
+
+def take_own(setup: Setup, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    """Go on from this rank's own state, where the checkpoint has it; other ranks than its go on from the mean.
+
+    After DDP has given rank 0's weights to all.
+
+    Args:
+        setup: Holds the checkpoint.
+        learner: With the means.
+        optimizer: The same.
+    """
+    section, world = setup.start.section, setup.world
+    stacks = None if section is None else section.get("rank_states")
+    if not stacks or section is None:
+        return
+    if section["world_size"] == world.size and learner.rounds is not None:
+        own = {name: stack[world.rank] for name, stack in stacks.items()}
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        numbered = {number: optimizer.state[one] for number, one in enumerate(parameters) if one in optimizer.state}
+        for name, tensors in {**_momenta(numbered), **_weights(learner)}.items():
+            if name in own:
+                _fill(tensors, own[name])
+    else:
+        own = {SUMS: stacks[SUMS].sum(0) * world.is_rank_zero} if SUMS in stacks else {}
+        world.say(f"The weights and momenta are the mean of those of {section['world_size']} ranks.")
+    learner.sums = own.get(SUMS, learner.sums).to(learner.sums)
+
+
+def _names(learner: Learner) -> dict[str, list[str]]:
+    """Names of what differs within a round, by origin, in the model's order."""
+    kept = learner.model.state_dict().keys()
+    parameters = [name for name, one in learner.model.named_parameters() if one.requires_grad]
+    buffers = [name for name, one in learner.model.named_buffers() if name in kept and one.is_floating_point()]
+    return {origin: names for origin, names in (("parameters", parameters), ("buffers", buffers)) if names}
+
+
+def _weights(learner: Learner) -> dict[str, list[Tensor]]:
+    state = learner.model.state_dict()
+    return {origin: [state[name] for name in names] for origin, names in _names(learner).items()}
+
+
+def _momenta(state: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+    """By name: the momenta of all parameters that have them, in order."""
+    found = {key: [kept[key] for _, kept in sorted(state.items()) if kept.get(key) is not None] for key in MOMENTA}
+    return {key: momenta for key, momenta in found.items() if momenta}
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([one.detach().reshape(-1) for one in tensors])
+
+
+@torch.no_grad()
+def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write values into tensors in place, whatever their layout."""
+    for one, values in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(values.view(one.shape))

@@ -1,0 +1,116 @@
+"""Local SGD: ranks that train by themselves meet when planned, owe nothing in between, and survive a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import SMALL, Ended, fired, rows, run, train, train_recorded
+from tests.comparing import assert_same, differences, load
+from tests.making.pairs import Pair, make_pair
+
+HERE = Path(__file__).parent
+# BatchNorm has running statistics, which are averaged too. Compared at every synchronisation: else exit code 7.
+BATCH_NORM = ("model.metaparameters.norm=batch", "recipe.lr=0.01", "trainer.compare_weights_every_steps=1")
+LOCAL = ("comm=local", "comm.period=4", "comm.bucket_megabytes=0.5", *BATCH_NORM)
+
+
+def ledger_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "ledger.json").read_text())
+
+
+def meetings(directory: Path) -> list[int]:
+    """The steps in which anything was exchanged; each row says what it must."""
+    met = []
+    for row in rows(directory):
+        assert row["comm/residual_bytes"] == 0
+        is_alone = row["comm/payload_bytes"] == 0
+        assert is_alone == (row["comm/transport_bytes"] == 0) == ("train/loss" not in row)
+        met += [] if is_alone else [row["trainer/step"]]
+    return met
+
+
+@pytest.fixture(scope="module")
+def pair(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Rounds of 4 in a run of 11 steps, saved after 3, 6 and 9; killed in step 8, in the second round."""
+    return make_pair(tmp_path_factory.mktemp("local"), shards, 2, "1 7 0 rank", *LOCAL)
+
+
+def test_killed_within_a_round_it_ends_as_the_unbroken_run(pair: Pair) -> None:
+    assert_same(pair)
+    assert len(fired(pair.root / "resumed.fed")) == 1
+    states = load(pair.resumed)["squeezewire"]["rank_states"]
+    assert set(states) == {"momentum_buffer"} and not torch.equal(*states["momentum_buffer"])
+    within = torch.load(pair.resumed / "checkpoints/step=000000009.ckpt", weights_only=True)
+    states = within["squeezewire"]["rank_states"]
+    assert set(states) == {"momentum_buffer", "parameters", "buffers", "sums"}
+    assert not torch.equal(*states["parameters"]) and not torch.equal(*states["buffers"])
+    # What others read of it is the mean.
+    head = torch.cat([within["state_dict"][f"model.classifier.1.{name}"].flatten() for name in ("weight", "bias")])
+    torch.testing.assert_close(head, states["parameters"].mean(0)[-len(head) :])
+
+
+def test_a_local_step_sends_nothing_and_the_ledger_closes(pair: Pair) -> None:
+    assert meetings(pair.resumed) == [4, 8, 11]
+    validated = [row["trainer/step"] for row in rows(pair.resumed) if "val/loss" in row]
+    assert validated == [4, 8, 11]
+    ledger = ledger_of(pair.resumed)
+    assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0, 0]
+    trained = [row for row in ledger["collectives"] if row["phase"] == "train" and row["committed"]]
+    carried = dict.fromkeys(("parameters", "buffers", "metrics"), 0)
+    for row in trained:
+        carried[row["origin"]] += row["payload_bytes"]
+    assert carried["parameters"] == 3 * ledger["gradient_bytes"] and carried["metrics"] == 3 * 13 * 8
+    assert carried["buffers"] > 0
+
+
+@pytest.mark.slow
+def test_on_other_ranks_it_goes_on_from_the_mean(pair: Pair, shards: Path, tmp_path: Path) -> None:
+    """From two ranks within a round to three, to one, and to gradients in every step."""
+    train_recorded(tmp_path, shards, "run", 2, *LOCAL, kill_at="0 7 0 supervisor")
+    first = train_recorded(tmp_path, shards, "run", 3, *LOCAL, kill_at="0 10 0 supervisor")
+    assert "the mean of those of 2 ranks" in first.output and "the number of ranks was 2 and is 3" in first.output
+    last = train(tmp_path, shards, "run", 1, *BATCH_NORM)
+    assert "the mean of those of 3 ranks" in last.output and "comm.period was 4 and is None" in last.output
+    assert [row["trainer/step"] for row in rows(tmp_path / "run")] == list(range(1, 12))
+
+
+def test_synchronous_until_a_step_on_three_ranks(shards: Path, tmp_path: Path) -> None:
+    """Four steps exchange gradients, and ranks have nothing of their own after them."""
+    options = (*BATCH_NORM, "trainer.max_steps=9", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=4")
+    local = ("comm=local", "comm.period=2", "comm.rule=post_local", "comm.local_start_step=4", "recipe.decay=none")
+    options = (*options, "trainer.keep_checkpoints=3")
+    train(tmp_path, shards, "run", 3, *options, *local)
+    assert meetings(tmp_path / "run") == [1, 2, 3, 4, 6, 8, 9]
+    ledger = ledger_of(tmp_path / "run")
+    assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0, 0, 0]
+    gradients = [row["comm/gradient_bytes"] for row in rows(tmp_path / "run")]
+    assert gradients == [ledger["gradient_bytes"]] * 4 + [0] * 5
+    synchronous = torch.load(tmp_path / "run/checkpoints/step=000000004.ckpt", weights_only=True)
+    assert synchronous["squeezewire"]["rank_states"] == {}
+
+
+@pytest.mark.slow
+def test_rounds_of_one_step_are_gradients_in_every_step_but_for_rounding(shards: Path, tmp_path: Path) -> None:
+    options = (*BATCH_NORM, "trainer.precision=fp32", "recipe.grad_clip_norm=0", "model.metaparameters.norm=none")
+    train(tmp_path, shards, "gradients", 2, *options)
+    train(tmp_path, shards, "weights", 2, *options, "comm=local", "comm.period=1")
+    weights = [load(tmp_path / name)["state_dict"] for name in ("gradients", "weights")]
+    assert differences(*weights)
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def train_with(fault: str, root: Path, shards: Path, *more: str, expect: int) -> Ended:
+    where = [f"run_root={root}", f"data.root={shards}", "name=run", "cluster.devices=2", "tracking=disabled"]
+    script = str(HERE / "train_unmetered.py")
+    return run([script, *where, *SMALL, *more], expect=expect, environment={"FAULT": fault})
+
+
+def test_a_collective_in_a_local_step_fails_the_run(shards: Path, tmp_path: Path) -> None:
+    ended = train_with("collective", tmp_path, shards, "comm=local", "comm.period=5", expect=6)
+    assert "the fault fired" in ended.output and "Traceback" not in ended.output
+    assert "Step 4 owes no collective, but 1 all_reduce of 4,000 bytes (other) too many" in ended.output
+    # Lost is nothing: what was saved before is there.
+    assert json.loads((tmp_path / "run" / "checkpoints" / "last.json").read_text())["step"] == 3
