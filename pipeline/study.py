@@ -1,7 +1,7 @@
 """Variants of a training on several seeds, one report: what each costs on the wire and what it reaches.
 
     python -m pipeline.study study=strategies data.root=shards/cifar10
-    python -m pipeline.study study=paper data.root=shards/imagenet study.budget.epochs=4 study.seeds=[0]
+    python -m pipeline.study study=models data.root=shards/cifar10 study.budget.epochs=4 study.seeds=[0]
 
 A study is a file of conf/study/. Stopped in any way, the same command goes on where it was. Left in
 `<run_root>/<name>/`: study.json and .csv, its pictures as .png and .svg, report.html, and each variant's runs.

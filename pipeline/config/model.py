@@ -60,7 +60,8 @@ class ModelConfig:
     """Outputs of the classifier. Null: as many as the shards have classes."""
     metaparameters: dict[str, object] = field(default_factory=dict[str, object], metadata={"keys": SqueezeNetConfig})
     """What makes a variant of the model. SqueezeNet's, with the defaults of squeezenet1_0, are listed here; some of the
-    other models take dropout, width_mult, stochastic_depth_prob or zero_init_residual; those of others, arguments."""
+    other models take dropout, width_mult, stochastic_depth_prob, zero_init_residual or stem (`torchvision`, `small`);
+    those of others, arguments."""
     input: InputConfig = field(default_factory=InputConfig)
 
     def __post_init__(self) -> None:

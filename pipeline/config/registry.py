@@ -32,6 +32,11 @@ class PublishedRecipe:
     source: str
 
 
+TORCHVISION_STEMS = ("torchvision", "small")
+"""What ResNets and mobilenet_v2 take as `stem`: their own, or one that halves a picture twice less, so that 32x32
+pixels reach the end as 4x4."""
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One row of the table."""
@@ -126,12 +131,12 @@ MODELS: dict[str, ModelEntry] = {
     "vgg16_bn": _torchvision(73.360, 91.516, "dropout", recipe=_EPOCHS_90, min_side=32),
     "vgg19": _torchvision(72.376, 90.876, "dropout", recipe=_EPOCHS_90, min_side=32),
     "vgg19_bn": _torchvision(74.218, 91.842, "dropout", recipe=_EPOCHS_90, min_side=32),
-    "resnet18": _torchvision(69.758, 89.078, "zero_init_residual", recipe=_EPOCHS_90),
-    "resnet34": _torchvision(73.314, 91.420, "zero_init_residual", recipe=_EPOCHS_90),
-    "resnet50": _torchvision(76.130, 92.862, "zero_init_residual", recipe=_EPOCHS_90),
-    "resnet101": _torchvision(77.374, 93.546, "zero_init_residual", recipe=_EPOCHS_90),
-    "resnet152": _torchvision(78.312, 94.046, "zero_init_residual", recipe=_EPOCHS_90),
-    "mobilenet_v2": _torchvision(71.878, 90.286, "width_mult", "dropout", recipe=_EPOCHS_300),
+    "resnet18": _torchvision(69.758, 89.078, "zero_init_residual", "stem", recipe=_EPOCHS_90),
+    "resnet34": _torchvision(73.314, 91.420, "zero_init_residual", "stem", recipe=_EPOCHS_90),
+    "resnet50": _torchvision(76.130, 92.862, "zero_init_residual", "stem", recipe=_EPOCHS_90),
+    "resnet101": _torchvision(77.374, 93.546, "zero_init_residual", "stem", recipe=_EPOCHS_90),
+    "resnet152": _torchvision(78.312, 94.046, "zero_init_residual", "stem", recipe=_EPOCHS_90),
+    "mobilenet_v2": _torchvision(71.878, 90.286, "width_mult", "dropout", "stem", recipe=_EPOCHS_300),
     "mobilenet_v3_small": _torchvision(67.668, 87.402, "width_mult", "dropout", recipe=_EPOCHS_600),
     "mobilenet_v3_large": _torchvision(74.042, 91.340, "width_mult", "dropout", recipe=_EPOCHS_600),
     "shufflenet_v2_x0_5": _torchvision(60.552, 81.746, recipe=_SHUFFLENET_AUTHORS),

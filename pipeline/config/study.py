@@ -81,6 +81,8 @@ class StudyPlan:
     """What `train` is told in every run, before what a variant says: [recipe.lr=0.1,batch.global_size=64]."""
     variants: tuple[Variant, ...] = ()
     """Given by the file of the study."""
+    only: tuple[str, ...] = ()
+    """Names of variants: train and report on these alone. Empty: all."""
     seeds: tuple[int, ...] = (0,)
     """Every variant is trained once on each."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -96,6 +98,13 @@ class StudyPlan:
             require(0 < target <= 1, f"study.targets: {target} must be a fraction above 0 and up to 1, such as 0.8.")
         for rate in self.bandwidths:
             bits_per_second(rate)
+        for name in self.only:
+            one_of("study.only", name, tuple(variant.name for variant in self.variants))
+
+    @property
+    def chosen(self) -> tuple[Variant, ...]:
+        """The variants that are trained and reported on."""
+        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
 
 
 @dataclass(frozen=True, kw_only=True)

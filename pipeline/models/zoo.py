@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.model import MAX_CLASSES, ModelConfig
-from pipeline.config.registry import MODELS, PublishedAccuracy, PublishedRecipe
+from pipeline.config.registry import MODELS, TORCHVISION_STEMS, PublishedAccuracy, PublishedRecipe
 from pipeline.core.errors import ConfigError
 from pipeline.core.overrides import split_outside_brackets
 from pipeline.core.typed import is_number, is_whole, nearest, require
@@ -122,7 +122,13 @@ def build(name: str, num_classes: int = 1000, *, allow_code: bool = False, **met
     _check_values(name, metaparameters)
     import torchvision
 
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **metaparameters)
+    stem = metaparameters.pop("stem", TORCHVISION_STEMS[0])
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **metaparameters)
+    if stem == "small":
+        from pipeline.models.small_stems import make_small
+
+        make_small(model)
+    return model
 
 
 def build_shapes(name: str, num_classes: int, *, allow_code: bool = False, **metaparameters: object) -> "nn.Module":
@@ -147,6 +153,8 @@ def _check_values(name: str, metaparameters: Mapping[str, object]) -> None:
     for key, value in metaparameters.items():
         if key == "zero_init_residual":
             valid, rule = isinstance(value, bool), "true or false"
+        elif key == "stem":
+            valid, rule = value in TORCHVISION_STEMS, f"one of {', '.join(TORCHVISION_STEMS)}"
         elif key == "width_mult":
             valid, rule = (
                 is_number(value) and 0 < value <= MAX_WIDTH_FACTOR,

@@ -119,7 +119,7 @@ def make_plan(config: StudyConfig) -> Plan:
     faults = _Faults()
     faults.add(*_of_names(config))
     planned: list[Planned] = []
-    for variant in config.study.variants:
+    for variant in config.study.chosen:
         with faults.of(variant.name):
             planned.append(_plan_variant(config, launcher, variant, index.num_classes, index.num_samples))
     plan = Plan(config, launcher, index.num_samples, tuple(planned))
@@ -162,7 +162,7 @@ class _Faults:
 
 def _of_names(config: StudyConfig) -> Iterator[str]:
     slugs: dict[str, str] = {}
-    for variant in config.study.variants:
+    for variant in config.study.chosen:
         slug = slug_of(variant.name)
         if slug in slugs:
             said = f"the name {variant.name!r}" if variant.name == slugs[slug] else f"the directory {slug!r}"

@@ -125,6 +125,8 @@ def test_published_figures_of_the_paper() -> None:
         ("alexnet", {"dropout": 1.5}, "alexnet: dropout=1.5 must be a share"),
         ("mobilenet_v2", {"width_mult": 0}, "width_mult=0 must be a factor above 0"),
         ("resnet18", {"zero_init_residual": 1}, "must be true or false"),
+        ("resnet18", {"stem": "v1.1"}, "resnet18: stem='v1.1' must be one of torchvision, small"),
+        ("alexnet", {"stem": "small"}, "alexnet has no metaparameter 'stem'"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_nearest_that_does(
@@ -149,6 +151,7 @@ def test_an_impossible_number_of_classes_is_refused(num_classes: Any) -> None:
         ("vgg11", {"dropout": 0.1}),
         ("mnasnet0_5", {"dropout": 0.1}),
         ("resnet18", {"zero_init_residual": True}),
+        ("resnet50", {"stem": "torchvision"}),
     ],
 )
 def test_torchvision_models_take_the_metaparameters_that_the_registry_says(
@@ -157,6 +160,21 @@ def test_torchvision_models_take_the_metaparameters_that_the_registry_says(
     model = meta(name, **metaparameters)
     if "width_mult" in metaparameters:
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in meta(name).parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("resnet18", 11_173_962), ("mobilenet_v2", 2_236_682)],  # the first as in many repositories for CIFAR-10
+)
+def test_a_small_stem_leaves_4x4_of_32x32(name: str, num_parameters: int) -> None:
+    model, sides = zoo.build(name, 10, stem="small").eval(), []
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    for layer in (layers[0], layers[-1]):
+        layer.register_forward_hook(lambda _module, _inputs, output: sides.append(output.shape[-1]))
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert sides == [32, 4]
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
 
 
 def test_a_metaparameter_given_wins_over_the_preset() -> None:

@@ -14,6 +14,7 @@ from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.studying.plan import Plan, make_plan
 from pipeline.studying.runs import steps_for_gigabytes
+from tests.making.shards import write_shards
 
 SMALL = "'model=squeezenet_small'"
 
@@ -75,6 +76,7 @@ def test_every_fault_is_told_before_anything_starts(
         (("study.budget.steps=4", "study.targets=[80]"), "must be a fraction"),
         (("study.budget.steps=4", "data.root=null"), "data.root is not set"),
         (("study.budget.steps=4", "study.variants=[]"), "choose a file of conf/study/"),
+        (("study.budget.steps=4", "study.only=[b]"), "study.only='b' is not one of a"),
         (("study.budget.steps=4", "cluster.devices=1"), "at least 2"),
     ],
 )
@@ -148,6 +150,13 @@ def test_the_papers_sizes_are_its_formulas_and_its_table(shards: Path) -> None:
             printed = {round(counted * 4 / unit, digits) for unit in (10**6, 2**20)}  # the paper has both
             assert published.megabytes in printed, planned.variant.name
     assert (sizes["sr=0.125"], sizes["bypass=complex"], len(sizes)) == (1_248_424, 1_589_672, 11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("study", "least"), [("strategies", 12), ("models", 7)])
+def test_every_variant_of_a_study_that_ships_is_possible(study: str, least: int, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", train=(1200,), val=(4,))
+    assert len(shipped(study, shards, "study.budget.epochs=100").variants) >= least
 
 
 # --- budgets ---
