@@ -17,12 +17,13 @@ Of a step:
   payload is what the all-reduces carried, after compression, and time the union of the intervals from sent to done.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 Interval = tuple[float, float]
 """Start and end in seconds."""
+Average = Callable[[Iterable[float]], float]
 
 
 # --- intervals ---
@@ -141,7 +142,7 @@ def account(
 
 @dataclass(frozen=True, slots=True)
 class MedianTimes:
-    """Medians over the steps of an attempt."""
+    """Medians over the steps of an attempt, or their means."""
 
     communication_seconds: float
     exposed_seconds: float
@@ -152,14 +153,17 @@ class MedianTimes:
     buckets: dict[int, BucketTimes]
 
     @classmethod
-    def of(cls, steps: Sequence[StepTimes]) -> "MedianTimes":
-        """Each value's own median; there must be a step. Buckets are the last step's: their layout does not change."""
+    def of(cls, steps: Sequence[StepTimes], average: Average = median) -> "MedianTimes":
+        """Each value's own median; there must be a step. Buckets are the last step's: their layout does not change.
+
+        `average`: in place of the median, where steps are not alike.
+        """
 
         def middle(name: str) -> float:
-            return median(getattr(step, name) for step in steps)
+            return average(getattr(step, name) for step in steps)
 
         def middle_of(index: int, name: str) -> float:
-            return median(getattr(step.buckets[index], name) for step in steps if index in step.buckets)
+            return average(getattr(step.buckets[index], name) for step in steps if index in step.buckets)
 
         bandwidths = [step.bus_bandwidth for step in steps if step.bus_bandwidth is not None]
         return cls(
@@ -168,7 +172,7 @@ class MedianTimes:
             overlapped_seconds=middle("overlapped_seconds"),
             forward_seconds=middle("forward_seconds"),
             backward_seconds=middle("backward_seconds"),
-            bus_bandwidth=median(bandwidths) if bandwidths else None,
+            bus_bandwidth=average(bandwidths) if bandwidths else None,
             buckets={
                 index: BucketTimes(*(middle_of(index, f"{name}_seconds") for name in ("ready", "sent", "done")))
                 for index in steps[-1].buckets

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 import torch
 
 from pipeline.comm.collectives import Call, MeterObserver
-from pipeline.comm.step_times import BucketMarks, Interval, MedianTimes, StepTimes, account
+from pipeline.comm.step_times import Average, BucketMarks, Interval, MedianTimes, StepTimes, account
 
 NUM_TIMED_STEPS = 2000  # medians and percentiles are of this many latest steps
 
@@ -275,8 +276,11 @@ class Timeline(MeterObserver):
             num_ranks=self._num_ranks,
         )
 
-    def medians(self) -> MedianTimes | None:
-        """Over the steps of this attempt that follow no pause, else over all; None before the first."""
+    def medians(self, average: Average = median) -> MedianTimes | None:
+        """Over the steps of this attempt that follow no pause, else over all; None before the first.
+
+        `average`: in place of the median.
+        """
         steady = [times for is_steady, times in self._steps if is_steady]
         steps = steady or [times for _, times in self._steps]
-        return MedianTimes.of(steps) if steps else None
+        return MedianTimes.of(steps, average) if steps else None

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -110,8 +111,19 @@ class RunRecord:
         return self.recorded("arithmetic") or self.setting("trainer.precision")
 
     @property
+    def is_local(self) -> bool:
+        """Whether ranks trained by themselves in rounds, so that most steps exchanged nothing, and none is like all."""
+        return self.setting("comm.period") is not None and self.ledger["world_size"] > 1
+
+    @property
     def step_seconds(self) -> float | None:
-        """Median seconds of a step: the ledger's, else that of the recorded steps without the first, which warms up."""
+        """Median seconds of a step: the ledger's, else that of the recorded steps without the first, which warms up.
+
+        Of ranks that trained by themselves the mean of the recorded steps.
+        """
+        if self.is_local:
+            values = self.series("perf/step_seconds")[1]
+            return fmean(values[1:] or values) if values else None
         timed = self.ledger["time"]["step_seconds"]["p50"]
         if timed is not None:
             return timed
@@ -120,7 +132,13 @@ class RunRecord:
 
     @property
     def egress_bytes_per_step(self) -> int | None:
-        """Bytes that leave the busiest server in a step; predicted unless the ledger measured them."""
+        """Bytes that leave the busiest server in a step; predicted unless the ledger measured them.
+
+        Of ranks that trained by themselves the mean over all steps, rounded.
+        """
+        if self.is_local:
+            in_all, num_steps = self.ledger["servers"]["predicted_egress_bytes"], self.ledger["num_steps"]
+            return round(max(in_all) / num_steps) if in_all and num_steps else None
         per_server = self.ledger["per_step"]["server_egress_bytes"]
         return max(per_server) if per_server else None
 

@@ -131,9 +131,10 @@ def run_sentence(run: RunRecord) -> str:
         if egress
         else ""
     )
+    when = "of weights at the end of each round" if run.is_local else "of gradients in each"
     return (
         f"{ledger['model']} took {steps} on {ledger['world_size']} ranks and exchanged "
-        f"{format_bytes(ledger['gradient_bytes'])} of gradients in each.{sent}"
+        f"{format_bytes(ledger['gradient_bytes'])} {when}.{sent}"
     )
 
 
@@ -194,6 +195,7 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
                 "Bytes that left a server for another one, added up over all servers since the first step.",
             )
         )
+    typical = "mean" if run.is_local else "median"
     loss, train_top1 = (run.mean_of_latest(f"train/{key}", NUM_STEPS_AVERAGED) for key in ("loss", "top1"))
     wait, top5, best = run.data_wait_share, run.last("val/top5"), run.best_validation
     of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, run.num_rows)} steps"
@@ -207,8 +209,8 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
         Fact("validation loss", _number(run.last("val/loss"))),
         Fact(f"training loss, {of_latest}", _number(loss)),
         Fact(f"training top-1, {of_latest}", format_accuracy(train_top1)),
-        Fact("pictures per second, median step", format_rate(run.images_per_second)),
-        Fact("median step", format_seconds(run.step_seconds)),
+        Fact(f"pictures per second, {typical} step", format_rate(run.images_per_second)),
+        Fact(f"{typical} step", format_seconds(run.step_seconds)),
         Fact("waited for data, mean", f"{wait * 100:.1f} %") if wait is not None else None,
         Fact("learning rate at the end", _number(run.last("lr"))),
     ]
@@ -233,13 +235,14 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
     if per_rank is None:
         kind, per_rank = "predicted", transport["predicted_bytes_per_rank"]
     closed = {True: "yes", False: "no", None: "not measured"}[ledger["closed"]]
+    per_step = "of the last step" if run.is_local else "per step"
     facts = {
         "steps": format_count(ledger["num_steps"]),
         "gradients per step": f"{ledger['gradient_bytes']:,} bytes",
-        "payload per step": _bytes_exact(ledger["per_step"]["payload_bytes"]),
-        "transport per step, by rank": _per_rank(ledger["per_step"]["transport_bytes_per_rank"]),
+        f"payload {per_step}": _bytes_exact(ledger["per_step"]["payload_bytes"]),
+        f"transport {per_step}, by rank": _per_rank(ledger["per_step"]["transport_bytes_per_rank"]),
         f"transport in all, by rank ({kind})": _per_rank(per_rank),
-        "out of each server per step": _per_rank(ledger["per_step"]["server_egress_bytes"]),
+        f"out of each server {per_step}": _per_rank(ledger["per_step"]["server_egress_bytes"]),
         "ledger closed": closed,
     }
     buckets = buckets_table(ledger)

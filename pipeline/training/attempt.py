@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -309,7 +310,8 @@ class Attempt(pl.Callback):
             step_seconds_p50=p50,
             step_seconds_p90=p90,
             data_wait_seconds=self.clock.mean_wait_seconds(),
-            communication=self.world.timeline.medians(),
+            # Of most steps of a round there is nothing to time, and so of the median one.
+            communication=self.world.timeline.medians(median if self.plan.rounds is None else fmean),
             why_untimed=self.world.timeline.why_off or NO_STEP_TIMED,
         )
         write_json_atomic(self.directory.ledger, self.ledger.to_json(conditions, ended=ended))
@@ -331,7 +333,7 @@ class Attempt(pl.Callback):
         if percentiles is None or share is None:
             return ""
         return speed_sentence(
-            self.plan.batch.global_size / percentiles[0],
+            self.plan.batch.global_size / (percentiles[0] if self.plan.rounds is None else self.clock.mean_seconds()),
             share,
             num_workers=self.loader.num_workers,
             num_cores=len(os.sched_getaffinity(0)) // self.world.ranks.local_world_size,

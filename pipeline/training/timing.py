@@ -77,6 +77,10 @@ class StepClock:
             return steady[0], steady[0]
         return statistics.median(steady), statistics.quantiles(steady, n=10, method="inclusive")[8]
 
+    def mean_seconds(self) -> float:
+        """Mean of the steps, where they are not alike; of at least one. The first is left out as in `percentiles`."""
+        return statistics.fmean(list(self.step_seconds)[1:] or self.step_seconds)
+
     def mean_wait_seconds(self) -> float | None:
         """Mean wait for data per step."""
         return statistics.fmean(self.wait_seconds) if self.wait_seconds else None

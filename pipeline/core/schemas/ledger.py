@@ -192,7 +192,9 @@ class StepSecondsJson(TypedDict):
 
 
 class TimeJson(TypedDict):
-    """Times of a step in this attempt; medians over its steps unless they say otherwise."""
+    """Times of a step in this attempt; medians over its steps unless they say otherwise; but
+    with comm.period, where most steps exchange nothing, means.
+    """
 
     step_seconds: StepSecondsJson
     """Seconds of a whole step."""

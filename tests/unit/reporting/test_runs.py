@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.core.errors import DataError
 from pipeline.reporting.runs import read_run
+from pipeline.reporting.sections import run_sentence
 from tests.making.runs import MakeRun
 
 
@@ -25,6 +26,23 @@ def test_startup_traffic_and_lost_work_are_not_counted_as_steps(make_run: MakeRu
     ledger["collectives"].append(lost)
     (directory / "ledger.json").write_text(json.dumps(ledger))
     assert read_run(directory).wire_gradient_bytes == 4_993_696
+
+
+def test_a_step_of_ranks_that_train_by_themselves_is_the_mean(make_run: MakeRun) -> None:
+    """The last step ends a round: it is as little like all as the median one, which exchanges nothing."""
+    directory = make_run("local", num_steps=3)
+    config = (directory / "config.yaml").read_text()
+    (directory / "config.yaml").write_text(config.replace("hook: none", "hook: none\n  period: 2"))
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for line, seconds in zip(lines, (9.0, 0.2, 0.8), strict=True):
+        line["perf/step_seconds"] = seconds
+    (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    ledger = json.loads((directory / "ledger.json").read_text())
+    ledger["servers"]["predicted_egress_bytes"] = [100, 201]
+    (directory / "ledger.json").write_text(json.dumps(ledger))
+    run = read_run(directory)
+    assert (run.egress_bytes_per_step, run.step_seconds) == (67, pytest.approx(0.5))
+    assert "at the end of each round" in run_sentence(run)
 
 
 def test_a_world_of_one_carried_nothing(make_run: MakeRun) -> None:
