@@ -28,8 +28,8 @@ REMARKS = {
     "builtin_seeds": "Settings: two ranks, `experiment=demo`.",
     "cifar10": "Two ranks, 20 epochs; stuck means a loss that never leaves ln 10.",
     "exactness": "What it means, and the other libraries: [exactness.md](exactness.md).",
-    "export_sizes": "`left_out`: judged in five folds, each on pictures that nothing was calibrated on. `mcnemar_p`: how"
-    " often chance\nalone changes top-1 so much; the loss and the divergence are less noisy.",
+    "export_sizes": "`left_out`: judged in five folds, each on pictures that nothing was calibrated on. `mcnemar_p`:"
+    " how often chance\nalone changes top-1 so much; the loss and the divergence are less noisy.",
     "exposed_time": "`waited` is what paired steps say (synced less hidden), `exposed` what the timeline says;"
     " `slowed` is what\ncommunication costs computation (hidden less alone), which is no waiting.",
     "fine_tuning": "What was done, and what it means: [fine-tuning.md](fine-tuning.md).",
