@@ -30,6 +30,7 @@ COMMANDS = (
     "plan",
     "export",
     "lab",
+    "meter",
     "report",
     "dashboard",
     "ready",

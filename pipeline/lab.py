@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config.lab import LabConfig
-from pipeline.core.cli import run_command
+from pipeline.core.cli import run_command, split_arguments
 from pipeline.core.schemas.lab import LabInterfaceJson, LabJson
 from pipeline.core.typed import require
 
@@ -67,12 +67,6 @@ def lab(config: LabConfig, command: Sequence[str]) -> int:
     Terminal().print(lab_table(record).to_rich())
     print(f"Lab: {path}")
     return exit_code
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (this command's own arguments, the command after the first `--`)."""
-    end = list(arguments).index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:end]), list(arguments[end + 1 :])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 torch >= 2.14 calls a hook before each operation of a `ProcessGroup`, also for those that DDP's reducer starts in C++,
 which no wrapper around `torch.distributed` ever sees. The hook only counts: it never touches a tensor's values.
 
-Not seen: operations of groups made by `new_group`, and `monitored_barrier`, which bypasses the group's operations.
+A meter sees the operations of one group, and not `monitored_barrier`, which bypasses the group's operations.
 """
 
 import threading
@@ -11,15 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 PHASES = ("startup", "train", "validation", "checkpoint")
 ORIGINS = ("gradients", "buffers", "parameters", "metrics", "lightning", "other")
-
-_HOOK_ID = 0x57495245  # one pre-hook per id and group: a fixed id makes attaching twice harmless
 
 
 class Call(NamedTuple):
@@ -71,6 +69,9 @@ class CollectiveMeter:
         observers: see every call as it is recorded, in order, and every change of phase.
     """
 
+    hook_id: ClassVar[int] = 0x57495245
+    """A group has one pre-hook per id: a fixed one makes attaching twice harmless."""
+
     def __init__(
         self,
         enabled: bool = True,
@@ -110,13 +111,13 @@ class CollectiveMeter:
         if not hasattr(group, "register_pre_hook"):
             raise RuntimeError(f"torch {torch.__version__} cannot report its collectives; torch 2.14 or later can.")
         self.detach()
-        group.register_pre_hook(_HOOK_ID, self._on_collective)
+        group.register_pre_hook(self.hook_id, self._on_collective)
         self._group = group
 
     def detach(self) -> None:
         """Stop recording; what was recorded stays. Harmless when not attached or when the group is gone."""
         if self._group is not None and dist.is_initialized():
-            self._group.unregister_pre_hook(_HOOK_ID)
+            self._group.unregister_pre_hook(self.hook_id)
         self._group = None
 
     # --- who and when ---

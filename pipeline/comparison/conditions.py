@@ -119,7 +119,7 @@ def footing_difference(run: RunRecord, alone: RunRecord) -> str:
     """Return why a rank alone cannot be set against a rank of `run`, as a sentence; empty if it can."""
     if alone.ledger["world_size"] != 1:
         return f"{alone.directory} is no run of a single rank."
-    per_rank = run.ledger["global_batch"] / run.ledger["world_size"]
+    per_rank = run.global_batch / run.ledger["world_size"]
     mine: Conditions = {"pictures per step and rank": per_rank, **_conditions_of_a_rank(run)}
     others: Conditions = {"pictures per step and rank": alone.ledger["global_batch"], **_conditions_of_a_rank(alone)}
     for key, here in mine.items():

@@ -193,6 +193,7 @@ def _read_alone(directories: Sequence[str]) -> dict[str, RunRecord]:
 
 def model_of(record: RunRecord) -> str:
     """Return a run's model as a spec: its name and what its metaparameters add to it."""
+    assert record.global_batch  # else refused: no model of ours
     told = record.config.get("model") or {}
     name, metaparameters = told.get("name") or record.ledger["model"], told.get("metaparameters") or {}
     zoo.check(name, metaparameters)

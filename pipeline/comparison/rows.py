@@ -80,7 +80,7 @@ def _measured(outcome: Outcome, run: RunRecord, baseline: Baseline) -> Draft:
     return {
         "gradient_bytes": metered_gradient_bytes(run, outcome.facts.parameter_bytes),
         "payload_bytes_per_step": known(run.carried_bytes_per_step, "The run recorded no gradient collective."),
-        **egress(per_step, run.ledger["global_batch"], recipe.epochs if recipe else _no_recipe(outcome.model)),
+        **egress(per_step, run.global_batch, recipe.epochs if recipe else _no_recipe(outcome.model)),
         "times_baseline": _times_baseline(run, baseline.outcome),
         "step_seconds": known(run.step_seconds, no_step),
         "communication_seconds": known(

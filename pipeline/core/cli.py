@@ -119,6 +119,12 @@ def _run(command: str, schema: type[T], body: Callable[[T], int | None], argumen
     return body(compose(command, schema, arguments)) or ExitCode.DONE
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (this command's own arguments, the command after the first `--`)."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end + 1 :])
+
+
 def _check_arguments(arguments: Sequence[str]) -> None:
     """Raise `ConfigError` for arguments that nothing may repeat, and that no file can hold."""
     for argument in arguments:

@@ -115,6 +115,7 @@ class _Times:
 def _require_times(run: RunRecord) -> _Times:
     """Return the run's times of a step, or refuse a run that has none."""
     ledger, time = run.ledger, run.ledger["time"]
+    assert run.global_batch  # else refused: no training of ours
     forward, backward, exposed = (time.get(f"{name}_seconds") for name in ("forward", "backward", "exposed"))
     if ledger["world_size"] < 2 or forward is None or not ledger.get("buckets"):
         why = ledger["null_reasons"].get("time.forward_seconds", "one rank alone")

@@ -94,9 +94,24 @@ class RunRecord:
         return min(1.0, sum(waits) / sum(seconds)) if timed else None
 
     @property
+    def global_batch(self) -> int:
+        """Pictures of a step.
+
+        Raises:
+            ConfigError: The run is no training of ours.
+        """
+        size = self.ledger["global_batch"]
+        if size is None:
+            raise ConfigError(
+                f"{self.directory} is a program under pipeline.meter, which does not say how many samples its step"
+                " takes, and when its gradients are ready: give a run that pipeline.train made."
+            )
+        return size
+
+    @property
     def batch(self) -> BatchSplit:
         """What a step took, and how the ranks shared it."""
-        size = self.ledger["global_batch"]
+        size = self.global_batch
         largest = self.setting("batch.max_per_rank") or size
         return BatchConfig(global_size=size, max_per_rank=largest).split(self.ledger["world_size"])
 
@@ -182,8 +197,8 @@ class RunRecord:
     @property
     def images_per_second(self) -> float | None:
         """Pictures over all ranks per second of a median step."""
-        seconds = self.step_seconds
-        return self.ledger["global_batch"] / seconds if seconds else None
+        seconds, size = self.step_seconds, self.ledger["global_batch"]
+        return size / seconds if seconds and size else None
 
 
 def is_run(directory: Path) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.schemas.comparison import ComparisonJson
+from pipeline.core.schemas.ledger import LayerJson
 from pipeline.core.trees import flat
 from pipeline.core.units import (
     MISSING,
@@ -57,7 +58,7 @@ class LedgerView:
     reconciliation: Table | None
     cards: Table | None
     buckets: Table | None
-    layers: PageFigure
+    layers: PageFigure | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _saving(comparison: ComparisonJson) -> str:
 def run_sentence(run: RunRecord) -> str:
     """Return what was trained and what it cost on the wire, in one or two sentences."""
     ledger = run.ledger
-    steps = f"{ledger['num_steps']:,} steps of {ledger['global_batch']:,} pictures"
+    size = ledger["global_batch"]
+    steps = f"{ledger['num_steps']:,} steps" + ("" if size is None else f" of {size:,} pictures")
     if ledger["world_size"] == 1:
         return f"{ledger['model']} took {steps} on one rank, so nothing crossed a network."
     total = run.last("comm/total_gigabytes")
@@ -155,7 +157,7 @@ def run_conditions(run: RunRecord) -> list[Fact]:
     ledger, size = run.ledger, run.crop
     facts = {
         "model": ledger["model"],
-        "pictures per step": format_count(ledger["global_batch"]),
+        "pictures per step": None if ledger["global_batch"] is None else format_count(ledger["global_batch"]),
         "crop": f"{size} × {size} pixels" if size else None,
         "ranks": format_count(ledger["world_size"]),
         "servers": f"{ledger['num_servers']} ({ledger['placement']})",
@@ -227,9 +229,6 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
         name: Start of the ids of its figure, unique on the page.
     """
     ledger = run.ledger
-    layers = figures.layer_bytes_figure(ledger["layers"])
-    largest = max(ledger["layers"], key=lambda layer: layer["bytes"])
-    caption = f"{largest['name']} alone is {largest['share'] * 100:.1f} % of every step’s gradients."
     transport = ledger["transport"]
     kind, per_rank = "measured", transport["measured_bytes_per_rank"]
     if per_rank is None:
@@ -238,7 +237,7 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
     per_step = "of the last step" if run.is_local else "per step"
     facts = {
         "steps": format_count(ledger["num_steps"]),
-        "gradients per step": f"{ledger['gradient_bytes']:,} bytes",
+        "gradients per step": _bytes_exact(ledger["gradient_bytes"]),
         f"payload {per_step}": _bytes_exact(ledger["per_step"]["payload_bytes"]),
         f"transport {per_step}, by rank": _per_rank(ledger["per_step"]["transport_bytes_per_rank"]),
         f"transport in all, by rank ({kind})": _per_rank(per_rank),
@@ -256,8 +255,14 @@ def ledger_view(run: RunRecord, title: str, name: str) -> LedgerView:
         reconciliation=reconciliation if reconciliation.rows else None,
         cards=cards if cards.rows else None,
         buckets=buckets if buckets.rows else None,
-        layers=svg_figure(layers, f"layers-{name}", caption),
+        layers=_layers(ledger["layers"], f"layers-{name}") if ledger["layers"] else None,
     )
+
+
+def _layers(layers: Sequence[LayerJson], name: str) -> PageFigure:
+    largest = max(layers, key=lambda layer: layer["bytes"])
+    caption = f"{largest['name']} alone is {largest['share'] * 100:.1f} % of every step’s gradients."
+    return svg_figure(figures.layer_bytes_figure(layers), name, caption)
 
 
 # --- small things ---

@@ -138,10 +138,12 @@ def collectives_table(ledger: LedgerJson) -> Table:
     ]
     if len({row["attempt"] for row in rows}) > 1:
         columns.insert(0, Column("attempt", "attempt", format_count))
+    if any("group" in row for row in rows):
+        columns.insert(0, Column("group", "group"))
     order = {"train": 0, LOST: 1, "validation": 2, "checkpoint": 3, "startup": 4}
     phases = [(row["phase"] if row.get("committed", True) else LOST, row) for row in rows]
     phases.sort(key=lambda found: (found[1]["attempt"], order.get(found[0], 9), -found[1]["payload_bytes"]))
-    return make_table("", columns, [{**row, "phase": phase} for phase, row in phases], _mark_of_phase)
+    return make_table("", columns, [{"group": "all", **row, "phase": phase} for phase, row in phases], _mark_of_phase)
 
 
 def _mark_of_phase(row: Row) -> str:

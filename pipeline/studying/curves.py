@@ -28,7 +28,7 @@ def curve_of(run: RunRecord) -> list[CurvePointJson]:
     return [
         {
             "step": step,
-            "images": step * run.ledger["global_batch"],
+            "images": step * run.global_batch,
             "gigabytes": totals[step],
             "seconds": spent[step],
             "top1": top1,

@@ -15,6 +15,7 @@ from pipeline.config.compare import CompareConfig
 from pipeline.config.dashboard import DashboardConfig
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.lab import LabConfig
+from pipeline.config.meter import MeterConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.config.prepare import PrepareConfig
 from pipeline.config.training import TrainConfig
@@ -35,6 +36,7 @@ BASES: dict[str, tuple[type[Any], list[str]]] = {
     "compare": (CompareConfig, ["name=a", "models=[squeezenet1_0,alexnet]", "hooks=[none,bf16]", "steps=4"]),
     "plan": (PlanConfig, ["run=a", "servers=[2,4]", "bandwidth=[10Gbit,1Gbit]", "epochs=90"]),
     "lab": (LabConfig, ["servers=2", "bandwidth=1Gbit", "placement=interleaved"]),
+    "meter": (MeterConfig, ["name=a", "placement=rank"]),
     "dashboard": (DashboardConfig, ["entity=a"]),
 }
 

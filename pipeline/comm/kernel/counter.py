@@ -65,6 +65,10 @@ class SocketCounter(MeterObserver):
         self._rescan(baseline_now=False)
         self._count(label_of(phase, committed=phase != "train"))
 
+    def adopt_new(self) -> None:
+        """Count connections that were just opened, and are silent, from now on: their making is no collective."""
+        self._rescan(baseline_now=True)
+
     def phase_changes(self, old: str, new: str) -> None:
         """What was sent in `old` is counted for it."""
         del new

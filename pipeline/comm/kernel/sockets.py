@@ -4,6 +4,7 @@ Read with `getsockopt(TCP_INFO)` on the process's own descriptors, which needs n
 sees no other process's traffic: neither data loading nor uploads.
 """
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ class Connection:
     def counts(self) -> TcpCounts | None:
         """Read the kernel's counts; None if the connection is gone or this kernel is too old to count bytes."""
         try:
+            if os.fstat(self.descriptor).st_ino != self.inode:  # closed, and the number is another file's
+                return None
             handle = socket.socket(self.family, socket.SOCK_STREAM, 0, fileno=self.descriptor)
         except OSError:
             return None

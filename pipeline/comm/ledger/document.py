@@ -37,7 +37,7 @@ class Conditions:
     """Name of the model."""
     hook: str
     """Gradient compression (`comm.hook`)."""
-    global_batch: int
+    global_batch: int | Missing
     """Pictures per step over all ranks."""
     step_seconds_p50: float | None = None
     """Median seconds of a step."""

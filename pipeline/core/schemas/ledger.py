@@ -40,7 +40,10 @@ class CollectiveJson(TypedDict):
     op: str
     """Operation: `all_reduce`, `broadcast`, `barrier`, ..."""
     origin: str
-    """Who asked for it: `gradients`, `buffers`, `parameters`, `metrics`, `lightning` or `other`."""
+    """Who asked for it: `gradients`, `buffers`, `parameters`, `metrics`, `lightning` or `other`; in a program under
+    `meter` else the function that did, as `__main__.average`."""
+    group: NotRequired[str]
+    """The group of some of the ranks that issued it; absent: the group of all."""
     phase: str
     """Phase of the run: `startup`, `train`, `validation` or `checkpoint`."""
     attempt: int
@@ -238,12 +241,12 @@ class LedgerJson(TypedDict):
     server_of_rank: list[int]
     """Index of each rank's server, from 0."""
     placement: Literal["measured", "assumed"]
-    """`measured`: by the ranks' host names; `assumed`: each rank is taken as a server of its own."""
+    """`measured`: by the ranks' hosts; `assumed`: each rank is taken as a server of its own."""
     num_steps: int
     """Committed optimiser steps over all attempts."""
-    global_batch: int
+    global_batch: int | None
     """Pictures per step over all ranks."""
-    gradient_bytes: int
+    gradient_bytes: int | None
     """Bytes of gradients that the model owes per step, before compression."""
     layers: list[LayerJson]
     """Gradient bytes by layer, in the model's order."""
@@ -262,6 +265,7 @@ class LedgerJson(TypedDict):
     time: TimeJson
     """Times of a step."""
     meter_overhead_fraction: float | None
-    """Fraction of a step that the meter costs; null in every run, because a benchmark measures it."""
+    """Fraction of a step that rank 0 spends in the meter's own code, of a program under `meter`; null in a training,
+    where a benchmark measures it."""
     null_reasons: dict[str, str]
     """Why a value is null, by its dotted path (`buckets.0.ready_seconds`)."""

@@ -25,6 +25,7 @@ NEEDED = {
     "plan": ["run=x"],
     "study": ["study=strategies"],
     "report": ["run=x"],
+    "meter": ["name=x"],
 }
 
 

@@ -65,6 +65,7 @@ def comparison_of(models: dict[str, Path]) -> ComparisonJson:
     rows = []
     for model, directory in models.items():
         size = read_run(directory).ledger["gradient_bytes"]
+        assert size is not None
         measured = {
             "num_parameters": size // 4,
             "gradient_bytes": size,

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.lab import MAX_SERVERS, PLACEMENTS, LabConfig
-from pipeline.core.cli import compose
+from pipeline.core.cli import compose, split_arguments
 from pipeline.core.errors import ConfigError
 from pipeline.core.units import bits_per_second
-from pipeline.lab import split_arguments
 from pipeline.run.lab.cluster import Layout, address_of
 from pipeline.run.launch.ranks import find_ranks, lab_conditions
 
