@@ -90,6 +90,7 @@ def _measured(outcome: Outcome, run: RunRecord, baseline: Baseline) -> Draft:
         "images_per_second": known(run.images_per_second, no_step),
         "scaling_efficiency": scaling_efficiency(run, outcome),
         "break_even_bandwidth_bits_per_second": break_even(outcome, baseline),
+        "measured_top1": known(run.last("val/top1"), "Nothing was validated in this run."),
         "ledger_closed": known(run.ledger["closed"], reasons.get("closed", no_reason)),
         "layers": _layers(run, outcome.facts),
     }

@@ -59,6 +59,7 @@ _BYTES = (
         "the same to the end of the published recipe, at this global batch",
     ),
     Column("ledger_closed", "ledger", _ledger, "whether what was sent is what the collectives must send, to the byte"),
+    Column("measured_top1", "measured top-1", format_accuracy, "the run’s last validation; published ones stand below"),
 )
 _TIME = (
     Column("step_seconds", "step", format_seconds, "median wall time of a step in this run"),

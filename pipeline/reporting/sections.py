@@ -278,7 +278,7 @@ def not_measured(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return (values, reason): the same reason is given once, and a value missing of every model is named once."""
     by_reason: dict[str, dict[str, None]] = {}
     for path, reason in reasons.items():
-        by_reason.setdefault(reason, {})[re.sub(r"^models\.\d+\.", "", path)] = None
+        by_reason.setdefault(reason, {})[re.sub(r"^(models|rows)\.\d+\.", "", path)] = None
     return [(", ".join(paths), reason) for reason, paths in by_reason.items()]
 
 

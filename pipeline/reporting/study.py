@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,7 @@ _RUNS = (
     Column("num_steps", "steps", format_count),
     Column("step_seconds", "step", format_seconds, "median; mean of the seeds"),
     Column("exposed_seconds", "exposed", format_seconds, "a step’s wait for communication that no computation hides"),
-    Column(
-        "server_egress_bytes_per_step", "out of a server per step", format_bytes, "the busiest; compressed, if it is"
-    ),
+    Column("server_egress_bytes_per_step", "out of a server per step", format_bytes, "the busiest; mean of all steps"),
     Column("server_egress_bytes_per_epoch", "per epoch", format_bytes),
     Column("gigabytes", "in all", _gigabytes, "out of all servers together, in a whole run"),
     Column("seconds", "steps took", format_seconds, "without validations and checkpoints"),
@@ -124,7 +123,7 @@ def study_sentence(study: StudyJson) -> str:
         f"{best['name']} is the most accurate of {len(study['rows'])} variants: {format_accuracy(top1)}, {of},"
         f" for {_gigabytes(best['gigabytes'])} out of all servers."
     )
-    for target in sorted({one["target"] for row in study["rows"] for one in row["reach"]}, reverse=True):
+    for target in sorted(_targets(study), reverse=True):
         at = [(one["gigabytes"], row["name"]) for row, one in _reached(study, target) if one["gigabytes"] is not None]
         if at:
             gigabytes, name = min(at)
@@ -182,8 +181,11 @@ def _page(study: StudyJson, drawings: Mapping[str, study_figures.Drawing]) -> Pa
         ]
 
     budget = study["budget"]
-    forecast = "Minutes at other links are a forecast from the measured run, not a measurement."
-    own = {path: reason for path, reason in study["null_reasons"].items() if path.count(".") == 2}
+    own = {
+        path: reason
+        for path, reason in study["null_reasons"].items()
+        if path.count(".") == 2 and not path.endswith(".published")
+    }
     return Page(
         title=study["study"],
         kicker=f"{len(study['rows'])} variants studied",
@@ -202,10 +204,10 @@ def _page(study: StudyJson, drawings: Mapping[str, study_figures.Drawing]) -> Pa
                 StudyPart(
                     "Accuracy and what was spent", _CURVES_LEAD, shown("study-against-"), _envelope_tables(study)
                 ),
-                StudyPart("To a target", forecast, [], _reach_tables(study)),
+                StudyPart("To a target", _reach_lead(study), [], _reach_tables(study)),
                 StudyPart("All variants", "", [], _tables(study)),
             )
-            if part.figures or part.tables
+            if part.lead or part.figures or part.tables
         ],
         not_measured=not_measured(own),
     )
@@ -255,10 +257,28 @@ def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     return make_table(title, (_NAME, *shown), rows, mark)
 
 
+def _reach_lead(study: StudyJson) -> str:
+    """Return which targets nobody reaches, and what a forecast is."""
+    missed = [f"{target:.0%}" for target in _targets(study) if not _any_reach(study, target)]
+    return (f"No variant reaches {', '.join(missed)}. " if missed else "") + (
+        "Times on other links are forecast from the measured run, not measured."
+    )
+
+
+def _targets(study: StudyJson) -> list[float]:
+    return [one["target"] for one in study["rows"][0]["reach"]]
+
+
+def _any_reach(study: StudyJson, target: float) -> bool:
+    return any(one["num_reached"] for row in study["rows"] for one in row["reach"] if one["target"] == target)
+
+
 def _reach_tables(study: StudyJson) -> list[Table]:
-    """Return a table for each target that any seed reaches, and a sentence's worth for those that none does."""
+    """Return a table for each target that any seed reaches."""
     made = []
-    for position, target in enumerate(one["target"] for one in study["rows"][0]["reach"]):
+    for position, target in enumerate(_targets(study)):
+        if not _any_reach(study, target):
+            continue
         found = [(row, row["reach"][position]) for row in study["rows"]]
         bandwidths = [forecast["bandwidth"] for forecast in found[0][1]["forecasts"]]
         columns = (
@@ -282,6 +302,7 @@ def _reach_tables(study: StudyJson) -> list[Table]:
 
 
 def _envelope_tables(study: StudyJson) -> list[Table]:
+    """Return for each thing that is spent which variant is the best from where to where."""
     shows = {
         "gigabytes": ("gigabytes", _gigabytes),
         "seconds": ("seconds", format_seconds),
@@ -290,7 +311,16 @@ def _envelope_tables(study: StudyJson) -> list[Table]:
     made = []
     for axis, (title, show) in shows.items():
         points: list[EnvelopePointJson] = study["envelope"][axis]
-        if points:
-            columns = (Column("spent", "from", show), Column("top1", "validation top-1", format_accuracy))
-            made.append(make_table(f"The best for its {title}", (_NAME, *columns), points))
+        stretches = [list(stretch) for _, stretch in itertools.groupby(points, lambda point: point["name"])]
+        rows = [
+            {"name": stretch[0]["name"], "begin": stretch[0]["spent"], "end": stretch[-1]["spent"], **stretch[-1]}
+            for stretch in stretches
+        ]
+        if rows:
+            columns = (
+                Column("begin", "best from", show),
+                Column("end", "best to", show),
+                Column("top1", "validation top-1", format_accuracy, "where the stretch ends"),
+            )
+            made.append(make_table(f"The best for its {title}", (_NAME, *columns), rows))
     return made

@@ -252,11 +252,17 @@ def where_of(config: StudyConfig, name: str) -> list[str]:
 
 
 def _of_steps(plan: Plan, planned: Planned) -> Iterator[str]:
+    """Yield what is wrong with a variant's number of steps."""
     comm, num_steps = planned.facts.config.comm, plan.num_steps(planned)
     if comm.hook == "powersgd" and num_steps is not None and comm.powersgd_start_step >= num_steps:
         yield (
             f"{planned.variant.name}: comm.powersgd_start_step={comm.powersgd_start_step}, but its runs have"
             f" {num_steps} steps, so that none would be compressed: lower it, or raise study.budget."
+        )
+    if comm.period is not None and plan.config.study.budget.gigabytes is not None:
+        yield (
+            f"{planned.variant.name}: with comm.period={comm.period} a few steps do not tell how many a budget of"
+            " gigabytes pays for: set study.budget.steps, .epochs or .seconds instead."
         )
 
 

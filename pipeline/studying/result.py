@@ -104,9 +104,8 @@ def _measured(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
         found = [value for value in values if value is not None]
         return sum(found) / len(found) if found else Missing(reason if runs else why)
 
-    egress = [run.egress_bytes_per_step for run in runs]
     top1 = [value for run in runs if (value := run.last("val/top1")) is not None]
-    per_step = known(next((value for value in egress if value is not None), None), why)
+    per_step = mean([_egress_per_step(run) for run in runs], "The bytes sent are not known.")
     closed = [run.ledger["closed"] for run in runs]
     return {
         "num_steps": known(next((run.ledger["num_steps"] for run in runs), None), why),
@@ -126,6 +125,12 @@ def _measured(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
             "The bytes of a run were not measured." if runs else why,
         ),
     }
+
+
+def _egress_per_step(run: RunRecord) -> float | None:
+    """Return what the busiest server sent per committed step: with local steps or PowerSGD these differ."""
+    egress, num_steps = run.ledger["servers"]["predicted_egress_bytes"], run.ledger["num_steps"]
+    return max(egress) / num_steps if egress and num_steps else None
 
 
 def _seconds(run: RunRecord) -> float | None:

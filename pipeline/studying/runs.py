@@ -75,7 +75,8 @@ def _make(plan: Plan, planned: Planned, seed: int, bar: Bar) -> Made:
         num_steps = plan.num_steps(planned) or _affordable_steps(plan, planned)
         is_new = _train(plan, planned, run, {"seed": seed, "trainer.max_steps": num_steps})
         record = read_run(directory)
-        metered_gradient_bytes(record, planned.facts.of_one.gradient_bytes)
+        if planned.facts.config.comm.period is None:  # else most steps exchange nothing, as the ledger knows
+            metered_gradient_bytes(record, planned.facts.of_one.gradient_bytes)
     except _Failed as error:
         bar.print(f"{said}: failed")
         return Made(seed, planned.place(run), reason=error.reason, exit_code=error.code)

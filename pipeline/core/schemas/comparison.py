@@ -65,6 +65,8 @@ class ModelRowJson(TypedDict):
     """Top-1 on ImageNet as published, a fraction; not measured here."""
     published_top1_source: str | None
     """Who published that accuracy."""
+    measured_top1: float | None
+    """Top-1 of the run's last validation, on its own pictures, a fraction."""
     published_epochs: float | None
     """Epochs of ImageNet that led, or are said to have led, to that accuracy."""
     published_epochs_source: str | None

@@ -27,7 +27,7 @@ class CurvePointJson(TypedDict):
 
 
 class EnvelopePointJson(TypedDict):
-    """Where a variant becomes the most accurate one for what was spent so far."""
+    """A validation that is more accurate than all that cost as much or less."""
 
     spent: float
     """Gigabytes, seconds or pictures."""
@@ -122,9 +122,9 @@ class StudyRowJson(TypedDict):
     """Pictures of a step."""
     num_steps: int | None
     """Optimiser steps of each run."""
-    server_egress_bytes_per_step: int | None
-    """Bytes that leave the busiest server per step; under PowerSGD of the last, compressed one."""
-    server_egress_bytes_per_epoch: int | None
+    server_egress_bytes_per_step: float | None
+    """Bytes that leave the busiest server per step, the mean of all committed ones."""
+    server_egress_bytes_per_epoch: float | None
     """The same for the whole global batches of an epoch."""
     step_seconds: float | None
     """Median seconds of a step, data included."""

@@ -92,6 +92,16 @@ def test_comparison_of_runs_already_made(make_run: MakeRun, tmp_path: Path, caps
         assert (config.directory / name).stat().st_size
 
 
+def test_an_accuracy_that_was_measured_stands_apart_from_the_published_one(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = make_run("a", validated=True), make_run("b", model="alexnet")
+    config = from_runs(tmp_path, *runs)
+    compare(config)
+    measured, other = result_of(config)["models"]
+    assert measured["measured_top1"] == pytest.approx(1 - 0.92 * 0.97**8) != measured["published_top1"]
+    assert other["measured_top1"] is None and other["published_top1"] is not None
+    assert "measured top-1" in (config.directory / "report.html").read_text()
+
+
 def test_every_null_of_a_measured_row_has_its_reason(make_run: MakeRun, tmp_path: Path) -> None:
     config = from_runs(tmp_path, make_run("a"), make_run("b", model="squeezenet1_0", sr=0.5))
     compare(config)
