@@ -122,6 +122,7 @@ bench: venv peers ## the published figures, measured here; an hour and a quiet m
 	$(PY) -m benchmarks.builtin_seeds
 	$(PY) -m benchmarks.ledger_matrix
 	$(PY) -m benchmarks.meter_overhead
+	$(PY) -m benchmarks.foreign_programs
 	$(PY) -m benchmarks.exposed_time
 	$(PY) -m benchmarks.links
 	$(PY) -m benchmarks.links --batches

@@ -33,6 +33,8 @@ REMARKS = {
     "exposed_time": "`waited` is what paired steps say (synced less hidden), `exposed` what the timeline says;"
     " `slowed` is what\ncommunication costs computation (hidden less alone), which is no waiting.",
     "fine_tuning": "What was done, and what it means: [fine-tuning.md](fine-tuning.md).",
+    "foreign_programs": "Loops of torch, Lightning, timm, Accelerate and transformers, unchanged:"
+    " [metering.md](metering.md). Runs of 24 steps,\nin which the files and comparisons of the beginning weigh most.",
     "imagenet_sample": "No claim about ImageNet: it learns a few hundred pictures by heart.\n\n"
     "![The curve of the training loss](../benchmarks/results/imagenet_sample.png)",
     "links": "Exposed is what a step waits for communication with nothing else to do; efficiency is a rank's speed over"
@@ -73,6 +75,8 @@ COLUMNS = {
         "files",
     ): "file file_bytes before_exit_code before_seconds before_harmless_seconds before_more_bytes"
     " exit_code seconds harmless_seconds more_bytes",
+    ("foreign_programs", "programs"): "program num_ranks owed_bytes_per_step carried_bytes_per_step"
+    " measured_bytes_per_rank_and_step residual_bytes closed step_seconds meter_share",
     ("links", "runs"): "model bandwidth step_seconds_alone step_seconds exposed_seconds scaling_efficiency",
     ("links_batches", "runs"): "model batch_per_rank buckets step_seconds exposed_seconds wire_seconds least_seconds"
     " over_least",
