@@ -264,6 +264,11 @@ def _of_steps(plan: Plan, planned: Planned) -> Iterator[str]:
             f"{planned.variant.name}: with comm.period={comm.period} a few steps do not tell how many a budget of"
             " gigabytes pays for: set study.budget.steps, .epochs or .seconds instead."
         )
+    if comm.period is not None and num_steps is not None and comm.local_start_step + comm.period > num_steps:
+        yield (
+            f"{planned.variant.name}: comm.period={comm.period} is longer than what its runs have of their {num_steps}"
+            " steps: lower it, or raise study.budget."
+        )
 
 
 # --- what is there already ---

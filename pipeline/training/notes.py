@@ -62,13 +62,14 @@ def _pruning_line(config: PruneConfig, num_steps: int) -> str:
     )
 
 
-def _rounds_line(setup: Setup) -> str:
+def _owed(setup: Setup, owed_bytes: int) -> str:
+    """What a step owes, with the number of times it does where not every step does."""
     rounds = setup.plan.rounds
     if rounds is None:
-        return ""
+        return f"{owed_bytes:,} of gradients"
     return (
-        f"  rounds      {rounds_sentence(setup.config.comm)}: {len(rounds.ends)} times in"
-        f" {setup.plan.num_steps} steps, as many bytes each as gradients would be; between them nothing is sent\n"
+        f"none within a round: {rounds_sentence(setup.config.comm)}, {len(rounds.ends)} times in"
+        f" {setup.plan.num_steps} steps; at its end {owed_bytes:,} of weights"
     )
 
 
@@ -90,8 +91,7 @@ def announce(setup: Setup, owed_bytes: int) -> str:
         f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
         f" x {batch.per_rank}\n"
         + (f"  the shards  {origin}\n" if origin else "")
-        + f"  its bytes   {owed_bytes:,} of gradients; about {sent_bytes:,} sent by each rank (ring)\n"
-        + _rounds_line(setup)
+        + f"  its bytes   {_owed(setup, owed_bytes)}; about {sent_bytes:,} sent by each rank (ring)\n"
         + _pruning_line(config.recipe.prune, plan.num_steps)
         + f"  the run     steps {start.step} to {plan.num_steps}, {plan.epoch_sentence}"
         + (f"; resumed from {start.info.path.name}" if start.info else "")

@@ -140,6 +140,14 @@ def test_runs_on_different_links_are_not_mixed(make_run: MakeRun, tmp_path: Path
         compare(from_runs(tmp_path, *runs))
 
 
+def test_a_run_of_local_steps_is_refused(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run("local")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("hook: none", "hook: none\n  period: 4"))
+    assert compare(from_runs(tmp_path, run)) == 2
+    assert "comm.period=4, so that most of its steps exchanged nothing" in " ".join(capsys.readouterr().err.split())
+
+
 def compressed_by_powersgd(run: Path, *, handed_over: int, carried: int) -> None:
     """Make it a run that handed over so many bytes of gradients per step, of which so many travelled."""
     ledger = json.loads((run / "ledger.json").read_text())

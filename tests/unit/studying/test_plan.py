@@ -85,6 +85,20 @@ def test_one_fault_is_a_sentence(shards: Path, tmp_path: Path, more: tuple[str, 
         make_plan(configured(tmp_path, shards, variant("a", SMALL), more=more))
 
 
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("steps=4", "comm.period=5 is longer than what its runs have of their 4 steps"),
+        ("gigabytes=1", "with comm.period=5 a few steps do not tell how many"),
+    ],
+)
+def test_rounds_that_no_budget_fits_are_refused(shards: Path, tmp_path: Path, budget: str, said: str) -> None:
+    local = variant("rarely", SMALL, "'comm=local'", "'comm.period=5'")
+    more = ("study.budget.steps=null", f"study.budget.{budget}")
+    with pytest.raises(ConfigError, match=f"rarely: {said}"):
+        make_plan(configured(tmp_path, shards, local, more=more))
+
+
 def test_without_shards_there_is_no_study(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         make_plan(configured(tmp_path, tmp_path / "nowhere", variant("a", SMALL)))
