@@ -7,6 +7,7 @@ things, nor under which name it holds torch's functions.
 
 import atexit
 import functools
+import inspect
 import multiprocessing.util
 import os
 from collections.abc import Callable
@@ -104,9 +105,16 @@ class Patches:
     # --- groups ---
 
     def _making_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def make(group_size: int, group_rank: int, global_ranks: list[int], backend: str, store: Any, *rest: Any, **more: Any) -> Any:  # fmt: skip # noqa: E501
-            made = original(group_size, group_rank, global_ranks, backend, store, *rest, **more)
-            self._made(made[0], group_size, group_rank, global_ranks, store)
+        signature = inspect.signature(original)
+
+        def make(*arguments: Any, **more: Any) -> Any:
+            made = original(*arguments, **more)
+            told = signature.bind(*arguments, **more).arguments
+            try:
+                ranks = told["global_ranks_in_group"]
+                self._made(made[0], told["group_size"], told["group_rank"], ranks, told["store"])
+            except KeyError as error:
+                say(f"a process group is not metered: this torch has no {error} where torch 2.14 has.")
             return made
 
         return make
@@ -153,7 +161,7 @@ class Patches:
                     self.session.add_group(name, group, ranks, c10d._world.pg_backend_config[group])
 
     def _ending_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def shutdown(group: Any, *arguments: Any, **more: Any) -> Any:
+        def shutdown(group: Any, /, *arguments: Any, **more: Any) -> Any:
             if self.session is not None and os.getpid() == self._pid:
                 with self.session.guarded():
                     self.session.group_ends(group)
@@ -164,9 +172,9 @@ class Patches:
     # --- modules and optimisers ---
 
     def _wrapping_module(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def init(module: DistributedDataParallel, *arguments: Any, **more: Any) -> None:
-            original(module, *arguments, **more)
-            self._owed.found(module)
+        def init(wrapped: DistributedDataParallel, /, *arguments: Any, **more: Any) -> None:
+            original(wrapped, *arguments, **more)
+            self._owed.found(wrapped)
 
         return init
 

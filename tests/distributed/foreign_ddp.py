@@ -31,7 +31,7 @@ class Net(nn.Module):
 def main() -> None:
     init_process_group("gloo")
     ends = new_group([0, get_world_size() - 1])
-    ddp = DistributedDataParallel(Net(), find_unused_parameters=True)
+    ddp = DistributedDataParallel(module=Net(), find_unused_parameters=True)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     for step in range(NUM_STEPS):
         with ddp.no_sync():
