@@ -88,10 +88,13 @@ def owed_calls(
 class Averaging:
     """The mean over all ranks of a model's trainable parameters and of its buffers that are not integers.
 
+    Buffers of frozen modules, which are the same on all ranks, stay as they are: a mean would round them.
+
     Args:
         module: The model.
         bucket_megabytes: As of `flat_buckets`.
         exchanging: Context that labels the collectives inside it.
+        frozen: Modules whose statistics do not change.
     """
 
     def __init__(
@@ -99,21 +102,28 @@ class Averaging:
         module: nn.Module,
         bucket_megabytes: float | None,
         exchanging: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
+        frozen: Sequence[nn.Module] = (),
     ) -> None:
         self._module, self._bucket_megabytes, self._exchanging = module, bucket_megabytes, exchanging
+        self._frozen = frozen
 
-    def tensors(self) -> dict[str, list[Tensor]]:
-        """Return what is averaged, by origin, in the model's order."""
-        parameters = [one.detach() for one in self._module.parameters() if one.requires_grad]
-        return {"parameters": parameters, "buffers": [one for one in self._module.buffers() if one.is_floating_point()]}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what is averaged, by origin and name, in the model's order."""
+        of_frozen = {id(one) for module in self._frozen for one in module.buffers()}
+        parameters = {name: one.detach() for name, one in self._module.named_parameters() if one.requires_grad}
+        buffers = {
+            name: one
+            for name, one in self._module.named_buffers()
+            if one.is_floating_point() and id(one) not in of_frozen
+        }
+        return {"parameters": parameters, "buffers": buffers}
 
     def owed(self, rounds: Rounds, step: int, num_sums: int, world_size: int) -> Counter[Call] | None:
         """Return what `owed_calls` says of this model."""
-        sizes = {origin: [(one.nbytes, one.itemsize) for one in some] for origin, some in self.tensors().items()}
         return owed_calls(
             rounds,
             step,
-            sizes,
+            self._sizes(),
             bucket_megabytes=self._bucket_megabytes,
             num_sums=num_sums,
             world_size=world_size,
@@ -129,7 +139,7 @@ class Averaging:
         factor = 1.0 / dist.get_world_size()
         under_way: list[tuple[dist.Work, Tensor, list[Tensor], str]] = []
         for origin, tensors in self._by_bucket():
-            flat = torch.cat([one.reshape(-1) for one in tensors]).mul_(factor)
+            flat = flatten(tensors).mul_(factor)
             with self._exchanging(origin):
                 work = dist.all_reduce(flat, async_op=True)
             assert work is not None
@@ -137,14 +147,29 @@ class Averaging:
         for work, flat, tensors, origin in under_way:
             with self._exchanging(origin):
                 work.wait()
-            for one, mean in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-                one.copy_(mean.view(one.shape))
+            fill(tensors, flat)
 
     def _by_bucket(self) -> Iterator[tuple[str, list[Tensor]]]:
-        tensors = self.tensors()
-        sizes = {origin: [(one.nbytes, one.itemsize) for one in some] for origin, some in tensors.items()}
-        for bucket in flat_buckets(sizes, self._bucket_megabytes):
+        tensors = {origin: list(some.values()) for origin, some in self.tensors().items()}
+        for bucket in flat_buckets(self._sizes(), self._bucket_megabytes):
             yield bucket.origin, tensors[bucket.origin][bucket.first : bucket.end]
+
+    def _sizes(self) -> Sizes:
+        return {
+            origin: [(one.nbytes, one.itemsize) for one in some.values()] for origin, some in self.tensors().items()
+        }
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a copy of the values of tensors, one after the other."""
+    return torch.cat([one.detach().reshape(-1) for one in tensors])
+
+
+@torch.no_grad()
+def fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write values as `flatten` gives them into tensors in place, whatever their layout."""
+    for one, values in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(values.view(one.shape))
 
 
 def stack_on_first(tensor: Tensor) -> Tensor:
@@ -154,4 +179,4 @@ def stack_on_first(tensor: Tensor) -> Tensor:
     is_first = dist.get_rank() == 0
     received = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if is_first else None
     dist.gather(tensor, received, dst=0)
-    return torch.stack(received).cpu() if received is not None else tensor.new_empty(0, device="cpu")
+    return torch.stack([one.cpu() for one in received]) if received is not None else tensor.new_empty(0, device="cpu")

@@ -11,6 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+LARGEST_ROOT = 1e9
+"""Its square is more steps than any run has, and can still be computed."""
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -63,4 +66,4 @@ def quadratic_steps(period: int, alpha: float, lr: float) -> int:
         alpha: The rule's constant, in units of the learning rate.
         lr: Learning rate of the round's first step.
     """
-    return max(period, math.floor((alpha / lr) ** 2))
+    return max(period, math.floor(min(alpha / lr, LARGEST_ROOT) ** 2))

@@ -42,11 +42,8 @@ def metered_gradient_bytes(run: RunRecord, parameter_bytes: int) -> int:
         ConfigError: the run exchanged nothing in most of its steps.
         LedgerError: nothing was carried, or not what the model's parameters owe.
     """
-    if (period := run.setting("comm.period")) is not None:
-        raise ConfigError(
-            f"{run.directory} was made with comm.period={period}, so that most of its steps exchanged nothing: a"
-            " comparison is of runs that exchanged gradients in every step."
-        )
+    if run.is_local:
+        raise ConfigError(f"{run.rounds_sentence}: a comparison is of runs that exchanged gradients in every step.")
     wire_bytes = run.wire_gradient_bytes
     compression = COMPRESSIONS.get(run.ledger["hook"])
     share = compression and compression.share

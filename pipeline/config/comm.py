@@ -83,6 +83,11 @@ class CommConfig:
             " set comm.hook=none, or comm.period=null.",
         )
         require(
+            not self.find_unused_parameters,
+            "comm.find_unused_parameters=true does not go with local steps: a rank that has not used a parameter yet"
+            " has no momentum of it, and the others have. Set it to false, or comm.period=null.",
+        )
+        require(
             self.rule != "post_local" or start > 0,
             "comm.rule=post_local needs comm.local_start_step=, the steps that exchange gradients first: recipe.decay"
             " lowers the learning rate in every step, so that there is no first decay to begin after.",

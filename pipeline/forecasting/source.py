@@ -53,11 +53,8 @@ def read_source(
     Raises:
         ConfigError: the run did not measure what a forecast needs, or `compute` computed something else.
     """
-    if (period := run.setting("comm.period")) is not None:
-        raise ConfigError(
-            f"{run.directory} was made with comm.period={period}, so that most of its steps exchanged nothing: a"
-            " forecast needs a run that exchanged gradients in every step."
-        )
+    if run.is_local:
+        raise ConfigError(f"{run.rounds_sentence}: a forecast needs a run that exchanged gradients in every step.")
     ledger = run.ledger
     hook, itemsize, calls = ledger["hook"], ITEMSIZES.get(ledger["hook"]), ledger["per_step"].get("calls")
     times = _require_times(run)

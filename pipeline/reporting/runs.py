@@ -131,6 +131,17 @@ class RunRecord:
         return self.setting("comm.period") is not None and self.ledger["world_size"] > 1
 
     @property
+    def rounds_sentence(self) -> str:
+        """Why a run whose ranks trained by themselves does not serve as others do."""
+        period = self.setting("comm.period")
+        return f"{self.directory} was made with comm.period={period}, so that most of its steps exchanged nothing"
+
+    @property
+    def typical(self) -> str:
+        """What `step_seconds` is over the steps: `median` or `mean`."""
+        return "mean" if self.is_local else "median"
+
+    @property
     def step_seconds(self) -> float | None:
         """Median seconds of a step: the ledger's, else that of the recorded steps without the first, which warms up.
 

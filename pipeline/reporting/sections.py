@@ -147,7 +147,7 @@ def merit(run: RunRecord) -> list[Fact]:
         Fact("validation top-1", format_accuracy(val_top1)) if val_top1 is not None else None,
         Fact("sent between servers", format_bytes(total * 1e9)) if total else None,
         Fact("gradients per step", format_bytes(run.ledger["gradient_bytes"])),
-        Fact("median step", format_seconds(run.step_seconds)) if run.step_seconds else None,
+        Fact(f"{run.typical} step", format_seconds(run.step_seconds)) if run.step_seconds else None,
     ]
     return [fact for fact in facts if fact is not None]
 
@@ -197,10 +197,10 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
                 "Bytes that left a server for another one, added up over all servers since the first step.",
             )
         )
-    typical = "mean" if run.is_local else "median"
     loss, train_top1 = (run.mean_of_latest(f"train/{key}", NUM_STEPS_AVERAGED) for key in ("loss", "top1"))
     wait, top5, best = run.data_wait_share, run.last("val/top5"), run.best_validation
-    of_latest = f"mean of the last {min(NUM_STEPS_AVERAGED, run.num_rows)} steps"
+    num_averaged = min(NUM_STEPS_AVERAGED, len(run.series("train/loss")[1]))
+    of_latest = f"mean of the last {num_averaged} {'rounds' if run.is_local else 'steps'}"
     facts = [
         Fact("validation top-1", format_accuracy(run.last("val/top1"))),
         Fact(
@@ -211,8 +211,8 @@ def learning_view(run: RunRecord, sentence: str = "") -> LearningView | None:
         Fact("validation loss", _number(run.last("val/loss"))),
         Fact(f"training loss, {of_latest}", _number(loss)),
         Fact(f"training top-1, {of_latest}", format_accuracy(train_top1)),
-        Fact(f"pictures per second, {typical} step", format_rate(run.images_per_second)),
-        Fact(f"{typical} step", format_seconds(run.step_seconds)),
+        Fact(f"pictures per second, {run.typical} step", format_rate(run.images_per_second)),
+        Fact(f"{run.typical} step", format_seconds(run.step_seconds)),
         Fact("waited for data, mean", f"{wait * 100:.1f} %") if wait is not None else None,
         Fact("learning rate at the end", _number(run.last("lr"))),
     ]

@@ -36,7 +36,7 @@ from pipeline.training.timing import StepClock, TimedLoader, speed_sentence
 from pipeline.training.watchdog import StepWatchdog
 
 LEDGER_EVERY_SECONDS = 30.0
-NO_STEP_TIMED = "No step of this attempt has been timed."
+NO_STEP_TIMED, NO_BUCKETS = "No step of this attempt has been timed.", "No step of this attempt exchanged gradients."
 STOP_EVERY_BATCHES = 8  # micro-batches of a validation between two looks at whether to stop
 Row = dict[str, float | int | None]
 
@@ -312,7 +312,7 @@ class Attempt(pl.Callback):
             data_wait_seconds=self.clock.mean_wait_seconds(),
             # Of most steps of a round there is nothing to time, and so of the median one.
             communication=self.world.timeline.medians(median if self.plan.rounds is None else fmean),
-            why_untimed=self.world.timeline.why_off or NO_STEP_TIMED,
+            why_untimed=self.world.timeline.why_off or (NO_STEP_TIMED if self.plan.rounds is None else NO_BUCKETS),
         )
         write_json_atomic(self.directory.ledger, self.ledger.to_json(conditions, ended=ended))
 

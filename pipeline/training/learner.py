@@ -132,7 +132,7 @@ class Learner(pl.LightningModule):
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
         self.rounds = rounds
-        self._averaging = Averaging(self.model, bucket_megabytes, origin)
+        self.averaging = Averaging(self.model, bucket_megabytes, origin, frozen)
         self._rank = rank
         self._micro = 0
         self.sums = torch.zeros(3, dtype=torch.float64)
@@ -184,7 +184,7 @@ class Learner(pl.LightningModule):
     def owed(self, step: int) -> Counter[Call] | None:
         """Return the collectives of step `step` (from 1); None: DDP's buckets of gradients and what goes with them."""
         num_sums = 5 + (2 * drift.NUM_PIECES if self.compare_every_steps else 0)
-        return self.rounds and self._averaging.owed(self.rounds, step, num_sums, dist.get_world_size())
+        return self.rounds and self.averaging.owed(self.rounds, step, num_sums, dist.get_world_size())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD or AdamW, going on from the state that was saved."""
@@ -287,7 +287,7 @@ class Learner(pl.LightningModule):
         averages = self.rounds is not None and self.rounds.averages(step)
         parts = [self.sums, self.sums.new_full((1,), float(stop_asked))]
         if averages:
-            self._averaging.average()
+            self.averaging.average()
             parts.append(self.sums.new_full((1,), self._grad_norm))
         every = self.compare_every_steps
         if every and (averages or step % every == 0) and has_peers():

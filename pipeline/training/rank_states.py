@@ -5,15 +5,16 @@ is the mean over the ranks there, so that other readers, and another number of r
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.comm.averaging import stack_on_first
+from pipeline.comm.averaging import fill, flatten, stack_on_first
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.run import checkpoint as checkpoints
+from pipeline.run.checkpoint_checks import unusable
 from pipeline.training.learner import NAME_PREFIX, Learner
 from pipeline.training.momenta import MOMENTA
 from pipeline.training.setup import Setup
@@ -69,20 +70,23 @@ def gather(learner: Learner, checkpoint: dict[str, Any]) -> Stacks:
     if rounds is None or rounds.exchanges_gradients(learner.committed_steps):
         return {}
     (optimizer_state,) = checkpoint["optimizer_states"]
-    mine = {name: _flat(some) for name, some in _momenta(optimizer_state["state"]).items()}
+    mine = {name: flatten(some) for name, some in _momenta(optimizer_state["state"]).items()}
     if not learner.is_synchronised:
-        mine |= {name: _flat(some) for name, some in _weights(learner).items()} | {SUMS: learner.sums}
+        mine |= _weights_and_sums(learner)
     stacks = {name: stack_on_first(flat) for name, flat in mine.items()}
     if learner.global_rank == 0:
-        means = {name: stack.double().mean(0).to(stack.dtype) for name, stack in stacks.items()}
+        means = {name: stack.mean(0, dtype=torch.float64).to(stack.dtype) for name, stack in stacks.items()}
+        # A deep copy: tensors that are one stay one.
         checkpoint["optimizer_states"] = [copy.deepcopy(optimizer_state)]
         for name, momenta in _momenta(checkpoint["optimizer_states"][0]["state"]).items():
-            _fill(momenta, means[name])
+            fill(momenta, means[name])
         if not learner.is_synchronised:
-            state = {key: value.clone() for key, value in checkpoint["state_dict"].items()}
-            checkpoint["state_dict"] = state
-            for origin, names in _names(learner).items():
-                _fill([state[NAME_PREFIX + name] for name in names], means[origin])
+            state = checkpoint["state_dict"] = copy.deepcopy(checkpoint["state_dict"])
+            for origin, tensors in learner.averaging.tensors().items():
+                # What is not in a state dict has no other place than the stacks.
+                copies = [state.get(NAME_PREFIX + name, one.clone()) for name, one in tensors.items()]
+                if copies:
+                    fill(copies, means[origin])
     return stacks
 
 
@@ -103,16 +107,22 @@ def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None
             raise ValueError(f"the states of its {num_ranks} ranks are missing")
         return
     assert learner.optimizer_state is not None
-    expected = {name: _flat(some) for name, some in _momenta(learner.optimizer_state["state"]).items()}
-    expected |= {name: _flat(some) for name, some in _weights(learner).items()} | {SUMS: learner.sums}
-    for name, stack in stacks.items():
-        shape = (num_ranks, len(expected[name])) if name in expected else None
-        if not isinstance(stack, Tensor) or tuple(stack.shape) != shape:
+    expected = {name: flatten(some) for name, some in _momenta(learner.optimizer_state["state"]).items()}
+    if stacks.keys() - expected.keys():  # saved within a round
+        expected |= _weights_and_sums(learner)
+    synchronous_steps = (section.get("free_fields") or {}).get("comm.local_start_step")
+    if not stacks and isinstance(synchronous_steps, int) and section["step"] <= synchronous_steps:
+        return
+    for name in sorted(stacks.keys() | expected.keys()):
+        stack, own = stacks.get(name), expected.get(name)
+        if stack is None or own is None or stack.shape != (num_ranks, len(own)) or stack.dtype != own.dtype:
             raise ValueError(f"the states of its {num_ranks} ranks are not complete ({name})")
+        if wrong := unusable(name, stack, own.expand(num_ranks, -1)):
+            raise ValueError(f"in the states of its {num_ranks} ranks {wrong}")
 
 
 def take_own(setup: Setup, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
-    """Go on from this rank's own state, where the checkpoint has it; other ranks than its go on from the mean.
+    """Go on from this rank's own state, where the checkpoint has it and the next step is local; else from the mean.
 
     After DDP has given rank 0's weights to all.
 
@@ -125,44 +135,27 @@ def take_own(setup: Setup, learner: Learner, optimizer: torch.optim.Optimizer) -
     stacks = None if section is None else section.get("rank_states")
     if not stacks or section is None:
         return
-    if section["world_size"] == world.size and learner.rounds is not None:
+    if section["world_size"] == world.size and not learner.exchanges_gradients:
         own = {name: stack[world.rank] for name, stack in stacks.items()}
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
         numbered = {number: optimizer.state[one] for number, one in enumerate(parameters) if one in optimizer.state}
-        for name, tensors in {**_momenta(numbered), **_weights(learner)}.items():
+        weights = {origin: list(some.values()) for origin, some in learner.averaging.tensors().items()}
+        for name, tensors in {**_momenta(numbered), **weights}.items():
             if name in own:
-                _fill(tensors, own[name])
+                fill(tensors, own[name])
     else:
         own = {SUMS: stacks[SUMS].sum(0) * world.is_rank_zero} if SUMS in stacks else {}
         world.say(f"The weights and momenta are the mean of those of {section['world_size']} ranks.")
     learner.sums = own.get(SUMS, learner.sums).to(learner.sums)
 
 
-def _names(learner: Learner) -> dict[str, list[str]]:
-    """Names of what differs within a round, by origin, in the model's order."""
-    kept = learner.model.state_dict().keys()
-    parameters = [name for name, one in learner.model.named_parameters() if one.requires_grad]
-    buffers = [name for name, one in learner.model.named_buffers() if name in kept and one.is_floating_point()]
-    return {origin: names for origin, names in (("parameters", parameters), ("buffers", buffers)) if names}
-
-
-def _weights(learner: Learner) -> dict[str, list[Tensor]]:
-    state = learner.model.state_dict()
-    return {origin: [state[name] for name in names] for origin, names in _names(learner).items()}
+def _weights_and_sums(learner: Learner) -> Stacks:
+    """By origin: what differs within a round, as one row; what a model has none of is left out."""
+    weights = {origin: flatten(list(some.values())) for origin, some in learner.averaging.tensors().items() if some}
+    return {**weights, SUMS: learner.sums}
 
 
 def _momenta(state: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Tensor]]:
     """By name: the momenta of all parameters that have them, in order."""
     found = {key: [kept[key] for _, kept in sorted(state.items()) if kept.get(key) is not None] for key in MOMENTA}
     return {key: momenta for key, momenta in found.items() if momenta}
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([one.detach().reshape(-1) for one in tensors])
-
-
-@torch.no_grad()
-def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Write values into tensors in place, whatever their layout."""
-    for one, values in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-        one.copy_(values.view(one.shape))

@@ -111,6 +111,6 @@ def train_with(fault: str, root: Path, shards: Path, *more: str, expect: int) ->
 def test_a_collective_in_a_local_step_fails_the_run(shards: Path, tmp_path: Path) -> None:
     ended = train_with("collective", tmp_path, shards, "comm=local", "comm.period=5", expect=6)
     assert "the fault fired" in ended.output and "Traceback" not in ended.output
-    assert "Step 4 owes no collective, but 1 all_reduce of 4,000 bytes (other) too many" in ended.output
+    assert "Step 4 owes no collective, but issued 1 all_reduce of 4,000 bytes (other) too many" in ended.output
     # Lost is nothing: what was saved before is there.
     assert json.loads((tmp_path / "run" / "checkpoints" / "last.json").read_text())["step"] == 3

@@ -151,10 +151,11 @@ class Ledger:
         issued = self._present.open_train
         if issued == owed:
             return
+        differences = ((issued - owed, "too many"), (owed - issued, "too few"))
+        wrong = " and ".join(f"{_told(calls)} {how}" for calls, how in differences if calls)
         raise LedgerError(
-            f"Step {self.num_steps} owes {_told(owed)}, but {_told(issued - owed)} too many and {_told(owed - issued)}"
-            " too few were issued. With comm.period ranks exchange weights at the end of a round, and nothing else in a"
-            " step: take out what does, or set comm.period=null."
+            f"Step {self.num_steps} owes {_told(owed)}, but issued {wrong}. With comm.period ranks exchange weights"
+            " at the end of a round, and nothing else in a step: take out what does, or set comm.period=null."
         )
 
     def _price_step(self, train: Counter[Call]) -> Traffic:

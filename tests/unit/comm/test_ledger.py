@@ -324,7 +324,9 @@ def test_a_step_that_owes_no_gradients_owes_what_it_is_told() -> None:
     ledger = Ledger(meter, {"w": 40}, placement=placement, attempt=1, rank=0, reconciler=None, owed=lambda at: owed[at])
     assert ledger.commit_step().payload_bytes == 40
     meter._counts[all_reduce(40)] += 2
-    with pytest.raises(LedgerError, match=r"Step 2 owes no collective, but 2 all_reduce of 40 bytes .* too many"):
+    with pytest.raises(
+        LedgerError, match=r"Step 2 owes no collective, but issued 2 all_reduce of 40 bytes .* too many"
+    ):
         ledger.commit_step()
 
 

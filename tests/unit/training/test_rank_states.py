@@ -1,10 +1,12 @@
 """The states of ranks that train by themselves, as a checkpoint holds them."""
 
+import math
 from typing import Any, cast
 
 import pytest
 import torch
 
+from pipeline.comm.averaging import Averaging
 from pipeline.comm.rounds import plan_rounds
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
@@ -28,13 +30,20 @@ def learner() -> Learner:
     return made
 
 
+NAMES = ("parameters", "buffers", "momentum_buffer", "sums")
 NUM_WEIGHTS = 9 + 6 + 8  # of two linear layers and a normalisation between them
 
 
 def section_of(learner: Learner, num_ranks: int = 2, changed: dict[str, torch.Tensor] | None = None) -> Any:
     widths = {"parameters": NUM_WEIGHTS, "buffers": 6, "momentum_buffer": NUM_WEIGHTS, "sums": 3}
     states = {name: torch.zeros(num_ranks, width) for name, width in widths.items()}
-    section = {"world_size": num_ranks, "free_fields": {"comm.period": 4}, "rank_states": states | (changed or {})}
+    states["sums"] = states["sums"].double()
+    section = {
+        "world_size": num_ranks,
+        "step": 6,
+        "free_fields": {"comm.period": 4},
+        "rank_states": states | (changed or {}),
+    }
     rank_states.require_complete(cast(Any, section), learner)
     return section
 
@@ -51,6 +60,55 @@ def test_states_of_fewer_ranks_or_of_another_model_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=rf"the states of its 2 ranks are not complete \({name}\)"):
         section_of(learner, changed={name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("names", [["momentum_buffer"], ["sums"], ["parameters", "sums"], [*NAMES]])
+def test_states_of_which_some_are_missing_are_refused(learner: Learner, names: list[str]) -> None:
+    section = section_of(learner)
+    for name in names:
+        del section["rank_states"][name]
+    with pytest.raises(ValueError, match="are not complete"):
+        rank_states.require_complete(section, learner)
+
+
+def test_after_a_round_ranks_differ_in_their_momenta_alone(learner: Learner) -> None:
+    section = section_of(learner)
+    for name in ("parameters", "buffers", "sums"):
+        del section["rank_states"][name]
+    rank_states.require_complete(section, learner)
+
+
+def test_before_the_first_round_there_are_none(learner: Learner) -> None:
+    section = section_of(learner)
+    section |= {"rank_states": {}, "step": 4}
+    section["free_fields"]["comm.local_start_step"] = 4
+    rank_states.require_complete(section, learner)
+    section["step"] = 5
+    with pytest.raises(ValueError, match="are not complete"):
+        rank_states.require_complete(section, learner)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_that_cannot_be_computed_with_are_refused(learner: Learner, name: str) -> None:
+    whole = section_of(learner)["rank_states"][name]
+    for broken in (torch.full_like(whole, math.nan), whole.half()):
+        with pytest.raises(ValueError, match="the states of its 2 ranks"):
+            section_of(learner, changed={name: broken})
+
+
+def test_modules_that_share_their_weights_share_the_mean(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a round, as rank 0 of two of which the other one's tensors are all 0."""
+    shared = torch.nn.Linear(2, 2)
+    learner.model = torch.nn.Sequential(shared, torch.nn.ReLU(), shared)
+    learner.averaging = Averaging(learner.model, None)
+    learner.committed_steps = 1
+    monkeypatch.setattr(rank_states, "stack_on_first", lambda one: torch.stack([one.cpu(), torch.zeros_like(one)]))
+    state = {f"model.{name}": value for name, value in learner.model.state_dict().items()}
+    checkpoint = {"state_dict": state, "optimizer_states": [{"state": {}, "param_groups": []}]}
+    rank_states.gather(learner, checkpoint)
+    for name in ("weight", "bias"):
+        for place in (0, 2):
+            assert torch.equal(checkpoint["state_dict"][f"model.{place}.{name}"], getattr(shared, name) / 2)
 
 
 def test_missing_states_are_refused_where_there_must_be_some(learner: Learner) -> None:
