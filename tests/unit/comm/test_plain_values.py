@@ -28,6 +28,7 @@ rank, cpu = dist.get_rank(), torch.device("cpu")
 gathered = gather_values({"rank": rank, "text": "\\u00e9" * 1000 * rank, "none": None}, cpu)
 given = broadcast_value([0.1, (1, 2), "a"] if rank == 1 else object(), 1, cpu)
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps([gathered, given]))
+dist.destroy_process_group()
 """
 
 
