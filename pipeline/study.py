@@ -19,13 +19,15 @@ def study(config: StudyConfig) -> int:
     from pipeline.core.terminal import Terminal
     from pipeline.reporting.study import study_sentence, terminal_table, write_study
     from pipeline.studying.plan import make_plan
+    from pipeline.studying.records import owned
     from pipeline.studying.result import study_result
     from pipeline.studying.runs import make_runs
 
     plan = make_plan(config)  # every fault in the study is found before the first run
-    made = make_runs(plan)
-    result = study_result(plan, made)
-    report = write_study(result, config.directory)
+    with owned(config.directory, config.name):
+        made = make_runs(plan)
+        result = study_result(plan, made)
+        report = write_study(result, config.directory)
 
     console = Terminal()
     console.print(terminal_table(result).to_rich())

@@ -62,7 +62,7 @@ def refuse_to_mix(runs: Mapping[str, RunRecord], *, hooks_may_differ: bool = Fal
     Raises:
         ConfigError: a condition differs; it is named with both values.
     """
-    _require_same_shards(runs)
+    require_same_shards(runs)
     by_label = {label: conditions_of(run) for label, run in runs.items()}
     if hooks_may_differ:
         for hook in dict.fromkeys(conditions[_HOOK] for conditions in by_label.values()):
@@ -75,8 +75,16 @@ def refuse_to_mix(runs: Mapping[str, RunRecord], *, hooks_may_differ: bool = Fal
     _require_same(by_label)
 
 
-def _require_same_shards(runs: Mapping[str, RunRecord]) -> None:
-    """Refuse runs over shards of other classes or another content; those that did not record them are passed over."""
+def require_same_shards(runs: Mapping[str, RunRecord], remedy: str = _REMEDY) -> None:
+    """Refuse runs over shards of other classes or another content; those that did not record them are passed over.
+
+    Args:
+        runs: Runs by label.
+        remedy: What to do about it, as a sentence.
+
+    Raises:
+        ConfigError: two runs differ; both are named.
+    """
     known = {label: run for label, run in runs.items() if run.recorded(f"{SHARDS}.sha256")}
     if not known:
         return
@@ -87,12 +95,12 @@ def _require_same_shards(runs: Mapping[str, RunRecord]) -> None:
             order = ", in another order" if set(here) == set(there) else ""
             raise ConfigError(
                 f"A label means another class in each of the runs: {first_label} was trained on {_listed(here)},"
-                f" {label} on {_listed(there)}{order}. {_REMEDY}"
+                f" {label} on {_listed(there)}{order}. {remedy}"
             )
         if run.recorded(f"{SHARDS}.sha256") != first.recorded(f"{SHARDS}.sha256"):
             raise ConfigError(
                 f"The shards at {run.setting('data.root')} had another content for {label} than for {first_label}."
-                f" {_REMEDY}"
+                f" {remedy}"
             )
 
 

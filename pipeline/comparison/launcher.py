@@ -115,11 +115,13 @@ class Launcher:
             except BaseException:
                 if self.kind == "slurm":  # killed, srun would leave its ranks behind
                     grace_seconds = max(grace_seconds, _SRUN_SECONDS)
-                if grace_seconds:
-                    process.terminate()
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(grace_seconds)
-                process.kill()  # its ranks go with it
+                try:
+                    if grace_seconds:
+                        process.terminate()
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(grace_seconds)
+                finally:  # also where a second signal ends the wait
+                    process.kill()  # its ranks go with it
                 raise
 
     def environment(self) -> dict[str, str]:

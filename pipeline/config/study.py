@@ -21,6 +21,13 @@ class PublishedPoint:
     megabytes: float | None = None
     """Size of the weights in fp32, as printed there, be it in 10^6 or in 2^20 bytes."""
 
+    def __post_init__(self) -> None:
+        for key, value in (("top1", self.top1), ("top5", self.top5)):
+            require(
+                value is None or 0 <= value <= 1,
+                f"{key}={value} of {self.source!r} must be a share between 0 and 1, such as 0.575.",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -64,6 +71,11 @@ class BudgetConfig:
         return next((key for key, value in vars(self).items() if value is not None), "")
 
     @property
+    def is_measured(self) -> bool:
+        """Whether a run of a few steps must tell how many it pays for."""
+        return self.kind in ("gigabytes", "seconds")
+
+    @property
     def amount(self) -> float:
         """Its value."""
         value = getattr(self, self.kind)
@@ -94,6 +106,10 @@ class StudyPlan:
     def __post_init__(self) -> None:
         require(bool(self.seeds), "study.seeds=[] leaves nothing to train: give at least one.")
         require(len(set(self.seeds)) == len(self.seeds), f"study.seeds={list(self.seeds)} names a seed twice.")
+        require(
+            all(0 <= seed < 2**63 for seed in self.seeds),
+            f"study.seeds={list(self.seeds)} must be between 0 and 2**63 - 1.",
+        )
         for target in self.targets:
             require(0 < target <= 1, f"study.targets: {target} must be a fraction above 0 and up to 1, such as 0.8.")
         for rate in self.bandwidths:

@@ -1,12 +1,10 @@
 """The trainings of a study before the first of them: known, possible on these ranks, alike in what is not compared."""
 
 import contextlib
-import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.comparison.candidates import slug_of
@@ -21,11 +19,20 @@ from pipeline.core.trees import flat
 from pipeline.core.typed import require
 from pipeline.data.index import open_split
 from pipeline.data.order import steps_per_epoch
+from pipeline.data.shards.manifest import NoSplitError
 from pipeline.models import zoo
 from pipeline.models.cost import ModelCost, cost
 from pipeline.models.trial import try_apart
 from pipeline.run.directory import validate_name
 from pipeline.run.memory import available_memory, refusal
+from pipeline.studying.records import (
+    LOCK,
+    SUFFIXES,
+    differing_keys,
+    earlier_shards,
+    read_record,
+    record_path,
+)
 
 # What the study itself tells every training: a variant that said otherwise would not stand on the same ground.
 RESERVED = ("name", "run_root", "seed", "trainer.max_steps", "trainer.max_epochs")
@@ -78,7 +85,22 @@ class Plan:
     launcher: Launcher
     num_samples: int
     """Pictures of the training split."""
+    shards_sha256: str
+    """Their content and order, as environment.json of a run has it."""
     variants: tuple[Planned, ...]
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What makes runs what they are besides the overrides of `train`, by key; as JSON has it."""
+        budget = self.config.study.budget
+        return {
+            "launcher": self.launcher.kind,
+            "ranks": self.launcher.num_ranks,
+            "machines": self.launcher.num_machines,
+            **flat({"lab": asdict(self.config.lab)}),
+            # What is counted in steps is told as trainer.max_steps.
+            "study.budget": {"kind": budget.kind, "amount": budget.amount} if budget.is_measured else "counted",
+        }
 
     def steps_per_epoch(self, planned: Planned) -> int:
         """Return the optimiser steps of a pass over the training split."""
@@ -122,7 +144,9 @@ def make_plan(config: StudyConfig) -> Plan:
     for variant in config.study.chosen:
         with faults.of(variant.name):
             planned.append(_plan_variant(config, launcher, variant, index.num_classes, index.num_samples))
-    plan = Plan(config, launcher, index.num_samples, tuple(planned))
+    with faults.of(""):
+        _check_validation(config)
+    plan = Plan(config, launcher, index.num_samples, index.index_hash, tuple(planned))
     for one in planned:
         faults.add(*_of_steps(plan, one), *_of_earlier_runs(plan, one))
     faults.refuse(config.name)
@@ -140,11 +164,11 @@ class _Faults:
 
     @contextlib.contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Collect the error that the block raises, with the variant's name before it."""
+        """Collect the error that the block raises, with the variant's name before it, if it is of one."""
         try:
             yield
         except UserError as error:
-            self.add(f"{name}: {error}")
+            self.add(f"{name}: {error}" if name else str(error))
 
     def refuse(self, name: str) -> None:
         """Say every fault, if there is one.
@@ -163,11 +187,27 @@ class _Faults:
 def _of_names(config: StudyConfig) -> Iterator[str]:
     slugs: dict[str, str] = {}
     for variant in config.study.chosen:
-        slug = slug_of(variant.name)
-        if slug in slugs:
-            said = f"the name {variant.name!r}" if variant.name == slugs[slug] else f"the directory {slug!r}"
-            yield f"Two variants share {said}: give each a name of its own."
-        slugs[slug] = variant.name
+        name, slug = variant.name, slug_of(variant.name).casefold()  # a disk may take a and A for the same
+        if slug in slugs and name == slugs[slug]:
+            yield f"Two variants share the name {name!r}: give each a name of its own."
+        elif slug in slugs:
+            yield f"The variants {slugs[slug]!r} and {name!r} would share a directory: give each a name of its own."
+        if slug == LOCK:
+            yield f"The variant's name {name!r} is a file of the study's own: choose another."
+        elif slug.endswith(SUFFIXES):
+            yield f"The variant's name {name!r} ends like a file of the study's own ({', '.join(SUFFIXES)}): change it."
+        slugs[slug] = name
+
+
+def _check_validation(config: StudyConfig) -> None:
+    try:
+        open_split(config.data, config.data.val_split)
+    except NoSplitError as error:
+        known = str(error).partition(").")[0]
+        raise DataError(
+            f"{known}), and every run is validated: name one of them with data.val_split=, or prepare the pictures"
+            " anew with val_fraction=0.1."
+        ) from error
 
 
 def _plan_variant(
@@ -194,6 +234,10 @@ def _plan_variant(
     train = compose("train", TrainConfig, [*overrides, *where, "trainer.max_steps=1"])
     validate_name(train.name)
     require(train.comm.meter, "comm.meter=false leaves nothing to count: leave it out.")
+    require(
+        train.trainer.validate_every_steps != 0,
+        "trainer.validate_every_steps=0 would validate nothing: leave it out, which is once per epoch and at the end.",
+    )
     require(
         train.model.num_classes in (None, num_classes),
         f"model.num_classes={train.model.num_classes}, but the shards have {num_classes} classes: leave it out.",
@@ -259,10 +303,11 @@ def _of_steps(plan: Plan, planned: Planned) -> Iterator[str]:
             f"{planned.variant.name}: comm.powersgd_start_step={comm.powersgd_start_step}, but its runs have"
             f" {num_steps} steps, so that none would be compressed: lower it, or raise study.budget."
         )
-    if comm.period is not None and plan.config.study.budget.gigabytes is not None:
+    budget = plan.config.study.budget
+    if comm.period is not None and budget.is_measured:
         yield (
             f"{planned.variant.name}: with comm.period={comm.period} a few steps do not tell how many a budget of"
-            " gigabytes pays for: set study.budget.steps, .epochs or .seconds instead."
+            f" {budget.kind} pays for: set study.budget.steps or .epochs instead."
         )
     if comm.period is not None and num_steps is not None and comm.local_start_step + comm.period > num_steps:
         yield (
@@ -274,42 +319,33 @@ def _of_steps(plan: Plan, planned: Planned) -> Iterator[str]:
 # --- what is there already ---
 
 
-def record_path(plan: Plan, planned: Planned, run: str) -> Path:
-    """Return where the study keeps what a run was told and how it ended: beside the run's directory."""
-    return plan.config.directory / planned.slug / f"{run}.json"
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return what `write_record` of the runs left; empty where none was begun, or nothing can be read."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def differing_keys(told: Sequence[str], now: Sequence[str]) -> list[str]:
-    """Return the keys of which two lists of overrides say different things."""
-    one, other = (dict(map(split_override, overrides)) for overrides in (told, now))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-
-
 def _of_earlier_runs(plan: Plan, planned: Planned) -> Iterator[str]:
-    """Yield a sentence for each run that is there and was told something else than it would be now."""
+    """Yield a sentence for each run that is there and cannot be gone on with, or stand beside what is made now."""
     num_steps = plan.num_steps(planned)
     for seed in plan.config.study.seeds:
         run = f"seed{seed}"
-        directory, record = plan.config.directory / planned.place(run), read_record(record_path(plan, planned, run))
-        if not record:
-            if directory.exists():
+        directory = plan.config.directory / planned.place(run)
+        record = read_record(directory)
+        if record is None:
+            if record_path(directory).exists():
+                yield (
+                    f"{record_path(directory)} says nothing of what the run was told: choose another name=, or remove"
+                    f" {directory.parent}."
+                )
+            elif directory.exists():
                 yield f"{directory} exists and was not made by a study: choose another name=."
             continue
         steps = {} if num_steps is None else {"trainer.max_steps": num_steps}
-        differing = differing_keys(record["overrides"], plan.overrides(planned, run, {"seed": seed, **steps}))
+        differing = differing_keys(record, plan.overrides(planned, run, {"seed": seed, **steps}), plan.conditions)
         if num_steps is None:
             differing = [key for key in differing if key != "trainer.max_steps"]
         if differing:
             yield (
                 f"{directory} was begun with other values of {', '.join(differing)}: choose another name=, set them"
                 f" back, or remove {directory.parent}."
+            )
+        elif earlier_shards(directory) not in (None, plan.shards_sha256):
+            yield (
+                f"{directory} was trained on other pictures than are at {plan.config.data.root} now: choose another"
+                f" name=, put them back, or remove {directory.parent}."
             )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.comparison.conditions import conditions_of
+from pipeline.comparison.conditions import conditions_of, require_same_shards
 from pipeline.core.errors import ConfigError
 from pipeline.core.missing import Missing, known, to_json
 from pipeline.core.schemas.study import StudyJson
@@ -33,8 +33,15 @@ def study_result(plan: Plan, made: Mapping[str, Sequence[Made]]) -> StudyJson:
     Args:
         plan: Of the study.
         made: By variant, what became of each seed.
+
+    Raises:
+        ConfigError: The shards were exchanged between two of the runs.
     """
     study = plan.config.study
+    require_same_shards(
+        {one.place: one.run for runs in made.values() for one in runs if one.run is not None},
+        "Choose another name=, put them back, or remove the runs that were made on the others.",
+    )
     rows = [_row(plan, planned, made[planned.variant.name]) for planned in plan.variants]
     curves = {row["name"]: row["curve"] for row in rows}
     content, reasons = to_json(

@@ -1,6 +1,7 @@
 """Making the runs of a study that are missing, one `pipeline.train` after another, and going on with those begun."""
 
 import math
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from pipeline.comparison.candidates import log_path
 from pipeline.comparison.launcher import why_failed
 from pipeline.comparison.outcome import metered_gradient_bytes
 from pipeline.core.errors import ExitCode, Preempted, UserError
-from pipeline.core.files import write_json_atomic
 from pipeline.core.progress import Bar, progress_bar
 from pipeline.reporting.runs import RunRecord, is_run, read_run
-from pipeline.studying.plan import Plan, Planned, differing_keys, read_record, record_path, where_of
+from pipeline.studying.plan import Plan, Planned, where_of
+from pipeline.studying.records import differing_keys, read_record, record_path, write_record
 
 PROBE = "probe"
-PROBE_STEPS, PROBE_PLAIN_STEPS = 8, 4
+PROBE_STEPS, PROBE_PLAIN_STEPS, PROBE_SEED = 8, 4, 0
 """Of a run that tells bytes and seconds of a step; under PowerSGD half of it is plain."""
 GRACE_SECONDS = 90.0
 """For a training to save and leave: its launcher waits 60 s for its ranks, and 15 s more for those that do not obey."""
@@ -95,14 +96,15 @@ def _train(plan: Plan, planned: Planned, run: str, values: Mapping[str, Any]) ->
     Raises:
         _Failed: the training did not end well.
     """
-    directory, path = plan.config.directory / planned.place(run), record_path(plan, planned, run)
-    overrides = plan.overrides(planned, run, values)
-    record = read_record(path)
-    is_same = bool(record) and not differing_keys(record["overrides"], overrides)
-    if is_same and record["exit_code"] == ExitCode.DONE and is_run(directory):
+    directory = plan.config.directory / planned.place(run)
+    overrides, conditions = plan.overrides(planned, run, values), plan.conditions
+    record = read_record(directory)
+    is_other = record is None or bool(differing_keys(record, overrides, conditions))
+    if record and not is_other and record["exit_code"] == ExitCode.DONE and is_run(directory):
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, {"overrides": overrides, "exit_code": None})
+    if run == PROBE and is_other and record_path(directory).exists():
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier plan: it tells nothing of this one
+    write_record(directory, overrides, conditions, None)
     launcher, where = plan.launcher, where_of(plan.config, f"{plan.config.name}/{planned.place(run)}")
     log = log_path(directory)
     code = launcher.run(launcher.command(overrides, where, alone=False), log, grace_seconds=GRACE_SECONDS)
@@ -110,7 +112,7 @@ def _train(plan: Plan, planned: Planned, run: str, values: Mapping[str, Any]) ->
         raise Preempted(
             f"The training {directory} was asked to stop and has saved its state. The same command goes on."
         )
-    write_json_atomic(path, {"overrides": overrides, "exit_code": code})
+    write_record(directory, overrides, conditions, code)
     if code:
         raise _Failed(max(code, ExitCode.INTERNAL), why_failed(code, log))
     return True
@@ -126,7 +128,7 @@ def _affordable_steps(plan: Plan, planned: Planned) -> int:
         _Failed: it did not end well.
     """
     few: dict[str, Any] = {
-        "seed": plan.config.study.seeds[0],
+        "seed": PROBE_SEED,
         "trainer.max_steps": PROBE_STEPS,
         "trainer.validate_every_steps": 0,
         "trainer.checkpoint_every_steps": 0,

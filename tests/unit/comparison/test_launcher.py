@@ -1,11 +1,15 @@
 """How a comparison starts its trainings, and what each of them is told."""
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.comparison.candidates import check_candidates
-from pipeline.comparison.launcher import choose_launcher
+from pipeline.comparison.launcher import Launcher, choose_launcher
 from pipeline.config.compare import CompareConfig
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError
@@ -112,3 +116,31 @@ def test_impossible_compressions_are_refused(tmp_path: Path, overrides: list[str
     with pytest.raises(ConfigError, match=said):
         check_candidates(configured("models=[squeezenet1_0]", f"run_root='{tmp_path}'", *overrides))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_in_the_time_of_grace_leaves_nobody_behind(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError
+
+    def send_twice() -> None:
+        while not (log.exists() and "begun" in log.read_text()):
+            time.sleep(0.01)
+        time.sleep(0.3)  # for the launcher to wait for it
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while "asked" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send_twice, daemon=True)
+    try:
+        sender.start()
+        obstinate = "trap 'echo asked' TERM; echo begun; for second in 1 2 3 4 5 6 7 8 9; do sleep 1; done; echo ended"
+        with pytest.raises(InterruptedError):
+            Launcher("local", 2).run(["bash", "-c", obstinate], log, grace_seconds=60.0)
+        sender.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert log.read_text().split() == ["begun", "asked"]

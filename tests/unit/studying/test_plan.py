@@ -1,6 +1,7 @@
 """`study` before its first training: what it refuses, all at once, and what it is about to train."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.studying.runs import steps_for_gigabytes
 from tests.making.shards import write_shards
 
 SMALL = "'model=squeezenet_small'"
+BUDGET = ("study.budget.steps=4",)
 
 
 def variant(name: str, *overrides: str) -> str:
@@ -65,6 +67,13 @@ def test_every_fault_is_told_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+def with_key(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """Keys of `train` as the study's own overrides."""
+    of_train = [each for each in overrides if each.startswith("trainer.")]
+    rest = tuple(each for each in overrides if each not in of_train)
+    return (*rest, f"study.overrides=[batch.global_size=12,{','.join(of_train)}]") if of_train else rest
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -73,6 +82,16 @@ def test_every_fault_is_told_before_anything_starts(
         (("study.budget.gigabytes=-1",), "must be positive"),
         (("study.budget.steps=4", "study.seeds=[1,1]"), "names a seed twice"),
         (("study.budget.steps=4", "study.seeds=[]"), "leaves nothing to train"),
+        (("study.budget.steps=4", "study.seeds=[-1]"), r"study.seeds=\[-1\] must be between 0 and"),
+        (("study.budget.steps=4", "data.val_split=nope"), "no split 'nope' in these shards.* data.val_split="),
+        (("study.budget.steps=4", "trainer.validate_every_steps=0"), "validate_every_steps=0 would validate nothing"),
+        (("study.budget.steps=4", "study.variants=[{name:report.html}]"), "'report.html' ends like a file"),
+        (("study.budget.steps=4", "study.variants=[{name:lock}]"), "'lock' is a file of the study's own"),
+        (("study.budget.steps=4", "study.variants=[{name:a},{name:A}]"), "'a' and 'A' would share a directory"),
+        (
+            ("study.budget.steps=4", "study.variants=[{name:a,published:{source:b,top1:57.5}}]"),
+            "top1=57.5 of 'b' must be a share",
+        ),
         (("study.budget.steps=4", "study.targets=[80]"), "must be a fraction"),
         (("study.budget.steps=4", "data.root=null"), "data.root is not set"),
         (("study.budget.steps=4", "study.variants=[]"), "choose a file of conf/study/"),
@@ -82,14 +101,15 @@ def test_every_fault_is_told_before_anything_starts(
 )
 def test_one_fault_is_a_sentence(shards: Path, tmp_path: Path, more: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=more))
+        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=with_key(more)))
 
 
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
         ("steps=4", "comm.period=5 is longer than what its runs have of their 4 steps"),
-        ("gigabytes=1", "with comm.period=5 a few steps do not tell how many"),
+        ("gigabytes=1", "with comm.period=5 a few steps do not tell how many a budget of gigabytes"),
+        ("seconds=1", r"with comm.period=5 a few steps do not tell .*: set study.budget.steps or .epochs instead"),
     ],
 )
 def test_rounds_that_no_budget_fits_are_refused(shards: Path, tmp_path: Path, budget: str, said: str) -> None:
@@ -111,15 +131,63 @@ def test_runs_that_were_told_something_else_are_not_gone_on_with(shards: Path, t
     told = plan.overrides(planned, "seed0", {"seed": 0, "trainer.max_steps": 4})
     record = config.directory / "a/seed0.json"
     record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"overrides": told, "exit_code": None}))
+    record.write_text(json.dumps({"overrides": told, "conditions": plan.conditions, "exit_code": None}))
     assert len(make_plan(config).variants) == 1
 
     with pytest.raises(ConfigError, match=r"a/seed0 was begun with other values of recipe\.lr, trainer\.max_steps"):
         longer = ("study.budget.steps=5",)
         make_plan(configured(tmp_path, shards, variant("a", SMALL, "'recipe.lr=0.5'"), more=longer))
-    record.unlink()
+    with pytest.raises(ConfigError, match=r"begun with other values of cluster\.devices, ranks:"):
+        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=("study.budget.steps=4", "cluster.devices=3")))
+    with pytest.raises(ConfigError, match=r"begun with other values of cluster\.devices, lab\.bandwidth, .*launcher"):
+        laboratory = ("study.budget.steps=4", "lab.servers=2", "lab.bandwidth=1gbit")
+        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=laboratory))
+    older = [override for override in told if not override.startswith("cluster.timeout_seconds=")]
+    record.write_text(json.dumps({"overrides": older, "exit_code": None}))
+    assert len(make_plan(config).variants) == 1  # made before the key was there, which has its default
+    with pytest.raises(ConfigError, match=r"other values of cluster\.timeout_seconds:"):
+        make_plan(configured(tmp_path, shards, variant("a", SMALL), more=(*BUDGET, "cluster.timeout_seconds=500")))
+
     (config.directory / "a/seed0").mkdir()
+    for unreadable in ("{}", "[]", "{", '{"overrides": 3}'):
+        record.write_text(unreadable)
+        with pytest.raises(ConfigError, match=r"a/seed0\.json says nothing .*remove .*/a"):
+            make_plan(config)
+    record.unlink()
     with pytest.raises(ConfigError, match="a/seed0 exists and was not made by a study"):
+        make_plan(config)
+
+
+@pytest.mark.parametrize("then", ["gigabytes=2", "gigabytes=0.5", "seconds=1", "steps=44"])
+def test_another_budget_is_another_study(then: str, shards: Path, tmp_path: Path) -> None:
+    def plan_for(budget: str) -> Plan:
+        return make_plan(configured(tmp_path, shards, variant("a", SMALL), more=(f"study.budget.{budget}",)))
+
+    plan = plan_for("gigabytes=1")
+    told = plan.overrides(plan.variants[0], "seed0", {"seed": 0, "trainer.max_steps": 44})
+    record = plan.config.directory / "a/seed0.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"overrides": told, "conditions": plan.conditions, "exit_code": 0}))
+    assert plan_for("gigabytes=1.0").variants
+    with pytest.raises(ConfigError, match=r"a/seed0 was begun with other values of study\.budget:"):
+        plan_for(then)
+
+
+def test_runs_on_other_pictures_are_not_set_beside_new_ones(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", train=(60,), val=(4,))
+    config = configured(tmp_path, shards, variant("a", SMALL), more=(*BUDGET, "study.seeds=[0,1]"))
+    plan = make_plan(config)
+    told = plan.overrides(plan.variants[0], "seed0", {"seed": 0, "trainer.max_steps": 4})
+    run = config.directory / "a/seed0"
+    run.mkdir(parents=True)
+    (run.parent / "seed0.json").write_text(
+        json.dumps({"overrides": told, "conditions": plan.conditions, "exit_code": 0})
+    )
+    (run / "environment.json").write_text(json.dumps({"shards": {"sha256": plan.shards_sha256}}))
+    assert make_plan(config).shards_sha256 == plan.shards_sha256
+    shutil.rmtree(shards)
+    write_shards(shards, train=(72,), val=(4,))
+    with pytest.raises(ConfigError, match=rf"a/seed0 was trained on other pictures than are at {shards} now"):
         make_plan(config)
 
 
@@ -150,7 +218,7 @@ def parameters_by_the_paper(config: SqueezeNetConfig, num_classes: int) -> int:
 
 
 def test_the_papers_sizes_are_its_formulas_and_its_table(shards: Path) -> None:
-    plan = shipped("paper", shards, "study.overrides=[batch.global_size=12,model=squeezenet1_0]")
+    plan = shipped("paper", shards, "study.overrides=[batch.global_size=12,model=squeezenet1_0_caffe]")
     sizes = {}
     for planned in plan.variants:
         metaparameters: dict[str, Any] = planned.facts.config.model.metaparameters
@@ -167,10 +235,10 @@ def test_the_papers_sizes_are_its_formulas_and_its_table(shards: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("study", "least"), [("strategies", 12), ("models", 7)])
-def test_every_variant_of_a_study_that_ships_is_possible(study: str, least: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("study", "num_variants"), [("strategies", 14), ("models", 9), ("rarely", 8)])
+def test_every_variant_of_a_study_that_ships_is_possible(study: str, num_variants: int, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", train=(1200,), val=(4,))
-    assert len(shipped(study, shards, "study.budget.epochs=100").variants) >= least
+    assert len(shipped(study, shards, "study.budget.epochs=100").variants) == num_variants
 
 
 # --- budgets ---
