@@ -101,21 +101,22 @@ def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None
         ValueError: Something is missing, or of another shape.
     """
     stacks, num_ranks = section.get("rank_states"), section["world_size"]
-    was_local = (section.get("free_fields") or {}).get("comm.period") is not None and num_ranks > 1
-    if stacks is None:
-        if was_local:
-            raise ValueError(f"the states of its {num_ranks} ranks are missing")
+    settings = section.get("free_fields") or {}
+    num_synchronous = settings.get("comm.local_start_step")
+    is_within = not isinstance(num_synchronous, int) or section["step"] > num_synchronous
+    has_begun = settings.get("comm.period") is not None and is_within
+    if not stacks and not (has_begun and num_ranks > 1):
         return
+    if stacks is None:
+        raise ValueError(f"the states of its {num_ranks} ranks are missing")
     assert learner.optimizer_state is not None
     expected = {name: flatten(some) for name, some in _momenta(learner.optimizer_state["state"]).items()}
     if stacks.keys() - expected.keys():  # saved within a round
         expected |= _weights_and_sums(learner)
-    synchronous_steps = (section.get("free_fields") or {}).get("comm.local_start_step")
-    if not stacks and isinstance(synchronous_steps, int) and section["step"] <= synchronous_steps:
-        return
     for name in sorted(stacks.keys() | expected.keys()):
         stack, own = stacks.get(name), expected.get(name)
-        if stack is None or own is None or stack.shape != (num_ranks, len(own)) or stack.dtype != own.dtype:
+        shape = None if own is None else (num_ranks, len(own))
+        if own is None or not isinstance(stack, Tensor) or (stack.shape, stack.dtype) != (shape, own.dtype):
             raise ValueError(f"the states of its {num_ranks} ranks are not complete ({name})")
         if wrong := unusable(name, stack, own.expand(num_ranks, -1)):
             raise ValueError(f"in the states of its {num_ranks} ranks {wrong}")
