@@ -4,11 +4,19 @@ import csv
 import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import write_json_atomic, write_text_atomic
-from pipeline.core.schemas.study import AverageJson, EnvelopePointJson, ReachJson, StudyJson, StudyRowJson
+from pipeline.core.schemas.study import (
+    AverageJson,
+    EnvelopePointJson,
+    PublishedJson,
+    ReachJson,
+    StudyJson,
+    StudyRowJson,
+)
 from pipeline.core.units import (
     MISSING,
     format_accuracy,
@@ -19,11 +27,10 @@ from pipeline.core.units import (
 from pipeline.reporting import figures, study_figures
 from pipeline.reporting.page import Page, render
 from pipeline.reporting.sections import Fact, StudyPart, not_measured, svg_figure
+from pipeline.reporting.study_rows import is_complete, labelled, meanings, reason_of
 from pipeline.reporting.tables import Column, Row, Table, make_table
 
 BYTES_PER_GIGABYTE = 1e9
-OPEN, UNMEASURED = "*", "?"
-"""After the name of a row whose ledger does not close, or was not measured."""
 
 
 def _gigabytes(value: float | None) -> str:
@@ -58,15 +65,20 @@ _RUNS = (
     Column("num_steps", "steps", format_count),
     Column("step_seconds", "step", format_seconds, "median; mean of the seeds"),
     Column("exposed_seconds", "exposed", format_seconds, "a step’s wait for communication that no computation hides"),
-    Column("server_egress_bytes_per_step", "out of a server per step", format_bytes, "the busiest; mean of all steps"),
-    Column("server_egress_bytes_per_epoch", "per epoch", format_bytes),
+    Column(
+        "server_egress_bytes_per_step",
+        "out of a server per step",
+        format_bytes,
+        "predicted of the collectives issued; the busiest, mean of all steps",
+    ),
+    Column("server_egress_bytes_per_epoch", "per epoch", format_bytes, "predicted"),
     Column("gigabytes", "in all", _gigabytes, "out of all servers together, in a whole run"),
     Column("seconds", "steps took", format_seconds, "without validations and checkpoints"),
     Column("ledger_closed", "ledger", _ledger, "whether what was sent is what the collectives must send, to the byte"),
 )
 _ACCURACY = (
     Column("top1", "validation top-1", _average, "of the last validation: mean of the seeds, lowest to highest"),
-    Column("num_seeds", "seeds", format_count),
+    Column("seeds", "seeds", None, "in the mean, of those asked for"),
     Column("published_top1", "published top-1", format_accuracy, "on ImageNet; not measured here"),
     Column("published_top5", "published top-5", format_accuracy, "on ImageNet; not measured here"),
     Column(
@@ -75,6 +87,7 @@ _ACCURACY = (
         lambda value: MISSING if value is None else f"{value:g}",
         "as printed there",
     ),
+    Column("published_source", "published in"),
     Column("bytes_of_1000_classes", "counted", format_bytes, "weights in fp32 with 1000 classes"),
 )
 _TERMINAL = (
@@ -88,52 +101,47 @@ _TERMINAL = (
 
 def terminal_table(study: StudyJson) -> Table:
     """Return what fits into 80 columns. A name ends with a mark where the row's ledger is not closed."""
-    rows = [{**row, "name": row["name"] + _mark(row)} for row in study["rows"]]
-    marks = {_mark(row).strip() for row in study["rows"]}
-    meanings = {OPEN: "the ledger does not close", UNMEASURED: "the bytes sent were not measured"}
-    caption = " · ".join(f"{mark} {meaning}" for mark, meaning in meanings.items() if mark in marks)
-    made = make_table("", _TERMINAL, [_failed(row) for row in rows])
-    return Table("", made.columns, made.rows, caption)
+    made = make_table("", _TERMINAL, map(_named, study["rows"]))
+    return Table("", made.columns, made.rows, meanings(study["rows"]))
 
 
-def _mark(row: StudyRowJson) -> str:
-    if row["ledger_closed"] is None:
-        return "" if _reason(row) else f" {UNMEASURED}"
-    return "" if row["ledger_closed"] else f" {OPEN}"
-
-
-def _reason(row: StudyRowJson | Mapping[str, Any]) -> str:
-    """Return why a variant has no run at all; empty where one ended well."""
-    reasons = [run.get("reason", "") for run in row["runs"]]
-    return "; ".join(dict.fromkeys(reasons)) if reasons and all(reasons) else ""
-
-
-def _failed(row: Mapping[str, Any]) -> Row:
-    return {**row, "reason": _reason(row)}
+def _named(row: StudyRowJson) -> dict[str, Any]:
+    """Return a row as tables take it."""
+    return {**row, "name": labelled(row["name"], row), "reason": reason_of(row)}
 
 
 def study_sentence(study: StudyJson) -> str:
-    """Return the most accurate variant, and the cheapest one to the highest target that any reaches."""
-    rated = [(row["top1"]["mean"], row) for row in study["rows"] if row["top1"] is not None]
+    """Return the most accurate variant, and the cheapest one to the highest target that any reaches.
+
+    Only of variants of which every seed is there and every ledger closes; the others are named.
+    """
+    complete = [row for row in study["rows"] if is_complete(row)]
+    rated = [(row["top1"]["mean"], row) for row in complete if row["top1"] is not None]
+    others = [labelled(row["name"], row) + (" (failed)" if reason_of(row) else "") for row in study["rows"]
+              if not is_complete(row)]  # fmt: skip
+    left_out = ""
+    if others:
+        left_out = f" Not ranked, for want of a seed or of a closed ledger: {', '.join(others)}."
     if not rated:
-        return "No variant was validated; the reasons are in the report."
+        return f"No variant has all its seeds and a ledger that closes; the reasons are in the report.{left_out}"
     top1, best = max(rated, key=lambda found: found[0])
-    of = f"{len(study['seeds'])} seeds" if len(study["seeds"]) > 1 else "one seed"
+    of = f"{best['num_seeds']} seeds" if best["num_seeds"] > 1 else "one seed"
+    ranked = f"{len(rated)} of {len(study['rows'])}" if others else f"{len(rated)}"
     said = (
-        f"{best['name']} is the most accurate of {len(study['rows'])} variants: {format_accuracy(top1)}, {of},"
+        f"{best['name']} is the most accurate of {ranked} variants: {format_accuracy(top1)}, {of},"
         f" for {_gigabytes(best['gigabytes'])} out of all servers."
     )
     for target in sorted(_targets(study), reverse=True):
         at = [(one["gigabytes"], row["name"]) for row, one in _reached(study, target) if one["gigabytes"] is not None]
         if at:
             gigabytes, name = min(at)
-            return f"{said} To {target:.0%} {name} needs fewest: {_gigabytes(gigabytes)}."
-    return said
+            return f"{said} To {target:.0%} {name} needs fewest: {_gigabytes(gigabytes)}.{left_out}"
+    return said + left_out
 
 
 def _reached(study: StudyJson, target: float) -> Iterator[tuple[StudyRowJson, ReachJson]]:
-    """Yield the variants of which every seed reaches a target."""
-    for row in study["rows"]:
+    """Yield the complete variants of which every seed reaches a target."""
+    for row in filter(is_complete, study["rows"]):
         for one in row["reach"]:
             if one["target"] == target and 0 < one["num_runs"] == one["num_reached"]:
                 yield row, one
@@ -161,8 +169,12 @@ def study_csv(study: StudyJson) -> str:
         line = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
         top1 = row["top1"] or {}
         line |= {f"top1_{key}": top1.get(key) for key in ("mean", "lowest", "highest")}
-        line |= {f"to_{one['target']:g}_{key}": one[key] for one in row["reach"] for key in ("gigabytes", "seconds")}
-        lines.append({**line, "top1": None, "published": None, "reason": _reason(row)})
+        for one in row["reach"]:
+            to = f"to_{one['target']:g}"
+            line |= {f"{to}_reached": one["num_reached"], f"{to}_runs": one["num_runs"]}
+            line |= {f"{to}_{key}": one[key] for key in ("gigabytes", "seconds")}
+        line |= {f"published_{key}": (row["published"] or {}).get(key) for key in PublishedJson.__annotations__}
+        lines.append({**line, "reason": reason_of(row)})
     keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key not in ("top1", "published")]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, keys, lineterminator="\n", extrasaction="ignore")
@@ -201,9 +213,7 @@ def _page(study: StudyJson, drawings: Mapping[str, study_figures.Drawing]) -> Pa
             part
             for part in (
                 StudyPart("One thing at a time", "", shown("study-of-"), []),
-                StudyPart(
-                    "Accuracy and what was spent", _CURVES_LEAD, shown("study-against-"), _envelope_tables(study)
-                ),
+                StudyPart("Accuracy and what was spent", _CURVES_LEAD, shown("study-against-"), envelope_tables(study)),
                 StudyPart("To a target", _reach_lead(study), [], _reach_tables(study)),
                 StudyPart("All variants", "", [], _tables(study)),
             )
@@ -221,18 +231,17 @@ _CURVES_LEAD = (
 
 def _tables(study: StudyJson) -> list[Table]:
     rows = [
-        _failed(
-            {
-                **row,
-                "num_seeds": sum(run["top1"] is not None for run in row["runs"]),
-                "bytes_of_1000_classes": row["num_parameters_of_1000_classes"] * 4,
-                **{f"published_{key}": value for key, value in (row["published"] or {}).items()},
-            }
-        )
+        {
+            **_named(row),
+            "seeds": f"{row['num_seeds']} of {len(row['runs'])}",
+            "bytes_of_1000_classes": row["num_parameters_of_1000_classes"] * 4,
+            **{f"published_{key}": value for key, value in (row["published"] or {}).items()},
+        }
         for row in study["rows"]
     ]
     models = [{**row, "reason": ""} for row in rows]
     seeds = [{**run, "name": f"{row['name']}, seed {run['seed']}"} for row in study["rows"] for run in row["runs"]]
+    marks = meanings(study["rows"])
     by_seed = (
         Column("top1", "validation top-1", format_accuracy),
         Column("gigabytes", "in all", _gigabytes),
@@ -240,21 +249,28 @@ def _tables(study: StudyJson) -> list[Table]:
         Column("ledger_closed", "ledger", _ledger),
     )
     return [
-        _table("Model", _MODEL, models),
-        _table("Accuracy", _ACCURACY, rows),
-        _table("Bytes and time", _RUNS, rows),
+        _table("Model", _MODEL, models, marks),
+        _table("Accuracy", _ACCURACY, rows, marks),
+        _table("Bytes and time", _RUNS, rows, marks),
         _table("Every run", by_seed, seeds),
     ]
 
 
-def _table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """Return a table of the columns in which any row has a value."""
+def _table(title: str, columns: Sequence[Column], rows: Sequence[Row], marks: str = "") -> Table:
+    """Return a table of the columns in which any row has a value.
+
+    Args:
+        title: Words above it.
+        columns: After the name.
+        rows: Rows from the top.
+        marks: What marks after the names mean.
+    """
     shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
     def mark(row: Row) -> str:
         return "failed" if row.get("reason") else "open" if row.get("ledger_closed") is False else ""
 
-    return make_table(title, (_NAME, *shown), rows, mark)
+    return make_table(title, (replace(_NAME, note=marks), *shown), rows, mark)
 
 
 def _reach_lead(study: StudyJson) -> str:
@@ -290,18 +306,19 @@ def _reach_tables(study: StudyJson) -> list[Table]:
         )
         rows = [
             {
-                "name": row["name"],
                 **one,
+                "name": labelled(row["name"], row),
+                "ledger_closed": row["ledger_closed"],
                 "reached": f"{one['num_reached']} of {one['num_runs']}" if one["num_reached"] else "never",
                 **{forecast["bandwidth"]: forecast["seconds"] for forecast in one["forecasts"]},
             }
             for row, one in found
         ]
-        made.append(_table(f"To {target:.0%}", columns, rows))
+        made.append(_table(f"To {target:.0%}", columns, rows, meanings(study["rows"])))
     return made
 
 
-def _envelope_tables(study: StudyJson) -> list[Table]:
+def envelope_tables(study: StudyJson) -> list[Table]:
     """Return for each thing that is spent which variant is the best from where to where."""
     shows = {
         "gigabytes": ("gigabytes", _gigabytes),
@@ -312,15 +329,16 @@ def _envelope_tables(study: StudyJson) -> list[Table]:
     for axis, (title, show) in shows.items():
         points: list[EnvelopePointJson] = study["envelope"][axis]
         stretches = [list(stretch) for _, stretch in itertools.groupby(points, lambda point: point["name"])]
+        begins = [stretch[0]["spent"] for stretch in stretches]
         rows = [
-            {"name": stretch[0]["name"], "begin": stretch[0]["spent"], "end": stretch[-1]["spent"], **stretch[-1]}
-            for stretch in stretches
+            {**stretch[-1], "begin": begin, "end": end}
+            for stretch, begin, end in itertools.zip_longest(stretches, begins, begins[1:])
         ]
         if rows:
             columns = (
                 Column("begin", "best from", show),
-                Column("end", "best to", show),
-                Column("top1", "validation top-1", format_accuracy, "where the stretch ends"),
+                Column("end", "best to", show, "where the next one is better; the last has no end here"),
+                Column("top1", "validation top-1", format_accuracy, "the best of the stretch"),
             )
             made.append(make_table(f"The best for its {title}", (_NAME, *columns), rows))
     return made

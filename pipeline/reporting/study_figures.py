@@ -8,6 +8,7 @@ from pipeline.core.schemas.study import EnvelopePointJson, StudyJson, StudyRowJs
 from pipeline.core.units import format_accuracy, format_bytes, format_seconds
 from pipeline.reporting.comparison_figures import Drawing
 from pipeline.reporting.figures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PAPER, byte_tick, draw, label_bar
+from pipeline.reporting.study_rows import labelled, meanings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,11 +23,11 @@ AXES: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """What is spent: in words, and how its ticks are written."""
 _SWEEP_CAPTION = (
-    "{picture}: everything else is the same. Points are seeds, the bar is their mean. Published values are of ImageNet,"
-    " from the source in the table, and were not measured here."
+    "{picture}: everything else is the same. Points are seeds, the bar is the mean of those whose ledger closes."
 )
 _CURVE_CAPTION = (
-    "Validation top-1 against {axis}. Each mark is a validation; the thick line is the best for what was spent so far."
+    "Validation top-1 against {axis}. Each mark is a validation; the thick line is the best for what was spent so far,"
+    " of variants whose seeds are all there."
 )
 
 
@@ -36,13 +37,26 @@ def draw_all(study: StudyJson) -> dict[str, Drawing]:
     for picture in dict.fromkeys(picture for row in study["rows"] for picture in row["shows"]):
         rows = sorted_rows([row for row in study["rows"] if picture in row["shows"]], picture)
         name = f"study-of-{re.sub(r'[^a-z0-9]+', '-', picture.lower()).strip('-')}"
-        made[name] = Drawing(sweep_figure(rows, picture), _SWEEP_CAPTION.format(picture=picture))
+        made[name] = Drawing(sweep_figure(rows, picture), _sweep_caption(rows, picture))
     curved = [row for row in study["rows"] if row["curve"]]
     for axis, (words, _) in AXES.items():
         if curved:
             figure = curves_figure(curved, study["envelope"][axis], axis)
-            made[f"study-against-{axis}"] = Drawing(figure, _CURVE_CAPTION.format(axis=words))
+            made[f"study-against-{axis}"] = Drawing(figure, _with_marks(_CURVE_CAPTION.format(axis=words), curved))
     return made
+
+
+def _sweep_caption(rows: Sequence[StudyRowJson], picture: str) -> str:
+    said = _SWEEP_CAPTION.format(picture=picture)
+    if _has_published(rows):
+        sources = dict.fromkeys(row["published"]["source"] for row in rows if row["published"] is not None)
+        said += f" Published values are of ImageNet ({'; '.join(sources)}), and were not measured here."
+    return _with_marks(said, rows)
+
+
+def _with_marks(caption: str, rows: Sequence[StudyRowJson]) -> str:
+    marks = meanings(rows)
+    return f"{caption} {marks}." if marks else caption
 
 
 def sorted_rows(rows: Sequence[StudyRowJson], picture: str) -> list[StudyRowJson]:
@@ -61,19 +75,20 @@ def sweep_figure(rows: Sequence[StudyRowJson], picture: str) -> "Figure":
         picture: Under which of their labels.
     """
     rows = rows[::-1]
+    labels = [labelled(row["shows"][picture], row) for row in rows]
     panels: list[Callable[[Axes], None]] = [
         lambda axes: _accuracy(axes, rows),
         lambda axes: _bars(axes, [row["gradient_bytes"] for row in rows], "gradients per step", format_bytes),
         lambda axes: _step_time(axes, rows),
     ]
-    if any(_published(row) is not None for row in rows):
+    if _has_published(rows):
         panels.append(lambda axes: _published_panel(axes, rows))
 
     def paint(*all_axes: "Axes") -> None:
         for axes, panel in zip(all_axes, panels, strict=True):
             panel(axes)
             axes.set_ylim(-0.6, len(rows) - 0.4)
-            axes.set_yticks(range(len(rows)), [row["shows"][picture] for row in rows] if axes is all_axes[0] else [])
+            axes.set_yticks(range(len(rows)), labels if axes is all_axes[0] else [])
         all_axes[0].set_title(picture, loc="left", fontsize=10, color=INK)
 
     return draw(9.2, 1.1 + 0.42 * len(rows), paint, len(panels))
@@ -129,6 +144,11 @@ def _published(row: StudyRowJson) -> float | None:
     return None if point is None else point["top5"]
 
 
+def _has_published(rows: Sequence[StudyRowJson]) -> bool:
+    """Return whether publications say something of the sweep: a single point compares nothing."""
+    return sum(_published(row) is not None for row in rows) >= 2
+
+
 def _published_panel(axes: "Axes", rows: Sequence[StudyRowJson]) -> None:
     found = [(value * 100, position) for position, row in enumerate(rows) if (value := _published(row)) is not None]
     for value, position in found:
@@ -157,7 +177,8 @@ def curves_figure(rows: Sequence[StudyRowJson], best: Sequence[EnvelopePointJson
         end = max(point[axis] for row in rows for point in row["curve"])
         spent = [point["spent"] for point in best] + [end]
         tops = [point["top1"] * 100 for point in best]
-        axes.step(spent, [*tops, tops[-1]], where="post", color=INK, linewidth=3.2, alpha=0.35)
+        if tops:
+            axes.step(spent, [*tops, tops[-1]], where="post", color=INK, linewidth=3.2, alpha=0.35)
         for position, row in enumerate(rows):
             x = [point[axis] for point in row["curve"]]
             y = [point["top1"] * 100 for point in row["curve"]]
@@ -169,7 +190,7 @@ def curves_figure(rows: Sequence[StudyRowJson], best: Sequence[EnvelopePointJson
                 markersize=3,
                 color=COLOURS[position % len(COLOURS)],
                 linestyle=dash,
-                label=row["name"],
+                label=labelled(row["name"], row),
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))

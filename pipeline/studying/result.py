@@ -16,6 +16,7 @@ from pipeline.forecasting.source import Source, read_source
 from pipeline.models import zoo
 from pipeline.reporting.runs import RunRecord
 from pipeline.reporting.sections import plain
+from pipeline.reporting.study_rows import is_complete
 from pipeline.studying.curves import AXES, average, curve_of, envelope, mean_curve, reach
 from pipeline.studying.plan import Plan, Planned
 from pipeline.studying.runs import Made
@@ -25,6 +26,7 @@ Draft = dict[str, Any]
 _MAY_DIFFER = ("pictures per step", "crop side in pixels", "compression hook", "bucket size in MiB", "arithmetic")
 """Conditions that a variant may be about, by the start of their names."""
 NO_STEP = "The run recorded no step."
+NO_CLOSED = "No run's ledger closes."
 
 
 def study_result(plan: Plan, made: Mapping[str, Sequence[Made]]) -> StudyJson:
@@ -43,7 +45,7 @@ def study_result(plan: Plan, made: Mapping[str, Sequence[Made]]) -> StudyJson:
         "Choose another name=, put them back, or remove the runs that were made on the others.",
     )
     rows = [_row(plan, planned, made[planned.variant.name]) for planned in plan.variants]
-    curves = {row["name"]: row["curve"] for row in rows}
+    curves = {row["name"]: row["curve"] for row in rows if is_complete(row)}
     content, reasons = to_json(
         {
             "schema": 1,
@@ -103,9 +105,11 @@ def _row(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
 
 
 def _measured(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
-    """Return what runs tell, as means over those that ended well."""
-    runs = [one.run for one in made if one.run is not None]
+    """Return what runs tell, as means over those that count."""
+    ended = [one.run for one in made if one.run is not None]
+    runs = _counted(ended)
     why = "; ".join(dict.fromkeys(one.reason for one in made if one.reason)) or NO_STEP
+    why = NO_CLOSED if ended else why
 
     def mean(values: Sequence[float | None], reason: str) -> float | Missing:
         found = [value for value in values if value is not None]
@@ -113,9 +117,10 @@ def _measured(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
 
     top1 = [value for run in runs if (value := run.last("val/top1")) is not None]
     per_step = mean([_egress_per_step(run) for run in runs], "The bytes sent are not known.")
-    closed = [run.ledger["closed"] for run in runs]
+    closed = [run.ledger["closed"] for run in ended]
     return {
-        "num_steps": known(next((run.ledger["num_steps"] for run in runs), None), why),
+        "num_seeds": len(top1),
+        "num_steps": known(next((run.ledger["num_steps"] for run in ended), None), why),
         "server_egress_bytes_per_step": per_step,
         "server_egress_bytes_per_epoch": per_step
         if isinstance(per_step, Missing)
@@ -129,9 +134,15 @@ def _measured(plan: Plan, planned: Planned, made: Sequence[Made]) -> Draft:
         "top1": average(top1) if top1 else Missing("Nothing was validated." if runs else why),
         "ledger_closed": known(
             False if False in closed else True if closed and None not in closed else None,
-            "The bytes of a run were not measured." if runs else why,
+            "The bytes of a run were not measured." if ended else why,
         ),
     }
+
+
+def _counted(ended: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the runs that means are of: those whose ledger closes; without any, those that were not measured."""
+    closed = [run for run in ended if run.ledger["closed"] is True]
+    return closed or [run for run in ended if run.ledger["closed"] is None]
 
 
 def _egress_per_step(run: RunRecord) -> float | None:
@@ -177,7 +188,7 @@ def _reach(plan: Plan, closed: Sequence[RunRecord]) -> list[Draft]:
     made: list[Draft] = []
     for target in plan.config.study.targets:
         found = reach(curves, target)
-        never = Missing(f"No validation reached {target:.0%}." if closed else "No run's ledger closes.")
+        never = Missing(f"No validation reached {target:.0%}." if closed else NO_CLOSED)
         made.append(
             {
                 "target": target,
@@ -197,7 +208,7 @@ def _reach(plan: Plan, closed: Sequence[RunRecord]) -> list[Draft]:
 
 def _source(closed: Sequence[RunRecord]) -> Source | Missing:
     if not closed:
-        return Missing("No run's ledger closes.")
+        return Missing(NO_CLOSED)
     try:
         return read_source(closed[0], None)
     except ConfigError as error:

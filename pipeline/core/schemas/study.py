@@ -96,7 +96,9 @@ class PublishedJson(TypedDict):
 
 
 class StudyRowJson(TypedDict):
-    """A variant. Values of several seeds are their mean; those of runs are null where every run failed."""
+    """A variant. Values of runs are means over the seeds whose ledger closes, or where none was measured over all of
+    them; null where there is none.
+    """
 
     name: str
     model: str
@@ -120,10 +122,13 @@ class StudyRowJson(TypedDict):
     """Bytes that a rank keeps of its batch for the backward pass, in fp32."""
     global_batch: int
     """Pictures of a step."""
+    num_seeds: int
+    """Seeds in the mean of `top1`; fewer than `runs` where one failed, or its ledger does not close."""
     num_steps: int | None
     """Optimiser steps of each run."""
     server_egress_bytes_per_step: float | None
-    """Bytes that leave the busiest server per step, the mean of all committed ones."""
+    """Bytes that leave the busiest server per step, the mean of all committed ones: predicted of the collectives that
+    were issued; a ledger that closes says that so many were sent."""
     server_egress_bytes_per_epoch: float | None
     """The same for the whole global batches of an epoch."""
     step_seconds: float | None
@@ -148,7 +153,7 @@ class StudyRowJson(TypedDict):
 
 
 class EnvelopeJson(TypedDict):
-    """The most accurate variant for each amount spent."""
+    """The most accurate variant for each amount spent, of those whose seeds are all there and whose ledgers close."""
 
     gigabytes: list[EnvelopePointJson]
     seconds: list[EnvelopePointJson]
