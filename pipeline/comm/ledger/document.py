@@ -18,7 +18,9 @@ WORLD_OF_ONE = "A world of one exchanges nothing."
 ASSUMED = Missing(
     "Each rank is taken as a server of its own (placement: assumed), so nothing leaves a server that could be read."
 )
-NO_CARD = Missing("The network card that carries the job could not be read on every server (none in this container?).")
+NO_CARD = Missing(
+    "The network card that carries the job was not read on every server (none in this container? `meter` reads none)."
+)
 NO_STEP = Missing("This attempt has completed no step.")
 NO_TIME = "No time was handed to the ledger."
 TCP_COUNTER = "TCP_INFO of the job's connections to other servers: bytes handed to TCP, each once"
