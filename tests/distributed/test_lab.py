@@ -223,7 +223,7 @@ class Running:
         )
         wait_until(lambda: self.num_up == 4 or self.process.poll() is not None, "ranks did not start")
         assert self.process.poll() is None, self.process.communicate()[0]
-        self.networks = {link_of(pid, "net") for pid in marked(str(out))} - {link_of(os.getpid(), "net")}
+        self.networks = {link_of(pid, "net") for pid in marked(str(out))} - {link_of(os.getpid(), "net"), None}
         assert len(self.networks) == 3  # the switch's and each server's
 
     @property
