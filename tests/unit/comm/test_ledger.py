@@ -299,7 +299,7 @@ def test_cards_that_cannot_be_read_are_said_to_be() -> None:
     assert content["closed"] is False
     assert content["servers"]["measured_egress_bytes"] == [1, 3]
     for name in ("interface", "residual_fraction"):
-        assert "could not be read" in content["null_reasons"][f"servers.{name}"]
+        assert "was not read" in content["null_reasons"][f"servers.{name}"]
 
 
 def test_attaching_needs_a_group() -> None:
