@@ -156,8 +156,9 @@ MODELS: dict[str, ModelEntry] = {
 
 def preset_input(name: str) -> InputConfig:
     """Return the pictures that `model=NAME` expects unless it is told otherwise."""
-    path = CONF_DIRECTORY / "model" / f"{name}.yaml"
-    if not path.exists():
+    # Listed, not asked for: a checkpoint of others may say any name.
+    path = next((one for one in (CONF_DIRECTORY / "model").glob("*.yaml") if one.stem == name), None)
+    if path is None:
         return InputConfig()
     from omegaconf import OmegaConf
 

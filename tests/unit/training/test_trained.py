@@ -59,6 +59,10 @@ def predict_config(checkpoint: Path, source: Path | str, *more: str) -> PredictC
     return compose("predict", PredictConfig, [f"checkpoint={checkpoint}", f"source={source}", *more])
 
 
+def test_any_name_is_one_that_no_preset_has() -> None:
+    assert preset_input("x" * 300) == preset_input("../model/squeezenet1_0_caffe") == InputConfig()
+
+
 def test_a_checkpoint_says_all_that_is_needed(checkpoint: Path) -> None:
     trained = load_trained(checkpoint, NOTHING)
     assert (trained.name, trained.num_outputs, trained.classes) == ("squeezenet1_1", 3, CLASSES)
