@@ -1,5 +1,6 @@
 """Weights averaged over the ranks in place, on flat buckets, and which collectives a step of local SGD owes."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -123,7 +124,7 @@ class Averaging:
         return owed_calls(
             rounds,
             step,
-            self._sizes(),
+            self._sizes,
             bucket_megabytes=self._bucket_megabytes,
             num_sums=num_sums,
             world_size=world_size,
@@ -151,10 +152,12 @@ class Averaging:
 
     def _by_bucket(self) -> Iterator[tuple[str, list[Tensor]]]:
         tensors = {origin: list(some.values()) for origin, some in self.tensors().items()}
-        for bucket in flat_buckets(self._sizes(), self._bucket_megabytes):
+        for bucket in flat_buckets(self._sizes, self._bucket_megabytes):
             yield bucket.origin, tensors[bucket.origin][bucket.first : bucket.end]
 
+    @functools.cached_property
     def _sizes(self) -> Sizes:
+        """Asked for in every step, and the same in all."""
         return {
             origin: [(one.nbytes, one.itemsize) for one in some.values()] for origin, some in self.tensors().items()
         }
