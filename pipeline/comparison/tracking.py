@@ -3,21 +3,15 @@
 Like every mirror it may fail in any way: the comparison's files are complete before it begins.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.training import CompareTrackingConfig
 from pipeline.core.schemas.comparison import ComparisonJson, ConditionJson
 from pipeline.reporting.dashboards import COMPARISON_BARS, COMPARISON_PICTURE, COMPARISON_TABLE
-from pipeline.run.record.tracking import kept_id
-from pipeline.run.record.wandb_mirror import WandbMirror, table
-from pipeline.run.record.wandb_variables import mode_here
+from pipeline.run.record.tracking import mirror_of
+from pipeline.run.record.wandb_mirror import table
 
-GROUP = "comparison"
-JOB_TYPE = "compare"
-ID_FILE = "comparison_wandb_id"
-"""Not `wandb_id`: a comparison may lie in the directory of a training, which is another W&B run."""
 UNREPORTED = ("command", "hosts", "shards")
 """Conditions that stay in comparison.json: they name paths and machines."""
 
@@ -33,23 +27,19 @@ def mirror_comparison(result: ComparisonJson, name: str, directory: Path, tracki
         directory: Where its files lie.
         tracking: Whether and where W&B mirrors it.
     """
-    mode = mode_here(tracking, os.environ)
-    if mode == "disabled":
-        return
-    mirror = WandbMirror(
+    mirror = mirror_of(
         directory,
-        run_id=kept_id(directory / ID_FILE, f"compare-{name}"),
-        mode=mode,
-        name=name,
-        group=GROUP,
-        job_type=JOB_TYPE,
-        project=tracking.project,
-        entity=tracking.entity,
-        tags=tracking.tags,
+        name,
+        tracking,
+        id_file="comparison_wandb_id",
+        group="comparison",
+        job_type="compare",
+        record="comparison.json",
         config={"baseline": result["baseline"], "conditions": reported_conditions(result)},
         notes=comparison_notes(result),
-        record="comparison.json",
     )
+    if mirror is None:
+        return
     mirror.log_media(lambda: _media(result, directory / "comparison.png"))
     mirror.finish()
 

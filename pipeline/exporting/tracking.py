@@ -3,20 +3,16 @@
 Like every mirror it may fail in any way: the files are complete before it begins.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.training import TrackingConfig
 from pipeline.core.schemas.artefacts import ArtefactsJson
 from pipeline.reporting.dashboards import ARTEFACTS_BARS, ARTEFACTS_TABLE
-from pipeline.run.record.tracking import kept_id
-from pipeline.run.record.wandb_mirror import WandbMirror, table
-from pipeline.run.record.wandb_variables import mode_here
+from pipeline.run.record.tracking import mirror_of
+from pipeline.run.record.wandb_mirror import table
 
-GROUP = "export"
 ID_FILE = "export_wandb_id"
-"""Not `wandb_id`: an export may lie in the directory of a training, which is another W&B run."""
 CONFIG = ("model", "num_parameters", "num_zeros", "fp32_bytes", "lossless_bytes", "bits_per_weight")
 NUM_ALIAS_DIGITS = 12
 """Of the SHA-256 in artefacts.json, by which a version of a file is asked for."""
@@ -45,23 +41,19 @@ def mirror_artefacts(content: ArtefactsJson, name: str, directory: Path, trackin
         directory: Where its files lie.
         tracking: Whether and where W&B mirrors it.
     """
-    mode = mode_here(tracking, os.environ)
-    if mode == "disabled":
-        return
-    mirror = WandbMirror(
+    mirror = mirror_of(
         directory,
-        run_id=kept_id(directory / ID_FILE, f"export-{name}"),
-        mode=mode,
-        name=name,
-        group=GROUP,
+        name,
+        tracking,
+        id_file=ID_FILE,
+        group="export",
         job_type="export",
-        project=tracking.project,
-        entity=tracking.entity,
-        tags=tracking.tags,
+        record="artefacts.json",
         config={key: content[key] for key in CONFIG},
         names_host=False,
-        record="artefacts.json",
     )
+    if mirror is None:
+        return
     mirror.log_media(lambda: _media(content))
     for row in content["artefacts"]:
         mirror.keep(row["artefact"], directory / row["file"], [row["sha256"][:NUM_ALIAS_DIGITS]])

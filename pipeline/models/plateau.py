@@ -61,7 +61,7 @@ class PlateauDetector:
         return (
             f"{found} Try, in this order: a lower recipe.lr, a longer recipe.warmup_steps,"
             " model.metaparameters.final_relu=false, another seed; and check that initialisation and input belong"
-            " together (init=torchvision with normalised pictures, init=caffe with 0..255 minus the mean)."
+            " together (init=caffe with 0..255 minus the mean, any other with normalised pictures)."
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.config.squeezenet import FIRE_LAYERS, STEMS, FireWidths, SqueezeNetConfig
+from pipeline.models.initial import standardize_outputs
 
 
 class Fire(nn.Module):
@@ -92,8 +93,8 @@ class SqueezeNet(nn.Module):
         """Map normalised pictures (B, 3, H, W) to logits (B, K)."""
         return self.classifier(self.features(images_BCHW)).flatten(1)
 
-    def reset_parameters(self, init: str = "torchvision") -> None:
-        """Draw new weights from torch's generator. conv10 is N(0, 0.01) under both schemes, biases are 0."""
+    def reset_parameters(self, init: str) -> None:
+        """Draw new weights from torch's generator, as `SqueezeNetConfig.init` says. conv10 is N(0, 0.01) always."""
         for name, conv in self.named_convolutions():
             if name == "conv10":
                 nn.init.normal_(conv.weight, mean=0.0, std=0.01)
@@ -107,6 +108,12 @@ class SqueezeNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_parameters()
+        if init == "standardized":
+            if self.config.norm == "none":
+                standardize_outputs(self.features, self.config.min_side)
+            if self.config.final_relu:
+                # All outputs are equally far above 0, which no loss of classes sees, so that no ReLU is off.
+                nn.init.ones_(self.get_parameter("classifier.1.bias"))
 
     def folded(self) -> "SqueezeNet":
         """Return the network without BatchNorm that gives the same logits in evaluation, up to rounding.

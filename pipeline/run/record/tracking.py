@@ -146,6 +146,53 @@ def wandb_id(run: RunDirectory) -> str:
     return kept_id(run.path / ID_FILE, run.name, given=sweep_run_id(os.environ))
 
 
+def mirror_of(
+    directory: Path,
+    name: str,
+    tracking: TrackingConfig,
+    *,
+    id_file: str,
+    group: str,
+    job_type: str,
+    record: str,
+    config: Mapping[str, object],
+    notes: str = "",
+    names_host: bool = True,
+) -> WandbMirror | None:
+    """Return the W&B run of what a command other than `train` has written, the same one ever after; None: disabled.
+
+    Args:
+        directory: Where the files lie.
+        name: What the command was given as `name`.
+        tracking: Whether and where W&B mirrors it.
+        id_file: Keeps its id. Not `wandb_id`: the directory may be that of a training, which is another W&B run.
+        group: Group of the W&B run.
+        job_type: The command.
+        record: File that holds the same.
+        config: Plain values shown beside the run.
+        notes: Conditions in words.
+        names_host: Whether W&B is told the name of this machine.
+    """
+    mode = mode_here(tracking, os.environ)
+    if mode == "disabled":
+        return None
+    return WandbMirror(
+        directory,
+        run_id=kept_id(directory / id_file, f"{job_type}-{name}"),
+        mode=mode,
+        name=name,
+        group=group,
+        job_type=job_type,
+        project=tracking.project,
+        entity=tracking.entity,
+        tags=tracking.tags,
+        config=config,
+        notes=notes,
+        names_host=names_host,
+        record=record,
+    )
+
+
 def kept_id(path: Path, name: str, *, given: str | None = None) -> str:
     """Return the W&B id in this file; if there is none, the one `given`, or one made of `name`, is written there.
 
