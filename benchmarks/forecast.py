@@ -1,7 +1,8 @@
 """Forecast against measurement: from one run per model at one bandwidth on two servers, step times elsewhere.
 
     python -m benchmarks.forecast              half an hour
-    python -m benchmarks.forecast --reuse      forecast anew what was measured before
+    python -m benchmarks.forecast --reuse      forecast anew what was measured before, measure what is missing
+    python -m benchmarks.forecast --from-one-rank --reuse    from one rank alone: an hour and a half
 
 Every run is a training in the lab (`pipeline.lab`): network namespaces with shaped links, one rank with one thread on
 each; packets are cut into frames after they leave a server (`offloads=true`), as network cards do it. Fitted is one run
@@ -9,6 +10,10 @@ per model, two servers at 1 Gbit/s. Forecast by `pipeline.plan` and then measure
 and three and four servers at 1 Gbit/s. Where there are more ranks than cores, ranks compute more slowly for a reason
 that no network has; there the forecast takes the time to compute, and nothing else, from as many ranks side by side
 that exchange nothing (`compute_runs=`). No measured point enters a forecast.
+
+`--from-one-rank` starts from a run on one rank that has seen no network, and holds the forecast to 2, 3 and 4 servers
+on four links each. All servers of the lab are one machine, whose caches and cores they share; so the time to compute is
+always that of as many ranks side by side.
 
 Step times are medians of the step less its wait for data. Bytes out of a server must agree exactly.
 """
@@ -21,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks import common
@@ -31,6 +37,7 @@ FITTED_BANDWIDTH = "1gbit"
 BANDWIDTHS = ("100mbit", "300mbit", "2gbit")
 SERVERS = (3, 4)
 FLOOR, GOAL = 0.10, 0.05
+FLOOR_FROM_ONE_RANK = 0.06
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
         "offloads=true", "num_threads=1",
     ]  # fmt: skip
     train = [f"name={case.name}", *overrides(options, case.model, steps, case.servers)]
-    if not (options.reuse and is_run(common.RUNS / case.name)):
+    if not (options.reuse and is_finished(common.RUNS / case.name, steps)):
         shutil.rmtree(common.RUNS / case.name, ignore_errors=True)
         common.run("lab", *lab, "--", "python", "-m", "pipeline.train", *train)
     ledger = common.read_json(common.RUNS / case.name / "ledger.json")
@@ -80,14 +87,19 @@ def measure(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     }
 
 
+def is_finished(directory: Path, steps: int) -> bool:
+    """Whether a run of so many steps lies there, whole."""
+    return is_run(directory) and common.read_json(directory / "ledger.json")["num_steps"] == steps
+
+
 def measure_compute(options: argparse.Namespace, model: str, ranks: int) -> list[str]:
     """As many ranks side by side as `ranks`, each a training of its own that exchanges nothing; their directories."""
     name = f"forecast-{model}-apart-{ranks}"
     directories = [common.RUNS / name / str(rank) for rank in range(ranks)]
-    if options.reuse and all(map(is_run, directories)):
+    steps = options.steps or max(12, MODELS[model])
+    if options.reuse and all(is_finished(directory, steps) for directory in directories):
         return list(map(str, directories))
     shutil.rmtree(common.RUNS / name, ignore_errors=True)
-    steps = options.steps or max(12, MODELS[model])
     train = [sys.executable, "-m", "pipeline.train", *overrides(options, model, steps, 1)]
     running = [subprocess.Popen([*train, f"name={name}/{rank}"], stdout=subprocess.DEVNULL) for rank in range(ranks)]
     print(f"$ {ranks} x python -m pipeline.train {model}, apart", flush=True)
@@ -109,26 +121,56 @@ def idle_round(servers: int) -> float:
     return float(line.split()[1])
 
 
-def forecast(model: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
-    """The one point that `pipeline.plan` makes from the model's fitted run."""
-    name = f"forecast-{model}-plan"
+def forecast(run: str, servers: int, bandwidth: str, compute_runs: Sequence[str]) -> dict[str, Any]:
+    """The one point that `pipeline.plan` makes from a run."""
+    name = "forecast-plan"
     common.run(
-        "plan", f"name={name}", f"run_root={common.RUNS}",
-        f"run={common.RUNS / Case(model, 2, FITTED_BANDWIDTH).name}", f"servers=[{servers}]",
+        "plan", f"name={name}", f"run_root={common.RUNS}", f"run={run}", f"servers=[{servers}]",
         f"bandwidth=[{bandwidth}]", f"compute_runs=[{','.join(compute_runs)}]",
     )  # fmt: skip
     (point,) = common.read_json(common.RUNS / name / "forecast.json")["points"]
     return point
 
 
-def compared(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """Every test point of a model, its forecast beside what was measured."""
-    measure(options, Case(model, 2, FITTED_BANDWIDTH))
+@dataclass(frozen=True)
+class Origin:
+    """What a model's forecasts start from, and where they go."""
+
+    run: str
+    """Directory of the run."""
+    apart: dict[int, list[str]]
+    """By number of servers, runs of as many ranks side by side, whose time to compute is taken."""
+    points: list[tuple[int, str]]
+    """(servers, bandwidth) of each."""
+
+
+def from_two_ranks(options: argparse.Namespace, model: str) -> Origin:
+    """Two servers at one bandwidth; computing apart where there are more ranks than cores."""
+    fitted = Case(model, 2, FITTED_BANDWIDTH)
+    measure(options, fitted)
     apart = {ranks: measure_compute(options, model, ranks) for ranks in SERVERS if ranks > (os.cpu_count() or 1)}
     points = [(2, bandwidth) for bandwidth in BANDWIDTHS] + [(servers, FITTED_BANDWIDTH) for servers in SERVERS]
+    return Origin(str(common.RUNS / fitted.name), apart, points)
+
+
+def from_one_rank(options: argparse.Namespace, model: str) -> Origin:
+    """One rank alone, outside of the lab."""
+    points = [
+        (servers, bandwidth)
+        for servers in (2, *SERVERS)
+        for bandwidth in (*BANDWIDTHS, FITTED_BANDWIDTH)
+        if f"{model}-{servers}-{bandwidth}".startswith(options.only)
+    ]
+    (alone,) = measure_compute(options, model, 1)
+    return Origin(alone, {ranks: measure_compute(options, model, ranks) for ranks in {at for at, _ in points}}, points)
+
+
+def compared(options: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+    """Every test point of a model, its forecast beside what was measured."""
+    origin = from_one_rank(options, model) if options.from_one_rank else from_two_ranks(options, model)
     rows = []
-    for servers, bandwidth in points:
-        told = forecast(model, servers, bandwidth, apart.get(servers, []))
+    for servers, bandwidth in origin.points:
+        told = forecast(origin.run, servers, bandwidth, origin.apart.get(servers, []))
         seen = measure(options, Case(model, servers, bandwidth))
         rows.append(
             {
@@ -156,23 +198,32 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--size", type=int, default=224, help="crop side in pixels (%(default)s)")
     parser.add_argument("--steps", type=int, help="of every run (default: 40, 30 and 8 by model)")
     parser.add_argument("--reuse", action="store_true", help="keep the runs of an earlier time, forecast them anew")
+    parser.add_argument("--from-one-rank", action="store_true", help="forecast from one rank that has seen no network")
+    parser.add_argument(
+        "--only", default="", help="with it, points of this name: squeezenet1_0-2-1gbit, or its beginning"
+    )
     options = parser.parse_args(arguments)
     common.print_conditions()
     common.run("prepare", "source=builtin", f"out={common.SHARDS / 'links'}", "num_images=1200", "short_side=256")
     rounds = {servers: idle_round(servers) for servers in (2, *SERVERS)}
     common.show("seconds of a round between idle servers", {str(key): value for key, value in rounds.items()})
-    rows = [row for model in MODELS for row in compared(options, model)]
-    errors = {
-        "bandwidth": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] == 2),
-        "servers": statistics.fmean(abs(row["error"]) for row in rows if row["servers"] != 2),
+    chosen = [model for model in MODELS if model.startswith(options.only) or options.only.startswith(model)]
+    rows = [row for model in chosen for row in compared(options, model)]
+    groups = {
+        "bandwidth": [row for row in rows if row["servers"] == 2],
+        "servers": [row for row in rows if row["servers"] != 2],
     }
+    if options.from_one_rank:
+        groups = {"links and numbers of servers": rows}
+    errors = {name: statistics.fmean(abs(row["error"]) for row in group) for name, group in groups.items()}
+    floor = FLOOR_FROM_ONE_RANK if options.from_one_rank else FLOOR
     result = common.Result(
-        "forecast",
+        "forecast_one_rank" if options.from_one_rank else "forecast",
         vars(options),
         {"points": rows, "mean_absolute_error": errors, "goal": GOAL, "round_seconds": rounds},
     )
     result.floors = [
-        common.Floor(f"mean absolute error over other {what}", error, at_most=FLOOR)
+        common.Floor(f"mean absolute error over other {what}", error, at_most=floor)
         for what, error in errors.items()
     ]  # fmt: skip
     wrong = sum(row["forecast_bytes"] != row["measured_bytes"] for row in rows)

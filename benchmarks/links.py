@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import common
-from pipeline.comm.forecast import Network
+from pipeline.comm.all_reduce import Network
 
 MODELS = ("squeezenet1_0", "resnet18", "alexnet")
 BANDWIDTHS = {"1gbit": 1e9, "100mbit": 1e8}

@@ -2,11 +2,12 @@
 
     python -m pipeline.plan run=runs/first servers=[2,8,32] bandwidth=[1gbit,10gbit]
     python -m pipeline.plan run=runs/first beside=[runs/alexnet] algorithm=[ring,tree,parameter_server]
+    python -m pipeline.plan model=resnet50 images_per_second=350 batch_per_rank=64 bandwidth=[25gbit]
+
+A run on one rank alone serves too; of a model that was not run, when gradients are ready is an estimate.
 
 Left in `<run_root>/<name>/`: forecast.json, .csv, its pictures as .png and .svg, and report.html.
 """
-
-from pathlib import Path
 
 from pipeline.config.plan import PlanConfig
 from pipeline.core.cli import run_command
@@ -16,14 +17,10 @@ def plan(config: PlanConfig) -> int:
     """Read the runs, forecast every cluster, write the report. Returns the exit code."""
     from pipeline.core.terminal import Terminal
     from pipeline.forecasting.grid import forecast
-    from pipeline.forecasting.source import read_source
+    from pipeline.forecasting.sources import read_sources
     from pipeline.reporting.forecast import forecast_sentences, forecast_table, write_forecast
-    from pipeline.reporting.runs import read_run
 
-    compute = [read_run(Path(directory)) for directory in config.compute_runs]
-    runs = [read_run(Path(directory)) for directory in (config.run, *config.beside)]
-    sources = [read_source(run, config.measured_bandwidth, compute, config.round_seconds) for run in runs]
-    result = forecast(config, sources)
+    result = forecast(config, read_sources(config))
     report = write_forecast(result, config.directory)
 
     Terminal().print(forecast_table(result).to_rich())

@@ -172,7 +172,7 @@ class CollectiveMeter:
 
     def record_bucket(self, index: int, num_bytes: int, names: Callable[[], Sequence[str]]) -> None:
         """DDP handed over gradient bucket `index` of `num_bytes`; `names` is asked only when the layout may be new."""
-        if self._phase == "train":
+        if self._phase == "train" and self.world_size > 1:  # one rank alone owes nothing
             with self._lock:
                 self._gradient_bytes += num_bytes
         known = self.buckets.get(index)

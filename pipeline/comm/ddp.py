@@ -12,7 +12,7 @@ from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportU
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.comm.collectives import CollectiveMeter
-from pipeline.comm.hooks import HOOKS, Hook
+from pipeline.comm.hooks import HOOKS, Hook, keep
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.comm.timeline import Timeline
 
@@ -24,7 +24,7 @@ class MeteredDDP(DistributedDataParallel):
         module: the model.
         meter: attached to the default process group, or a detached one, then this is plain DDP with `hook`.
         timeline: observes `meter`; None: nothing is timed.
-        hook: a key of HOOKS, or a PowerSGD.
+        hook: a key of HOOKS, or a PowerSGD; one rank alone compresses nothing.
         name_prefix: removed from the front of parameter names, e.g. "model.".
         **ddp_kwargs: DistributedDataParallel's.
     """
@@ -44,8 +44,8 @@ class MeteredDDP(DistributedDataParallel):
         self._meter, self._timeline = meter, timeline or Timeline(dist.get_world_size(), enabled=False)
         self.powersgd = hook if isinstance(hook, PowerSGD) else None
         inner = HOOKS[hook] if isinstance(hook, str) else hook.reduce
-        if dist.get_world_size() == 1:
-            return
+        if dist.get_world_size() == 1:  # nothing travels, but when buckets are ready is worth knowing
+            inner, hook = keep, "none"
         if meter.enabled:
             # PowerSGD issues its second and third all-reduce from callbacks of its first.
             origin = partial(meter.origin, "gradients", claims_callbacks=self.powersgd is not None)

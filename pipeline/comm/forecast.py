@@ -20,51 +20,18 @@ sums, TCP) competes with that and adds what the measured run shows of it; afterw
     tree              up and down level by level, a level when the one below is done: FireCaffe's reduction tree
                       (arXiv 1511.00175), not the pipelined double tree of NCCL
     halving_doubling  2 log2(m) rounds between servers
-    parameter_server  all workers to the server, then back: its card carries n payloads in, then n out
+    parameter_server  all workers to the server, then back: its card carries n payloads in, then n out; of several
+                      servers each holds whole variables, and the step waits for the one that is done last
 
-n ranks on m servers. Bytes come from wire/gloo.py (ring) and wire/algorithms.py (the others), frame headers are added.
-What the model leaves out: other traffic on the links, congestion inside the switch, ranks that differ from one another.
+n ranks on m servers. What one all-reduce asks of cards and switches is in all_reduce.py.
+What the model leaves out: other traffic on the links, congestion inside a switch, ranks that differ from one another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from pipeline.comm.wire import algorithms, gloo
-from pipeline.comm.wire.gloo import Links, NotDerivable
-
-FRAME_HEADER_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
-SEGMENT_BYTES = 1448  # data in a frame of 1,500 bytes
-HEADER_SHARE = FRAME_HEADER_BYTES / SEGMENT_BYTES
-ALGORITHMS = algorithms.PLANS
-ROUND_SECONDS = 1e-4
-"""Of one round of a small gloo all-reduce between hosts that do nothing else (python -m benchmarks.forecast)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Every server's link to a switch that is never the limit."""
-
-    bandwidth_bits_per_second: float | None
-    """In each direction; None: never the limit."""
-    latency_seconds: float = 0.0
-    """One way, on top of what the measured run had."""
-
-    def seconds(self, num_bytes: float) -> float:
-        """Return the seconds that `num_bytes` handed to TCP take through one card in one direction, frames included."""
-        if self.bandwidth_bits_per_second is None:
-            return 0.0
-        return 8 * num_bytes * (1 + HEADER_SHARE) / self.bandwidth_bits_per_second
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What an all-reduce costs beyond its bytes on the link."""
-
-    seconds_per_byte: float = 0.0
-    """Seconds per byte that the busiest rank hands on while it also computes."""
-    seconds_per_round: float = 0.0
-    """Seconds of a message so small that only its way through two hosts counts."""
+from pipeline.comm.all_reduce import AllReduce, Host, Network, all_reduce, depth
+from pipeline.comm.wire.gloo import NotDerivable
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +62,8 @@ class Step:
     """Number of broadcasts that a step waits for: buffers, Lightning's own."""
     waiting_seconds: float = 0.0
     """Seconds that the measured run waited for those exchanges and for ranks that were late."""
+    variables: tuple[Bucket, ...] = ()
+    """The parameters as parameter servers place them, each whole, in the order in which they become ready."""
 
     @property
     def compute_seconds(self) -> float:
@@ -108,7 +77,7 @@ class Step:
             forward_seconds=self.forward_seconds * factor,
             backward_seconds=self.backward_seconds * factor,
             other_seconds=self.other_seconds * factor,
-            buckets=tuple(replace(bucket, ready_seconds=bucket.ready_seconds * factor) for bucket in self.buckets),
+            **self._each(lambda bucket: replace(bucket, ready_seconds=bucket.ready_seconds * factor)),
         )
 
     def with_batch(self, factor: float) -> "Step":
@@ -129,11 +98,14 @@ class Step:
         """Return a step whose buckets travel as `factor` of their bytes; (de)compressing takes no time."""
         return replace(
             self,
-            buckets=tuple(
-                replace(bucket, payload_bytes=round(bucket.payload_bytes * factor), itemsize=itemsize)
-                for bucket in self.buckets
+            **self._each(
+                lambda bucket: replace(bucket, payload_bytes=round(bucket.payload_bytes * factor), itemsize=itemsize)
             ),
         )
+
+    def _each(self, change: Callable[[Bucket], Bucket]) -> dict[str, tuple[Bucket, ...]]:
+        """Return what is sent, each part changed."""
+        return {"buckets": tuple(map(change, self.buckets)), "variables": tuple(map(change, self.variables))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +128,7 @@ def forecast(
     network: Network,
     host: Host,
     measured_ranks: int = 2,
+    parameter_servers: int = 1,
 ) -> StepForecast | NotDerivable:
     """Forecast the step on a cluster.
 
@@ -166,21 +139,25 @@ def forecast(
         network: The servers' links.
         host: What an all-reduce costs beyond its bytes.
         measured_ranks: Number of ranks of the run from which `step` and `host` come.
+        parameter_servers: How many share the variables, where `algorithm` is that of parameter servers.
 
     Returns:
         The forecast, or why the algorithm does not fit the cluster.
     """
     placement = tuple(server_of_rank)
-    end, busy, egress = 0.0, 0.0, 0
     last_ready = max((bucket.ready_seconds for bucket in step.buckets), default=0.0)
-    for bucket in step.buckets:
-        found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement)
-        if isinstance(found, NotDerivable):
-            return found
-        start = max(bucket.ready_seconds, end)
-        end = _end(found, start, last_ready, network, host)
-        busy += end - start
-        egress += found.egress_bytes
+    end, busy, egress = 0.0, 0.0, 0
+    for queue in queues(step, algorithm, parameter_servers):
+        end_here, busy_here, egress_here = 0.0, 0.0, 0
+        for bucket in queue:
+            found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement, network.servers_per_rack)
+            if isinstance(found, NotDerivable):
+                return found
+            start = max(bucket.ready_seconds, end_here)
+            end_here = _end(found, start, last_ready, network, host)
+            busy_here += end_here - start
+            egress_here += found.egress_bytes
+        end, busy, egress = max(end, end_here), max(busy, busy_here), max(egress, egress_here)
     waiting = 0.0
     if len(placement) > 1:
         # As in the measured run, each round delayed by the latency, and the rounds that it did not have.
@@ -191,7 +168,25 @@ def forecast(
     return StepForecast(step.compute_seconds + exposed, exposed, busy + waiting, egress)
 
 
-def _end(found: "AllReduce", start: float, last_ready: float, network: Network, host: Host) -> float:
+def queues(step: Step, algorithm: str, parameter_servers: int) -> list[tuple[Bucket, ...]]:
+    """Return what travels one after the other: the buckets, or each parameter server's own variables.
+
+    In the order of the model, each variable goes whole to the server that holds least so far, as in tf_cnn_benchmarks
+    (`ParamServerDeviceSetter` in variable_mgr.py).
+    """
+    if algorithm != "parameter_server" or parameter_servers == 1:
+        return [step.buckets]
+    assert step.variables
+    held = [0] * parameter_servers
+    placed: list[list[Bucket]] = [[] for _ in held]
+    for variable in reversed(step.variables):  # which stand in the order of the backward pass
+        server = held.index(min(held))
+        held[server] += variable.payload_bytes
+        placed[server].append(variable)
+    return [tuple(reversed(own)) for own in placed]
+
+
+def _end(found: AllReduce, start: float, last_ready: float, network: Network, host: Host) -> float:
     """Return when an all-reduce that starts at `start` is done; until `last_ready` ranks compute as well."""
     alone = found.seconds(network, host)
     together = alone + found.host_bytes * host.seconds_per_byte
@@ -206,106 +201,7 @@ def _blocking_rounds(step: Step, algorithm: str, server_of_rank: Sequence[int]) 
     """Count the rounds of a step's small exchanges: all-reduces by `algorithm`, broadcasts down a binomial tree."""
     found = all_reduce(algorithm, 4, 4, tuple(server_of_rank))
     assert isinstance(found, AllReduce)  # buckets have gone this way before
-    return step.blocking_all_reduces * found.num_messages + step.blocking_broadcasts * _depth(len(server_of_rank))
-
-
-def _depth(num_ranks: int) -> int:
-    """Return the depth of a binary tree over so many ranks: ceil(log2(num_ranks))."""
-    return (num_ranks - 1).bit_length()
-
-
-# --- one all-reduce ---
-
-
-@dataclass(frozen=True, slots=True)
-class AllReduce:
-    """What one all-reduce asks of cards and hosts."""
-
-    card_bytes: int
-    """Bytes through the busiest card in one direction, one phase after the other."""
-    egress_bytes: int
-    """Bytes out of the busiest server."""
-    payload_bytes: int
-    num_rounds: int
-    """Number of rounds between servers that follow one another."""
-    num_messages: int
-    """Number of rounds, those inside servers included."""
-    num_ranks: int
-
-    @property
-    def host_bytes(self) -> float:
-        """Bytes that the busiest rank hands on: those across its card, no less than a ring's share of the payload."""
-        return max(self.card_bytes, 2 * (self.num_ranks - 1) / self.num_ranks * self.payload_bytes)
-
-    def seconds(self, network: Network, host: Host) -> float:
-        """Return the seconds from the first byte to the last, on hosts that do nothing else."""
-        return (
-            network.seconds(self.card_bytes)
-            + self.num_rounds * network.latency_seconds
-            + self.num_messages * host.seconds_per_round
-        )
-
-
-@lru_cache(maxsize=4096)
-def all_reduce(
-    algorithm: str, payload_bytes: int, itemsize: int, server_of_rank: tuple[int, ...]
-) -> AllReduce | NotDerivable:
-    """Return what one all-reduce asks of cards and hosts, or why it cannot be done that way.
-
-    Args:
-        algorithm: One of ALGORITHMS.
-        payload_bytes: Bytes of one rank's input.
-        itemsize: Bytes per element.
-        server_of_rank: Index of each rank's server, from 0.
-    """
-    num_ranks = len(server_of_rank)
-    num_servers = len(set(server_of_rank))
-    if num_ranks == 1:
-        return AllReduce(0, 0, payload_bytes, 0, 0, 1)
-    if algorithm == "ring":
-        found: Links | NotDerivable = gloo.gloo_ring_all_reduce(payload_bytes, itemsize, num_ranks)
-    else:
-        found = algorithms.links(algorithm, payload_bytes, itemsize, server_of_rank)
-    if isinstance(found, NotDerivable):
-        return found
-    placed = algorithms.placed(algorithm, server_of_rank)
-    egress = max(gloo.egress_bytes_per_server(found, placed))
-    match algorithm:
-        case "ring":
-            card = egress
-            rounds = messages = 2 * (num_ranks - 1)
-        case "hierarchical":
-            card, rounds = egress, 2 * (num_servers - 1)
-            messages = rounds + 2 * (num_ranks // num_servers - 1)
-        case "halving_doubling":
-            card, rounds, messages = egress, 2 * _depth(num_servers), 2 * _depth(num_ranks)
-        case "tree":
-            levels = tree_levels(num_ranks, server_of_rank)
-            card, rounds, messages = 2 * payload_bytes * sum(levels), 2 * len(levels), 2 * _depth(num_ranks)
-        case _:  # a parameter server: all in, then all out
-            card = 2 * egress
-            rounds = messages = 2
-    return AllReduce(card, egress, payload_bytes, rounds if num_servers > 1 else 0, messages, num_ranks)
-
-
-def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
-    """Count the payloads through the busiest card at each level of the tree that crosses servers, from the leaves up.
-
-    Rank r's parent is (r - 1) // 2; level k holds ranks 2^k - 1 to 2^(k+1) - 2.
-    """
-    levels: list[int] = []
-    first = 1
-    while first < num_ranks:
-        received: dict[int, int] = {}
-        sent: dict[int, int] = {}
-        for rank in range(first, min(2 * first + 1, num_ranks)):
-            here, there = server_of_rank[rank], server_of_rank[(rank - 1) // 2]
-            if here != there:
-                sent[here] = sent.get(here, 0) + 1
-                received[there] = received.get(there, 0) + 1
-        levels.append(max([*sent.values(), *received.values()], default=0))
-        first = 2 * first + 1
-    return [level for level in reversed(levels) if level]
+    return step.blocking_all_reduces * found.num_messages + step.blocking_broadcasts * depth(len(server_of_rank))
 
 
 # --- from the measured run ---

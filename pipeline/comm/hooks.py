@@ -26,6 +26,15 @@ def average(state: object, bucket: GradBucket) -> GradientFuture:
     return work.get_future().then(lambda future: future.value()[0])
 
 
+def keep(state: object, bucket: GradBucket) -> GradientFuture:
+    """Mean over one rank: what it has, at once and uncompressed."""
+    del state
+    buffer = bucket.buffer()
+    future: GradientFuture = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
+    future.set_result(buffer)
+    return future
+
+
 HOOKS: dict[str, Hook] = {
     "none": average,
     "fp16": default_hooks.fp16_compress_hook,

@@ -13,6 +13,7 @@ Of a step:
   for before it returns. Two things are in it that no network causes: the (de)compression of the last bucket, and
   waiting for a rank that is late. The latter cannot be told apart by one rank's clock, so it is not tried.
 - overlapped: communication that is not exposed.
+- one rank alone communicates and waits for 0 seconds: what would be a wait for others is its own work.
 - bus bandwidth: payload / time x 2(n-1)/n, as nccl-tests defines it (doc/PERFORMANCE.md), over the gradient buckets;
   payload is what the all-reduces carried, after compression, and time the union of the intervals from sent to done.
 """
@@ -118,12 +119,13 @@ def account(
     backwards: of every micro-batch, in order. waits: blocking exchanges, wherever they happened.
     payload_bytes: what the all-reduces of the buckets carried.
     """
-    in_flight = [(bucket.sent, bucket.done) for bucket in buckets]
+    travelled, waits = (buckets, waits) if num_ranks > 1 else ([], [])
+    in_flight = [(bucket.sent, bucket.done) for bucket in travelled]
     # A hook that returns only after its bucket is done has made the backward pass wait for it.
-    blocked = [*waits, *((bucket.sent, bucket.done) for bucket in buckets if bucket.done <= bucket.returned)]
+    blocked = [*waits, *((bucket.sent, bucket.done) for bucket in travelled if bucket.done <= bucket.returned)]
     start = backwards[-1][0] if backwards else 0.0
-    if buckets and backwards:
-        blocked.append((max(bucket.ready for bucket in buckets), backwards[-1][1]))
+    if travelled and backwards:
+        blocked.append((max(bucket.ready for bucket in travelled), backwards[-1][1]))
     communication = union([*in_flight, *waits])
     gradient_seconds = length(in_flight)
     return StepTimes(

@@ -128,8 +128,8 @@ class _InHook(threading.local):
 class Timeline(MeterObserver):
     """Marks what a training step does, in phase `train` only; a step ends with `take_step`.
 
-    It observes the meter, which says when a collective is issued and when a phase begins, and records nothing in a
-    world of one.
+    It observes the meter, which says when a collective is issued and when a phase begins. In a world of one nothing is
+    issued: what remains is when the rank computes and when its buckets are ready.
 
     Threads: marks come from the main thread, from autograd's and from those that complete futures. They only append.
 
@@ -154,8 +154,6 @@ class Timeline(MeterObserver):
     @property
     def why_off(self) -> str | None:
         """Why nothing is timed, or None where something is."""
-        if self._num_ranks == 1:
-            return "A world of one exchanges nothing."
         if not self._metered:
             return "Communication is timed with the meter, which was off (comm.meter=false)."
         return None if self._enabled else "The timeline was off (comm.timeline=false)."

@@ -1,26 +1,39 @@
 """What `plan` may be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config.hooks import ITEMSIZES
+from pipeline.config.model import ModelConfig
 from pipeline.config.registry import IMAGENET_TRAINING_PICTURES
 from pipeline.core.typed import PathText, one_of, require
 from pipeline.core.units import bits_per_second
 
 ALGORITHMS = ("ring", "hierarchical", "tree", "halving_doubling", "parameter_server")
 """How the bytes of an all-reduce may travel: those that `comm.forecast` can price."""
+POSITIVE = (
+    "batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour",
+    "images_per_second", "bucket_megabytes", "servers_per_rack", "parameter_servers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Forecast what the training of a measured run would take on other clusters. Every assumption is printed."""
+    """Forecast what a training would take on other clusters. Every assumption is printed."""
 
     name: str = "plan"
     """The forecast's directory under run_root."""
     run_root: PathText = "runs"
-    run: PathText
-    """Directory of a run on at least 2 ranks, its communication timed."""
+    run: PathText | None = None
+    """Directory of a run whose buckets were timed, on several ranks or on one alone. Null: give model,
+    images_per_second and batch_per_rank."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name=""))
+    """In place of a run, model=NAME: when its gradients are ready is estimated from its layers' multiply-adds on
+    pictures of model.input.size."""
+    images_per_second: float | None = None
+    """With model: pictures per second that one rank alone trains, measured or published, with batch_per_rank."""
+    bucket_megabytes: float | None = 1.0
+    """With model: DDP's bucket_cap_mb, in MiB, as comm.bucket_megabytes. Null: torch's default."""
     beside: tuple[PathText, ...] = ()
     """Further runs, of other models say, forecast for the same clusters."""
     compute_runs: tuple[PathText, ...] = ()
@@ -32,13 +45,22 @@ class PlanConfig:
     ranks_per_server: tuple[int, ...] = ()
     """Empty: as in the run."""
     bandwidth: tuple[str, ...] = ()
-    """Rate of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run."""
+    """Rate of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run, if it had links."""
     latency_seconds: float = 0.0
     """One way between servers, on top of what the run had: 0.00002 within a hall, 0.001 within a city."""
     round_seconds: float = 1e-4
     """Seconds of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
+    local_bandwidth: str | None = None
+    """Rate of a rank's link to the others of its server, such as 100gbit. Null: never the limit."""
+    servers_per_rack: int | None = None
+    """Servers that share a switch. Null: all do."""
+    oversubscription: float = 1.0
+    """With servers_per_rack: what the links of a rack's servers carry together over what its switch's link to the other
+    racks carries."""
     algorithm: tuple[str, ...] = ("ring",)
     """How an all-reduce travels: ring, hierarchical, tree, halving_doubling, parameter_server."""
+    parameter_servers: int = 1
+    """With algorithm=[parameter_server]: how many share the variables, each of which lies on one of them whole."""
     hook: tuple[str, ...] = ()
     """Gradient compression: none, fp16, bf16. Empty: as in the run."""
     batch_per_rank: int | None = None
@@ -59,7 +81,8 @@ class PlanConfig:
     """Most that the training may cost; the forecast names the cluster that trains soonest for it."""
 
     def __post_init__(self) -> None:
-        for rate in self.bandwidth:
+        self._check_source()
+        for rate in (*self.bandwidth, *([self.local_bandwidth] if self.local_bandwidth is not None else [])):
             bits_per_second(rate)
         for algorithm in self.algorithm:
             one_of("algorithm", algorithm, ALGORITHMS)
@@ -71,17 +94,39 @@ class PlanConfig:
             )
         for key in ("servers", "algorithm"):
             require(bool(getattr(self, key)), f"{key}=[] leaves nothing to forecast.")
-        for key in ("batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour"):
+        for key in POSITIVE:
             value = getattr(self, key)
             require(value is None or value > 0, f"{key}={value} must be positive.")
         require(
-            self.batch_per_rank is None or self.global_batch is None, "Give batch_per_rank or global_batch, not both."
+            self.batch_per_rank is None or self.global_batch is None or self.run is None,
+            "Give batch_per_rank or global_batch, not both.",
         )
         for key in ("latency_seconds", "round_seconds"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative.")
+        require(
+            self.oversubscription >= 1,
+            f"oversubscription={self.oversubscription} must be at least 1: a switch's link to others is no faster than"
+            " those of its servers together.",
+        )
+        needs_racks = self.oversubscription > 1 and self.servers_per_rack is None
+        require(not needs_racks, f"oversubscription={self.oversubscription} needs servers_per_rack.")
         require(0 < self.exposed_share < 1, f"exposed_share={self.exposed_share} must be in (0, 1).")
         needs_price = self.budget is not None and self.price_per_server_hour is None
         require(not needs_price, f"budget={self.budget} needs price_per_server_hour.")
+
+    def _check_source(self) -> None:
+        """Refuse a run beside a model, neither, and a model of which too little is known."""
+        require(
+            (self.run is None) != (not self.model.name),
+            "Give run=DIRECTORY, or model= with images_per_second= and batch_per_rank=: one of the two.",
+        )
+        if self.run is None:
+            for key in ("images_per_second", "batch_per_rank", "bandwidth"):
+                require(bool(getattr(self, key)), f"model={self.model.name} needs {key}=, which no run tells here.")
+            for key in ("measured_bandwidth", "compute_runs", "beside"):
+                require(not getattr(self, key), f"{key}= belongs to a run: leave it out, or give run=.")
+        else:
+            require(self.images_per_second is None, "images_per_second= belongs to model=: a run tells its own.")
 
     @property
     def directory(self) -> Path:

@@ -6,7 +6,8 @@ from itertools import product
 from math import exp, inf, log
 
 from pipeline.comm import forecast as pure
-from pipeline.comm.wire import gloo
+from pipeline.comm.all_reduce import Network
+from pipeline.comm.wire import algorithms, gloo
 from pipeline.comm.wire.gloo import NotDerivable
 from pipeline.config.hooks import ITEMSIZES
 from pipeline.config.plan import PlanConfig
@@ -15,7 +16,7 @@ from pipeline.core.missing import Missing, known, to_json
 from pipeline.core.schemas.forecast import ErrorJson, ForecastBucketJson, ForecastJson, PointJson, SourceJson
 from pipeline.core.typed import require
 from pipeline.core.units import bits_per_second
-from pipeline.forecasting.source import Source
+from pipeline.forecasting.source import Readiness, Source
 
 SCHEMA = 1
 LOWEST, HIGHEST = 1e6, 1e14  # bit/s, between which a bandwidth is looked for
@@ -26,16 +27,26 @@ VALIDATED_ERRORS: ErrorJson = {"bandwidth": 0.052, "servers": 0.059}
 """What that comparison found."""
 
 ASSUMPTIONS = (
-    "Every server has one link to a switch that is never the limit, and nothing else is on it.",
-    "A rank computes as long as in the measured run, in proportion to its pictures; all ranks compute equally fast.",
+    "Every server has one link to a switch, and nothing else is on it; a switch is never the limit, but for its link to"
+    " others where servers_per_rack says that there are some.",
+    "A rank computes as long as was measured, in proportion to its pictures; all ranks compute equally fast.",
     "The wait for data is left out: no loader holds training back.",
-    "Buckets are those of the measured run and cross a server's card one after the other.",
-    "While ranks compute, an all-reduce takes longer by what the measured run shows of it, in proportion to its bytes.",
-    "A round costs round_seconds and latency_seconds; late ranks are waited for as long as in the measured run.",
-    "Ranks of one server have consecutive numbers; what they exchange costs no link.",
+    "Buckets cross a server's card one after the other.",
+    "A round costs round_seconds and latency_seconds.",
+    "Ranks of one server have consecutive numbers, as have servers of one rack; what ranks of one server exchange costs"
+    " no time unless local_bandwidth is given.",
+    "Each variable lies whole on one parameter server: in the model's order, on the one that holds least so far.",
     "fp16 and bf16 halve what travels; compressing and decompressing take no time.",
     "A larger global batch takes as many pictures to the same accuracy.",
 )
+NO_NETWORK = "no rank is late, and hosts add nothing to the bytes on their links while they compute."
+ASSUMPTIONS_BY_READINESS: dict[Readiness, str] = {
+    "measured": "{}: buckets are those of the run; while ranks compute, an all-reduce takes longer by what the run"
+    " shows of it, in proportion to its bytes; late ranks are waited for as long as there.",
+    "alone": "{}: measured on one rank alone, whose buckets are ready when its own backward pass says; " + NO_NETWORK,
+    "estimated": "{}: an ESTIMATE from the model alone: a third of a step is forward, and in the backward pass a layer"
+    " takes as long as its share of the multiply-adds; buckets are filled as DDP fills them; " + NO_NETWORK,
+}
 
 
 # --- one point ---
@@ -47,12 +58,14 @@ class Cluster:
 
     num_servers: int
     ranks_per_server: int
-    network: pure.Network
+    network: Network
     algorithm: str
     hook: str
     batch_per_rank: int
     """Pictures of one micro-batch on a rank."""
     num_micro_batches: int
+    parameter_servers: int = 1
+    """How many share the variables, where `algorithm` is that of parameter servers; each is a server of its own."""
 
     @property
     def server_of_rank(self) -> tuple[int, ...]:
@@ -73,7 +86,13 @@ def step_on(source: Source, cluster: Cluster) -> pure.StepForecast | NotDerivabl
     itemsize = ITEMSIZES[cluster.hook]
     step = step.compressed(itemsize / ITEMSIZES[source.hook], itemsize)
     return pure.forecast(
-        step, cluster.algorithm, cluster.server_of_rank, cluster.network, source.host, source.num_ranks
+        step,
+        cluster.algorithm,
+        cluster.server_of_rank,
+        cluster.network,
+        source.host,
+        source.num_ranks,
+        cluster.parameter_servers,
     )
 
 
@@ -83,17 +102,26 @@ def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
     num_ranks = len(placement)
     if num_ranks == 1:
         return 0
-    placed = pure.algorithms.placed(cluster.algorithm, placement)
+    placed = algorithms.placed(cluster.algorithm, placement)
     per_server = [0] * (max(placed) + 1)
     factor = ITEMSIZES[cluster.hook] / ITEMSIZES[source.hook]
+    if cluster.parameter_servers > 1:  # the one that holds most; a worker sends what it would send to one
+        held = [
+            sum(one.payload_bytes for one in queue)
+            for queue in pure.queues(source.step, cluster.algorithm, cluster.parameter_servers)
+        ]
+        per_server = [cluster.ranks_per_server * round(sum(held) * factor)] * cluster.num_servers
+        per_server.append(num_ranks * round(max(held) * factor))
     for call in source.calls:
         payload, itemsize, count = call["payload_bytes"], call["itemsize"], call["num_calls"]
         if call["origin"] == "gradients":
+            if cluster.parameter_servers > 1:
+                continue
             payload, itemsize = round(payload * factor), ITEMSIZES[cluster.hook]
         elif call["origin"] == "lightning":  # one broadcast before every micro-batch
             count = count * cluster.num_micro_batches // source.step.num_micro_batches
         if call["origin"] == "gradients" and cluster.algorithm != "ring":
-            links = pure.algorithms.links(cluster.algorithm, payload, itemsize, placement)
+            links = algorithms.links(cluster.algorithm, payload, itemsize, placement)
         else:
             links = gloo.links(call["op"], payload, itemsize, call["root"], num_ranks, "gloo")
         if isinstance(links, NotDerivable):
@@ -187,8 +215,15 @@ def clusters(config: PlanConfig, source: Source) -> Iterator[Cluster]:
             batch, rest = divmod(config.global_batch, servers * per_server * num_micro_batches)
             if rest or not batch:
                 continue  # no such batch exists
-        network = pure.Network(rate, config.latency_seconds)
-        yield Cluster(servers, per_server, network, algorithm, hook, batch, num_micro_batches)
+        network = Network(
+            rate,
+            config.latency_seconds,
+            None if config.local_bandwidth is None else bits_per_second(config.local_bandwidth),
+            config.servers_per_rack,
+            config.oversubscription,
+        )
+        num_holders = config.parameter_servers if algorithm == "parameter_server" else 1
+        yield Cluster(servers, per_server, network, algorithm, hook, batch, num_micro_batches, num_holders)
 
 
 POINT_VALUES = (
@@ -260,10 +295,11 @@ def is_validated(source: Source, cluster: Cluster) -> bool:
     """Return whether the point lies inside what was compared with measurements."""
     rate = cluster.network.bandwidth_bits_per_second
     return (
-        cluster.algorithm == "ring"
+        source.readiness == "measured"
+        and cluster.algorithm == "ring"
         and cluster.hook == source.hook
         and cluster.ranks_per_server == 1
-        and cluster.network.latency_seconds == 0
+        and cluster.network == Network(rate)
         and cluster.batch_per_rank == source.batch_per_rank
         and VALIDATED_SERVERS[0] <= cluster.num_servers <= VALIDATED_SERVERS[1]
         and rate is not None
@@ -301,8 +337,15 @@ def forecast(config: PlanConfig, sources: Sequence[Source]) -> ForecastJson:
             "num_images": config.num_images,
             "price_per_server_hour": config.price_per_server_hour,
             "budget": config.budget,
+            "local_bandwidth": config.local_bandwidth,
+            "servers_per_rack": config.servers_per_rack,
+            "oversubscription": config.oversubscription,
+            "parameter_servers": config.parameter_servers,
         },
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [
+            *ASSUMPTIONS,
+            *(ASSUMPTIONS_BY_READINESS[source.readiness].format(source.model) for source in sources),
+        ],
         "validation": {
             "bandwidth_bits_per_second": list(VALIDATED_BANDWIDTHS),
             "num_servers": list(VALIDATED_SERVERS),
@@ -322,6 +365,7 @@ def _source_json(source: Source) -> SourceJson:
     return {
         "run": source.name,
         "model": source.model,
+        "readiness": source.readiness,
         "num_ranks": source.num_ranks,
         "batch_per_rank": source.batch_per_rank,
         "bandwidth_bits_per_second": source.network.bandwidth_bits_per_second,

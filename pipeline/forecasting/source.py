@@ -1,10 +1,14 @@
 """A measured run read back for a forecast: what a rank computes and sends, and what its link and hosts add to that."""
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
 
 from pipeline.comm import forecast as pure
+from pipeline.comm.all_reduce import ROUND_SECONDS, Host, Network
 from pipeline.config.hooks import ITEMSIZES
 from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.ledger import CallJson, LedgerJson
@@ -12,15 +16,18 @@ from pipeline.core.typed import require
 from pipeline.core.units import bits_per_second
 from pipeline.reporting.runs import RunRecord
 
+Readiness = Literal["measured", "alone", "estimated"]
+"""How it is known when buckets are ready: from ranks that exchanged them, from one alone, from a model's layers."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """A measured run, ready to be asked about other clusters."""
+    """A measured run, or what stands for one, ready to be asked about other clusters."""
 
     name: str
     model: str
     step: pure.Step
-    host: pure.Host
+    host: Host
     calls: tuple[CallJson, ...]
     """Collectives of a step, as its ledger lists them."""
     hook: str
@@ -28,7 +35,8 @@ class Source:
     """Pictures of one micro-batch on a rank."""
     num_ranks: int
     ranks_per_server: int
-    network: pure.Network
+    network: Network
+    readiness: Readiness = "measured"
 
     @property
     def global_batch(self) -> int:
@@ -40,7 +48,7 @@ def read_source(
     run: RunRecord,
     measured_bandwidth: str | None,
     compute: Sequence[RunRecord] = (),
-    round_seconds: float = pure.ROUND_SECONDS,
+    round_seconds: float = ROUND_SECONDS,
 ) -> Source:
     """Return the measured step of `run`.
 
@@ -56,18 +64,14 @@ def read_source(
     if run.is_local:
         raise ConfigError(f"{run.rounds_sentence}: a forecast needs a run that exchanged gradients in every step.")
     ledger = run.ledger
-    hook, itemsize, calls = ledger["hook"], ITEMSIZES.get(ledger["hook"]), ledger["per_step"].get("calls")
-    times = _require_times(run)
-    if itemsize is None:
-        raise ConfigError(
-            f"{run.directory} was made with comm.hook={hook}: a forecast needs a run with none, fp16 or bf16."
-        )
+    times, calls = _require_times(run), ledger["per_step"].get("calls")
+    itemsize = wire_itemsize(run)
     if calls is None:
         raise ConfigError(
             f"{run.directory} does not list the collectives of a step: repeat it with this version of the program."
         )
-    network = pure.Network(_link_of(run, measured_bandwidth))
-    measured = _measured_buckets(ledger, itemsize)
+    network = Network(_link_of(run, measured_bandwidth))
+    measured = measured_buckets(ledger, itemsize)
     step_seconds = run.step_seconds
     if step_seconds is None:
         raise ConfigError(f"{run.directory} recorded no step time: a forecast needs at least 2 steps.")
@@ -78,21 +82,22 @@ def read_source(
         other_seconds=max(0.0, step_seconds - (ledger["time"]["data_wait_seconds"] or 0.0) - passes_seconds),
         buckets=tuple(pure.Bucket(bucket.payload_bytes, itemsize, bucket.ready_seconds) for bucket in measured),
         num_micro_batches=run.batch.num_micro_batches,
-        blocking_all_reduces=_num_blocking(calls, "all_reduce"),
-        blocking_broadcasts=_num_blocking(calls, "broadcast"),
+        blocking_all_reduces=num_blocking(calls, "all_reduce"),
+        blocking_broadcasts=num_blocking(calls, "broadcast"),
+        variables=variables_of(ledger, measured, itemsize),
     )
     placement = ledger["server_of_rank"]
     host = pure.fit_host(measured, "ring", placement, network, round_seconds)
     step, host = pure.calibrated(step, host, placement, network, times.exposed_seconds)
     if compute:
-        step = step.scaled(_compute_seconds(compute, run) / step.compute_seconds)
+        step = step.scaled(compute_seconds(compute, run) / step.compute_seconds)
     return Source(
         name=ledger["run"],
         model=ledger["model"],
         step=step,
         host=host,
         calls=tuple(calls),
-        hook=hook,
+        hook=ledger["hook"],
         batch_per_rank=run.batch.per_rank,
         num_ranks=ledger["world_size"],
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
@@ -124,18 +129,51 @@ def _require_times(run: RunRecord) -> _Times:
     return _Times(forward, backward, exposed)
 
 
-def _measured_buckets(ledger: LedgerJson, itemsize: int) -> list[pure.MeasuredBucket]:
+def wire_itemsize(run: RunRecord) -> int:
+    """Return the bytes of a gradient's element on the wire.
+
+    Raises:
+        ConfigError: They depend on the layers' shapes.
+    """
+    itemsize = ITEMSIZES.get(run.ledger["hook"])
+    if itemsize is None:
+        raise ConfigError(
+            f"{run.directory} was made with comm.hook={run.ledger['hook']}: a forecast needs a run with none, fp16 or"
+            " bf16."
+        )
+    return itemsize
+
+
+def measured_buckets(ledger: LedgerJson, itemsize: int) -> list[pure.MeasuredBucket]:
     """Return the buckets that were timed, as they travelled."""
     measured = []
     for bucket in ledger["buckets"]:
-        ready, sent, done = bucket["ready_seconds"], bucket["sent_seconds"], bucket["done_seconds"]
+        ready, sent, done = (bucket.get(f"{name}_seconds") for name in ("ready", "sent", "done"))
         if ready is not None and sent is not None and done is not None:
             payload_bytes = round(bucket["bytes"] * itemsize / 4)
             measured.append(pure.MeasuredBucket(payload_bytes, itemsize, ready, sent, done))
     return measured
 
 
-def _num_blocking(calls: Sequence[CallJson], op: str) -> int:
+def variables_of(ledger: LedgerJson, buckets: Sequence[pure.MeasuredBucket], itemsize: int) -> tuple[pure.Bucket, ...]:
+    """Return each layer's parameters from the last to the first, ready with the bucket in which they end.
+
+    Args:
+        ledger: Of the run, its layers in the model's order.
+        buckets: As they were timed, filled from the last layer on.
+        itemsize: Bytes of a gradient's element on the wire.
+    """
+    ends = list(accumulate(bucket.payload_bytes for bucket in buckets))
+    found, end = list[pure.Bucket](), 0
+    for layer in reversed(ledger["layers"]):
+        size = layer["bytes"] * itemsize // 4
+        end += size
+        bucket = buckets[min(bisect_left(ends, end), len(buckets) - 1)]
+        found.append(pure.Bucket(size, itemsize, bucket.ready_seconds))
+    return tuple(found)
+
+
+def num_blocking(calls: Sequence[CallJson], op: str) -> int:
     """Count the small exchanges of a step that it waits for."""
     return sum(call["num_calls"] for call in calls if call["op"] == op and call["origin"] != "gradients")
 
@@ -156,7 +194,7 @@ def _link_of(run: RunRecord, measured_bandwidth: str | None) -> float | None:
     return None  # all ranks on one machine, loopback
 
 
-def _compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:
+def compute_seconds(runs: Sequence[RunRecord], run: RunRecord) -> float:
     """Return the seconds of a step of ranks that run side by side, without data: the median of the slowest one's.
 
     Ranks that exchange gradients wait for the slowest in every step, which is another one each time.

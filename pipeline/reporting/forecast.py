@@ -147,6 +147,12 @@ def _largest(points: Sequence[PointJson]) -> str | None:
     )
 
 
+_UNMEASURED = {
+    "alone": "{} ran on one rank alone: no network was measured, only the ranks' own work.",
+    "estimated": "An ESTIMATE: {} was not run; when its gradients are ready is worked out from its multiply-adds.",
+}
+
+
 def forecast_sentences(result: ForecastJson) -> list[str]:
     """Return what the table does not say by itself."""
     points, settings = result["points"], result["settings"]
@@ -159,6 +165,11 @@ def forecast_sentences(result: ForecastJson) -> list[str]:
             f"{outside} of {len(points)} points lie outside what was compared with measurements (gloo's ring, {fewest}"
             f" to {most} servers, {format_bandwidth(low)} to {format_bandwidth(high)}): they are extrapolated."
         )
+    sentences.extend(
+        _UNMEASURED[source["readiness"]].format(source["model"])
+        for source in result["sources"]
+        if source["readiness"] in _UNMEASURED
+    )
     impossible = sorted({row["reason"] for row in points if "reason" in row})
     sentences.extend(f"Left out: {reason}" for reason in impossible)
     best = result["best_for_budget"]
@@ -301,8 +312,15 @@ def _page(name: str, result: ForecastJson, drawn: Mapping[str, tuple["Figure", s
     for source in sources:
         rate = source["bandwidth_bits_per_second"]
         link = "no limit on the link" if rate is None else format_bandwidth(rate)
-        ranks = f"{source['num_ranks']} ranks, {source['batch_per_rank']} pictures each"
-        conditions.append(Fact(f"measured: {source['model']}", f"run {source['run']}, {ranks}, {link}"))
+        pictures = f"{source['batch_per_rank']} pictures each"
+        told = {
+            "measured": f"run {source['run']}, {source['num_ranks']} ranks, {pictures}, {link}",
+            "alone": f"run {source['run']}, one rank alone, {pictures}, no link",
+            "estimated": f"not run, {source['batch_per_rank']} pictures of a rank in"
+            f" {format_seconds(source['forward_seconds'] + source['backward_seconds'])}",
+        }
+        kind = "estimated" if source["readiness"] == "estimated" else "measured"
+        conditions.append(Fact(f"{kind}: {source['model']}", told[source["readiness"]]))
     for others, error in (("bandwidths", errors["bandwidth"]), ("numbers of servers", errors["servers"])):
         conditions.append(Fact(f"error over other {others}", f"{format_percent(error)} of the step, on average"))
     return Page(

@@ -84,6 +84,18 @@ def test_compressions_and_a_rank_alone(shards: Path, tmp_path: Path) -> None:
     alone = json.loads((tmp_path / "c/alone/squeezenet_small/ledger.json").read_text())
     assert (alone["world_size"], alone["global_batch"], alone["num_steps"]) == (1, 2, 4)
     assert "squeezenet_small + powersgd" in said
+    # Forecast from the rank alone, two ranks send what two ranks sent.
+    there = [f"run={tmp_path / 'c/alone/squeezenet_small'}", f"run_root={tmp_path}", "bandwidth=[1gbit]"]
+    assert "ran on one rank alone" in run(["pipeline.plan", *there, "servers=[1,2]"])
+    forecast = json.loads((tmp_path / "plan/forecast.json").read_text())
+    together = json.loads((tmp_path / "c/squeezenet_small/ledger.json").read_text())
+    assert forecast["points"][1]["server_egress_bytes_per_step"] == max(together["per_step"]["server_egress_bytes"])
+    (source,) = forecast["sources"]
+    assert [one["payload_bytes"] for one in source["buckets"]] == [one["bytes"] for one in together["buckets"]]
+    assert source["buckets"][-1]["ready_seconds"] <= source["backward_seconds"]
+    assert forecast["points"][0]["step_seconds"] == pytest.approx(
+        alone["time"]["step_seconds"]["p50"] - alone["time"]["data_wait_seconds"]
+    )
 
 
 def test_what_cannot_fit_is_not_started(shards: Path, tmp_path: Path) -> None:

@@ -235,8 +235,8 @@ class Ledger:
         meter, present, placement = self._meter, self._present, self._present.placement
         attempts = [*self._past, present]
         unmeasured, untimed = self._why_unmeasured(), conditions.why_untimed
-        if meter.world_size == 1:
-            untimed = WORLD_OF_ONE
+        if meter.world_size == 1 and conditions.communication is not None:
+            untimed = WORLD_OF_ONE  # all that is not known of what was timed
         predicted = predicted_totals(attempts)
         measured = measured_totals(attempts, self.num_steps, unmeasured)
         content, reasons = to_json(

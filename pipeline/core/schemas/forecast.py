@@ -4,7 +4,7 @@ from typing import Literal, NotRequired, TypedDict
 
 
 class ForecastBucketJson(TypedDict):
-    """A bucket of gradients of the measured run, as its step is forecast."""
+    """A bucket of gradients, as its step is forecast."""
 
     payload_bytes: int
     """Bytes that its all-reduce carries, compressed."""
@@ -15,12 +15,15 @@ class ForecastBucketJson(TypedDict):
 
 
 class SourceJson(TypedDict):
-    """What the forecast took from a measured run."""
+    """What the forecast took from a measured run, or made of a model's name and speed."""
 
     run: str
-    """Name of the run."""
+    """Name of the run; the model's where none was run."""
     model: str
     """Name of the model."""
+    readiness: Literal["measured", "alone", "estimated"]
+    """How it is known when buckets are ready: `measured` on several ranks, `alone` on one that exchanges nothing,
+    `estimated` from the model's multiply-adds and a speed."""
     num_ranks: int
     """Number of ranks."""
     batch_per_rank: int
@@ -56,6 +59,14 @@ class SettingsJson(TypedDict):
     """Price of a server per hour, in any currency."""
     budget: float | None
     """Most that the training may cost."""
+    local_bandwidth: str | None
+    """Rate of a rank's link to the others of its server; null: never the limit."""
+    servers_per_rack: int | None
+    """Servers that share a switch; null: all do."""
+    oversubscription: float
+    """Rates of a rack's servers together over that of its switch's link to the others."""
+    parameter_servers: int
+    """How many share the variables, for the algorithm of that name."""
 
 
 class ErrorJson(TypedDict):

@@ -6,21 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.comm.forecast import (
+from pipeline.comm.all_reduce import (
     ALGORITHMS,
     HEADER_SHARE,
     AllReduce,
-    Bucket,
     Host,
-    MeasuredBucket,
     Network,
+    all_reduce,
+    tree_levels,
+)
+from pipeline.comm.forecast import (
+    Bucket,
+    MeasuredBucket,
     Step,
     StepForecast,
-    all_reduce,
     calibrated,
     fit_host,
     forecast,
-    tree_levels,
+    queues,
 )
 from pipeline.comm.wire.gloo import NotDerivable, gloo_ring_all_reduce, sent_bytes_per_rank
 
@@ -175,6 +178,72 @@ def test_what_an_algorithm_cannot_do_is_a_reason() -> None:
     found = forecast(STEP, "halving_doubling", (0, 1, 2), Network(1e9), Host())
     assert isinstance(found, NotDerivable)
     assert "power of two" in found.reason
+
+
+# --- links inside servers, switches, several parameter servers ---
+
+
+@given(steps(), PLACEMENTS, st.sampled_from(ALGORITHMS), st.floats(1e8, 1e12), st.floats(1, 50), st.floats(1, 8))
+def test_slower_links_inside_servers_and_between_racks_never_make_a_step_shorter(
+    step: Step, placement: tuple[int, ...], algorithm: str, local: float, factor: float, oversubscribed: float
+) -> None:
+    free, slow = Network(1e9), Network(1e9, 0.0, local, 2, oversubscribed)
+    found = [
+        forecast(step, algorithm, placement, network, Host())
+        for network in (
+            free,
+            slow,
+            replace(slow, local_bits_per_second=local / factor),
+            replace(slow, oversubscription=9),
+        )
+    ]
+    if isinstance(found[0], NotDerivable):
+        assert all(one == found[0] for one in found)
+        return
+    seconds = [one.step_seconds for one in found if isinstance(one, StepForecast)]
+    assert seconds[0] <= seconds[1] * (1 + 1e-12)
+    assert seconds[1] <= min(seconds[2:]) * (1 + 1e-12)
+
+
+def test_two_stages_of_a_hierarchy_follow_one_another_and_a_ring_does_both_at_once() -> None:
+    placement = tuple(rank // 4 for rank in range(8))
+    network = Network(1e9, local_bits_per_second=1e9)
+    hierarchy, ring = (all_reduce(name, 4_000_000, 4, placement) for name in ("hierarchical", "ring"))
+    assert isinstance(hierarchy, AllReduce) and isinstance(ring, AllReduce)
+    assert hierarchy.local_bytes == 2 * 3 * 1_000_000  # reduce-scatter and all-gather among four
+    assert hierarchy.seconds(network, Host()) == pytest.approx(8 * 6e6 / 1e9 + network.seconds(4_000_000))
+    assert ring.seconds(network, Host()) == network.seconds(ring.card_bytes)
+
+
+def test_a_ring_crosses_a_rack_once_and_a_parameter_server_is_crowded_there() -> None:
+    placement, rate = tuple(range(8)), 1e9
+    ring = all_reduce("ring", 8_000_000, 4, placement, 4)
+    assert isinstance(ring, AllReduce) and ring.uplink_bytes == ring.egress_bytes
+    # An uplink as fast as four servers carries one server's bytes in a fourth of the time.
+    assert Network(rate, 0.0, None, 4, 1.0).uplink_seconds(1e6) == pytest.approx(Network(rate).seconds(1e6) / 4)
+    assert ring.seconds(Network(rate, 0.0, None, 4, 4.0), Host()) == pytest.approx(ring.seconds(Network(rate), Host()))
+    crowded = all_reduce("parameter_server", 8_000_000, 4, placement, 4)
+    assert isinstance(crowded, AllReduce) and crowded.uplink_bytes == 2 * 8 * 8_000_000
+
+
+def test_variables_lie_whole_on_the_servers() -> None:
+    """One large variable of four: more servers do not help, as an even split would say."""
+    sizes = (100, 100, 8_000_000, 100)
+    step = replace(
+        STEP, buckets=(Bucket(8_000_300, 4, 0.01),), variables=tuple(Bucket(4 * s // 4, 4, 0.01) for s in sizes)
+    )
+    placement = tuple(range(16))
+
+    def exposed(num_servers: int) -> float:
+        found = forecast(step, "parameter_server", placement, Network(1e9), Host(), 1, num_servers)
+        assert isinstance(found, StepForecast)
+        return found.exposed_seconds
+
+    least = Network(1e9).seconds(2 * 16 * 8_000_000)
+    assert exposed(1) > exposed(2) == pytest.approx(least)
+    assert exposed(64) == exposed(2)
+    dealt = queues(step, "parameter_server", 2)  # from the model's first, the last to be ready
+    assert [[one.payload_bytes for one in queue] for queue in dealt] == [[100, 100, 100], [8_000_000]]
 
 
 # --- other steps ---

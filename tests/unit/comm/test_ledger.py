@@ -18,6 +18,7 @@ from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.measured import InterfaceRow, Measured, Row
 from pipeline.comm.ledger.traffic import Placement, Sent, StepTraffic, price
 from pipeline.comm.step_times import BucketTimes, MedianTimes
+from pipeline.comm.timeline import Timeline
 from pipeline.core.errors import LedgerError
 from pipeline.core.missing import Missing
 from pipeline.core.schemas.ledger import LedgerJson
@@ -332,14 +333,21 @@ def test_a_step_that_owes_no_gradients_owes_what_it_is_told() -> None:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_world_of_one_exchanges_nothing() -> None:
-    meter = attached()
+    timeline = Timeline(1)
+    meter = CollectiveMeter(observers=[timeline])
+    meter.attach()
     model = torch.nn.Linear(5, 3)
-    ddp = MeteredDDP(model, meter=meter, hook="fp16")
+    ddp = MeteredDDP(model, meter=meter, timeline=timeline, hook="fp16")
     rebuild_buckets(ddp, lambda: ddp(torch.ones(2, 5)).sum(), meter)
     owed = gradient_bytes_by_parameter(model)
     ledger = Ledger(meter, owed, placement=Placement.assumed(1), attempt=1, rank=0, reconciler=None)
+    images = torch.full((2, 5), 1.001)
     with meter.phase("train"):
-        ddp(torch.ones(2, 5)).sum().backward()
+        with timeline.backward():
+            ddp(images).sum().backward()
+        assert timeline.take_step() is not None
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, images.sum(0).expand(3, 5))  # neither divided nor rounded to fp16
     step = ledger.commit_step()
     assert step == StepTraffic(0, 0, (0,), (0,), 0)
     content = write(ledger, ended=True)
@@ -347,6 +355,12 @@ def test_world_of_one_exchanges_nothing() -> None:
     assert content["gradient_bytes"] == 4 * (5 * 3 + 3)  # what it would owe with company
     assert content["closed"] is None
     assert "one" in content["null_reasons"]["closed"]
+    timed = write(ledger, replace(CONDITIONS, communication=timeline.medians()))
+    (bucket,) = timed["buckets"]
+    assert bucket["bytes"] == content["gradient_bytes"]
+    assert (bucket["ready_seconds"] or 0) > 0 and (timed["time"]["backward_seconds"] or 0) > 0
+    assert timed["time"]["exposed_seconds"] == 0
+    assert "one" in timed["null_reasons"]["time.bus_bandwidth_bytes_per_second"]
 
 
 @pytest.mark.usefixtures("world_of_one")

@@ -104,6 +104,16 @@ def test_the_rank_waits_from_the_last_hand_over_to_the_end_and_wherever_it_block
     assert times.forward_seconds == len(cells(step["forwards"]) - waited)
 
 
+@given(steps())
+def test_one_rank_alone_waits_for_nobody(step: dict[str, Any]) -> None:
+    times = account(**{**step, "num_ranks": 1})
+    assert (times.communication_seconds, times.exposed_seconds, times.overlapped_seconds) == (0, 0, 0)
+    assert times.bus_bandwidth is None
+    assert times.forward_seconds == length(step["forwards"])
+    assert times.backward_seconds == length(step["backwards"])
+    assert times.buckets == account(**step).buckets
+
+
 @given(steps(), st.integers(-100, 100))
 def test_times_do_not_depend_on_where_the_clock_began(step: dict[str, Any], shift: int) -> None:
     def moved(value: Interval) -> Interval:
@@ -322,7 +332,6 @@ def test_medians_are_of_the_latest_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "world_size", "reason"),
     [
-        ({}, 1, "A world of one"),
         ({"metered": False}, 2, "comm.meter=false"),
         ({"enabled": False}, 2, "comm.timeline=false"),
     ],

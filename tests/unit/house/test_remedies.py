@@ -205,6 +205,7 @@ OVERRIDES: list[tuple[Any, str, str, str]] = [
     (CompareConfig, "hooks=[bf16,bf16]", r"names a hook twice", "hooks=[bf16]"),
     (PlanConfig, "batch_per_rank=1 global_batch=2", r"not both", "global_batch=2"),
     (PlanConfig, "budget=5", r"needs (price_per_server_hour)", "budget=5 {1}=2"),
+    (PlanConfig, "oversubscription=4", r"needs (servers_per_rack)", "oversubscription=4 {1}=16"),
     (PlanConfig, "bandwidth=[fast]", r"such as (1gbit)", "bandwidth=[{1}]"),
     (LabConfig, "servers=0", r"must be from (1) to", "servers={1}"),
     (LabConfig, "bandwidth=fast", r"such as (1gbit)", "bandwidth={1}"),
@@ -230,7 +231,7 @@ def test_a_corrected_command_line_is_taken(schema: Any, asked: str, says: str, i
         (EvaluateConfig, "checkpoint", r"add (checkpoint=)"),
         (PrepareConfig, "out", r"add (out=)"),
         (PrepareConfig, "source", r"add (source=)"),
-        (PlanConfig, "run", r"add (run=)"),
+        (PlanConfig, "run", r"Give (run=)DIRECTORY"),
         (CompareConfig, "models", r"give (models=)\[\.\.\.\] or runs="),
     ],
 )
