@@ -127,6 +127,8 @@ bench: venv peers ## the published figures, measured here; an hour and a quiet m
 	$(PY) -m benchmarks.links
 	$(PY) -m benchmarks.links --batches
 	$(PY) -m benchmarks.forecast
+	$(PY) -m benchmarks.forecast --from-one-rank --reuse
+	$(PY) -m benchmarks.published_points
 	$(PY) -m benchmarks.hostile_files
 	$(PY) -m benchmarks.faltering_network
 	$(if $(CIFAR10),$(PY) -m benchmarks.cifar10 --tar "$(CIFAR10)",@echo "cifar10: left out, give CIFAR10=cifar10.tar")
