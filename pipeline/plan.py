@@ -17,9 +17,10 @@ def plan(config: PlanConfig) -> int:
     """Read the runs, forecast every cluster, write the report. Returns the exit code."""
     from pipeline.core.terminal import Terminal
     from pipeline.forecasting.grid import forecast
-    from pipeline.forecasting.sources import read_sources
+    from pipeline.forecasting.sources import read_sources, with_measured_links
     from pipeline.reporting.forecast import forecast_sentences, forecast_table, write_forecast
 
+    config = with_measured_links(config)
     result = forecast(config, read_sources(config))
     report = write_forecast(result, config.directory)
 

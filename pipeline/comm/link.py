@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-_LINE = re.compile(r"server (\d+) to (\d+): ([\d.]+) Gbit/s, ([\d,]+) us there and back")
+_LINE = re.compile(r"server\s(\d+)\sto\s(\d+):\s([\d.]+)\sGbit/s,\s([\d,]+)\sus\sthere\sand\sback")
 
 
 @dataclass(frozen=True)

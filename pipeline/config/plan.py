@@ -50,6 +50,9 @@ class PlanConfig:
     """One way between servers, on top of what the run had: 0.00002 within a hall, 0.001 within a city."""
     round_seconds: float = 1e-4
     """Seconds of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
+    ready: PathText | None = None
+    """What `ready` printed on the cluster, kept as a file: half of its longest round trip takes the place of
+    round_seconds, and its slowest link that of a bandwidth that neither bandwidth= nor the run says."""
     local_bandwidth: str | None = None
     """Rate of a rank's link to the others of its server, such as 100gbit. Null: never the limit."""
     servers_per_rack: int | None = None
@@ -122,7 +125,8 @@ class PlanConfig:
         )
         if self.run is None:
             for key in ("images_per_second", "batch_per_rank", "bandwidth"):
-                require(bool(getattr(self, key)), f"model={self.model.name} needs {key}=, which no run tells here.")
+                is_given = bool(getattr(self, key)) or (key == "bandwidth" and self.ready is not None)
+                require(is_given, f"model={self.model.name} needs {key}=, which no run tells here.")
             for key in ("measured_bandwidth", "compute_runs", "beside"):
                 require(not getattr(self, key), f"{key}= belongs to a run: leave it out, or give run=.")
         else:

@@ -1,12 +1,41 @@
 """What `plan` was given to start from: measured runs, runs on one rank, or a model's name."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from pipeline.comm.link import parse_links
 from pipeline.config.plan import PlanConfig
+from pipeline.core.errors import ConfigError
 from pipeline.core.typed import require
 from pipeline.forecasting.alone import estimate_source, read_alone
 from pipeline.forecasting.source import Source, read_source
 from pipeline.reporting.runs import RunRecord, read_run
+
+
+def with_measured_links(config: PlanConfig) -> PlanConfig:
+    """Return the configuration with what `ready` measured in it: time of a round, and a bandwidth where none is known.
+
+    Raises:
+        ConfigError: The file is not what `ready` printed on several servers.
+    """
+    if config.ready is None:
+        return config
+    try:
+        links = parse_links(Path(config.ready).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ready={config.ready} cannot be read ({error}): give the file with its output.") from error
+    require(
+        bool(links),
+        f"ready={config.ready} names no link between servers: keep what `pipeline.ready` prints on two servers or more,"
+        " as in `srun ... > ready.txt`.",
+    )
+    slowest = min(link.gigabits_per_second for link in links)
+    knows_links = config.run is not None and read_run(Path(config.run)).ledger["world_size"] > 1
+    return replace(
+        config,
+        round_seconds=max(link.round_trip_microseconds for link in links) / 2e6,
+        bandwidth=config.bandwidth or (() if knows_links else (f"{slowest:g}gbit",)),
+    )
 
 
 def read_sources(config: PlanConfig) -> list[Source]:

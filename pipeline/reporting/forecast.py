@@ -321,7 +321,9 @@ def _page(name: str, result: ForecastJson, drawn: Mapping[str, tuple["Figure", s
         }
         kind = "estimated" if source["readiness"] == "estimated" else "measured"
         conditions.append(Fact(f"{kind}: {source['model']}", told[source["readiness"]]))
-    for others, error in (("bandwidths", errors["bandwidth"]), ("numbers of servers", errors["servers"])):
+    was_compared = any(source["readiness"] == "measured" for source in sources)
+    kinds = (("bandwidths", errors["bandwidth"]), ("numbers of servers", errors["servers"]))
+    for others, error in kinds if was_compared else ():
         conditions.append(Fact(f"error over other {others}", f"{format_percent(error)} of the step, on average"))
     return Page(
         title=name,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.comm.link import MeasuredLink
 from pipeline.comm.plain_values import broadcast_value
 from pipeline.config.training import TrainConfig
 from pipeline.core.errors import ConfigError, ExitCode, PeerLost, UserError
@@ -169,9 +170,7 @@ def _links(world: World) -> list[str]:
         times = _time_link(world, *pair) if world.rank in pair else None
         send_seconds, ping_seconds = broadcast_value(times, pair[0], world.device)
         rate = 8 * LINK_BYTES / max(1e-9, send_seconds - ping_seconds / 2)
-        measured.append(
-            f"server {sender} to {receiver}: {rate / 1e9:.2f} Gbit/s, {ping_seconds * 1e6:,.0f} us there and back"
-        )
+        measured.append(str(MeasuredLink(sender, receiver, rate / 1e9, ping_seconds * 1e6)))
     return measured
 
 

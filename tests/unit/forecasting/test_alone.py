@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from pipeline.comm.all_reduce import Host, Network
 from pipeline.comm.forecast import Bucket, StepForecast
+from pipeline.comm.link import MeasuredLink, parse_links
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
 from pipeline.forecasting.alone import MIB, estimate_source, estimate_variables, fill_buckets, owed_calls, read_alone
 from pipeline.forecasting.grid import Cluster, egress_bytes, forecast, step_on
 from pipeline.forecasting.source import Source, read_source
-from pipeline.forecasting.sources import read_sources
+from pipeline.forecasting.sources import read_sources, with_measured_links
 from pipeline.models import zoo
 from pipeline.reporting.runs import read_run
 from tests.making.runs import timed_run
@@ -96,6 +97,30 @@ def test_a_run_of_an_older_version_is_refused_with_the_remedy(tmp_path: Path) ->
 def test_a_link_must_be_named(tmp_path: Path, more: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_sources(PlanConfig(run=str(run_alone(tmp_path / "one")), **more))
+
+
+@given(st.lists(st.tuples(st.integers(1, 40_000), st.integers(1, 10**6)), min_size=1, max_size=5))
+def test_what_ready_prints_is_read_back(links: list[tuple[int, int]]) -> None:
+    measured = [MeasuredLink(at, at + 1, rate / 100, float(trip)) for at, (rate, trip) in enumerate(links)]
+    printed = "\n".join(f"ok     link           {link}" for link in measured)
+    assert parse_links(f"ok     disk\n{printed}\nReady.\n") == measured
+
+
+def test_links_that_ready_measured_take_the_place_of_what_is_not_known(tmp_path: Path) -> None:
+    said = tmp_path / "ready.txt"
+    said.write_text(
+        "".join(f"ok  link  {MeasuredLink(0, 1, rate, trip)}\n" for rate, trip in ((9.41, 80), (0.94, 120)))
+    )
+    config = PlanConfig(run=str(run_alone(tmp_path / "one")), ready=str(said))
+    found = with_measured_links(config)
+    assert (found.bandwidth, found.round_seconds) == (("0.94gbit",), 60e-6)
+    asked = with_measured_links(replace(config, bandwidth=("25gbit",)))
+    assert asked.bandwidth == ("25gbit",)
+    pair = with_measured_links(replace(config, run=str(timed_run().write(tmp_path / "pair"))))
+    assert pair.bandwidth == ()  # the run's own
+    said.write_text("Ready.")
+    with pytest.raises(ConfigError, match="names no link"):
+        with_measured_links(config)
 
 
 def test_buffers_travel_by_type() -> None:
