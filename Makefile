@@ -89,7 +89,7 @@ lint: venv ## format, rules, types, the stair, scripts, words
 	$(PY) -m ruff check --preview --select DOC102,DOC202,DOC403 pipeline
 	$(PY) -m pyright
 	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/shellcheck .ci/run benchmarks/gpu_kit.sh slurm/environment.sh slurm/compare.sh slurm/ended.sh slurm/preflight.sh slurm/prepare.sh slurm/train.sh
+	$(VENV)/bin/shellcheck .ci/run benchmarks/gpu_kit.sh slurm/environment.sh slurm/compare.sh slurm/ended.sh slurm/preflight.sh slurm/prepare.sh slurm/study.sh slurm/train.sh slurm/trainings.sh
 	$(VENV)/bin/codespell
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 

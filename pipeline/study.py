@@ -24,15 +24,16 @@ def study(config: StudyConfig) -> int:
     from pipeline.studying.runs import make_runs
 
     plan = make_plan(config)  # every fault in the study is found before the first run
-    with owned(config.directory, config.name):
+    part = config.study.part
+    with owned(config.directory, config.name, part):
         made = make_runs(plan)
         result = study_result(plan, made)
-        report = write_study(result, config.directory)
+        report = write_study(result, config.directory) if part is None else None
 
     console = Terminal()
     console.print(terminal_table(result).to_rich())
     console.print(study_sentence(result), highlight=False)
-    print(f"Report: {report}")
+    print(f"Report: {report or f'once all parts have ended, the same command without study.part={part} writes it'}")
     failed = [(name, one) for name, runs in made.items() for one in runs if one.reason]
     for name, one in failed:
         print(f"error: {name}, seed {one.seed}: {one.reason}", file=sys.stderr)

@@ -154,7 +154,7 @@ def choose_launcher(config: ToStart, environment: Mapping[str, str] | None = Non
     num_tasks = int(environment.get("SLURM_NTASKS") or 0)
     require(
         in_job or config.launcher != "slurm",
-        "launcher=slurm, but this is no Slurm job: submit slurm/compare.sh, or set launcher=local.",
+        "launcher=slurm, but this is no Slurm job: submit slurm/compare.sh or slurm/study.sh, or set launcher=local.",
     )
     in_lab = config.lab.servers is not None
     require(

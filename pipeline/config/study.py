@@ -1,5 +1,6 @@
 """What a study may be told: the variants it compares, on which seeds, and how far each is trained."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,6 +96,9 @@ class StudyPlan:
     """Given by the file of the study."""
     only: tuple[str, ...] = ()
     """Names of variants: train and report on these alone. Empty: all."""
+    part: str | None = None
+    """`2/4`: train the second quarter of the variants alone, beside commands with the other quarters, and write no
+    report; once all have ended, the command without it does. An array of slurm/study.sh sets it."""
     seeds: tuple[int, ...] = (0,)
     """Every variant is trained once on each."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -116,11 +120,26 @@ class StudyPlan:
             bits_per_second(rate)
         for name in self.only:
             one_of("study.only", name, tuple(variant.name for variant in self.variants))
+        if self.part is not None:
+            numbers = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", self.part)
+            require(
+                numbers is not None and int(numbers[1]) <= int(numbers[2]),
+                f"study.part={self.part!r} must be one of the parts 1/N to N/N, such as 2/4.",
+            )
+            require(
+                bool(self.chosen) or not self.variants,
+                f"study.part={self.part}: there are fewer variants than parts, and none is left for this one: make"
+                " fewer parts (--array of slurm/study.sh).",
+            )
 
     @property
     def chosen(self) -> tuple[Variant, ...]:
         """The variants that are trained and reported on."""
-        return tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
+        chosen = tuple(variant for variant in self.variants if not self.only or variant.name in self.only)
+        if self.part is None:
+            return chosen
+        number, num_parts = map(int, self.part.split("/"))
+        return chosen[number - 1 :: num_parts]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ def _of_names(config: StudyConfig) -> Iterator[str]:
             yield f"Two variants share the name {name!r}: give each a name of its own."
         elif slug in slugs:
             yield f"The variants {slugs[slug]!r} and {name!r} would share a directory: give each a name of its own."
-        if slug == LOCK:
+        if slug == LOCK or slug.startswith(f"{LOCK}."):
             yield f"The variant's name {name!r} is a file of the study's own: choose another."
         elif slug.endswith(SUFFIXES):
             yield f"The variant's name {name!r} ends like a file of the study's own ({', '.join(SUFFIXES)}): change it."

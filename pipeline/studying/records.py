@@ -94,12 +94,15 @@ def earlier_shards(directory: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def owned(directory: Path, name: str) -> Iterator[None]:
-    """Own a study: no second command trains in it, or writes its report, meanwhile.
+def owned(directory: Path, name: str, part: str | None = None) -> Iterator[None]:
+    """Own a study, or a part of it: no second command trains that, or writes its report, meanwhile.
+
+    Parts have no variant in common. What a part trains is also kept from a command for all by the lock of each run.
 
     Args:
         directory: Of the study; it is made.
         name: Its name, for messages.
+        part: `study.part`.
 
     Yields:
         Nothing.
@@ -108,7 +111,7 @@ def owned(directory: Path, name: str) -> Iterator[None]:
         ConfigError: Another process is at it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(directory / LOCK, name)
+    lock = RunLock(directory / (LOCK if part is None else f"{LOCK}.{part.replace('/', 'of')}"), name)
     lock.acquire()
     try:
         yield

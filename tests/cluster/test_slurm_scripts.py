@@ -264,6 +264,9 @@ def test_compare_and_prepare_are_no_ranks_of_the_job(slurm: "SlurmCluster", chec
     assert code == "0:0", output
     unranked = "RAN procid=none node=none of=none threads=none interface=none argv=-m"
     assert lines == [f"{unranked} pipeline.compare cluster.devices=2 models=[a]"]
+    code, lines, output = ran(slurm, checkout, "slurm/study.sh", "study=paper")
+    assert code == "0:0", output
+    assert lines == [f"{unranked} pipeline.study cluster.devices=2 study=paper"]
     code, lines, output = ran(slurm, checkout, "slurm/prepare.sh", "source=builtin", "out=shards/x")
     assert code == "0:0", output
     assert lines == [f"{unranked} pipeline.prepare source=builtin out=shards/x"]
@@ -278,7 +281,16 @@ def test_compare_over_nodes_is_started_once_and_told_of_its_allocation(slurm: "S
     assert "4 ranks on 2 nodes (node[1-2]), 3 CPUs each" in output
 
 
-@pytest.mark.parametrize("script", ["train", "compare", "prepare"])
+def test_an_array_takes_the_parts_of_a_study(slurm: "SlurmCluster", checkout: Path) -> None:
+    job_id = slurm.submit("--array=4-6:2", "--nodes=1", "slurm/study.sh", "study=paper", cwd=checkout)
+    slurm.wait(job_id, JOB_SECONDS)
+    wait_until(lambda: not slurm.run("squeue", "--noheader").stdout.strip(), "the tasks did not end")
+    outputs = "".join(sorted(log.read_text() for log in checkout.glob("*.out")))
+    for part in ("1/2", "2/2"):
+        assert f"argv=-m pipeline.study cluster.devices=2 study.part={part} study=paper\n" in outputs
+
+
+@pytest.mark.parametrize("script", ["train", "compare", "study", "prepare"])
 def test_missing_environment_and_wrong_directory_are_explained(
     slurm: "SlurmCluster", checkout: Path, script: str
 ) -> None:

@@ -41,9 +41,12 @@ def test_interrupted_twice_and_ended(shards: Path, tmp_path: Path) -> None:
     root = tmp_path / "s"
     command = study(tmp_path, shards)
 
-    stopped = interrupted(command, signal.SIGTERM, lambda: has_saved(root / "plain/seed0"), expect=75)
+    of_part = [*command, "study.part=1/3"]
+    stopped = interrupted(of_part, signal.SIGTERM, lambda: has_saved(root / "plain/seed0"), expect=75)
     assert "The same command goes on" in stopped.output
     interrupted(command, signal.SIGKILL, lambda: has_saved(root / "rounds/seed0"), expect=-signal.SIGKILL)
+    part = run(of_part, expect=0)
+    assert "plain, seed 0: was there" in part.output and "without study.part=1/3 writes it" in part.output
     assert not (root / "study.json").exists()
     plain_metrics = (root / "plain/seed0/metrics.jsonl").read_bytes()
 

@@ -1,6 +1,7 @@
 """`study` before its first training: what it refuses, all at once, and what it is about to train."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.squeezenet import FIRE_LAYERS, STEMS, SqueezeNetConfig
-from pipeline.config.study import StudyConfig
+from pipeline.config.study import StudyConfig, StudyPlan, Variant
 from pipeline.core.cli import compose
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.studying.plan import Plan, make_plan
@@ -31,6 +32,20 @@ def configured(
     where = ["name=s", f"run_root='{root}'", f"data.root='{shards}'", "data.size=32"]
     small = "study.overrides=[batch.global_size=12]"
     return compose("study", StudyConfig, [*where, f"study.variants=[{','.join(variants)}]", small, *more])
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_parts_have_each_variant_once(num_variants: int, num_parts: int) -> None:
+    variants = tuple(Variant(name=f"v{number}") for number in range(num_variants))
+    parts = range(1, min(num_parts, num_variants) + 1)
+    chosen = [StudyPlan(variants=variants, part=f"{number}/{num_parts}").chosen for number in parts]
+    assert sorted(variant.name for part in chosen for variant in part) == [variant.name for variant in variants]
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "half", "4/4"])
+def test_a_part_that_is_none(part: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"study.part={part}") + "|such as 2/4"):
+        StudyPlan(variants=tuple(Variant(name=name) for name in "abc"), part=part)
 
 
 def test_every_fault_is_told_before_anything_starts(
