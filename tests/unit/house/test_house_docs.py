@@ -36,7 +36,13 @@ PAGES = sorted(
 LANGUAGES = ("bash", "python", "text", "")
 MOST_LINES, MOST_WORDS, FIRST_COMMAND_LINE = 150, 1200, 25
 # What a job script hands its arguments to.
-SCRIPTS = {"train.sh": "train", "preflight.sh": "ready", "prepare.sh": "prepare", "compare.sh": "compare", "study.sh": "study"}
+SCRIPTS = {
+    "train.sh": "train",
+    "preflight.sh": "ready",
+    "prepare.sh": "prepare",
+    "compare.sh": "compare",
+    "study.sh": "study",
+}
 OTHERS = {"conda", "wandb", "nsenter", "."}
 """Programs that are not ours; what follows is not looked at but for files."""
 
