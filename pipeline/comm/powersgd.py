@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_powersgd
 
-from pipeline.comm.averaging import stack_on_first
+from pipeline.comm.buckets import stack_on_first
 from pipeline.comm.hooks import GradientFuture, average
 from pipeline.core.errors import CheckpointError
 

@@ -6,6 +6,15 @@ from pipeline.config.hooks import HOOKS
 from pipeline.core.typed import one_of, require
 
 RULES = ("constant", "post_local", "qsr")
+CODECS = ("fp32", "bf16", "int8", "int4")
+PLAIN_AVERAGE: dict[str, float | str] = {
+    "outer_lr": 1.0,
+    "outer_momentum": 0.0,
+    "fragments": 1,
+    "delay": 0,
+    "codec": "fp32",
+}
+"""Of local SGD: all of the weights become their mean at the end of a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,18 @@ class CommConfig:
     """With period: optimiser steps of the run that exchange gradients before the first local one."""
     qsr_alpha: float | None = None
     """qsr: a round that begins at learning rate lr is (qsr_alpha / lr)^2 steps, rounded down."""
+    outer_lr: float = 1.0
+    """With period, DiLoCo: at the end of a round the weights that the ranks had in common move by this times the change
+    to the mean of the ranks. 1: to the mean, which is local SGD."""
+    outer_momentum: float = 0.0
+    """With period: Nesterov momentum of these moves, 0 up to but not 1. 0: none."""
+    fragments: int = 1
+    """With period: parts of the weights, of whole buckets, that leave at different steps of a round, evenly spread."""
+    delay: int = 0
+    """With period: steps after which a fragment that has left arrives. Ranks train on meanwhile."""
+    codec: str = "fp32"
+    """With period: what travels. `fp32`: weights; `bf16`, `int8`, `int4`: their change in so many bits, and what that
+    loses with the next one."""
     find_unused_parameters: bool = False
     nccl_algorithm: str | None = None
     """Hold NCCL to `ring` or `tree`, and to one channel, so that its bytes can be predicted. Null: it chooses at run
@@ -73,6 +94,7 @@ class CommConfig:
         require(start >= 0, f"comm.local_start_step={start} must not be negative.")
         if self.period is None:
             given = {"rule": self.rule != "constant", "local_start_step": start > 0, "qsr_alpha": alpha is not None}
+            given |= {key: getattr(self, key) != plain for key, plain in PLAIN_AVERAGE.items()}
             for key in (key for key, is_given in given.items() if is_given):
                 require(False, f"comm.{key}={getattr(self, key)} is about local steps: set comm.period= too.")
             return
@@ -102,3 +124,30 @@ class CommConfig:
             self.rule == "qsr" or alpha is None,
             f"comm.qsr_alpha={alpha} is of comm.rule=qsr, not of comm.rule={self.rule}.",
         )
+        self._check_outer_steps(self.period)
+
+    def _check_outer_steps(self, period: int) -> None:
+        one_of("comm.codec", self.codec, CODECS)
+        require(self.outer_lr > 0, f"comm.outer_lr={self.outer_lr} must be positive; 1 is the mean of the ranks.")
+        require(
+            0 <= self.outer_momentum < 1,
+            f"comm.outer_momentum={self.outer_momentum} must be at least 0, for none, and less than 1.",
+        )
+        require(self.fragments >= 1, f"comm.fragments={self.fragments} must be at least 1.")
+        require(
+            self.fragments <= period,
+            f"comm.fragments={self.fragments} cannot leave at as many steps of a round of comm.period={period}: set it"
+            f" to at most {period}.",
+        )
+        require(self.delay >= 0, f"comm.delay={self.delay} must not be negative.")
+        between = period // self.fragments
+        require(
+            self.delay < between,
+            f"comm.delay={self.delay} must be less than the {between} steps from a fragment to the next one"
+            f" (comm.period={period}, comm.fragments={self.fragments}): set it to at most {between - 1}.",
+        )
+
+    @property
+    def keeps_anchor(self) -> bool:
+        """Whether the weights that ranks have in common are kept beside each rank's own."""
+        return any(getattr(self, key) != plain for key, plain in PLAIN_AVERAGE.items())

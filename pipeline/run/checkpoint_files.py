@@ -65,6 +65,8 @@ class SectionJson(TypedDict):
     """Matrices and error memories of the compression, where the run has it."""
     rank_states: NotRequired[dict[str, Any]]
     """Momenta, and within a round weights, of every rank, where ranks train by themselves."""
+    outer: NotRequired[dict[str, Any]]
+    """Outer momentum and the fragment under way, where the weights that ranks have in common make outer steps."""
 
 
 class SidecarFactsJson(TypedDict, total=False):

@@ -27,11 +27,12 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run.record.tracking import Tracker
 from pipeline.training import drift, rank_states, resume, same_run
 from pipeline.training.best import Validated
-from pipeline.training.learner import Learner, StepResult
+from pipeline.training.learner import Learner
 from pipeline.training.lightning import validate_now
 from pipeline.training.narrator import Narrator
 from pipeline.training.reporter import Reporter
 from pipeline.training.setup import Setup
+from pipeline.training.step_result import StepResult
 from pipeline.training.timing import StepClock, TimedLoader, speed_sentence
 from pipeline.training.watchdog import StepWatchdog
 
@@ -108,7 +109,10 @@ class Attempt(pl.Callback):
         """
         if result.drifted:
             self._refuse_drift()
-        step, row = result.step, self._row(result)
+        step = result.step
+        if result.stop or self.plan.validation_due(step) or self.plan.checkpoint_due(step):
+            self.learner.averaging.settle()  # what a step has sent, the kernel must count before the step's end
+        row = self._row(result)
         self._pending = (step, row)
         if result.loss is not None and result.grad_norm is not None:  # else the ranks kept the step to themselves
             if warning := self.plateau.update(step, result.loss):
@@ -246,7 +250,7 @@ class Attempt(pl.Callback):
         Raises:
             DriftError: they differ.
         """
-        if self.learner.compare_every_steps and self.world.size > 1 and self.learner.is_synchronised:
+        if self.learner.compare_every_steps and self.world.size > 1 and self.learner.is_comparable:
             step = self.learner.committed_steps
             if found := self.world.differences(drift.checksums(self.learner.weights())):
                 raise DriftError(drift.refusal(step, same_run.sentence(found)))
@@ -268,12 +272,7 @@ class Attempt(pl.Callback):
 
     def to_checkpoint(self, checkpoint: dict[str, Any]) -> checkpoints.SectionJson:
         """What neither the weights nor the optimiser in `checkpoint` hold, in plain types. Collective."""
-        with self.world.meter.phase("checkpoint"), self.world.meter.origin("parameters"):
-            states = rank_states.gather(self.learner, checkpoint)
-        compression = None
-        if self.powersgd is not None:  # before the ledger's state: gathering it is traffic
-            with self.world.meter.phase("checkpoint"), self.world.meter.origin("gradients"):
-                compression = self.powersgd.state_dict()
+        states = rank_states.gather_all(self.world.meter, self.learner, self.powersgd, checkpoint)
         return {
             "step": self.learner.committed_steps,
             "world_size": self.world.size,
@@ -291,8 +290,9 @@ class Attempt(pl.Callback):
             "owed_row": self.owed_row,
             "ledger": self.ledger.state_dict(),
             "learner": self.learner.extra_state(),
-            "powersgd": compression,
-            "rank_states": states,
+            "powersgd": states["powersgd"],
+            "rank_states": states["rank_states"],
+            "outer": states["outer"],
         }
 
     def _write_ledger(self, *, ended: bool, only_if_old: bool = False) -> None:

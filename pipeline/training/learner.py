@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -22,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pipeline.comm.averaging import Averaging
 from pipeline.comm.collectives import Call
 from pipeline.comm.rounds import Rounds
+from pipeline.config.comm import CommConfig
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.core.compute import has_peers
@@ -35,32 +35,10 @@ from pipeline.training import arithmetic, drift
 from pipeline.training.confusions import OutcomeRecord, Outcomes
 from pipeline.training.momenta import check_momenta
 from pipeline.training.pruning import Pruner, make_schedule
+from pipeline.training.step_result import StepResult
 
 NAME_PREFIX = "model."  # of the network's parameters inside a learner, and so inside a checkpoint
 Origin = Callable[[str], AbstractContextManager[Any]]
-
-
-@dataclass
-class StepResult:
-    """What a committed optimiser step was, over all ranks; None: this step is a rank's own, and nothing was exchanged.
-
-    What the steps of a round were, its last one says.
-    """
-
-    step: int
-    """Steps committed, this one included."""
-    lr: float
-    loss: float | None = None
-    """Mean cross-entropy of the global batch, or of those of the round, label smoothing included."""
-    top1: float | None = None
-    grad_norm: float | None = None
-    """Norm of the reduced gradient before clipping; where weights are averaged, the mean of the ranks' own norms."""
-    stop: bool = False
-    """Some rank was asked to stop: all ranks know it of the same step."""
-    drifted: bool = False
-    """The ranks' weights were compared, and are not the same: all ranks know it of the same step."""
-    density: float | None = None
-    """Share of the weights that is not pruned, of the layers that are; None: the recipe prunes none."""
 
 
 class Learner(pl.LightningModule):
@@ -82,10 +60,10 @@ class Learner(pl.LightningModule):
         frozen: modules whose parameters are not trained; they compute as in evaluation.
         outcomes: records what a validation says of each picture; None: nothing does.
         rounds: when ranks that train by themselves average their weights; None: gradients are exchanged in every step.
-        bucket_megabytes: size of the buckets in which weights are averaged (averaging.flat_buckets).
+        comm: how weights travel, where ranks train by themselves.
 
     Raises:
-        ConfigError: the recipe's pruning does not fit the run or the model.
+        ConfigError: the recipe's pruning does not fit the run or the model, or comm does not fit the model.
     """
 
     frozen: tuple[nn.Module, ...]
@@ -110,7 +88,7 @@ class Learner(pl.LightningModule):
         frozen: Sequence[nn.Module] = (),
         outcomes: OutcomeRecord | None = None,
         rounds: Rounds | None = None,
-        bucket_megabytes: float | None = None,
+        comm: CommConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -132,7 +110,7 @@ class Learner(pl.LightningModule):
         self.optimizer_state: dict[str, Any] | None = None
         self.warming_up = False
         self.rounds = rounds
-        self.averaging = Averaging(self.model, bucket_megabytes, origin, frozen)
+        self.averaging = Averaging(self.model, comm or CommConfig(), origin, frozen)
         self._rank = rank
         self._micro = 0
         self.sums = torch.zeros(3, dtype=torch.float64)
@@ -166,7 +144,7 @@ class Learner(pl.LightningModule):
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters that must be the same on every rank, the averaged ones included."""
-        found = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        found = {name: parameter.detach() for name, parameter in self.model.named_parameters()} | self.averaging.anchor
         if self.average is not None:
             found |= {f"average of {name}": value.detach() for name, value in self.average.module.named_parameters()}
         return found
@@ -180,6 +158,15 @@ class Learner(pl.LightningModule):
     def is_synchronised(self) -> bool:
         """Whether the ranks have the same weights after the committed steps."""
         return self.rounds is None or self.rounds.is_synchronised(self.committed_steps)
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether `weights` must be the same on every rank after the committed steps."""
+        return self.is_synchronised or bool(self.averaging.anchor)
+
+    def is_under_way(self, step: int) -> bool:
+        """Whether bytes may be, between the ranks, at the end of step `step`."""
+        return self.rounds is not None and self.rounds.under_way(step) is not None
 
     def owed(self, step: int) -> Counter[Call] | None:
         """Return the collectives of step `step` (from 1); None: DDP's buckets of gradients and what goes with them."""
@@ -267,7 +254,7 @@ class Learner(pl.LightningModule):
         """After the last micro-batch of a step: add the ranks' sums up and count the step as committed.
 
         `stop_asked`: whether this rank was asked to stop. The wish travels with the sums, which are exchanged anyway.
-        Returns None amid a step. Collective at its end, but within a round, whose last step averages the weights.
+        Returns None amid a step. Collective at its end; within a round only where the weights are exchanged.
         """
         self._micro += 1
         if self._micro < self.num_micro_batches:
@@ -280,17 +267,18 @@ class Learner(pl.LightningModule):
             self.average.update_parameters(self.model)
             if self.pruner is not None:
                 self.pruner.clear(dict(self.average.module.named_parameters()))
-        if self.rounds is not None and not self.rounds.is_synchronised(step):
-            self.committed_steps = step
-            self._forget_step()
-            return StepResult(step, lr)
-        averages = self.rounds is not None and self.rounds.averages(step)
+        if self.rounds is not None:
+            self.averaging.end_step(self.rounds, step)
+            if not self.rounds.meets(step):
+                self.committed_steps = step
+                self._forget_step()
+                return StepResult(step, lr)
+        ends_round = self.rounds is not None and self.rounds.ends_round(step)
         parts = [self.sums, self.sums.new_full((1,), float(stop_asked))]
-        if averages:
-            self.averaging.average()
+        if ends_round:
             parts.append(self.sums.new_full((1,), self._grad_norm))
         every = self.compare_every_steps
-        if every and (averages or step % every == 0) and has_peers():
+        if every and (ends_round or step % every == 0) and has_peers():
             parts.append(drift.to_sums(drift.checksum(self.weights().values())))
         sums = torch.cat(parts)
         with self.origin("metrics"):
@@ -304,7 +292,7 @@ class Learner(pl.LightningModule):
             lr,
             loss=loss / count,
             top1=correct / count,
-            grad_norm=of_weights.pop(0) / dist.get_world_size() if averages else self._grad_norm,
+            grad_norm=of_weights.pop(0) / dist.get_world_size() if ends_round else self._grad_norm,
             stop=num_asked > 0,
             drifted=bool(of_weights) and not drift.are_same(of_weights, dist.get_world_size()),
             density=None if self.pruner is None else self.pruner.density,
@@ -345,7 +333,11 @@ class Learner(pl.LightningModule):
         del batch_idx
         network = self.averaged_model
         network.eval()
-        logits_BK = network(self.normalizer(batch.images_BCHW, self.activation_format))
+        images_BCHW = self.normalizer(batch.images_BCHW, self.activation_format)
+        if anchor := self.averaging.anchor:  # what the ranks have in common, where these are not the network's own
+            logits_BK = torch.func.functional_call(network, anchor, (images_BCHW,))
+        else:
+            logits_BK = network(images_BCHW)
         self.validation.update(logits_BK, batch.labels_B, batch.sample_ids_B)
         if self.outcomes is not None:
             self.outcomes.update(batch.images_BCHW, logits_BK, batch.labels_B, batch.sample_ids_B)

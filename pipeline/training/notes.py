@@ -3,6 +3,7 @@
 import json
 import sys
 
+from pipeline.comm.codec import BLOCK, CODECS
 from pipeline.comm.ledger.traffic import placement_warning
 from pipeline.comm.wire import gloo
 from pipeline.config.comm import CommConfig
@@ -32,10 +33,15 @@ def training_notes(config: TrainConfig, world: World, batch: BatchSplit) -> str:
 
 
 def rounds_sentence(comm: CommConfig) -> str:
-    """Say when ranks that train by themselves average their weights."""
+    """Say when ranks that train by themselves exchange weights, and what becomes of them."""
     start = f", after {comm.local_start_step} steps that exchange gradients" if comm.local_start_step else ""
     length = f"at least {comm.period} and (alpha / lr)^2" if comm.rule == "qsr" else f"{comm.period}"
-    return f"weights averaged after rounds of {length} steps{start} (comm.rule={comm.rule})"
+    rounds = f"rounds of {length} steps{start} (comm.rule={comm.rule})"
+    if not comm.keeps_anchor:
+        return f"weights averaged after {rounds}"
+    outer = f"outer steps of lr {comm.outer_lr:g} and momentum {comm.outer_momentum:g}"
+    late = f", arriving {_counted(comm.delay, 'step')} later" if comm.delay else ""
+    return f"weights exchanged in {rounds}: {_counted(comm.fragments, 'fragment')} in {comm.codec}{late}, {outer}"
 
 
 def _servers(world: World) -> str:
@@ -68,9 +74,15 @@ def _owed(setup: Setup, owed_bytes: int) -> str:
     if rounds is None:
         return f"{owed_bytes:,} of gradients"
     return (
-        f"none within a round: {rounds_sentence(setup.config.comm)}, {len(rounds.ends)} times in"
-        f" {setup.plan.num_steps} steps; at its end {owed_bytes:,} of weights"
+        f"none in most steps: {rounds_sentence(setup.config.comm)}, {len(rounds.ends)} times in"
+        f" {setup.plan.num_steps} steps; in a round {_encoded_bytes(setup.config.comm, owed_bytes):,} of weights"
     )
+
+
+def _encoded_bytes(comm: CommConfig, num_bytes: int) -> int:
+    """About what fp32 weights of so many bytes are on the wire."""
+    codec = CODECS.get(comm.codec)
+    return num_bytes if codec is None else codec.num_bytes(num_bytes // 4 // BLOCK * BLOCK)
 
 
 def announce(setup: Setup, owed_bytes: int) -> str:
@@ -81,7 +93,8 @@ def announce(setup: Setup, owed_bytes: int) -> str:
     """
     config, world, shards, start = setup.config, setup.world, setup.shards, setup.start
     plan, batch = setup.plan, setup.plan.batch
-    ring = gloo.gloo_ring_all_reduce(owed_bytes, 4, world.size)
+    travels = owed_bytes if plan.rounds is None else _encoded_bytes(config.comm, owed_bytes)
+    ring = gloo.gloo_ring_all_reduce(travels, 4, world.size)
     sent_bytes = gloo.sent_bytes_per_rank(ring, world.size)[0]
     origin = origin_sentence(shards.training)
     said = (

@@ -53,14 +53,14 @@ class StepPlan:
     def validation_due(self, committed_steps: int) -> bool:
         """Whether the weights after `committed_steps` steps are validated: at the interval and at the end.
 
-        Where each rank has its own weights at the interval: when they are averaged next.
+        Where each rank has its own weights at the interval: when a round ends next.
         """
         every, rounds = self.validate_every_steps, self.rounds
         if rounds is None or every == 0 or committed_steps == 0:
             return self._due(committed_steps, every)
-        since = rounds.last_synchronised(committed_steps - 1)
+        since = rounds.last_met(committed_steps - 1)
         is_due = committed_steps // every > since // every or committed_steps == self.num_steps
-        return is_due and rounds.is_synchronised(committed_steps)
+        return is_due and rounds.meets(committed_steps)
 
     def checkpoint_due(self, committed_steps: int) -> bool:
         """Whether the state after `committed_steps` steps is saved: at the interval and at the end."""
@@ -143,7 +143,7 @@ def make_rounds(comm: CommConfig, recipe: RecipeConfig, num_steps: int) -> Round
         lr = recipe.learning_rate(max(step, recipe.warmup_steps), num_steps)
         return quadratic_steps(period, comm.qsr_alpha, lr)
 
-    return plan_rounds(num_steps, round_steps, start)
+    return plan_rounds(num_steps, round_steps, start, num_fragments=comm.fragments, delay=comm.delay)
 
 
 def require_compression(comm: CommConfig, plan: StepPlan, compute: Compute) -> None:

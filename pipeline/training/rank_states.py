@@ -1,17 +1,20 @@
 """What differs from rank to rank and must survive: the state of a compression, and of ranks that train by themselves.
 
-Rank 0's checkpoint holds that of all ranks, gathered when it is written. What is the same for all (weights, optimiser)
-is the mean over the ranks there, so that other readers, and another number of ranks, find the run's weights in it.
+Rank 0's checkpoint holds that of all ranks, gathered when it is written. Where readers look for weights and optimiser,
+it holds what stands for all: the weights that the ranks have in common as of their last arrival, where there are such
+(averaging.Averaging.anchor), and of all else the mean over the ranks.
 """
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from pipeline.comm.averaging import fill, flatten, stack_on_first
+from pipeline.comm.buckets import fill, flatten, stack_on_first
+from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.powersgd import PowerSGD
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.checkpoint_checks import unusable
@@ -54,26 +57,52 @@ def make_powersgd(setup: Setup) -> PowerSGD | None:
     return powersgd
 
 
-# --- local SGD ---
+def gather_all(
+    meter: CollectiveMeter, learner: Learner, powersgd: PowerSGD | None, checkpoint: dict[str, Any]
+) -> "StatesJson":
+    """Return what differs from rank to rank, and goes with it, for a checkpoint. Collective, and traffic of its own.
+
+    Args:
+        meter: Counts it.
+        learner: What is trained.
+        powersgd: The compression, if there is one.
+        checkpoint: As of `gather`.
+    """
+    with meter.phase("checkpoint"), meter.origin("parameters"):
+        states, outer = gather(learner, checkpoint), learner.averaging.state_dict()
+    with meter.phase("checkpoint"), meter.origin("gradients"):
+        return {"powersgd": powersgd and powersgd.state_dict(), "rank_states": states, "outer": outer}
+
+
+class StatesJson(TypedDict):
+    """Parts of a checkpoint's section."""
+
+    powersgd: dict[str, Any] | None
+    rank_states: Stacks
+    outer: dict[str, Any]
+
+
+# --- local steps ---
 
 
 def gather(learner: Learner, checkpoint: dict[str, Any]) -> Stacks:
-    """Return the state of every rank, complete on rank 0, where the means take the place of its own in `checkpoint`.
+    """Return the state of every rank, complete on rank 0, where what stands for all replaces its own in `checkpoint`.
 
-    Momenta differ once the first round has begun; weights, buffers and sums within one. Collective, where they do.
+    Momenta differ once the first round has begun; weights, buffers and sums where ranks are not synchronised.
+    Collective, where they do.
 
     Args:
         learner: What is trained.
         checkpoint: As Lightning makes it; its tensors are the living ones, and are not written to.
     """
-    rounds = learner.rounds
+    rounds, averaging = learner.rounds, learner.averaging
     if rounds is None or rounds.exchanges_gradients(learner.committed_steps):
         return {}
     (optimizer_state,) = checkpoint["optimizer_states"]
     mine = {name: flatten(some) for name, some in _momenta(optimizer_state["state"]).items()}
     if not learner.is_synchronised:
         mine |= _weights_and_sums(learner)
-    stacks = {name: stack_on_first(flat) for name, flat in mine.items()}
+    stacks = {name: stack_on_first(flat) for name, flat in (mine | averaging.rank_state()).items()}
     if learner.global_rank == 0:
         means = {name: stack.mean(0, dtype=torch.float64).to(stack.dtype) for name, stack in stacks.items()}
         # A deep copy: tensors that are one stay one.
@@ -81,8 +110,10 @@ def gather(learner: Learner, checkpoint: dict[str, Any]) -> Stacks:
         for name, momenta in _momenta(checkpoint["optimizer_states"][0]["state"]).items():
             fill(momenta, means[name])
         if not learner.is_synchronised:
+            if averaging.anchor:
+                means["parameters"] = flatten(averaging.anchor.values())
             state = checkpoint["state_dict"] = copy.deepcopy(checkpoint["state_dict"])
-            for origin, tensors in learner.averaging.tensors().items():
+            for origin, tensors in averaging.tensors().items():
                 # What is not in a state dict has no other place than the stacks.
                 copies = [state.get(NAME_PREFIX + name, one.clone()) for name, one in tensors.items()]
                 if copies:
@@ -91,7 +122,7 @@ def gather(learner: Learner, checkpoint: dict[str, Any]) -> Stacks:
 
 
 def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None:
-    """Refuse a checkpoint of local SGD that does not hold the state of each of its ranks.
+    """Refuse a checkpoint of ranks that trained by themselves, if it does not hold the state of each of them.
 
     Args:
         section: Our part of it.
@@ -111,8 +142,14 @@ def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None
         raise ValueError(f"the states of its {num_ranks} ranks are missing")
     assert learner.optimizer_state is not None
     expected = {name: flatten(some) for name, some in _momenta(learner.optimizer_state["state"]).items()}
+    weights = _weights_and_sums(learner)
+    under_way = _require_outer(section, settings, learner)
+    if settings.get("comm.codec", "fp32") != "fp32":
+        expected["errors"] = weights["parameters"]
+    if under_way is not None:
+        expected["left_with"] = under_way
     if stacks.keys() - expected.keys():  # saved within a round
-        expected |= _weights_and_sums(learner)
+        expected |= weights
     for name in sorted(stacks.keys() | expected.keys()):
         stack, own = stacks.get(name), expected.get(name)
         shape = None if own is None else (num_ranks, len(own))
@@ -122,32 +159,76 @@ def require_complete(section: checkpoints.SectionJson, learner: Learner) -> None
             raise ValueError(f"in the states of its {num_ranks} ranks {wrong}")
 
 
+def _require_outer(section: checkpoints.SectionJson, settings: Mapping[str, object], learner: Learner) -> Tensor | None:
+    """Refuse outer momenta, or a fragment under way, that do not fit the weights; return the values of the latter."""
+    outer = section.get("outer") or {}
+    sizes = [one.numel() for one in learner.averaging.tensors()["parameters"].values()]
+    momentum, under_way = outer.get("momentum"), outer.get("under_way")
+    if settings.get("comm.outer_momentum"):
+        _require_values("the outer momentum", momentum, sum(sizes))
+    if under_way is None:
+        return None
+    first, end = under_way["parameters"]
+    _require_values("the fragment under way", under_way["values"], sum(sizes[first:end]))
+    return under_way["values"]
+
+
+def _require_values(what: str, found: object, num_values: int) -> None:
+    expected = torch.zeros(num_values)
+    if wrong := unusable(what, found, expected):
+        raise ValueError(wrong)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        raise ValueError(f"{what} does not fit the weights")
+
+
 def take_own(setup: Setup, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
     """Go on from this rank's own state, where the checkpoint has it and the next step is local; else from the mean.
 
-    After DDP has given rank 0's weights to all.
+    After DDP has given rank 0's weights to all: those that the ranks have in common.
 
     Args:
         setup: Holds the checkpoint.
         learner: With the means.
         optimizer: The same.
     """
-    section, world = setup.start.section, setup.world
-    stacks = None if section is None else section.get("rank_states")
-    if not stacks or section is None:
+    section, world, averaging = setup.start.section, setup.world, learner.averaging
+    if not learner.exchanges_gradients:
+        averaging.begin()
+    if section is None:
         return
+    stacks, outer = section.get("rank_states") or {}, section.get("outer") or {}
     if section["world_size"] == world.size and not learner.exchanges_gradients:
         own = {name: stack[world.rank] for name, stack in stacks.items()}
-        parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        numbered = {number: optimizer.state[one] for number, one in enumerate(parameters) if one in optimizer.state}
-        weights = {origin: list(some.values()) for origin, some in learner.averaging.tensors().items()}
-        for name, tensors in {**_momenta(numbered), **weights}.items():
-            if name in own:
-                fill(tensors, own[name])
     else:
-        own = {SUMS: stacks[SUMS].sum(0) * world.is_rank_zero} if SUMS in stacks else {}
-        world.say(f"The weights and momenta are the mean of those of {section['world_size']} ranks.")
+        own = {name: stack.mean(0, dtype=torch.float64).to(stack.dtype) for name, stack in stacks.items()}
+        if SUMS in stacks:
+            own[SUMS] = stacks[SUMS].sum(0) * world.is_rank_zero
+        if stacks:
+            world.say(f"The weights and momenta are the mean of those of {section['world_size']} ranks.")
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    numbered = {number: optimizer.state[one] for number, one in enumerate(parameters) if one in optimizer.state}
+    weights = {origin: list(some.values()) for origin, some in averaging.tensors().items()}
+    for name, tensors in {**_momenta(numbered), **weights}.items():
+        if name in own:
+            fill(tensors, own[name])
     learner.sums = own.get(SUMS, learner.sums).to(learner.sums)
+    _go_on(setup, learner, outer, own)
+
+
+def _go_on(setup: Setup, learner: Learner, outer: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """Take over outer momentum, errors and the fragment under way, as far as there is a use for them."""
+    rounds, averaging, step = learner.rounds, learner.averaging, learner.committed_steps
+    has_use = {
+        "the outer momentum": averaging.momentum is not None or outer.get("momentum") is None,
+        "what comm.codec still owed the weights": averaging.errors is not None or "errors" not in own,
+        "the fragment under way": bool(averaging.anchor) or outer.get("under_way") is None,
+    }
+    for what in (what for what, is_used in has_use.items() if not is_used):
+        setup.world.say(f"warning: {what} is dropped: what comm says now has no use for it.")
+    if rounds is None or not averaging.anchor:
+        return
+    if not averaging.load(outer, own, rounds, step):
+        learner.rounds = replace(rounds, nothing_before=step)
 
 
 def _weights_and_sums(learner: Learner) -> Stacks:

@@ -255,7 +255,7 @@ def make_learner(setup: Setup) -> Learner:
             frozen=frozen,
             outcomes=outcome_record(shards.validation),
             rounds=plan.rounds,
-            bucket_megabytes=config.comm.bucket_megabytes,
+            comm=config.comm,
         )
         if start.content is not None and start.info is not None and start.section is not None:
             with checkpoints.taking("the weights or the optimiser's state", start.info.path):
@@ -296,6 +296,7 @@ def make_ledger(setup: Setup, learner: Learner, attempt: int) -> Ledger:
         rank=world.rank,
         reconciler=reconciler,
         owed=learner.owed,
+        is_under_way=learner.is_under_way,
     )
     if setup.start.section is not None and setup.start.info is not None:
         previous = None

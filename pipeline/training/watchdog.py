@@ -74,6 +74,8 @@ class StepWatchdog(pl.Callback):
         self.world, self.learner, self.step_timeout_seconds = world, learner, step_timeout_seconds
         self._watch: Watch | None = None
         self._has_begun = self._in_steps = False
+        self._round_began: float | None = None
+        self._is_warned = world.size == 1 or not world.is_rank_zero
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -96,6 +98,32 @@ class StepWatchdog(pl.Callback):
         """A micro-batch is done, so the next will not take long either."""
         del trainer, pl_module, outputs, batch, batch_idx
         self._hold(in_steps=True)
+        self._warn_of_long_rounds()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """With the first micro-batch after the ranks have met, a round begins."""
+        del trainer, pl_module, batch, batch_idx
+        rounds, learner = self.learner.rounds, self.learner
+        if rounds is not None and learner.between_steps and rounds.meets(learner.committed_steps):
+            self._round_began = time.monotonic()
+
+    def _warn_of_long_rounds(self) -> None:
+        """Say once that ranks do not agree on a signal in the time that it leaves them."""
+        rounds, grace_seconds = self.learner.rounds, self.world.stop.grace_seconds
+        if rounds is None or self._is_warned or self._round_began is None:
+            return
+        took = time.monotonic() - self._round_began
+        if took > grace_seconds and rounds.ends_round(self.learner.committed_steps + 1):
+            self._is_warned = True
+            print(
+                f"warning: a round takes {took:.3g} s. Ranks agree to stop at its end, so that after SIGTERM they may"
+                f" leave after cluster.preempt_grace_seconds={grace_seconds:g}, unsaved: lower comm.period, raise"
+                " cluster.preempt_grace_seconds as far as the scheduler waits, or save more often.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A pause: workers start, and the parts of the ranks differ."""

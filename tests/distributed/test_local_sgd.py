@@ -23,6 +23,12 @@ def test_averaged_weights(num_ranks: int, num_steps: int, tmp_path: Path) -> Non
         # Halves and quarters add up exactly, thirds do not; two numbers in either order, three do not.
         assert told["same_pictures"]["apart"] <= (1e-12 if num_ranks == 3 else 0.0)
         assert told["as_one_process"]["apart"] <= (0.0 if num_ranks == 2 else 1e-12)
+        assert told["anchored"] == {"has_anchor": True, "apart": 0.0}
+        for name, found in told["outer_steps"].items():
+            # Two numbers add up in either order; by a codec, ranks add up in theirs, and equal the reference too.
+            is_exact = num_ranks == 2 or name.startswith(("bf16", "int"))
+            assert found["apart"] <= (0.0 if is_exact else 1e-5), name
+            assert found["sum"] == ranks[0]["outer_steps"][name]["sum"], name
         assert told["layout"]["stays"] and told["layout"]["kept"]
         means = [sum(values) / num_ranks for values in zip(*(one["layout"]["before"] for one in ranks), strict=True)]
         assert told["layout"]["after"] == pytest.approx(means, rel=1e-4, abs=1e-5)

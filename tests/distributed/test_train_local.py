@@ -17,6 +17,11 @@ BATCH_NORM = ("model.metaparameters.norm=batch", "recipe.lr=0.01", "trainer.comp
 LOCAL = ("comm=local", "comm.period=4", "comm.bucket_megabytes=0.5", *BATCH_NORM)
 
 
+DILOCO = ("comm=diloco", "comm.bucket_megabytes=0.5", "comm.fragments=2", *BATCH_NORM)
+CODED = (*DILOCO, "comm.period=4", "comm.delay=1", "comm.codec=int8")
+"""In rounds of 4 steps, a fragment leaves after every second step, and arrives with the next one."""
+
+
 def ledger_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "ledger.json").read_text())
 
@@ -66,13 +71,63 @@ def test_a_local_step_sends_nothing_and_the_ledger_closes(pair: Pair) -> None:
     assert carried["buffers"] > 0
 
 
+def test_killed_with_a_fragment_under_way_it_ends_as_the_unbroken_run(shards: Path, tmp_path: Path) -> None:
+    """In int8, killed in step 8 and resumed from step 6, at whose end a fragment has left."""
+    pair = make_pair(tmp_path, shards, 2, "1 7 0 rank", *CODED, "trainer.keep_checkpoints=9")
+    assert_same(pair, under_way=(2, 4, 6, 8))
+    assert len(fired(pair.root / "resumed.fed")) == 1
+    quiet = [row["trainer/step"] for row in rows(pair.resumed) if row["comm/payload_bytes"] == 0]
+    assert quiet == [1, 10] and [row["trainer/step"] for row in rows(pair.resumed) if "val/loss" in row] == [4, 8, 11]
+    section = load(pair.resumed)["squeezewire"]
+    assert set(section["rank_states"]) == {"momentum_buffer", "errors"}  # at the end all is one
+    assert not torch.equal(*section["rank_states"]["errors"]) and section["outer"]["under_way"] is None
+    within = torch.load(pair.resumed / "checkpoints/step=000000006.ckpt", weights_only=True)
+    states, outer = (within["squeezewire"][name] for name in ("rank_states", "outer"))
+    weights = {"momentum_buffer", "parameters", "buffers", "sums", "errors"}
+    assert set(states) == {*weights, "left_with"} and outer["under_way"]["has_turned"] is False
+    assert len(outer["under_way"]["values"]) == states["left_with"].shape[1] < states["parameters"].shape[1]
+    assert not torch.equal(*states["parameters"]) and outer["momentum"].any()
+    ops = {(row["op"], row["origin"]) for row in ledger_of(pair.resumed)["collectives"] if row["phase"] == "train"}
+    exchanged = {("all_to_all", "parameters"), ("all_gather", "parameters")}
+    assert ops == {*exchanged, ("all_reduce", "buffers"), ("all_reduce", "metrics")}
+
+
+def test_on_three_ranks_killed_between_the_ways_there_and_back(shards: Path, tmp_path: Path) -> None:
+    """In int4, saved after step 7, when what left after step 6 has been sent back and has not arrived."""
+    options = ("comm.period=6", "comm.delay=2", "comm.codec=int4", "trainer.checkpoint_every_steps=7")
+    pair = make_pair(tmp_path, shards, 3, "2 10 0 rank", *DILOCO, *options, "trainer.keep_checkpoints=9")
+    assert_same(pair, under_way=(3, 4, 6, 7))
+    within = torch.load(pair.resumed / "checkpoints/step=000000007.ckpt", weights_only=True)
+    assert within["squeezewire"]["outer"]["under_way"]["has_turned"] is True
+
+
 @pytest.mark.slow
-def test_on_other_ranks_it_goes_on_from_the_mean(pair: Pair, shards: Path, tmp_path: Path) -> None:
-    """From two ranks within a round to three, to one, and to gradients in every step."""
-    train_recorded(tmp_path, shards, "run", 2, *LOCAL, kill_at="0 7 0 supervisor")
-    first = train_recorded(tmp_path, shards, "run", 3, *LOCAL, kill_at="0 10 0 supervisor")
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("num_fragments", "num_ranks"), [(1, 3), (4, 2)])
+def test_the_ledger_closes_whatever_travels(
+    codec: str, num_fragments: int, num_ranks: int, shards: Path, tmp_path: Path
+) -> None:
+    """In rounds of 8 steps, of which the run of 11 has one and a half; ranks have the same weights at the end."""
+    options = ("comm.period=8", "comm.delay=1", f"comm.codec={codec}", f"comm.fragments={num_fragments}")
+    train(tmp_path, shards, "run", num_ranks, *DILOCO, *options)
+    ledger = ledger_of(tmp_path / "run")
+    assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0] * num_ranks
+    left = [8 * (number + 1) // num_fragments for number in range(num_fragments)]
+    has_turn = codec != "fp32"
+    busy = sorted({*left, 11} | ({step + 1 for step in left} if has_turn else set()))
+    assert [row["trainer/step"] for row in rows(tmp_path / "run") if row["comm/transport_bytes"]] == busy
+    assert set(load(tmp_path / "run")["squeezewire"]["rank_states"]) == {"momentum_buffer", *["errors"] * has_turn}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [LOCAL, CODED], ids=["local", "diloco"])
+def test_on_other_ranks_it_goes_on_from_the_mean(options: tuple[str, ...], shards: Path, tmp_path: Path) -> None:
+    """From two ranks within a round, with a fragment under way, to three, to one, and to gradients in every step."""
+    train_recorded(tmp_path, shards, "run", 2, *options, kill_at="0 7 0 supervisor")
+    first = train_recorded(tmp_path, shards, "run", 3, *options, kill_at="0 10 0 supervisor")
     assert "the mean of those of 2 ranks" in first.output and "the number of ranks was 2 and is 3" in first.output
     last = train(tmp_path, shards, "run", 1, *BATCH_NORM)
+    assert ("the outer momentum is dropped" in last.output) == (options is CODED)
     assert "the mean of those of 3 ranks" in last.output and "comm.period was 4 and is None" in last.output
     assert [row["trainer/step"] for row in rows(tmp_path / "run")] == list(range(1, 12))
 
@@ -82,7 +137,8 @@ def test_synchronous_until_a_step_on_three_ranks(shards: Path, tmp_path: Path) -
     options = (*BATCH_NORM, "trainer.max_steps=9", "trainer.validate_every_steps=0", "trainer.checkpoint_every_steps=4")
     local = ("comm=local", "comm.period=2", "comm.rule=post_local", "comm.local_start_step=4", "recipe.decay=none")
     options = (*options, "trainer.keep_checkpoints=3")
-    train(tmp_path, shards, "run", 3, *options, *local)
+    ended = train(tmp_path, shards, "run", 3, *options, *local, "cluster.preempt_grace_seconds=0.001")
+    assert ended.output.count("warning: a round takes") == 1
     assert meetings(tmp_path / "run") == [1, 2, 3, 4, 6, 8, 9]
     ledger = ledger_of(tmp_path / "run")
     assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0, 0, 0]
@@ -100,6 +156,21 @@ def test_rounds_of_one_step_are_gradients_in_every_step_but_for_rounding(shards:
     weights = [load(tmp_path / name)["state_dict"] for name in ("gradients", "weights")]
     assert differences(*weights)
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_asked_to_stop_within_a_round_it_ends_it_and_goes_on_by_another_plan(shards: Path, tmp_path: Path) -> None:
+    """SIGTERM in step 6; two micro-batches a step. What has left after step 8 arrives when the next attempt begins."""
+    options = (*CODED, "batch.max_per_rank=3")
+    train_recorded(tmp_path, shards, "run", 2, *options, kill_at="0 5 0 asked", expect=75)
+    saved = load(tmp_path / "run")["squeezewire"]
+    assert saved["step"] == 8 and saved["outer"]["under_way"]["has_turned"] is False
+    changed = ("comm.period=3", "comm.fragments=1", "comm.delay=0", "comm.codec=bf16")
+    ended = train_recorded(tmp_path, shards, "run", 2, *options, *changed)
+    assert "comm.period was 4 and is 3" in ended.output and "comm.codec was 'int8' and is 'bf16'" in ended.output
+    sent = [row["trainer/step"] for row in rows(tmp_path / "run") if row["comm/payload_bytes"]]
+    assert sent == [*range(2, 10), 11] and len(rows(tmp_path / "run")) == 11
+    ledger = ledger_of(tmp_path / "run")
+    assert ledger["closed"] is True and ledger["transport"]["residual_bytes_per_rank"] == [0, 0]
 
 
 def train_with(fault: str, root: Path, shards: Path, *more: str, expect: int) -> Ended:

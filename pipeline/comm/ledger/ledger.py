@@ -53,6 +53,7 @@ class Ledger:
         rank: int,
         reconciler: Reconciler | None,
         owed: Callable[[int], Counter[Call] | None] = lambda _: None,
+        is_under_way: Callable[[int], bool] = lambda _: False,
     ) -> None:
         """Account for one attempt at a run.
 
@@ -66,6 +67,8 @@ class Ledger:
             reconciler: Compares with the kernel's counts; None where nothing is measured.
             owed: Returns the collectives that a step, numbered from 1, owes in the phase `train`; None for one that
                 owes its gradients through DDP.
+            is_under_way: Returns whether a collective that a step has issued may still send after its end: the step's
+                residual is then told with that of the next step after which none may.
         """
         assert placement.world_size == meter.world_size
         self.num_steps = 0
@@ -76,7 +79,8 @@ class Ledger:
         self._open_gradient_bytes = 0  # of the step under way
         self._last: StepTraffic | None = None
         self._last_calls: Counter[Call] | None = None
-        self._reconciler, self._rank, self._owed = reconciler, rank, owed
+        self._reconciler, self._rank, self._owed, self._is_under_way = reconciler, rank, owed, is_under_way
+        self._open_residual_bytes = 0  # of the steps since nothing was under way
         self._priced: dict[frozenset[tuple[Call, int]], Traffic] = {}
         # A world of one has nothing to count.
         metered = meter.enabled or meter.world_size == 1
@@ -124,7 +128,11 @@ class Ledger:
         per_rank, egress = traffic.sent.bytes_per_rank, traffic.sent.egress_per_server
         if self._total_egress_bytes is not None:
             self._total_egress_bytes += sum(egress)
-        residual = None if measured_bytes is None else measured_bytes - per_rank[self._rank]
+        residual = None
+        if measured_bytes is not None:
+            self._open_residual_bytes += measured_bytes - per_rank[self._rank]
+            if not self._is_under_way(self.num_steps):
+                residual, self._open_residual_bytes = self._open_residual_bytes, 0
         return StepTraffic(gradient_bytes, traffic.payload_bytes, per_rank, egress, self._total_egress_bytes, residual)
 
     def _collect(self) -> None:
@@ -155,7 +163,7 @@ class Ledger:
         wrong = " and ".join(f"{_told(calls)} {how}" for calls, how in differences if calls)
         raise LedgerError(
             f"Step {self.num_steps} owes {_told(owed)}, but issued {wrong}. With comm.period ranks exchange weights"
-            " at the end of a round, and nothing else in a step: take out what does, or set comm.period=null."
+            " at the steps that it says, and nothing else in a step: take out what does, or set comm.period=null."
         )
 
     def _price_step(self, train: Counter[Call]) -> Traffic:

@@ -163,8 +163,8 @@ class StepTraffic:
     total_egress_bytes: int | None
     """Bytes that left servers, over all servers and all committed steps up to this one."""
     residual_bytes: int | None = None
-    """What the kernel counted on this rank's connections to other ranks, less what was predicted for it; None where
-    either is unknown."""
+    """What the kernel counted on this rank's connections to other ranks, less what was predicted for it, also in steps
+    before of which this was not known; None where either is unknown, and while a collective may be under way."""
 
     def metrics(self) -> dict[str, float]:
         """Return the values by their public names; those that are unknown are left out.

@@ -160,8 +160,8 @@ class StopRequest:
             elif self._phase == "training":
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 self._leave(
-                    f"{self.name} came {self.grace_seconds:g} s ago and no step has ended since: this rank leaves"
-                    " without saving. The same command goes on from the last checkpoint."
+                    f"{self.name} came {self.grace_seconds:g} s ago, and ranks have not agreed on a step since:"
+                    " this rank leaves without saving. The same command goes on from the last checkpoint."
                 )
 
     def _leave(self, text: str) -> None:

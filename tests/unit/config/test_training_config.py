@@ -115,6 +115,15 @@ def test_impossible_values_are_refused(values: dict[str, object], message: str) 
         ({"period": 4, "local_start_step": -1}, r"comm\.local_start_step=-1 must not be negative"),
         ({"rule": "qsr"}, r"comm\.rule=qsr is about local steps: set comm\.period="),
         ({"local_start_step": 3}, r"comm\.local_start_step=3 is about local steps"),
+        ({"codec": "int8"}, r"comm\.codec=int8 is about local steps: set comm\.period="),
+        ({"period": 8, "codec": "int9"}, "Did you mean 'int8'"),
+        ({"period": 8, "outer_lr": 0.0}, r"comm\.outer_lr=0\.0 must be positive"),
+        ({"period": 8, "outer_momentum": 1.0}, r"comm\.outer_momentum=1\.0 must be at least 0.*less than 1"),
+        ({"period": 8, "fragments": 0}, r"comm\.fragments=0 must be at least 1"),
+        ({"period": 8, "fragments": 9}, r"comm\.fragments=9 .* comm\.period=8: set it to at most 8"),
+        ({"period": 8, "delay": -1}, r"comm\.delay=-1 must not be negative"),
+        ({"period": 8, "delay": 8}, r"comm\.delay=8 must be less than the 8 steps.*at most 7"),
+        ({"period": 8, "fragments": 3, "delay": 2}, r"comm\.delay=2 must be less than the 2 steps.*at most 1"),
     ],
 )
 def test_impossible_compressions_are_refused(values: dict[str, object], message: str) -> None:

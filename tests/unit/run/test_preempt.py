@@ -112,7 +112,7 @@ def test_a_stuck_collective_ends_with_the_stacks() -> None:
     """
     said = run(body, expect=75)
     assert "in stuck_in_a_collective" in said
-    assert "SIGTERM came 0.5 s ago and no step has ended since: this rank leaves without saving." in said
+    assert "SIGTERM came 0.5 s ago, and ranks have not agreed on a step since: this rank leaves without saving." in said
 
 
 def test_the_limit_is_lifted_once_training_is_over() -> None:

@@ -25,11 +25,12 @@ from pipeline.run import checkpoint as checkpoints
 from pipeline.run.launch.ranks import find_ranks
 from pipeline.training.attempt import Attempt
 from pipeline.training.best import Validated
-from pipeline.training.learner import Learner, StepResult
+from pipeline.training.learner import Learner
 from pipeline.training.narrator import Narrator
 from pipeline.training.plan import make_plan
 from pipeline.training.reporter import Reporter
 from pipeline.training.setup import Setup, Start
+from pipeline.training.step_result import StepResult
 from pipeline.training.timing import TimedLoader
 from pipeline.training.watchdog import StepWatchdog
 from pipeline.training.world import World

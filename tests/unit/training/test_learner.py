@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.gpu_loops import HostReads
+from pipeline.config.comm import CommConfig
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.core.errors import NonFiniteError
 from pipeline.data.batches import LoadedBatch
-from pipeline.training.learner import Learner, StepResult
+from pipeline.training.learner import Learner
+from pipeline.training.step_result import StepResult
 
 NUM_CLASSES = 7
 SIDE = 8
@@ -240,6 +242,24 @@ def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
     assert learner.last_validation is not None
     assert learner.last_validation["loss"] == pytest.approx(float(F.cross_entropy(logits_BK, batch.labels_B)), rel=1e-5)
     assert not any("average" in name for name in learner.state_dict())
+
+
+def test_validated_are_the_weights_in_common_where_ranks_have_others() -> None:
+    learner = make_learner(RecipeConfig(), comm=CommConfig(period=4, delay=1))
+    learner.averaging.begin()
+    batch = pictures(16, 5)
+    learner.model.eval()
+    with torch.no_grad():
+        logits_BK = learner.model(learner.normalizer(batch.images_BCHW, torch.contiguous_format))
+        for parameter in learner.model.parameters():
+            parameter.add_(0.1)
+        own = weights(learner)
+        learner.on_validation_epoch_start()
+        learner.validation_step(batch, 0)
+        learner.on_validation_epoch_end()
+    expected = float(F.cross_entropy(logits_BK, batch.labels_B))
+    assert learner.last_validation["loss"] == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(weights(learner), own, rtol=0, atol=0)
 
 
 ADAMW = RecipeConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, warmup_steps=3, head_lr_factor=4.0)

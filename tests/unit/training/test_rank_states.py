@@ -8,6 +8,7 @@ import torch
 
 from pipeline.comm.averaging import Averaging
 from pipeline.comm.rounds import plan_rounds
+from pipeline.config.comm import CommConfig
 from pipeline.config.model import InputConfig
 from pipeline.config.training import RecipeConfig
 from pipeline.training import rank_states
@@ -100,7 +101,7 @@ def test_modules_that_share_their_weights_share_the_mean(learner: Learner, monke
     """Within a round, as rank 0 of two of which the other one's tensors are all 0."""
     shared = torch.nn.Linear(2, 2)
     learner.model = torch.nn.Sequential(shared, torch.nn.ReLU(), shared)
-    learner.averaging = Averaging(learner.model, None)
+    learner.averaging = Averaging(learner.model, CommConfig())
     learner.committed_steps = 1
     monkeypatch.setattr(rank_states, "stack_on_first", lambda one: torch.stack([one.cpu(), torch.zeros_like(one)]))
     state = {f"model.{name}": value for name, value in learner.model.state_dict().items()}
@@ -119,3 +120,40 @@ def test_missing_states_are_refused_where_there_must_be_some(learner: Learner) -
     section["free_fields"] = {"comm.period": None}
     for states in ({}, {"rank_states": {}}):
         rank_states.require_complete(section | states, learner)
+
+
+def outer_section(learner: Learner, **changed: Any) -> Any:
+    """Saved with a fragment of the first 9 values under way, of an outer momentum and a codec."""
+    wide = {"errors": torch.zeros(2, NUM_WEIGHTS), "left_with": torch.zeros(2, 9)}
+    under_way = {"parameters": [0, 2], "codec": "int8", "has_turned": False, "values": torch.zeros(9)}
+    section = {
+        "world_size": 2,
+        "step": 6,
+        "free_fields": {"comm.period": 4, "comm.codec": "int8", "comm.outer_momentum": 0.9},
+        "rank_states": wide | {name: torch.zeros(2, NUM_WEIGHTS) for name in ("parameters", "momentum_buffer")},
+        "outer": {"momentum": torch.zeros(NUM_WEIGHTS), "under_way": under_way},
+    }
+    section["rank_states"] |= {"buffers": torch.zeros(2, 6), "sums": torch.zeros(2, 3, dtype=torch.float64)}
+    for key, value in changed.items():
+        holder = section["outer"] if key in section["outer"] else section["rank_states"]
+        holder[key] = value
+    rank_states.require_complete(cast(Any, section), learner)
+    return section
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"momentum": None}, "the outer momentum is of type NoneType"),
+        ({"momentum": torch.zeros(NUM_WEIGHTS - 1)}, "the outer momentum does not fit the weights"),
+        ({"momentum": torch.full((NUM_WEIGHTS,), math.inf)}, "the outer momentum holds values that are not finite"),
+        ({"under_way": None}, r"are not complete \(left_with\)"),
+        ({"under_way": {"parameters": [0, 3], "values": torch.zeros(9)}}, "the fragment under way does not fit"),
+        ({"errors": torch.zeros(1, NUM_WEIGHTS)}, r"are not complete \(errors\)"),
+        ({"left_with": torch.zeros(2, 8)}, r"are not complete \(left_with\)"),
+    ],
+)
+def test_what_ranks_have_in_common_must_fit_too(learner: Learner, changed: dict[str, Any], message: str) -> None:
+    outer_section(learner)
+    with pytest.raises(ValueError, match=message):
+        outer_section(learner, **changed)
