@@ -26,7 +26,7 @@ __all__ = ["Metered", "attach", "meter"]
 
 def meter(config: MeterConfig, command: Sequence[str]) -> int:
     """Run `command` under the meter and report what it exchanged. Returns its exit code."""
-    from pipeline.metering.outcome import conclude
+    from pipeline.metering.outcome import conclude, ledger_stamp
     from pipeline.metering.record import require_writable
     from pipeline.run.directory import validate_name
 
@@ -38,8 +38,9 @@ def meter(config: MeterConfig, command: Sequence[str]) -> int:
     run_root = str(Path(config.run_root).absolute())
     settings = Settings(config.name, run_root, config.placement, command=tuple(command))
     require_writable(settings)
+    stamp = ledger_stamp(settings)
     code, joined = run_metered(settings, [program, *command[1:]])
-    conclude(settings, code, joined)
+    conclude(settings, code, joined, stamp=stamp)
     return code
 
 

@@ -26,6 +26,10 @@ UNTIMED = (
 NO_BATCH = Missing("The program does not say how many samples its step takes.")
 NO_OPTIMIZER = Missing("No optimiser of torch has stepped, so that nothing says what gradients there are.")
 NOT_COUNTED = "The kernel does not count the bytes of a TCP connection (Linux 4.19 or later does)."
+UNDER_WAY = (
+    "Something was under way when a step or a phase ended, so that its bytes were counted in the next one: all phases"
+    " together agree to the byte, and by phase there are residuals. Wait for asynchronous collectives before the step."
+)
 NOT_COMPARED = "The ranks have not compared their counts: the program ended before, or some are not metered."
 
 
@@ -52,6 +56,7 @@ class Account:
         self._total_egress_bytes: int | None = 0
         self._measured: Measured | None = None
         self._groups_of_all: Sequence[Group] = ()
+        self._why_last: str | None = None
         self._why_not = (
             WORLD_OF_ONE if self._placement.world_size == 1 else NOT_COMPARED if is_measured else NOT_COUNTED
         )
@@ -68,6 +73,8 @@ class Account:
         calls: Sequence[Counter[Call]],
         owed: Mapping[str, int],
         sent_bytes: int | None,
+        *,
+        now: float,
         own_seconds: float,
     ) -> None:
         """Price a step and record it.
@@ -77,9 +84,9 @@ class Account:
             calls: What each of them issued in the step.
             owed: Bytes of the gradients, by parameter.
             sent_bytes: What this rank's connections sent; None: not counted.
-            own_seconds: What the meter itself took since the last step.
+            now: When the step ended.
+            own_seconds: What the meter itself took since the last step ended.
         """
-        now = time.perf_counter()
         self._num_steps += 1
         self._by_parameter = owed
         priced = [(group.ranks, self._prices.price(group, found)) for group, found in zip(groups, calls, strict=True)]
@@ -94,6 +101,10 @@ class Account:
             self._own_seconds.append(own_seconds)
         self._last_step_at = now
         self._record.log(self._num_steps, {**row, **self._last.metrics()})
+
+    def owe(self, owed: Mapping[str, int]) -> None:
+        """Another optimiser has stepped in the step that was recorded last: take what all of them owe."""
+        self._by_parameter = owed
 
     def _step_traffic(
         self, groups: Sequence[Group], traffic: Traffic, owed_bytes: int, sent_bytes: int | None
@@ -124,13 +135,13 @@ class Account:
         self._groups_of_all, self._measured = groups, measured
 
     def not_compared(self, why: str) -> None:
-        """Remember why the ranks' counts were not compared."""
-        self._why_not = why
+        """Remember why the ranks' counts were not compared in the end."""
+        self._why_not = self._why_last = why
 
     @property
     def _is_all_compared(self) -> bool:
         """Whether the ranks have compared everything up to the last step."""
-        return self._measured is not None and self._measured.num_steps == self._num_steps
+        return self._why_last is None and self._measured is not None and self._measured.num_steps == self._num_steps
 
     # --- ledger.json ---
 
@@ -150,6 +161,10 @@ class Account:
     def close(self, groups: Sequence[Group], *, is_dying: bool) -> None:
         """Write the last ledger.json; the record is complete."""
         self.write(groups, ended=not is_dying)
+        self._record.close()
+
+    def abandon(self) -> None:
+        """Write nothing more: what was counted since the last ledger.json is not all."""
         self._record.close()
 
     def _content(self, groups: Sequence[Group], *, ended: bool) -> LedgerJson:
@@ -175,7 +190,7 @@ class Account:
         content, reasons = to_json(
             {
                 "schema": SCHEMA,
-                "closed": self._closed(predicted, measured),
+                "closed": self._closed(predicted),
                 "run": conditions.run,
                 "model": conditions.model,
                 "backend": attempt.backend,
@@ -202,10 +217,24 @@ class Account:
         content["null_reasons"] = reasons
         return content
 
-    def _closed(self, predicted: Sent | Missing, measured: Sent | Missing) -> bool | Missing:
-        closed = document.closed([self._world.attempt], predicted, measured)
-        whys = (why for group in self._groups_of_all for why in group.unpredicted.values())
-        return Missing(next(whys, closed.reason)) if isinstance(closed, Missing) else closed
+    def _closed(self, predicted: Sent | Missing) -> bool | Missing:
+        """Tell whether all agrees to the last step: what was not compared since is neither."""
+        if self._measured is None:
+            return Missing(self._why_not)
+        if self._measured.closed is None:
+            whys = (why for group in self._groups_of_all for why in group.unpredicted.values())
+            reason = predicted.reason if isinstance(predicted, Missing) else NOT_COMPARED
+            return Missing(next(whys, reason))
+        if self._measured.unexplained and not self._measured.is_explained_in_sum:
+            return False
+        if not self._is_all_compared:
+            return Missing(self._why_stale())
+        return Missing(UNDER_WAY) if self._measured.unexplained else True
+
+    def _why_stale(self) -> str:
+        assert self._measured is not None
+        last = f"The ranks last compared their counts after step {self._measured.num_steps}: see attempts."
+        return f"{self._why_last} {last}" if self._why_last else last
 
     def _with_others(self, groups: Sequence[Group]) -> list[Group]:
         """Return this rank's groups, which are up to date, and others as they were when the ranks last compared."""
@@ -220,7 +249,7 @@ class Account:
         if self._measured is None:
             return Missing(self._why_not)
         if not self._is_all_compared:
-            return Missing(f"The ranks last compared their counts after step {self._measured.num_steps}: see attempts.")
+            return Missing(self._why_stale())
         row = self._measured.row("train", True)
         return Sent.nothing(self._placement) if row is None else row.measured
 

@@ -3,14 +3,21 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.metering.settings import VARIABLE, Settings
 
+if TYPE_CHECKING:
+    from pipeline.metering.patches import Patches
+
+PRIVATE = "_squeezewire_metering"
+"""Name of our package in a metered program (`startup/sitecustomize.py`)."""
 STARTUP = Path(__file__).parent / "startup"
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
 
@@ -58,6 +65,10 @@ def _pass_on(child: "subprocess.Popen[bytes]") -> Callable[[int, object], None]:
 # --- in the program ---
 
 
+entered: list["Patches"] = []
+"""The meter that the environment asked for, once it is in place."""
+
+
 def enter() -> None:
     """Meter this process as the environment tells. Called when it is about to make its first process group."""
     settings = Settings.given()
@@ -67,6 +78,7 @@ def enter() -> None:
     from pipeline.metering.record import say
 
     patches = Patches(settings)
+    entered.append(patches)
     try:
         patches.install()
     except Exception as error:
@@ -97,13 +109,20 @@ class Metered:
                 self._set_phase(left)
 
 
+def _tell_outer(phase: str) -> str | None:
+    """Tell a phase to the meter around the program, whose modules have another name in it."""
+    outer = sys.modules.get(f"{PRIVATE}.metering.door")
+    return outer.entered[-1].set_phase(phase) if outer is not None and outer.entered else None
+
+
 @contextmanager
 def attach(name: str, *, run_root: str | Path = "runs", placement: str = "host") -> Iterator[Metered]:
     """Meter what this process exchanges with other ranks inside the block; on every rank alike.
 
     Groups, modules and optimisers may be made before or inside the block, in any order. At its end, or when the default
     group is destroyed inside it, the ranks' counts are compared, and rank 0 has written `ledger.json`,
-    `metrics.jsonl` and `report.html` to the run's directory.
+    `metrics.jsonl` and `report.html` to the run's directory. In a program under `pipeline.meter` the block has
+    no run of its own: its phases are told to that one.
 
     Args:
         name: Name of the run.
@@ -119,11 +138,15 @@ def attach(name: str, *, run_root: str | Path = "runs", placement: str = "host")
     from pipeline.config.meter import PLACEMENTS
     from pipeline.core.typed import one_of
     from pipeline.metering.patches import Patches
-    from pipeline.metering.record import report_quietly
+    from pipeline.metering.record import report_quietly, say
     from pipeline.run.directory import validate_name
 
     validate_name(name)
     one_of("placement", placement, PLACEMENTS)
+    if Settings.given() is not None:
+        say(f"{name}: pipeline.meter meters this whole program, and is told the phases of the block.")
+        yield Metered(_tell_outer)
+        return
     settings = Settings(name, str(Path(run_root).absolute()), placement)
     patches = Patches(settings, is_strict=True)
     patches.install()
@@ -131,5 +154,7 @@ def attach(name: str, *, run_root: str | Path = "runs", placement: str = "host")
         yield Metered(patches.set_phase)
     finally:
         patches.remove()
+        if patches.session is None:
+            say(f"{name}: no process group was made inside the block or before it, so nothing was metered.")
         if patches.is_writer:
             report_quietly(settings)

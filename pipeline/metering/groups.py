@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline.comm.collectives import Call, CollectiveMeter
 from pipeline.comm.ledger.attempts import Attempt, AttemptState
@@ -34,8 +33,6 @@ class GroupMeter(CollectiveMeter):
         announce: Told who asks for a collective, and the frame that issues it, before it is recorded.
     """
 
-    hook_id: ClassVar[int] = 0x46524D54  # beside the meter of a program that has its own
-
     def __init__(
         self,
         recording: Callable[[], AbstractContextManager[None]],
@@ -58,20 +55,32 @@ class GroupMeter(CollectiveMeter):
                 f"torch {torch.__version__} does not report its collectives, torch 2.14 or later does: steps and the"
                 " bytes of the connections are counted, and nothing is predicted."
             )
-        group.register_pre_hook(self.hook_id, self._on_collective)
+        group.register_pre_hook(id(self), self._on_collective)  # beside all others that watch this group
         self._group = group
 
     def detach(self) -> None:
         """Stop recording; what was recorded stays."""
         if self._group is not None:
-            self._group.unregister_pre_hook(self.hook_id)
+            self._group.unregister_pre_hook(id(self))
         self._group = None
 
+    def passes_by(self, op: str) -> None:
+        """Record an operation that torch's hook does not tell, nor its bytes."""
+        if self.enabled and self._group is not None:
+            with self._recording():
+                origin = origins.origin_of(sys._getframe(1), is_integer=True)
+                self._announce(origin, None)
+                with self._lock:
+                    self._counts[Call(self._phase, origin, op, 0, 1, -1)] += 1
+
     def _on_collective(self, args: Any) -> None:
+        if not self.enabled:
+            return
         with self._recording():
             frame, tensors = sys._getframe().f_back, args.input_tensors
             is_integer = bool(tensors) and not (tensors[0].is_floating_point() or tensors[0].is_complex())
-            origin = origins.origin_of(frame, is_integer=is_integer)
+            is_backward = torch._C._current_graph_task_id() >= 0
+            origin = origins.origin_of(frame, is_integer=is_integer, is_backward=is_backward)
             self._announce(origin, frame)
             self._local.origin, self._local.has_named_one = origin, True
             super()._on_collective(args)
@@ -251,8 +260,3 @@ def backend_of(config: str) -> str:
         return config
     device = "cuda" if torch.cuda.is_available() and "cuda" in by_device else "cpu"
     return by_device.get(device) or next(iter(by_device.values()))
-
-
-def world_group() -> Any:
-    """Return torch's default group; None where there is none."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

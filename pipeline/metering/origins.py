@@ -10,23 +10,30 @@ GRADIENTS, BUFFERS, PARAMETERS = "gradients", "buffers", "parameters"
 UNUSED_PARAMETERS = "find_unused_parameters"
 """The bitmap of used parameters, which DDP's reducer adds up beside the gradients: the only integers it sends."""
 
+BUCKETS = "buckets"
+"""Which parameters are in which bucket of DDP, which its first rank tells the others once."""
+JOIN = "join"
+"""torch's `Join`: which ranks still have batches."""
+
 _PASSED = (
     "contextlib",
     "functools",
-    "pipeline.comm.",
-    "pipeline.metering.",
+    f"{__name__.partition('.')[0]}.comm.",
+    f"{__name__.partition('.')[0]}.metering.",
     "torch._ops",
     "torch.autograd.function",
     "torch.distributed._functional_collectives",
     "torch.distributed.c10d_logger",
     "torch.distributed.distributed_c10d",
     "torch.utils._contextlib",
+    "typing_extensions",
 )
 """Modules, or what their names begin with, that pass a call on for somebody."""
 
 _ASKERS = (
     ("torch.autograd.graph", "_engine_run_backward", GRADIENTS),
     ("torch.distributed.algorithms.ddp_comm_hooks.", "", GRADIENTS),
+    ("torch.distributed.algorithms.join", "", JOIN),
     ("torch.distributed.algorithms.model_averaging.", "", PARAMETERS),
     ("torch.distributed.fsdp.", "foreach_reduce", GRADIENTS),
     ("torch.distributed.fsdp.", "_reduce_grad", GRADIENTS),
@@ -38,6 +45,7 @@ _ASKERS = (
     ("torch.distributed.utils", "_verify_param_shape_across_processes", PARAMETERS),
     ("torch.nn.modules._functions", "", BUFFERS),  # statistics of SyncBatchNorm
     ("torch.nn.parallel.distributed", "__init__", PARAMETERS),
+    ("torch.nn.parallel.distributed", "_pre_forward", BUCKETS),
     ("torch.nn.parallel.distributed", "_sync_final_model", PARAMETERS),
     ("torch.nn.parallel.distributed", "_sync_module_buffers", BUFFERS),
     ("torchmetrics.", "", "metrics"),
@@ -50,7 +58,7 @@ _ASKERS = (
 _TRAINING = (GRADIENTS, BUFFERS)
 
 
-def origin_of(frame: FrameType | None, *, is_integer: bool) -> str:
+def origin_of(frame: FrameType | None, *, is_integer: bool, is_backward: bool = True) -> str:
     """Return who asked for a collective: one of `comm.collectives.ORIGINS`, or `module.function` of the program.
 
     The innermost function that is known decides; within a backward pass a function of the program is a hook on
@@ -59,6 +67,7 @@ def origin_of(frame: FrameType | None, *, is_integer: bool) -> str:
     Args:
         frame: Innermost Python frame; None in a thread of C++ alone.
         is_integer: Whether whole numbers travel, which no gradients are.
+        is_backward: Whether autograd's engine may be further up: else the program's own function ends the search.
     """
     first, is_of_program = "", False
     while frame is not None:
@@ -69,6 +78,8 @@ def origin_of(frame: FrameType | None, *, is_integer: bool) -> str:
                 return _gradients(is_integer) if name == GRADIENTS and not first else name
             first = first or name
             is_of_program = is_of_program or not name.startswith("torch.")
+            if is_of_program and not is_backward:
+                return first
         frame = frame.f_back
     return first or _gradients(is_integer)
 

@@ -15,18 +15,24 @@ NONE_JOINED = (
 )
 
 
-def conclude(settings: Settings, code: int, joined: Sequence[int]) -> None:
-    """Say what a command exchanged, and write its report where rank 0 ran here.
+def ledger_stamp(settings: Settings) -> int | None:
+    """Return what tells one writing of the run's ledger from another; None where there is none."""
+    path = Path(settings.run_root) / settings.name / "ledger.json"
+    return path.stat().st_ino if path.is_file() else None
+
+
+def conclude(settings: Settings, code: int, joined: Sequence[int], *, stamp: int | None) -> None:
+    """Say what a command exchanged, and write its report where rank 0 ran here, or left its ledger on a shared disk.
 
     Args:
         settings: What was metered.
         code: Exit code of the command.
-        joined: Ranks of its processes that were metered.
+        joined: Ranks of its processes that were metered on this machine.
+        stamp: `ledger_stamp` from before the command.
     """
-    if not joined:
-        say(NONE_JOINED)
-        return
-    if 0 not in joined:
+    if 0 not in joined and ledger_stamp(settings) in (None, stamp):
+        if not joined:
+            say(NONE_JOINED)
         return
     directory = Path(settings.run_root) / settings.name
     try:
@@ -35,30 +41,50 @@ def conclude(settings: Settings, code: int, joined: Sequence[int]) -> None:
         say(f"the command ended (exit code {code}) before its first step, and left no ledger.")
         return
     report = report_quietly(settings)
-    for line in sentences(run):
+    for line in sentences(run, code):
         say(line)
     say(f"{report or directory}")
 
 
-def sentences(run: RunRecord) -> list[str]:
-    """Return what a run exchanged, in words."""
+def sentences(run: RunRecord, code: int) -> list[str]:
+    """Return what a run exchanged, in words.
+
+    Args:
+        run: What it left.
+        code: Exit code of the command.
+    """
     ledger = run.ledger
+    known = ledger["num_steps"]
+    num_steps = max(known, int(run.last("trainer/step") or 0))
     owed, carried = ledger["gradient_bytes"], run.wire_gradient_bytes
-    told = [f"{ledger['num_steps']:,} optimiser steps on {ledger['world_size']} ranks ({ledger['backend']})."]
+    told = [f"{num_steps:,} optimiser steps on {ledger['world_size']} ranks ({ledger['backend']})."]
+    if code or num_steps > known:
+        told.append(f"It ended early (exit code {code}): the ledger is known up to step {known:,} of {num_steps:,}.")
     if owed is not None:
         moved = "" if carried is None else f", and {format_bytes(carried)} were carried"
         told.append(f"A step owes {format_bytes(owed)} of gradients{moved}.")
     closed = ledger["closed"]
-    if closed:
+    if closed is None:
+        told.append(f"Not compared: {ledger['null_reasons'].get('closed', 'no reason is on record')}")
+    elif not closed:
+        told.append(f"The ledger does not close: residual of {_residuals(run)}.")
+    elif known:
         steps, num_bytes = _compared(run)
         told.append(f"The ledger closes: in {steps:,} steps the ranks sent {num_bytes:,} bytes, all of them explained.")
-    elif closed is None:
-        told.append(f"Not compared: {ledger['null_reasons'].get('closed', 'no reason is on record')}")
     else:
-        told.append(
-            f"The ledger does not close: residual {ledger['transport']['residual_bytes_per_rank']} bytes by rank."
-        )
+        told.append("No optimiser of torch has stepped; what was exchanged before is explained.")
     return told
+
+
+def _residuals(run: RunRecord) -> str:
+    """Return the phases whose bytes are not explained, each with what is left by rank."""
+    measured = run.ledger["attempts"][-1]["measured"]
+    rows = [] if measured is None else measured["rows"]
+    return "; ".join(
+        f"{row['phase']}{'' if row['committed'] else ' without a step'} {row['residual_bytes_per_rank']} bytes by rank"
+        for row in rows
+        if any(row["residual_bytes_per_rank"] or ())
+    )
 
 
 def _compared(run: RunRecord) -> tuple[int, int]:

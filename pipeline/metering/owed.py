@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,77 +10,103 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+MAX_STATES = 8
+"""Of an optimiser, between which it changes: a model that is frozen and thawed in turns."""
+
+Part = tuple[str, list[tuple[str, torch.Tensor]]]
+"""A model's class, and those of its parameters that are stepped, by name."""
+
 
 class Owed:
-    """Finds out what an optimiser's step owes the wire: the bytes of its trainable parameters, each once.
+    """Finds out what a step owes the wire: the bytes of the trainable parameters of its optimisers, each once.
 
-    Where modules are wrapped in DistributedDataParallel, it is their parameters which the optimiser holds. Elsewhere
-    (FSDP, gradients averaged by hand) it is all that the optimiser holds; of a sharded parameter the whole.
+    Where modules are wrapped in DistributedDataParallel, it is their parameters which the optimisers hold. Elsewhere
+    (FSDP, gradients averaged by hand) it is all that the optimisers hold; of a sharded parameter the whole.
     """
 
     def __init__(self) -> None:
-        self._wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-        self._by_optimizer: dict[int, tuple[int, dict[str, int]]] = {}
+        self._wrapped: list[weakref.ref[DistributedDataParallel]] = []
+        self._known: weakref.WeakKeyDictionary[Optimizer, dict[tuple[object, ...], tuple[str, dict[str, int]]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self.model = "unknown"
         """Class of the model whose parameters were stepped last."""
 
     def found(self, module: DistributedDataParallel) -> None:
         """Take a wrapped module into account."""
-        self._wrapped.add(module)
-        self._by_optimizer.clear()
+        self._wrapped.append(weakref.ref(module))
+        self._known.clear()
 
     def find(self) -> None:
         """Take all wrapped modules into account that exist already."""
         for module in _living(DistributedDataParallel):
             self.found(module)
 
-    def of(self, optimizer: Optimizer) -> dict[str, int]:
-        """Return the bytes by name of parameter."""
-        num_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-        known = self._by_optimizer.get(id(optimizer))
-        if known is None or known[0] != num_parameters:
-            known = self._by_optimizer[id(optimizer)] = num_parameters, self._read(optimizer)
-        return known[1]
+    def of(self, optimizers: Sequence[Optimizer]) -> dict[str, int]:
+        """Return the bytes by name of parameter, of optimisers that make one step together.
+
+        Where they step several models, a name begins with the model's position.
+        """
+        known = self._known.setdefault(optimizers[0], {})
+        held = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
+        state = (len(optimizers), *((id(one), one.numel(), one.dtype, one.requires_grad) for one in held))
+        if state not in known:
+            if len(known) >= MAX_STATES:
+                known.clear()
+            known[state] = self._read(optimizers)
+        self.model, by_name = known[state]
+        return by_name
 
     @property
     def hook(self) -> str:
         """Name of the communication hook of a wrapped module; `none` where DDP reduces by itself."""
-        for module in self._wrapped:
+        for module in self._modules():
             for hook, _ in getattr(module, "_comm_hooks", ()):
                 return getattr(hook, "__qualname__", type(hook).__name__)
         return "none"
 
-    def _read(self, optimizer: Optimizer) -> dict[str, int]:
-        held = {id(parameter): parameter for parameter in _parameters(optimizer) if parameter.requires_grad}
-        by_name = {
-            name: parameter.nbytes
-            for module in self._wrapped
-            for name, parameter in module.module.named_parameters()
-            if id(parameter) in held and name not in module.parameters_to_ignore
-        }
-        if by_name:
-            self.model = next(type(module.module).__name__ for module in self._wrapped)
-            return by_name
-        module = _owner(held)
-        self.model = type(optimizer).__name__ if module is None else type(module).__name__
-        names = {} if module is None else {id(value): name for name, value in module.named_parameters()}
-        return {
-            names.get(key, f"parameter {position}"): parameter.numel() * parameter.element_size()
-            for position, (key, parameter) in enumerate(held.items())
-        }
+    def _modules(self) -> list[DistributedDataParallel]:
+        return [module for reference in self._wrapped if (module := reference()) is not None]
+
+    def _read(self, optimizers: Sequence[Optimizer]) -> tuple[str, dict[str, int]]:
+        parts = self._of_wrapped(optimizers) or [_of_owner(optimizer) for optimizer in optimizers]
+        parts = [(model, parameters) for model, parameters in parts if parameters]
+        by_name, seen = dict[str, int](), set[int]()
+        for position, (_, parameters) in enumerate(parts):
+            for name, parameter in parameters:
+                if id(parameter) not in seen:
+                    full = name if len(parts) == 1 else f"{position}.{name}"
+                    by_name[full] = parameter.numel() * parameter.element_size()
+                    seen.add(id(parameter))
+        return (parts[0][0] if parts else "unknown"), by_name
+
+    def _of_wrapped(self, optimizers: Sequence[Optimizer]) -> list[Part]:
+        held = {id(one) for optimizer in optimizers for one in _parameters(optimizer) if one.requires_grad}
+        parts: list[Part] = []
+        for module in self._modules():
+            named = [
+                (name, parameter)
+                for name, parameter in module.module.named_parameters()
+                if id(parameter) in held and name not in module.parameters_to_ignore
+            ]
+            if named:
+                parts.append((type(module.module).__name__, named))
+        return parts
+
+
+def _of_owner(optimizer: Optimizer) -> Part:
+    """Return what an optimiser holds, named by the module that has all of it and the fewest layers around it."""
+    held = {id(one): one for one in _parameters(optimizer) if one.requires_grad}
+    owners = [module for module in _living(nn.Module) if held.keys() <= {id(one) for one in module.parameters()}]
+    module = min(owners, key=lambda module: sum(1 for _ in module.modules()), default=None)
+    names = {} if module is None else {id(value): name for name, value in module.named_parameters()}
+    named = [(names.get(key, f"parameter {position}"), one) for position, (key, one) in enumerate(held.items())]
+    return type(optimizer if module is None else module).__name__, named
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _owner(held: dict[int, torch.Tensor]) -> nn.Module | None:
-    """Return the module that has all these parameters and the fewest layers around them."""
-    owners = [
-        module for module in _living(nn.Module) if held.keys() <= {id(parameter) for parameter in module.parameters()}
-    ]
-    return min(owners, key=lambda module: sum(1 for _ in module.modules()), default=None)
 
 
 def _living(kind: type[Any]) -> list[Any]:

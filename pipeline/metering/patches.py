@@ -10,11 +10,13 @@ import functools
 import inspect
 import multiprocessing.util
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -22,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from pipeline.comm.collectives import PHASES
 from pipeline.core.errors import ConfigError
 from pipeline.metering.owed import Owed
+from pipeline.metering.posts import RefusedError
 from pipeline.metering.record import say
 from pipeline.metering.session import Session
 from pipeline.metering.settings import Settings
@@ -42,7 +45,7 @@ class Patches:
         self.session: Session | None = None
         """Of the default group that exists; None before the first."""
         self._owed = Owed()
-        self._num_sessions = 0
+        self._store_ports: set[int] = set()
         self._pid = os.getpid()
         self._undo: list[Callable[[], object]] = []
 
@@ -50,6 +53,8 @@ class Patches:
         """Put the hooks in place; groups and modules that exist already are metered from here on."""
         self._replace(c10d, "_new_process_group_helper", self._making_group)
         self._replace(dist.ProcessGroup, "shutdown", self._ending_group)
+        self._replace(dist.ProcessGroup, "monitored_barrier", self._passing_hook)
+        self._replace(TCPStore, "__init__", self._making_store)
         self._replace(DistributedDataParallel, "__init__", self._wrapping_module)
         self._replace(torch.autograd, "backward", self._going_backward)
         for handle in (
@@ -59,7 +64,8 @@ class Patches:
             self._undo.append(handle.remove)
         # A process of multiprocessing ends without atexit, any other one without multiprocessing's finalizers being
         # sure to run in time: both, and the second finds that all is done.
-        multiprocessing.util.Finalize(None, self.finish, exitpriority=EXIT_PRIORITY)
+        finalizer = multiprocessing.util.Finalize(None, self.finish, exitpriority=EXIT_PRIORITY)
+        self._undo.append(finalizer.cancel)
         atexit.register(self.finish)
         self._undo.append(lambda: atexit.unregister(self.finish))
         self._owed.find()
@@ -75,7 +81,9 @@ class Patches:
         """The program ends, or the part of it that is metered. A forked process has nothing of its own to finish."""
         if self.session is not None and os.getpid() == self._pid:
             with self.session.guarded():
-                self.session.finish()
+                self.session.leave()
+            with self.session.guarded():
+                self.session.conclude()
 
     def set_phase(self, phase: str) -> str | None:
         """Enter a phase that the program names; returns the one left, None where nothing is metered.
@@ -85,11 +93,15 @@ class Patches:
         """
         if phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}.")
-        left = None
-        if self.session is not None:
-            with self.session.guarded():
-                left = self.session.set_phase(phase, is_told=True)
-        return left
+        return self._tell(lambda session: session.set_phase(phase, is_told=True))
+
+    def _tell(self, what: Callable[[Session], Any]) -> Any:
+        """Tell the session something, while there is one; what it answers."""
+        session = self.session
+        if session is not None and session.is_on and os.getpid() == self._pid:
+            with session.guarded():
+                return what(session)
+        return None
 
     @property
     def is_writer(self) -> bool:
@@ -97,10 +109,23 @@ class Patches:
         return self.session is not None and self.session.is_writer
 
     def _replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Wrap a function where everybody looks it up; what is put back is what lay there, as a class holds it."""
-        original, lay_there = getattr(owner, name), vars(owner)[name]
-        setattr(owner, name, functools.wraps(original)(make(original)))
-        self._undo.append(lambda: setattr(owner, name, lay_there))
+        """Wrap a function where everybody looks it up; what is put back is what lay there, as a class holds it.
+
+        Where somebody else has wrapped it since, it stays as it is: ours does nothing once the meter is removed.
+        """
+        original, lay_there = getattr(owner, name), vars(owner).get(name)
+        ours = functools.wraps(original)(make(original))
+
+        def put_back() -> None:
+            if vars(owner).get(name) is not ours:
+                return
+            if lay_there is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, lay_there)
+
+        setattr(owner, name, ours)
+        self._undo.append(put_back)
 
     # --- groups ---
 
@@ -126,16 +151,17 @@ class Patches:
         config = c10d._world.pg_backend_config.get(group, "") if is_member else ""
         if not ranks:
             self._begin(group, rank, size, config, store)
-        elif self.session is not None:
+        else:
             name = c10d._world.pg_names[group] if is_member else f"of ranks {','.join(map(str, ranks))}"
-            with self.session.guarded():
-                self.session.add_group(name, group if is_member else None, ranks, config)
+            self._tell(lambda session: session.add_group(name, group if is_member else None, ranks, config))
 
     def _begin(self, group: Any, rank: int, size: int, config: str, store: Any) -> None:
-        self._num_sessions += 1
-        session = Session(self.settings, self._owed, number=self._num_sessions)
+        self.finish()  # the last group's ranks have all come here
+        session = Session(self.settings, self._owed, self._store_ports)
         try:
             session.begin(group, rank, size, config, store)
+        except RefusedError:
+            return
         except ConfigError as error:
             if self._is_strict:
                 raise
@@ -155,10 +181,12 @@ class Patches:
         config = c10d._world.pg_backend_config[world]
         self._begin(world, dist.get_rank(), dist.get_world_size(), config, c10d._get_default_store())
         for group, name in list(c10d._world.pg_names.items()):
-            if group is not world and self.session is not None:
+            if group is not world:
                 ranks = sorted(c10d._world.pg_group_ranks[group], key=c10d._world.pg_group_ranks[group].__getitem__)
-                with self.session.guarded():
-                    self.session.add_group(name, group, ranks, c10d._world.pg_backend_config[group])
+                config = c10d._world.pg_backend_config[group]
+                self._tell(
+                    functools.partial(Session.add_group, name=name, group=group, ranks=ranks, backend_config=config)
+                )
 
     def _ending_group(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def shutdown(group: Any, /, *arguments: Any, **more: Any) -> Any:
@@ -168,6 +196,21 @@ class Patches:
             return original(group, *arguments, **more)
 
         return shutdown
+
+    def _passing_hook(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def monitored_barrier(group: Any, /, *arguments: Any, **more: Any) -> Any:
+            self._tell(lambda session: session.passes_by(group, "monitored_barrier"))
+            return original(group, *arguments, **more)
+
+        return monitored_barrier
+
+    def _making_store(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(store: Any, /, *arguments: Any, **more: Any) -> None:
+            original(store, *arguments, **more)
+            self._store_ports.add(store.port)
+            self._tell(lambda session: session.ignore_store(store.port))
+
+        return init
 
     # --- modules and optimisers ---
 
@@ -180,20 +223,14 @@ class Patches:
 
     def _going_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(*arguments: Any, **more: Any) -> Any:
-            torch.autograd.backward = original  # the first pass tells all that there is to tell
-            if self.session is not None and os.getpid() == self._pid:
-                with self.session.guarded():
-                    self.session.begin_training()
+            self._tell(Session.begin_training)
             return original(*arguments, **more)
 
         return backward
 
     def _step_begins(self, optimizer: Any, *_: Any) -> None:
-        if self.session is not None and os.getpid() == self._pid:
-            with self.session.guarded():
-                self.session.begin_step(optimizer)
+        frame = sys._getframe(1)
+        self._tell(lambda session: session.begin_step(optimizer, frame))
 
     def _step_ends(self, optimizer: Any, *_: Any) -> None:
-        if self.session is not None and os.getpid() == self._pid:
-            with self.session.guarded():
-                self.session.end_step(optimizer)
+        self._tell(lambda session: session.end_step(optimizer))

@@ -1,6 +1,8 @@
 """The files that a metered program leaves: ledger.json, metrics.jsonl, environment.json and the report, by rank 0."""
 
+import os
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -58,6 +60,8 @@ class Record:
         self._settings = settings
         self.name = settings.name
         self.directory, self._lock = open_run(settings)
+        lock = weakref.ref(self._lock)  # a forked process that outlives this one must not hold on to it
+        os.register_at_fork(after_in_child=lambda: (file := lock()) and file.close())
         self.attempt = 1 + _set_aside(self.directory)
         """Number of this start, from 1."""
         self._metrics = MetricsLog(self.directory.metrics)

@@ -81,6 +81,9 @@ def test_a_program_that_is_killed_leaves_what_is_known(tmp_path: Path) -> None:
     assert "SIGKILL" in ended.stderr
     ledger = ledger_of(tmp_path, "mine")
     assert ledger["num_steps"] >= 1
+    assert "It ended early (exit code 1): the ledger is known up to step" in ended.stderr
+    measured = ledger["attempts"][0]["measured"]
+    assert ledger["closed"] is (True if measured and measured["num_steps"] == ledger["num_steps"] else None)
     assert ledger["attempts"][0]["lost_payload_bytes"] is None
     assert [row["trainer/step"] for row in rows_of(tmp_path, "mine")] == [1, 2, 3, 4, 5]
     again = meter(tmp_path, "mine", *foreign("exits 9", 2))
@@ -130,3 +133,51 @@ def test_the_run_of_another_is_refused_before_anything_starts(tmp_path: Path) ->
     ended = meter(tmp_path, "mine", "touch", str(tmp_path / "ran"))
     assert ended.returncode == ExitCode.CONFIG and "give the metered program another name=" in ended.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_programs_told_apart_by_what_they_do(tmp_path: Path) -> None:
+    """One start of Python, a fork for each rank: what each scenario does beside training is in its name."""
+    names = [
+        "thrice_at_one_port",
+        "two_models_of_the_same_names",
+        "what_is_stepped_changes",
+        "a_step_that_raises",
+        "something_under_way",
+        "a_store_and_a_barrier_of_its_own",
+        "a_monitored_barrier",
+        "a_pipeline_of_its_own",
+        "a_block_of_its_own",
+    ]
+    startup = {"PYTHONPATH": str(REPOSITORY / "pipeline/metering/startup"), "SQUEEZEWIRE_METER": "of each"}
+    ended = run(sys.executable, str(HERE / "foreign_scenarios.py"), str(tmp_path), *names, env=startup)
+    assert ended.returncode == 0, ended.stderr
+    said = [line for line in ended.stderr.splitlines() if line.startswith("meter:")]
+    assert len(said) == 2 and all("inner: pipeline.meter meters this whole program" in line for line in said)
+    assert not (tmp_path / "inner").exists()
+    ledgers = {name: ledger_of(tmp_path, name) for name in names}
+    owed = {name: [row["comm/gradient_bytes"] for row in rows_of(tmp_path, name)] for name in names}
+    null = {"something_under_way": "under way when a step", "a_monitored_barrier": "not told of a monitored_barrier"}
+    for name, ledger in ledgers.items():
+        assert ledger["closed"] is (None if name in null else True), (name, ledger["attempts"])
+        assert null.get(name, "") in ledger["null_reasons"].get("closed", ""), name
+        assert ledger["num_steps"] == 1 or 0 < ledger["meter_overhead_fraction"] < 1, name
+
+    every = [tmp_path / "thrice_at_one_port" / f"ledger{part}.json" for part in (".1", ".2", "")]
+    found = [json.loads(path.read_text()) for path in every]
+    assert [one["num_steps"] for one in found] == [4, 5, 6]
+    for one in found:
+        assert one["closed"] is True
+        by_phase = {row["phase"]: row["num_calls"] for row in one["collectives"] if row["op"] == "all_reduce"}
+        assert by_phase == {"train": 2 * one["num_steps"]}  # the first step is training in each of them
+
+    first, second = 4 * (100 * 200 + 200 + 200 * 10 + 10), 4 * (50 * 70 + 70 + 70 * 10 + 10)
+    assert owed["two_models_of_the_same_names"] == [*[first + second] * 3, first, *[first + second] * 2]
+    assert ledgers["two_models_of_the_same_names"]["gradient_bytes"] == first + second
+
+    head, body = 4 * (100 * 10 + 10), 4 * (1000 * 100 + 100)
+    folds = [4 * (100 * fold * 10 + 10) for fold in (1, 2, 3) for _ in range(4)]
+    assert owed["what_is_stepped_changes"] == [*[head] * 4, *[head + body] * 4, *folds]
+    assert len(owed["a_step_that_raises"]) == 5
+    assert len(owed["a_pipeline_of_its_own"]) == 1
+    validated = [row for row in ledgers["a_block_of_its_own"]["collectives"] if row["phase"] == "validation"]
+    assert [row["payload_bytes"] for row in validated] == [400]

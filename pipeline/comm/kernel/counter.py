@@ -44,9 +44,10 @@ class SocketCounter(MeterObserver):
     was handed to TCP.
     """
 
-    def __init__(self, store_port: int) -> None:
-        """Count from now on; `store_port` is the port of the ranks' store."""
-        self._store_port = store_port
+    def __init__(self, *store_ports: int) -> None:
+        """Count from now on; `store_ports` are the ports of the ranks' stores."""
+        self.store_ports = set(store_ports)
+        """A store that is made later is added here, before the ranks compare."""
         self._watched: dict[int, _Watched] = {}
         self._job: set[int] | None = None
         self.available = True
@@ -68,6 +69,10 @@ class SocketCounter(MeterObserver):
     def adopt_new(self) -> None:
         """Count connections that were just opened, and are silent, from now on: their making is no collective."""
         self._rescan(baseline_now=True)
+
+    def find_new(self) -> None:
+        """Find connections that were opened by a collective, which sent over them since."""
+        self._rescan(baseline_now=False)
 
     def phase_changes(self, old: str, new: str) -> None:
         """What was sent in `old` is counted for it."""
@@ -92,7 +97,7 @@ class SocketCounter(MeterObserver):
         return inode in self._job if self._job is not None else not self._is_store(watched.connection)
 
     def _is_store(self, connection: Connection) -> bool:
-        return self._store_port in (connection.local[1], connection.remote[1])
+        return not self.store_ports.isdisjoint((connection.local[1], connection.remote[1]))
 
     def _count(self, label: str) -> None:
         for watched in self._watched.values():

@@ -131,6 +131,12 @@ class Measured:
             return None
         return not self.unexplained
 
+    @property
+    def is_explained_in_sum(self) -> bool:
+        """Whether all phases together agree on every rank: what one of them has too much another one lacks."""
+        residuals = [row.residual_bytes_per_rank for row in self.rows]
+        return not any(map(sum, zip(*filter(None, residuals), strict=True))) and None not in residuals
+
     def row(self, phase: str, committed: bool) -> Row | None:
         """Return the row of a phase, if anything was sent in it."""
         return next((row for row in self.rows if (row.phase, row.committed) == (phase, committed)), None)

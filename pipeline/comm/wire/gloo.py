@@ -93,6 +93,7 @@ _GLOO_REASONS = {
     "send": "A gloo send concerns two ranks, so that one rank's record does not tell what the others sent.",
     "recv": "A gloo recv concerns two ranks, so that one rank's record does not tell what the others sent.",
     "all_to_all_single": "torch's hook does not tell how gloo's all_to_all_single splits its tensor.",
+    "monitored_barrier": "torch's hook is not told of a monitored_barrier, nor of what it sends.",
     "sparse_all_reduce": "A sparse all-reduce of gloo sends every rank's non-zero values, and their numbers differ.",
 }
 

@@ -1,38 +1,70 @@
 """Python runs this before a metered program, whose PYTHONPATH names its folder (`pipeline.metering.door`).
 
 Nothing happens here but a look-out for torch.distributed: not before the program makes a process group is the meter
-imported. A `sitecustomize` of the machine's own, which this one hides, runs as it would have.
+imported, and then under a name that no program has: whatever it calls `pipeline`, now or later, stays its own. A
+`sitecustomize` of the machine's own, which this one hides, runs as it would have. A Python too old for the meter runs
+its program all the same: what is here is no newer than Python 3.8, and no annotation is evaluated.
 """
+
+from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 
 HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
 PACKAGE = os.path.dirname(os.path.dirname(HERE))  # noqa: PTH120
+OURS = os.path.basename(PACKAGE)  # noqa: PTH119
+PRIVATE = "_squeezewire_metering"
 WATCHED = "torch.distributed.distributed_c10d"
 MAKING = "_new_process_group_helper"
 
 
-class OwnPackage(importlib.abc.MetaPathFinder):
-    """Finds our package where no other of its name is found: the program's search path stays as it is."""
+class PrivatePackage(importlib.abc.MetaPathFinder):
+    """Finds our package under its private name, in which all of it imports the rest of it."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Return where our package is; None for any other name."""
-        if fullname != "pipeline":
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        """Return where a module of ours is; None for any other name."""
+        if fullname.partition(".")[0] != PRIVATE:
             return None
-        beginning = os.path.join(PACKAGE, "__init__.py")  # noqa: PTH118
-        return importlib.util.spec_from_file_location(fullname, beginning, submodule_search_locations=[PACKAGE])
+        if fullname == PRIVATE:
+            file = os.path.join(PACKAGE, "__init__.py")  # noqa: PTH118
+            places = [PACKAGE]
+            loader = PrivateLoader(fullname, file)
+            return importlib.util.spec_from_file_location(
+                fullname, file, loader=loader, submodule_search_locations=places
+            )
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = PrivateLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class PrivateLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module of ours, compiled as ever, with the private name where it imports one by the public name."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the module's code."""
+        code = super().get_code(fullname)
+        return code and renamed(code)
+
+
+def renamed(code: CodeType) -> CodeType:
+    """Return code whose imports of our package name the private one. A name with a dot is an import's."""
+    constants = tuple(renamed(value) if isinstance(value, type(code)) else value for value in code.co_consts)
+    names = tuple(PRIVATE + name[len(OURS) :] if name.startswith(OURS + ".") else name for name in code.co_names)
+    return code.replace(co_consts=constants, co_names=names)
 
 
 class LookOut(importlib.abc.MetaPathFinder):
     """Waits for the module in which process groups are made."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """Return how the others would load it, with an eye on it."""
         if fullname != WATCHED:
             return None
@@ -58,7 +90,7 @@ class Loader(importlib.abc.Loader):
         self.loader.exec_module(module)
         original = getattr(module, MAKING, None)
         if original is None:
-            tell(f"this torch has no {MAKING}, so nothing is metered: torch 2.14 has")
+            tell("this torch has no " + MAKING + ", so nothing is metered: torch 2.14 has")
             return
 
         def first(*arguments: object, **more: object) -> object:
@@ -71,21 +103,17 @@ class Loader(importlib.abc.Loader):
 
 def bring_meter() -> None:
     """Put the meter in place, or say why not: the program goes on in any case."""
-    sys.meta_path.append(OwnPackage())
+    sys.meta_path.insert(0, PrivatePackage())
     try:
-        from pipeline.metering.door import enter
+        importlib.import_module(PRIVATE + ".metering.door").enter()
     except Exception as error:
-        tell(
-            f"nothing is metered: {type(error).__name__}: {error}. The program's Python needs torch 2.14, numpy and"
-            " psutil, and no module of its own that is called pipeline"
-        )
-        return
-    enter()
+        told = type(error).__name__ + ": " + str(error)
+        tell("nothing is metered: " + told + ". The program's Python needs torch 2.14, numpy and psutil")
 
 
 def tell(text: str) -> None:
     """Say something beside the program's own output."""
-    print(f"meter: {text}.", file=sys.stderr, flush=True)
+    print("meter: " + text + ".", file=sys.stderr, flush=True)
 
 
 def run_hidden() -> None:

@@ -126,6 +126,18 @@ def test_what_came_after_the_checkpoint_is_lost_work_not_forgotten(kept: int, to
     assert adopted.row("startup", True) == row(True, 7, "startup")
 
 
+@pytest.mark.parametrize(
+    ("sent_later", "predicted", "is_explained"),
+    [(30, Sent((40, 40), (0,)), True), (29, Sent((40, 40), (0,)), False), (30, None, False)],
+)
+def test_what_one_phase_has_too_much_another_may_lack(
+    sent_later: int, predicted: Sent | None, is_explained: bool
+) -> None:
+    first = Row("train", True, Sent((40, 40), (0,)), Sent((10, 40), (0,)))
+    later = Row("train", False, predicted, Sent((40 + sent_later, 40), (0,)))
+    assert Measured(1, (first, later), (0, 0), (0, 0)).is_explained_in_sum is is_explained
+
+
 def test_measurements_survive_json() -> None:
     unpredicted = Row("train", False, None, Sent((4, 5), (9,)))
     card = InterfaceRow(
