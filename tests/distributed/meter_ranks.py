@@ -3,10 +3,10 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pipeline.comm.collectives import CollectiveMeter
 from pipeline.comm.ledger.ledger import Ledger
 from pipeline.comm.ledger.traffic import Placement
+from tests.forking import started
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -30,30 +31,27 @@ def run_ranks(script: str, num_ranks: int, out: Path, *arguments: str, env: dict
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(num_ranks):
-        rank_env = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONWARNINGS": "ignore",
-            **(env or {}),
-        }
-        log = (out / f"rank{rank}.log").open("w")
-        command = [sys.executable, str(HERE / script), str(out), *arguments]
-        processes.append(subprocess.Popen(command, env=rank_env, cwd=out, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
-    try:
-        _wait(processes, out)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": "ignore",
+        **(env or {}),
+    }
+    processes = [
+        started(
+            HERE / script,
+            [out, *arguments],
+            {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log=out / f"rank{rank}.log",
+            cwd=out,
+        )
+        for rank in range(num_ranks)
+    ]
+    _wait(processes, out)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -87,16 +85,19 @@ def leave(out: Path) -> NoReturn:
     os._exit(0)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], out: Path) -> None:
+def _wait(processes: list[BaseProcess], out: Path) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            assert code in (None, 0), f"rank {rank} ended with {code}:\n{(out / f'rank{rank}.log').read_text()[-4000:]}"
-        if all(code == 0 for code in codes):
-            return
-        assert time.monotonic() < deadline, f"ranks still running after {DEADLINE_SECONDS} s: {codes}"
-        time.sleep(0.05)
+    try:
+        while any(process.exitcode != 0 for process in processes):
+            for rank, process in enumerate(processes):
+                said = (out / f"rank{rank}.log").read_text()[-4000:] if process.exitcode else ""
+                assert process.exitcode in (None, 0), f"rank {rank} ended with {process.exitcode}:\n{said}"
+            assert time.monotonic() < deadline, f"ranks still running after {DEADLINE_SECONDS} s"
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def unreconciled(meter: CollectiveMeter, gradient_bytes_by_parameter: dict[str, int]) -> Ledger:
