@@ -9,8 +9,9 @@ is fitted on one point, the one that the forecast itself says its link holds bac
 another.
 
 Assumed of all: what ASSUMPTIONS says, and of a kind what its `assumes` says. Efficiency and exposed time are against
-one GPU alone: pictures per second over those of as many lone GPUs, and the step less a lone GPU's. Exposed time is
-scored where it was at least 1 % of a step. Medians are over predicted points only.
+what computes alone and whose speed the forecast is given: a GPU, or a server with all of its own, so that what a server
+loses inside is in neither. Exposed time is scored where it was at least 1 % of a step. Medians are over predicted
+points only, also of lone GPUs and of servers apart, and of lone GPUs without TAKING_PART, which all links share.
 """
 
 import math
@@ -100,8 +101,8 @@ class Point:
     rate: float | None = None
     """Line rate where it is not the kind's."""
     gpu: float | None = None
-    """Where the unit is a server: pictures per second of as many lone GPUs as it has. None: the unit is one GPU, whose
-    program knew of no others."""
+    """Where the unit is a server: pictures per second of as many lone GPUs as it has, which the forecast is not told.
+    None: the unit is one GPU, whose program knew of no others."""
 
     @property
     def num_units(self) -> int:
@@ -213,9 +214,9 @@ def source_of(model: str, batch: int, alone: float, bucket_megabytes: float | No
     return replace(source, step=replace(source.step, blocking_all_reduces=0, blocking_broadcasts=0))
 
 
-def forecast(point: Point, share: float) -> StepForecast:
+def forecast(point: Point, share: float, taking_part: float = TAKING_PART) -> StepForecast:
     """The point's step with that share of the line rate."""
-    alone = point.alone if point.gpu else point.alone / (1 + TAKING_PART)
+    alone = point.alone if point.gpu else point.alone / (1 + taking_part)
     source = source_of(point.model, point.batch, alone, point.bucket_megabytes)
     cluster = Cluster(
         point.servers, point.units_per_server, Network(share * point.line_rate), point.kind.algorithm, "none",
@@ -226,25 +227,25 @@ def forecast(point: Point, share: float) -> StepForecast:
     return found
 
 
-def held_back(point: Point) -> float:
+def held_back(point: Point, taking_part: float) -> float:
     """The share of its step that a unit computes, by the forecast at the line rate: the least is held back most."""
-    return point.batch / point.alone / forecast(point, 1.0).step_seconds
+    return point.batch / point.alone / forecast(point, 1.0, taking_part).step_seconds
 
 
-def fit(point: Point) -> float:
+def fit(point: Point, taking_part: float) -> float:
     """The share of the line rate at which the forecast is the published step; the largest tried where none is."""
     low, high = math.log(1e-3), math.log(1e2)
     while high - low > 1e-9:
         middle = (low + high) / 2
-        too_slow = forecast(point, math.exp(middle)).step_seconds > point.step_seconds
+        too_slow = forecast(point, math.exp(middle), taking_part).step_seconds > point.step_seconds
         low, high = (middle, high) if too_slow else (low, middle)
     return math.exp(high)
 
 
-def compared(point: Point, share: float, *, is_fitted: bool) -> dict[str, Any]:
+def compared(point: Point, share: float, taking_part: float, *, is_fitted: bool) -> dict[str, Any]:
     """A point, its forecast beside what was published."""
-    told = forecast(point, share)
-    alone = point.batch / (point.gpu or point.alone)
+    told = forecast(point, share, taking_part)
+    alone = point.batch / point.alone
     exposed = point.step_seconds - alone
     is_scored = exposed >= SCORED_SHARE * point.step_seconds
     return {
@@ -254,6 +255,7 @@ def compared(point: Point, share: float, *, is_fitted: bool) -> dict[str, Any]:
         "batch": point.batch,
         "servers": point.servers,
         "units_each": point.units_per_server,
+        "unit": "server" if point.gpu else "GPU",
         "parameter_servers": point.parameter_servers if point.kind.algorithm == "parameter_server" else None,
         "fitted": is_fitted,
         "published_fraction": alone / point.step_seconds,
@@ -265,15 +267,13 @@ def compared(point: Point, share: float, *, is_fitted: bool) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Fit each kind on its first point, then predict the others."""
-    options = common.parser(__doc__).parse_args(arguments)
-    common.print_conditions()
+def predicted(taking_part: float) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The constant of each kind of link, and every point beside its forecast."""
     rows, constants = list[dict[str, Any]](), dict[str, dict[str, Any]]()
     for kind in dict.fromkeys(point.kind for point in POINTS):
         own = [point for point in POINTS if point.kind is kind]
-        fitted = min(own, key=held_back)
-        share = fit(fitted)
+        fitted = min(own, key=lambda point: held_back(point, taking_part))
+        share = fit(fitted, taking_part)
         constants[kind.name] = {
             "line_rate_gigabits": kind.rate and kind.rate / 1e9,
             "achieved_gigabits": share * fitted.line_rate / 1e9,
@@ -281,37 +281,55 @@ def main(arguments: Sequence[str]) -> int:
             "fitted_on": f"{fitted.model}, {fitted.servers} servers, {fitted.source}",
             "assumes": kind.assumes or None,
         }
-        common.show(kind.name, constants[kind.name])
-        rows += [compared(point, share, is_fitted=point is fitted) for point in own]
-    predicted = [row for row in rows if not row["fitted"]]
-    exposed = [abs(row["exposed_error_fraction"]) for row in predicted if row["exposed_error_fraction"] is not None]
-    efficiency = [abs(row["error"]) for row in predicted]
+        rows += [compared(point, share, taking_part, is_fitted=point is fitted) for point in own]
+    return constants, rows
+
+
+def median_errors(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:
+    """Of points that were not fitted: median and worst absolute error, and how many there are."""
+    own = [row for row in rows if not row["fitted"]]
+    exposed = [abs(row["exposed_error_fraction"]) for row in own if row["exposed_error_fraction"] is not None]
+    efficiency = [abs(row["error"]) for row in own]
+    return {
+        "num_predicted": len(own),
+        "num_scored_exposed": len(exposed),
+        "efficiency": statistics.median(efficiency),
+        "exposed_time": statistics.median(exposed),
+        "worst_efficiency": max(efficiency),
+        "worst_exposed_time": max(exposed),
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fit each kind on one point, then predict the others."""
+    options = common.parser(__doc__).parse_args(arguments)
+    common.print_conditions()
+    constants, rows = predicted(TAKING_PART)
+    _, without = predicted(0.0)
     for row in rows:
         common.show(row["kind"], {key: row[key] for key in list(row)[2:]})
+    median = median_errors(rows)
     result = common.Result("published_points", vars(options))
     result.figures = {
         "num_points": len(rows),
-        "num_predicted": len(predicted),
-        "num_scored_exposed": len(exposed),
-        "median_error": {
-            "efficiency": statistics.median(efficiency),
-            "exposed_time": statistics.median(exposed),
-            "worst_efficiency": max(efficiency),
-            "worst_exposed_time": max(exposed),
-        },
+        "median_error": median,
+        "median_error_of_lone_gpus": median_errors([row for row in rows if row["unit"] == "GPU"]),
+        "median_error_of_servers": median_errors([row for row in rows if row["unit"] == "server"]),
+        "median_error_of_lone_gpus_without_taking_part": median_errors(
+            [row for row in without if row["unit"] == "GPU"]
+        ),
         "constants": constants,
         "points": rows,
         "assumptions": list(ASSUMPTIONS),
     }
     result.floors = [
         common.Floor(
-            "median absolute error of the scaling efficiency", statistics.median(efficiency),
-            at_most=LARGEST_EFFICIENCY_ERROR,
+            "median absolute error of the scaling efficiency", median["efficiency"], at_most=LARGEST_EFFICIENCY_ERROR
         ),
         common.Floor(
-            "median absolute error of the exposed time", statistics.median(exposed), at_most=LARGEST_EXPOSED_ERROR
+            "median absolute error of the exposed time", median["exposed_time"], at_most=LARGEST_EXPOSED_ERROR
         ),
-    ]  # fmt: skip
+    ]
     return result.finish(options.results)
 
 

@@ -46,7 +46,7 @@ REMARKS = {
     "loader": "Original ImageNet JPEGs to uint8 batches, shards by `prepare`, which has decoded every picture;"
     " `check=ends`: shards\nthat nobody has decoded, as foreign ones are. How it is measured:"
     "\n[benchmarks/README.md](../benchmarks/README.md#how-the-loader-is-measured).",
-    "published_points": "`published` is the text's own, `forecast` the forecast's, each against as many lone GPUs; a"
+    "published_points": "`published` is the text's own, `forecast` the forecast's, each against the unit alone; a"
     " unit is what computes\nalone, a GPU or a server. Every point is listed, also those that are far off:"
     " [forecasting.md](forecasting.md#against-others-measurements).",
     "meter_overhead": "Weights with and without the meter are bit-identical.",
@@ -80,7 +80,7 @@ COLUMNS = {
     " exit_code seconds harmless_seconds more_bytes",
     ("foreign_programs", "programs"): "program num_ranks owed_bytes_per_step carried_bytes_per_step"
     " measured_bytes_per_rank_and_step residual_bytes closed step_seconds meter_share",
-    ("published_points", "points"): "kind source model batch servers units_each parameter_servers fitted"
+    ("published_points", "points"): "kind source model batch servers units_each unit parameter_servers fitted"
     " published_fraction forecast_fraction published_exposed_seconds forecast_exposed_seconds exposed_error_fraction",
     ("links", "runs"): "model bandwidth step_seconds_alone step_seconds exposed_seconds scaling_efficiency",
     ("links_batches", "runs"): "model batch_per_rank buckets step_seconds exposed_seconds wire_seconds least_seconds"
