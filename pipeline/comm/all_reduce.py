@@ -3,8 +3,9 @@
 Bytes come from wire/gloo.py (ring) and wire/algorithms.py (the others); frame headers are added to what crosses a card.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pipeline.comm.wire import algorithms, gloo
@@ -71,7 +72,7 @@ class AllReduce:
     uplink_bytes: int
     """Bytes through the busiest rack's link to the others in one direction, one phase after the other."""
     local_bytes: int
-    """Bytes that the busiest rank sends to others of its server."""
+    """Bytes through the busiest rank's link to others of its server in one direction, one phase after the other."""
     is_pipelined: bool
     """Whether bytes travel inside servers while others travel between them: round a ring, not stage by stage."""
     payload_bytes: int
@@ -136,25 +137,38 @@ def all_reduce(
         case "halving_doubling":
             card, rounds, messages = egress, 2 * depth(num_servers), 2 * depth(num_ranks)
         case "tree":
-            levels = tree_levels(num_ranks, server_of_rank)
+            levels = tree_levels(server_of_rank)
             card, rounds, messages = 2 * payload_bytes * sum(levels), 2 * len(levels), 2 * depth(num_ranks)
         case _:  # a parameter server: all in, then all out
             card = 2 * egress
             rounds = messages = 2
     racks = [server // (servers_per_rack or len(placed)) for server in placed]
+    local = _local_bytes(found, placed)
+    if algorithm == "tree":  # a level when the one below is done, inside servers as between them
+        local = 2 * payload_bytes * sum(tree_levels(server_of_rank, are_inside=True))
     # The tree and a parameter server go up, then down: what leaves a rack in one phase enters it in the other.
     uplink = max(gloo.egress_bytes_per_server(found, racks)) * (2 if algorithm in ("tree", "parameter_server") else 1)
     return AllReduce(
         card_bytes=card,
         egress_bytes=egress,
         uplink_bytes=uplink,
-        local_bytes=_local_bytes(found, placed),
+        local_bytes=local,
         is_pipelined=algorithm == "ring",
         payload_bytes=payload_bytes,
         num_rounds=rounds if num_servers > 1 else 0,
         num_messages=messages,
         num_ranks=num_ranks,
     )
+
+
+def through_workers(found: AllReduce, server_of_rank: Sequence[int]) -> AllReduce:
+    """Return what a parameter server's all-reduce asks of the card of the server with most workers.
+
+    Each pushes the payload and pulls it. Messages to several parameter servers do not wait for one another: no rounds.
+    """
+    num_workers = max(Counter(server_of_rank).values())
+    size = num_workers * found.payload_bytes
+    return replace(found, card_bytes=2 * size, egress_bytes=size, uplink_bytes=0, num_rounds=0, num_messages=0)
 
 
 def _local_bytes(links: Links, server_of_rank: Sequence[int]) -> int:
@@ -166,21 +180,26 @@ def _local_bytes(links: Links, server_of_rank: Sequence[int]) -> int:
     return max(sent)
 
 
-def tree_levels(num_ranks: int, server_of_rank: Sequence[int]) -> list[int]:
-    """Count the payloads through the busiest card at each level of the tree that crosses servers, from the leaves up.
+def tree_levels(server_of_rank: Sequence[int], *, are_inside: bool = False) -> list[int]:
+    """Count the payloads through the busiest link at each level of the tree that has any, from the leaves up.
 
     Rank r's parent is (r - 1) // 2; level k holds ranks 2^k - 1 to 2^(k+1) - 2.
+
+    Args:
+        server_of_rank: Index of each rank's server, from 0.
+        are_inside: Count those between ranks of one server, through each rank's link to the others there; else those
+            between servers, through their cards.
     """
     levels: list[int] = []
-    first = 1
+    num_ranks, first = len(server_of_rank), 1
     while first < num_ranks:
-        received: dict[int, int] = {}
-        sent: dict[int, int] = {}
+        received, sent = Counter[int](), Counter[int]()
         for rank in range(first, min(2 * first + 1, num_ranks)):
-            here, there = server_of_rank[rank], server_of_rank[(rank - 1) // 2]
-            if here != there:
-                sent[here] = sent.get(here, 0) + 1
-                received[there] = received.get(there, 0) + 1
+            parent = (rank - 1) // 2
+            here, there = server_of_rank[rank], server_of_rank[parent]
+            if (here == there) is are_inside:
+                sent[rank if are_inside else here] += 1
+                received[parent if are_inside else there] += 1
         levels.append(max([*sent.values(), *received.values()], default=0))
         first = 2 * first + 1
     return [level for level in reversed(levels) if level]

@@ -21,7 +21,8 @@ sums, TCP) competes with that and adds what the measured run shows of it; afterw
                       (arXiv 1511.00175), not the pipelined double tree of NCCL
     halving_doubling  2 log2(m) rounds between servers
     parameter_server  all workers to the server, then back: its card carries n payloads in, then n out; of several
-                      servers each holds whole variables, and the step waits for the one that is done last
+                      servers each holds whole variables, and the step waits for the card that is done last, a
+                      holder's or a worker's, which every variable crosses
 
 n ranks on m servers. What one all-reduce asks of cards and switches is in all_reduce.py.
 What the model leaves out: other traffic on the links, congestion inside a switch, ranks that differ from one another.
@@ -30,7 +31,7 @@ What the model leaves out: other traffic on the links, congestion inside a switc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.comm.all_reduce import AllReduce, Host, Network, all_reduce, depth
+from pipeline.comm.all_reduce import AllReduce, Host, Network, all_reduce, depth, through_workers
 from pipeline.comm.wire.gloo import NotDerivable
 
 
@@ -146,13 +147,18 @@ def forecast(
     """
     placement = tuple(server_of_rank)
     last_ready = max((bucket.ready_seconds for bucket in step.buckets), default=0.0)
+    held = queues(step, algorithm, parameter_servers)
+    # Whoever holds them, all variables cross the card of every server with workers.
+    crossing = [(queue, False) for queue in held] + ([(step.variables, True)] if len(held) > 1 else [])
     end, busy, egress = 0.0, 0.0, 0
-    for queue in queues(step, algorithm, parameter_servers):
+    for queue, is_of_workers in crossing:
         end_here, busy_here, egress_here = 0.0, 0.0, 0
         for bucket in queue:
             found = all_reduce(algorithm, bucket.payload_bytes, bucket.itemsize, placement, network.servers_per_rack)
             if isinstance(found, NotDerivable):
                 return found
+            if is_of_workers:
+                found = through_workers(found, placement)
             start = max(bucket.ready_seconds, end_here)
             end_here = _end(found, start, last_ready, network, host)
             busy_here += end_here - start

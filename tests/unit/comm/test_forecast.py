@@ -146,7 +146,8 @@ def test_a_parameter_server_carries_every_payload_in_and_out() -> None:
 
 @pytest.mark.parametrize(("num_ranks", "levels"), [(1, []), (2, [1]), (3, [2]), (7, [2, 2]), (8, [1, 2, 2])])
 def test_levels_of_the_tree(num_ranks: int, levels: list[int]) -> None:
-    assert tree_levels(num_ranks, range(num_ranks)) == levels
+    assert tree_levels(range(num_ranks)) == levels
+    assert tree_levels([0] * num_ranks, are_inside=True) == levels
 
 
 def test_a_tree_beats_a_parameter_server_on_many_servers_and_a_ring_beats_both() -> None:
@@ -203,6 +204,30 @@ def test_slower_links_inside_servers_and_between_racks_never_make_a_step_shorter
     seconds = [one.step_seconds for one in found if isinstance(one, StepForecast)]
     assert seconds[0] <= seconds[1] * (1 + 1e-12)
     assert seconds[1] <= min(seconds[2:]) * (1 + 1e-12)
+
+
+def test_a_tree_inside_a_server_goes_level_by_level() -> None:
+    within = all_reduce("tree", 4_000_000, 4, (0,) * 8)
+    assert isinstance(within, AllReduce) and within.local_bytes == 10 * 4_000_000  # 1, 2 and 2 up, the same down
+    two = all_reduce("tree", 4_000_000, 4, (0, 0, 0, 0, 1, 1, 1, 1))
+    assert isinstance(two, AllReduce)
+    # Inside: of ranks 1 and 2 with 0, and of 3 with 1. Between: 4 to 1, 5 and 6 to 2; 7 to 3.
+    assert (two.local_bytes, two.card_bytes) == (2 * 3 * 4_000_000, 2 * 4 * 4_000_000)
+
+
+@given(steps(), st.integers(2, 7), st.integers(1, 8), st.integers(2, 64))
+def test_every_variable_crosses_a_workers_card_however_many_hold_them(
+    step: Step, num_servers: int, per_server: int, holders: int
+) -> None:
+    whole = tuple(replace(bucket, payload_bytes=8 * bucket.payload_bytes) for bucket in step.buckets)
+    step = replace(step, buckets=whole, variables=tuple(part for part in step.buckets for _ in range(8)))
+    placement = tuple(rank // per_server for rank in range(num_servers * per_server))
+    found = forecast(step, "parameter_server", placement, Network(1e9), Host(), 1, holders)
+    one = told(step, "parameter_server", placement, Network(1e9))
+    assert isinstance(found, StepForecast)
+    crossing = Network(1e9).seconds(2 * per_server * sum(variable.payload_bytes for variable in step.variables))
+    assert found.communication_seconds >= crossing * (1 - 1e-9)
+    assert found.step_seconds <= one.step_seconds * (1 + 1e-9)
 
 
 def test_two_stages_of_a_hierarchy_follow_one_another_and_a_ring_does_both_at_once() -> None:
