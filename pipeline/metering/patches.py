@@ -198,11 +198,11 @@ class Patches:
         return shutdown
 
     def _passing_hook(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def monitored_barrier(group: Any, /, *arguments: Any, **more: Any) -> Any:
+        def counted(group: Any, /, *arguments: Any, **more: Any) -> Any:
             self._tell(lambda session: session.passes_by(group, "monitored_barrier"))
             return original(group, *arguments, **more)
 
-        return monitored_barrier
+        return counted
 
     def _making_store(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def init(store: Any, /, *arguments: Any, **more: Any) -> None:

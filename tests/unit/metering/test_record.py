@@ -16,15 +16,19 @@ def test_workers_that_outlive_a_killed_program_do_not_keep_its_next_start_out(tm
     with pytest.raises(ConfigError, match="being written by another program"):
         Record(settings)
     ended, end = os.pipe()
+    is_there, say_there = os.pipe()
     worker = os.fork()
     if worker == 0:
         os.close(end)
+        os.write(say_there, b".")
         os.read(ended, 1)
         os._exit(0)
     try:
+        os.read(is_there, 1)  # what a fork does in the child has been done
         first.close()  # as the kernel does
         Record(settings).close()
     finally:
         os.close(end)
         os.waitpid(worker, 0)
-        os.close(ended)
+        for one in (ended, is_there, say_there):
+            os.close(one)
