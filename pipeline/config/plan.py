@@ -1,5 +1,6 @@
 """What `plan` may be told."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ POSITIVE = (
     "batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour",
     "images_per_second", "bucket_megabytes", "servers_per_rack", "parameter_servers",
 )  # fmt: skip
+NUMBERS = (*POSITIVE, "latency_seconds", "round_seconds", "oversubscription", "exposed_share", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class PlanConfig:
     local_bandwidth: str | None = None
     """Rate of a rank's link to the others of its server, such as 100gbit. Null: never the limit."""
     servers_per_rack: int | None = None
-    """Servers that share a switch. Null: all do."""
+    """Servers that share a switch. Null: all do. A parameter server stands beside the last of the servers, in a rack of
+    its own where that one's is full."""
     oversubscription: float = 1.0
     """With servers_per_rack: what the links of a rack's servers carry together over what its switch's link to the other
     racks carries."""
@@ -97,6 +100,9 @@ class PlanConfig:
             )
         for key in ("servers", "algorithm"):
             require(bool(getattr(self, key)), f"{key}=[] leaves nothing to forecast.")
+        for key in NUMBERS:
+            value = getattr(self, key)
+            require(value is None or math.isfinite(value), f"{key}={value} must be a finite number.")
         for key in POSITIVE:
             value = getattr(self, key)
             require(value is None or value > 0, f"{key}={value} must be positive.")
@@ -111,11 +117,32 @@ class PlanConfig:
             f"oversubscription={self.oversubscription} must be at least 1: a switch's link to others is no faster than"
             " those of its servers together.",
         )
+        self._check_racks_and_parameter_servers()
         needs_racks = self.oversubscription > 1 and self.servers_per_rack is None
         require(not needs_racks, f"oversubscription={self.oversubscription} needs servers_per_rack.")
         require(0 < self.exposed_share < 1, f"exposed_share={self.exposed_share} must be in (0, 1).")
         needs_price = self.budget is not None and self.price_per_server_hour is None
         require(not needs_price, f"budget={self.budget} needs price_per_server_hour.")
+
+    def _check_racks_and_parameter_servers(self) -> None:
+        """Refuse those that do not go together, and those that would have no effect."""
+        has_holders = "parameter_server" in self.algorithm
+        require(
+            self.parameter_servers == 1 or has_holders,
+            f"parameter_servers={self.parameter_servers} needs algorithm=[parameter_server].",
+        )
+        if self.servers_per_rack is None:
+            return
+        require(
+            self.parameter_servers == 1,
+            f"parameter_servers={self.parameter_servers} with servers_per_rack={self.servers_per_rack}: which racks"
+            " they would stand in is not known. Leave one of the two out.",
+        )
+        require(
+            max(self.servers) + has_holders > self.servers_per_rack,
+            f"servers_per_rack={self.servers_per_rack} has no effect on servers={list(self.servers)}, which share one"
+            " switch: leave it out, or ask for more servers.",
+        )
 
     def _check_source(self) -> None:
         """Refuse a run beside a model, neither, and a model of which too little is known."""

@@ -35,7 +35,8 @@ ASSUMPTIONS = (
     "A round costs round_seconds and latency_seconds.",
     "Ranks of one server have consecutive numbers, as have servers of one rack; what ranks of one server exchange costs"
     " no time unless local_bandwidth is given.",
-    "Each variable lies whole on one parameter server: in the model's order, on the one that holds least so far.",
+    "Each variable lies whole on one parameter server: in the model's order, on the one that holds least so far. A lone"
+    " parameter server stands beside the last server, in a rack of its own where that one's is full.",
     "fp16 and bf16 halve what travels; compressing and decompressing take no time.",
     "A larger global batch takes as many pictures to the same accuracy.",
 )

@@ -17,7 +17,7 @@ from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
 from pipeline.forecasting.alone import MIB, estimate_source, estimate_variables, fill_buckets, owed_calls, read_alone
-from pipeline.forecasting.grid import Cluster, egress_bytes, forecast, step_on
+from pipeline.forecasting.grid import Cluster, clusters, egress_bytes, forecast, step_on
 from pipeline.forecasting.source import Source, read_source
 from pipeline.forecasting.sources import read_sources, with_measured_links
 from pipeline.models import zoo
@@ -178,6 +178,47 @@ def test_what_was_not_measured_is_said_everywhere(tmp_path: Path) -> None:
     assert [source["readiness"] for source in result["sources"]] == ["estimated", "alone"]
     assert all(point["validated"] is False for point in result["points"])
     assert "ESTIMATE" in result["assumptions"][-2] and "one rank alone" in result["assumptions"][-1]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "images_per_second", "bucket_megabytes", "latency_seconds", "round_seconds", "oversubscription", "epochs",
+        "exposed_share", "price_per_server_hour", "budget",
+    ],
+)  # fmt: skip
+def test_no_number_is_infinite(key: str, value: float) -> None:
+    known: dict[str, Any] = {"images_per_second": 1.0, "price_per_server_hour": 1.0} | {key: value}
+    with pytest.raises(ConfigError, match=f"{key}={value} must be a finite number"):
+        PlanConfig(model=ModelConfig(name="resnet50"), batch_per_rank=8, bandwidth=("1gbit",), **known)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"parameter_servers": 2}, r"parameter_servers=2 needs algorithm=\[parameter_server\]"),
+        ({"parameter_servers": 2, "algorithm": ("parameter_server",), "servers_per_rack": 4}, "which racks"),
+        ({"servers_per_rack": 8, "servers": (2, 8)}, r"has no effect on servers=\[2, 8\]"),
+        ({"servers_per_rack": 9, "servers": (8,), "algorithm": ("parameter_server",)}, "has no effect"),
+    ],
+)
+def test_racks_and_parameter_servers_without_meaning_are_refused(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        PlanConfig(run="runs/x", **more)
+
+
+def test_a_lone_parameter_server_may_stand_in_a_rack_of_its_own() -> None:
+    asked = PlanConfig(run="runs/x", servers=(8,), servers_per_rack=8, algorithm=("parameter_server",))
+    (cluster,) = clusters(asked, SQUEEZENET)
+
+    def exposed(servers_per_rack: int) -> float:
+        network = Network(1e9, servers_per_rack=servers_per_rack, oversubscription=16.0)
+        found = step_on(SQUEEZENET, replace(cluster, network=network))
+        assert isinstance(found, StepForecast)
+        return found.exposed_seconds
+
+    assert exposed(8) > exposed(9) == told(SQUEEZENET, 8, 1e9, "parameter_server").exposed_seconds
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_a_global_batch_that_is_kept_shrinks_the_batch_of_a_rank(tmp_path: Path)
         (["batch_per_rank=4", "global_batch=8"], "not both"),
         (["servers=[3]", "global_batch=32"], "multiple of the ranks"),
         (["measured_bandwidth=1gbit"], "ran in a lab"),
+        (["epochs=inf"], "finite"),
     ],
 )
 def test_impossible_plans_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
