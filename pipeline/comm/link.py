@@ -3,7 +3,13 @@
 import re
 from dataclasses import dataclass
 
-_LINE = re.compile(r"server\s(\d+)\sto\s(\d+):\s([\d.]+)\sGbit/s,\s([\d,]+)\sus\sthere\sand\sback")
+from pipeline.core.units import PREFIXES, format_bandwidth, format_rate
+
+_BEGIN = re.compile(r"server\s\d+\sto\s\d+:")
+_LINE = re.compile(
+    r"server\s(\d+)\sto\s(\d+):\s(\d+(?:\.\d+)?)\s([kMGTP]?)bit/s,"
+    r"\s(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)\sus\sthere\sand\sback"
+)
 
 
 @dataclass(frozen=True)
@@ -12,20 +18,34 @@ class MeasuredLink:
 
     sender: int
     receiver: int
-    gigabits_per_second: float
+    bits_per_second: float
     round_trip_microseconds: float
     """Of a message so small that its bytes do not count, through both hosts."""
 
     def __str__(self) -> str:
         return (
-            f"server {self.sender} to {self.receiver}: {self.gigabits_per_second:.2f} Gbit/s,"
-            f" {self.round_trip_microseconds:,.0f} us there and back"
+            f"server {self.sender} to {self.receiver}: {format_bandwidth(self.bits_per_second)},"
+            f" {format_rate(self.round_trip_microseconds)} us there and back"
         )
 
 
 def parse_links(text: str) -> list[MeasuredLink]:
-    """Return the links in what `ready` printed, in their order."""
-    return [
-        MeasuredLink(int(sender), int(receiver), float(rate), float(trip.replace(",", "")))
-        for sender, receiver, rate, trip in _LINE.findall(text)
-    ]
+    """Return the links in what `ready` printed, in their order.
+
+    Raises:
+        ValueError: A line begins as that of a link and does not go on as one, or says 0.
+    """
+    links: list[MeasuredLink] = []
+    for begin in _BEGIN.finditer(text):
+        found = _LINE.match(text, begin.start())
+        line = text[begin.start() :].partition("\n")[0].rstrip()
+        if found is None:
+            raise ValueError(f"{line!r} is no link as it prints them")
+        sender, receiver, rate, prefix, trip = found.groups()
+        link = MeasuredLink(
+            int(sender), int(receiver), float(rate) * 1000 ** PREFIXES.index(prefix), float(trip.replace(",", ""))
+        )
+        if link.bits_per_second < 1 or not link.round_trip_microseconds:
+            raise ValueError(f"{line!r} tells of no rate or no time, too small for the digits that were printed")
+        links.append(link)
+    return links

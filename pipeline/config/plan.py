@@ -1,6 +1,5 @@
 """What `plan` may be told."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,6 @@ POSITIVE = (
     "batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour",
     "images_per_second", "bucket_megabytes", "servers_per_rack", "parameter_servers",
 )  # fmt: skip
-NUMBERS = (*POSITIVE, "latency_seconds", "round_seconds", "oversubscription", "exposed_share", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +48,11 @@ class PlanConfig:
     """Rate of a server's link in each direction: [100mbit,1gbit,25gbit]. Empty: as in the run, if it had links."""
     latency_seconds: float = 0.0
     """One way between servers, on top of what the run had: 0.00002 within a hall, 0.001 within a city."""
-    round_seconds: float = 1e-4
-    """Seconds of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind."""
+    round_seconds: float | None = None
+    """Seconds of one round of an all-reduce whose bytes do not count, between idle hosts of the measured run's kind.
+    Null: as `ready` measured, or 0.0001, gloo's."""
     ready: PathText | None = None
-    """What `ready` printed on the cluster, kept as a file: half of its longest round trip takes the place of
+    """What `ready` printed on the cluster, kept as a file: half of its longest round trip is
     round_seconds, and its slowest link that of a bandwidth that neither bandwidth= nor the run says."""
     local_bandwidth: str | None = None
     """Rate of a rank's link to the others of its server, such as 100gbit. Null: never the limit."""
@@ -100,9 +99,6 @@ class PlanConfig:
             )
         for key in ("servers", "algorithm"):
             require(bool(getattr(self, key)), f"{key}=[] leaves nothing to forecast.")
-        for key in NUMBERS:
-            value = getattr(self, key)
-            require(value is None or math.isfinite(value), f"{key}={value} must be a finite number.")
         for key in POSITIVE:
             value = getattr(self, key)
             require(value is None or value > 0, f"{key}={value} must be positive.")
@@ -111,7 +107,12 @@ class PlanConfig:
             "Give batch_per_rank or global_batch, not both.",
         )
         for key in ("latency_seconds", "round_seconds"):
-            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative.")
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"{key}={value} must not be negative.")
+        require(
+            self.ready is None or self.round_seconds is None,
+            f"round_seconds={self.round_seconds} beside ready={self.ready}, which tells it: give one of the two.",
+        )
         require(
             self.oversubscription >= 1,
             f"oversubscription={self.oversubscription} must be at least 1: a switch's link to others is no faster than"

@@ -6,7 +6,7 @@ import re
 from pipeline.core.errors import ConfigError
 
 MISSING = "–"
-_PREFIXES = ("", "k", "M", "G", "T", "P")
+PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def format_bytes(num_bytes: float | None) -> str:
@@ -16,9 +16,9 @@ def format_bytes(num_bytes: float | None) -> str:
     power = 0
     value = float(num_bytes)
     # 999.995 would round to 1000.00, which belongs to the next prefix.
-    while abs(value) >= (999.995 if power else 1000) and power < len(_PREFIXES) - 1:
+    while abs(value) >= (999.995 if power else 1000) and power < len(PREFIXES) - 1:
         value, power = value / 1000, power + 1
-    return f"{value:.2f} {_PREFIXES[power]}B" if power else f"{value:.0f} B"
+    return f"{value:.2f} {PREFIXES[power]}B" if power else f"{value:.0f} B"
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -56,9 +56,9 @@ def format_bandwidth(bits_per_second: float | None) -> str:
     if bits_per_second is None:
         return MISSING
     power = 0
-    while bits_per_second >= 1000 and power < len(_PREFIXES) - 1:
+    while bits_per_second >= 1000 and power < len(PREFIXES) - 1:
         bits_per_second, power = bits_per_second / 1000, power + 1
-    return f"{float(f'{bits_per_second:.3g}'):g} {_PREFIXES[power]}bit/s"
+    return f"{float(f'{bits_per_second:.3g}'):g} {PREFIXES[power]}bit/s"
 
 
 def format_times(factor: float | None) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.comm.all_reduce import ROUND_SECONDS
 from pipeline.comm.link import parse_links
 from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
@@ -21,20 +22,27 @@ def with_measured_links(config: PlanConfig) -> PlanConfig:
     if config.ready is None:
         return config
     try:
-        links = parse_links(Path(config.ready).read_text())
+        text = Path(config.ready).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"ready={config.ready} cannot be read ({error}): give the file with its output.") from error
+    try:
+        links = parse_links(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"ready={config.ready}: {error}. Measure again, or give bandwidth= and round_seconds=."
+        ) from error
     require(
         bool(links),
         f"ready={config.ready} names no link between servers: keep what `pipeline.ready` prints on two servers or more,"
         " as in `srun ... > ready.txt`.",
     )
-    slowest = min(link.gigabits_per_second for link in links)
+    slowest = min(link.bits_per_second for link in links)
     knows_links = config.run is not None and read_run(Path(config.run)).ledger["world_size"] > 1
     return replace(
         config,
+        ready=None,
         round_seconds=max(link.round_trip_microseconds for link in links) / 2e6,
-        bandwidth=config.bandwidth or (() if knows_links else (f"{slowest:g}gbit",)),
+        bandwidth=config.bandwidth or (() if knows_links else (f"{slowest:.0f}bit",)),
     )
 
 
@@ -53,7 +61,7 @@ def read_sources(config: PlanConfig) -> list[Source]:
                 config.images_per_second,
                 config.batch_per_rank,
                 bucket_megabytes=config.bucket_megabytes,
-                round_seconds=config.round_seconds,
+                round_seconds=_round_seconds(config),
             )
         ]
     compute = [read_run(Path(directory)) for directory in config.compute_runs]
@@ -62,7 +70,7 @@ def read_sources(config: PlanConfig) -> list[Source]:
 
 def _read(config: PlanConfig, run: RunRecord, compute: list[RunRecord]) -> Source:
     if run.ledger["world_size"] > 1:
-        return read_source(run, config.measured_bandwidth, compute, config.round_seconds)
+        return read_source(run, config.measured_bandwidth, compute, _round_seconds(config))
     require(
         config.measured_bandwidth is None,
         f"measured_bandwidth={config.measured_bandwidth}: {run.directory} ran on one rank alone and crossed no link.",
@@ -71,4 +79,9 @@ def _read(config: PlanConfig, run: RunRecord, compute: list[RunRecord]) -> Sourc
         bool(config.bandwidth),
         f"{run.directory} ran on one rank alone and knows no link: give bandwidth=, such as [1gbit,10gbit].",
     )
-    return read_alone(run, compute, config.round_seconds)
+    return read_alone(run, compute, _round_seconds(config))
+
+
+def _round_seconds(config: PlanConfig) -> float:
+    """Return the seconds of a round between idle hosts: gloo's on one machine where nothing was said."""
+    return ROUND_SECONDS if config.round_seconds is None else config.round_seconds

@@ -170,7 +170,7 @@ def _links(world: World) -> list[str]:
         times = _time_link(world, *pair) if world.rank in pair else None
         send_seconds, ping_seconds = broadcast_value(times, pair[0], world.device)
         rate = 8 * LINK_BYTES / max(1e-9, send_seconds - ping_seconds / 2)
-        measured.append(str(MeasuredLink(sender, receiver, rate / 1e9, ping_seconds * 1e6)))
+        measured.append(str(MeasuredLink(sender, receiver, rate, ping_seconds * 1e6)))
     return measured
 
 

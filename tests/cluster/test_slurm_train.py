@@ -104,7 +104,7 @@ def test_preflight_measures_the_link_and_leaves_nothing(slurm: "SlurmCluster", c
     job, output = submit(slurm, checkout, "slurm/preflight.sh", "name=new", *keys, "trainer.max_steps=4")
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
     assert "ok     ranks          2 on node1, node2, gloo" in output
-    assert output.count("Gbit/s, ") == 2 and "server 0 to 1: " in output and "server 1 to 0: " in output
+    assert output.count("bit/s, ") == 2 and "server 0 to 1: " in output and "server 1 to 0: " in output
     assert output.splitlines()[-1] == "Ready."
     assert not (checkout / "runs/new").exists()
 
