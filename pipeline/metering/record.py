@@ -21,7 +21,9 @@ from pipeline.run.record.metrics_log import MetricsLog
 
 def say(text: str) -> None:
     """Tell something about the meter beside the program's own output."""
-    print(f"meter: {one_line(text)}", file=sys.stderr, flush=True)
+    # In one piece: ranks share a terminal, and print() writes the line and its end apart.
+    sys.stderr.write(f"meter: {one_line(text)}\n")
+    sys.stderr.flush()
 
 
 def open_run(settings: Settings) -> tuple[RunDirectory, IO[bytes]]:

@@ -113,7 +113,8 @@ def bring_meter() -> None:
 
 def tell(text: str) -> None:
     """Say something beside the program's own output."""
-    print("meter: " + text + ".", file=sys.stderr, flush=True)
+    sys.stderr.write("meter: " + text + ".\n")
+    sys.stderr.flush()
 
 
 def run_hidden() -> None:
