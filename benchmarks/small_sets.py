@@ -1,4 +1,4 @@
-"""Whether SqueezeNet's presets learn on small sets as they are: 20 seeds on each of four, with the default recipe.
+"""Whether SqueezeNet's presets learn on small sets with the default recipe: 20 seeds on each of four.
 
     python -m benchmarks.small_sets --tar cifar10.tar --folder imagenet-sample --classes wnids.txt
 
@@ -7,7 +7,7 @@ dogs, and an ImageNet sample of one picture per class, put together to 20 kinds 
 160 steps of 32 pictures at 64 pixels has no key of its own but those sizes. It has left ln(classes) when the mean loss
 of its last 20 steps is at most LARGEST_SHARE of that; the accuracy on pictures left out stands beside it.
 
-`--init torchvision` shows the same trainings from the weights of before, `--init caffe` those of the authors' scheme.
+`--init standardized` shows the same trainings from weights that tell pictures apart.
 """
 
 import math
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--classes", type=Path, required=True, help="1000 class names, one per line, in index order")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(20)))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--init", default="standardized", help="model.metaparameters.init (%(default)s)")
+    parser.add_argument("--init", default="torchvision", help="model.metaparameters.init (%(default)s)")
     options = parser.parse_args(arguments)
     common.print_conditions()
     roots = prepared(options)
