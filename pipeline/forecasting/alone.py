@@ -17,7 +17,7 @@ from pipeline.forecasting.source import (
     compute_seconds,
     measured_buckets,
     num_blocking,
-    variables_of,
+    step_of,
     wire_itemsize,
 )
 from pipeline.models import zoo
@@ -61,23 +61,11 @@ def read_alone(run: RunRecord, compute: Sequence[RunRecord] = (), round_seconds:
             " version of the program, which times one rank alone too, with comm.meter and comm.timeline on and for at"
             " least 2 steps."
         )
-    step_seconds = run.step_seconds
-    assert step_seconds is not None  # whoever timed its passes timed its steps
-    rest = step_seconds - (time["data_wait_seconds"] or 0.0) - forward - backward
     told = run.config["model"]
     keys = ("name", "num_classes", "allow_code", "metaparameters")
     model = ModelConfig(**{key: told[key] for key in keys if key in told})
     calls = owed_calls(_shapes(model), [bucket.payload_bytes for bucket in measured], itemsize, batch.num_micro_batches)
-    step = pure.Step(
-        forward_seconds=forward,
-        backward_seconds=backward,
-        other_seconds=max(0.0, rest),
-        buckets=tuple(pure.Bucket(bucket.payload_bytes, itemsize, bucket.ready_seconds) for bucket in measured),
-        num_micro_batches=batch.num_micro_batches,
-        blocking_all_reduces=num_blocking(calls, "all_reduce"),
-        blocking_broadcasts=num_blocking(calls, "broadcast"),
-        variables=variables_of(ledger, measured, itemsize),
-    )
+    step = step_of(run, measured, calls, forward, backward)
     if compute:
         step = step.scaled(compute_seconds(compute, run) / step.compute_seconds)
     return Source(

@@ -72,20 +72,7 @@ def read_source(
         )
     network = Network(_link_of(run, measured_bandwidth))
     measured = measured_buckets(ledger, itemsize)
-    step_seconds = run.step_seconds
-    if step_seconds is None:
-        raise ConfigError(f"{run.directory} recorded no step time: a forecast needs at least 2 steps.")
-    passes_seconds = times.forward_seconds + times.backward_seconds + times.exposed_seconds
-    step = pure.Step(
-        forward_seconds=times.forward_seconds,
-        backward_seconds=times.backward_seconds,
-        other_seconds=max(0.0, step_seconds - (ledger["time"]["data_wait_seconds"] or 0.0) - passes_seconds),
-        buckets=tuple(pure.Bucket(bucket.payload_bytes, itemsize, bucket.ready_seconds) for bucket in measured),
-        num_micro_batches=run.batch.num_micro_batches,
-        blocking_all_reduces=num_blocking(calls, "all_reduce"),
-        blocking_broadcasts=num_blocking(calls, "broadcast"),
-        variables=variables_of(ledger, measured, itemsize),
-    )
+    step = step_of(run, measured, calls, times.forward_seconds, times.backward_seconds, times.exposed_seconds)
     placement = ledger["server_of_rank"]
     host = pure.fit_host(measured, "ring", placement, network, round_seconds)
     step, host = pure.calibrated(step, host, placement, network, times.exposed_seconds)
@@ -102,6 +89,44 @@ def read_source(
         num_ranks=ledger["world_size"],
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
         network=network,
+    )
+
+
+def step_of(
+    run: RunRecord,
+    measured: Sequence[pure.MeasuredBucket],
+    calls: Sequence[CallJson],
+    forward_seconds: float,
+    backward_seconds: float,
+    exposed_seconds: float = 0.0,
+) -> pure.Step:
+    """Return the step of a run as it was timed.
+
+    Args:
+        run: The run.
+        measured: Its buckets.
+        calls: Collectives of a step on several ranks.
+        forward_seconds: Of its forward passes.
+        backward_seconds: Of its backward passes, without waiting.
+        exposed_seconds: Waiting for communication.
+
+    Raises:
+        ConfigError: It recorded no step time.
+    """
+    if run.step_seconds is None:
+        raise ConfigError(f"{run.directory} recorded no step time: a forecast needs at least 2 steps.")
+    itemsize = wire_itemsize(run)
+    known_seconds = forward_seconds + backward_seconds + exposed_seconds
+    wait_seconds = run.ledger["time"]["data_wait_seconds"] or 0.0
+    return pure.Step(
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
+        other_seconds=max(0.0, run.step_seconds - wait_seconds - known_seconds),
+        buckets=tuple(pure.Bucket(bucket.payload_bytes, itemsize, bucket.ready_seconds) for bucket in measured),
+        num_micro_batches=run.batch.num_micro_batches,
+        blocking_all_reduces=num_blocking(calls, "all_reduce"),
+        blocking_broadcasts=num_blocking(calls, "broadcast"),
+        variables=variables_of(run.ledger, measured, itemsize),
     )
 
 
