@@ -6,7 +6,7 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.config.comm import CommConfig
 from pipeline.config.data import DataConfig
@@ -18,6 +18,8 @@ from pipeline.core.typed import PathText, one_of, require
 ARTIFACTS = ("ledger", "config", "report", "best")
 LOGGERS = ("csv", "tensorboard")
 OPTIMIZERS = ("sgd", "adamw")
+AUTHORS_LR, AUTHORS_BATCH = 0.04, 512
+"""Of the solver that SqueezeNet's authors published."""
 MOST_CRUMBS = 4
 """A rank's share is not taken in more micro-batches than so many times those that would hold it."""
 
@@ -90,7 +92,9 @@ class RecipeConfig:
 
     optimizer: str = "sgd"
     """`sgd` with momentum, or `adamw`. A run that resumes keeps its own."""
-    lr: float = 0.04
+    lr: float | None = None
+    """Highest learning rate. Null, of SGD: 0.04 for a batch.global_size of 512, as the authors of SqueezeNet trained, and
+    in proportion for any other (Goyal et al., arXiv 1706.02677)."""
     head_lr_factor: float = 1.0
     """Learning rate of the layer that gives the classes, over that of everything else."""
     momentum: float = 0.9
@@ -114,7 +118,12 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         one_of("recipe.decay", self.decay, ("linear", "cosine", "none"))
         one_of("recipe.optimizer", self.optimizer, OPTIMIZERS)
-        require(self.lr > 0, f"recipe.lr={self.lr} must be positive.")
+        require(self.lr is None or self.lr > 0, f"recipe.lr={self.lr} must be positive.")
+        require(
+            self.lr is not None or self.optimizer == "sgd",
+            f"recipe.lr is null, and only SGD has a rate of its own here: give recipe.lr with {self.optimizer}, 0.001 or"
+            " below, or set recipe.optimizer=sgd.",
+        )
         require(self.head_lr_factor >= 0, f"recipe.head_lr_factor={self.head_lr_factor} must not be negative.")
         require(0 <= self.beta2 < 1, f"recipe.beta2={self.beta2} must be in [0, 1).")
         require(
@@ -136,6 +145,7 @@ class RecipeConfig:
 
         linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
         """
+        assert self.lr is not None, "of a TrainConfig it is known"
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.decay == "none":
@@ -335,6 +345,9 @@ class TrainConfig:
             "privacy=strict does not go with tracking.loggers=[tensorboard], whose file names hold the host: use csv.",
         )
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
+        if self.recipe.lr is None:
+            lr = AUTHORS_LR * self.batch.global_size / AUTHORS_BATCH
+            object.__setattr__(self, "recipe", replace(self.recipe, lr=lr))
         require(
             self.data.root is not None,
             "data.root is not set: give the directory that `python -m pipeline.prepare` made"

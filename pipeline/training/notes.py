@@ -102,7 +102,7 @@ def announce(setup: Setup, owed_bytes: int) -> str:
         f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
         f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
         f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
-        f" x {batch.per_rank}\n"
+        f" x {batch.per_rank}; lr {config.recipe.lr:g} at most\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {_owed(setup, owed_bytes)}; about {sent_bytes:,} sent by each rank (ring)\n"
         + _pruning_line(config.recipe.prune, plan.num_steps)

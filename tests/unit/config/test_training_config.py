@@ -84,11 +84,11 @@ def test_missing_key_names_the_argument_to_add() -> None:
     [
         ({"lr": "fast"}, "lr='fast' must be of type float"),
         ({"lr": True}, "lr=True must be of type float"),
-        ({"lr": None}, "lr is null"),
+        ({"lr": None, "optimizer": "adamw"}, r"recipe\.lr is null.*give recipe\.lr with adamw"),
         ({"lr": -1.0}, "recipe.lr=-1.0 must be positive"),
         ({"decay": "linaer"}, "Did you mean 'linear'"),
         ({"nesterov": True, "momentum": 0.0}, "recipe.nesterov"),
-        ({"nesterov": True, "optimizer": "adamw"}, "recipe.nesterov=true is of SGD"),
+        ({"nesterov": True, "optimizer": "adamw", "lr": 0.001}, "recipe.nesterov=true is of SGD"),
         ({"optimizer": "adam"}, "recipe.optimizer"),
         ({"head_lr_factor": -1.0}, "recipe.head_lr_factor"),
         ({"beta2": 1.0}, "recipe.beta2"),
@@ -150,6 +150,20 @@ def test_what_needs_the_same_weights_in_every_step_is_refused_beside_local_steps
     options = ["name=a", "data.root=x", "trainer.max_steps=1", "comm=local", option]
     with pytest.raises(ConfigError, match=option.replace(".", r"\.") + r" .*comm\.period=16"):
         compose("train", TrainConfig, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        (["batch.global_size=512"], 0.04),
+        (["batch.global_size=32"], 0.0025),
+        (["batch.global_size=32", "recipe.lr=0.03"], 0.03),
+        (["batch.global_size=32", "recipe=adamw"], 0.0005),
+    ],
+)
+def test_a_rate_that_is_not_given_is_in_proportion_to_the_batch(options: list[str], rate: float) -> None:
+    config = compose("train", TrainConfig, ["name=a", "data.root=x", "trainer.max_steps=1", *options])
+    assert config.recipe.learning_rate(config.recipe.warmup_steps, 200) == pytest.approx(rate, rel=1e-12)
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused() -> None:

@@ -103,7 +103,7 @@ def test_gradients_equal_torchvisions(name: str) -> None:
 @pytest.mark.parametrize("name", VERSIONS)
 def test_the_same_seed_gives_torchvisions_initial_weights(name: str) -> None:
     torch.manual_seed(11)
-    ours = build(name, 10).state_dict()
+    ours = build(name, 10, init="torchvision").state_dict()
     torch.manual_seed(11)
     theirs = peer(name, num_classes=10).state_dict()
     assert list(ours) == list(theirs)
@@ -125,7 +125,7 @@ def test_initial_weights_fill_their_bounds(init: str, gain: float) -> None:
 
 
 @pytest.mark.parametrize("name", [*VERSIONS, "squeezenet_small", "squeezenet1_0_complex_bypass"])
-def test_standardized_weights_tell_pictures_apart(name: str) -> None:
+def test_the_default_weights_tell_pictures_apart(name: str) -> None:
     """Under He's initialisation nearly all pictures look alike, which is how a training begins at ln(classes)."""
 
     def alikeness(**metaparameters: Any) -> float:
@@ -135,23 +135,23 @@ def test_standardized_weights_tell_pictures_apart(name: str) -> None:
             features_BF = model.features(pictures(64, 8)).flatten(1)
         return torch.corrcoef(features_BF)[~torch.eye(8, dtype=torch.bool)].mean().item()
 
-    assert alikeness(init="standardized") < 0.8 * alikeness()
+    assert alikeness() < 0.8 * alikeness(init="torchvision")
 
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_no_output_of_conv10_is_off_at_the_start(name: str) -> None:
-    model = build(name, 10, init="standardized").eval()
+    model = build(name, 10).eval()
     before_relu_BKHW = model.classifier[1](model.features(pictures(64, 8)))
     assert before_relu_BKHW.min() > 0
 
 
-def test_standardized_weights_do_not_depend_on_the_number_of_threads() -> None:
+def test_the_default_weights_do_not_depend_on_the_number_of_threads() -> None:
     def drawn(num_threads: int) -> dict[str, Tensor]:
         before = torch.get_num_threads()
         torch.set_num_threads(num_threads)
         try:
             torch.manual_seed(11)
-            return build("squeezenet1_1", 10, init="standardized").state_dict()
+            return build("squeezenet1_1", 10).state_dict()
         finally:
             torch.set_num_threads(before)
 
@@ -159,8 +159,8 @@ def test_standardized_weights_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(one[key], three[key]) for key in one)
 
 
-def test_standardized_weights_of_a_network_that_halves_often_are_finite() -> None:
-    state = build(num_classes=10, init="standardized", pool_after=(1, 2, 3, 4, 5, 6)).state_dict()
+def test_the_default_weights_of_a_network_that_halves_often_are_finite() -> None:
+    state = build(num_classes=10, pool_after=(1, 2, 3, 4, 5, 6)).state_dict()
     assert all(value.isfinite().all() for value in state.values())
 
 
@@ -174,7 +174,7 @@ def test_caffes_conv10_averages_over_a_padded_map() -> None:
 
 
 def test_without_the_final_relu_logits_can_be_negative_and_keys_stay() -> None:
-    with_relu, without = (build(num_classes=10, final_relu=relu).eval() for relu in (True, False))
+    with_relu, without = (build(num_classes=10, init="torchvision", final_relu=relu).eval() for relu in (True, False))
     without.load_state_dict(with_relu.state_dict(), strict=True)
     with torch.no_grad():
         assert with_relu(pictures(64)).min() >= 0

@@ -245,7 +245,7 @@ def test_the_average_follows_the_weights_and_is_what_is_validated() -> None:
 
 
 def test_validated_are_the_weights_in_common_where_ranks_have_others() -> None:
-    learner = make_learner(RecipeConfig(), comm=CommConfig(period=4, delay=1))
+    learner = make_learner(RecipeConfig(lr=0.04), comm=CommConfig(period=4, delay=1))
     learner.averaging.begin()
     batch = pictures(16, 5)
     learner.model.eval()

@@ -288,7 +288,7 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
     assert set(start.changes) == {
         "trainer.max_steps was 4 and is 99",
         "trainer.validate_every_steps was None and is 7",
-        "recipe.lr was 0.04 and is 0.5",
+        "recipe.lr was 0.00015625 and is 0.5",
     }
     assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES).changes == ()
 
