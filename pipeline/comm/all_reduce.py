@@ -63,7 +63,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class AllReduce:
-    """What one all-reduce asks of cards and hosts."""
+    """What one all-reduce, or another collective, asks of cards and hosts."""
 
     card_bytes: int
     """Bytes through the busiest card in one direction, one phase after the other."""
@@ -157,6 +157,43 @@ def all_reduce(
         payload_bytes=payload_bytes,
         num_rounds=rounds if num_servers > 1 else 0,
         num_messages=messages,
+        num_ranks=num_ranks,
+    )
+
+
+@lru_cache(maxsize=4096)
+def exchange(
+    op: str,
+    payload_bytes: int,
+    itemsize: int,
+    server_of_rank: tuple[int, ...],
+    servers_per_rack: int | None = None,
+) -> AllReduce | NotDerivable:
+    """Return what another collective of gloo's asks of cards and hosts, or why it is not known.
+
+    Args:
+        op: `all_to_all`, whose messages do not wait for one another, or `all_gather`, round a ring.
+        payload_bytes: Bytes of one rank's input.
+        itemsize: Bytes per element.
+        server_of_rank: Index of each rank's server, from 0.
+        servers_per_rack: Servers that share a switch; None: all do.
+    """
+    num_ranks = len(server_of_rank)
+    found = gloo.links(op, payload_bytes, itemsize, -1, num_ranks, "gloo")
+    if isinstance(found, NotDerivable):
+        return found
+    egress = max(gloo.egress_bytes_per_server(found, server_of_rank))
+    racks = [server // (servers_per_rack or num_ranks) for server in server_of_rank]
+    num_rounds = 1 if op == "all_to_all" else num_ranks - 1
+    return AllReduce(
+        card_bytes=egress,
+        egress_bytes=egress,
+        uplink_bytes=max(gloo.egress_bytes_per_server(found, racks)),
+        local_bytes=_local_bytes(found, server_of_rank),
+        is_pipelined=True,
+        payload_bytes=payload_bytes,
+        num_rounds=num_rounds if len(set(server_of_rank)) > 1 else 0,
+        num_messages=num_rounds,
         num_ranks=num_ranks,
     )
 

@@ -11,6 +11,8 @@ from pipeline.core.units import bits_per_second
 
 ALGORITHMS = ("ring", "hierarchical", "tree", "halving_doubling", "parameter_server")
 """How the bytes of an all-reduce may travel: those that `comm.forecast` can price."""
+METHODS = {"local": "fp32", "diloco_bf16": "bf16", "diloco_int8": "int8", "diloco_int4": "int4"}
+"""Ways to exchange weights after rounds of local steps: each with its comm.codec."""
 POSITIVE = (
     "batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour",
     "images_per_second", "bucket_megabytes", "servers_per_rack", "parameter_servers",
@@ -68,6 +70,10 @@ class PlanConfig:
     """With algorithm=[parameter_server]: how many share the variables, each of which lies on one of them whole."""
     hook: tuple[str, ...] = ()
     """Gradient compression: none, fp16, bf16. Empty: as in the run."""
+    methods: tuple[str, ...] = ()
+    """Exchanges of weights after rounds of local steps, beside the ring in every step: local (comm=local), diloco_bf16,
+    diloco_int8, diloco_int4 (comm=diloco with that codec). Of each the shortest round is told with which at most
+    exposed_share shows."""
     batch_per_rank: int | None = None
     """Pictures of a micro-batch on a rank. Null: as in the run, so that the global batch grows with the ranks."""
     global_batch: int | None = None
@@ -93,6 +99,12 @@ class PlanConfig:
             one_of("algorithm", algorithm, ALGORITHMS)
         for hook in self.hook:
             one_of("hook", hook, tuple(ITEMSIZES))
+        for method in self.methods:
+            one_of("methods", method, tuple(METHODS))
+        require(
+            not self.methods or "ring" in self.algorithm,
+            f"methods={list(self.methods)} are gloo's exchanges: add ring to algorithm={list(self.algorithm)}.",
+        )
         for key in ("servers", "ranks_per_server"):
             require(
                 all(count >= 1 for count in getattr(self, key)), f"{key}={list(getattr(self, key))}: at least 1 each."

@@ -93,8 +93,8 @@ class RecipeConfig:
     optimizer: str = "sgd"
     """`sgd` with momentum, or `adamw`. A run that resumes keeps its own."""
     lr: float | None = None
-    """Highest learning rate. Null, of SGD: 0.04 for a batch.global_size of 512, as the authors of SqueezeNet trained, and
-    in proportion for any other (Goyal et al., arXiv 1706.02677)."""
+    """Highest learning rate. Null, of SGD: 0.04 for a batch.global_size of 512, as the authors of SqueezeNet trained,
+    and in proportion for any other (Goyal et al., arXiv 1706.02677)."""
     head_lr_factor: float = 1.0
     """Learning rate of the layer that gives the classes, over that of everything else."""
     momentum: float = 0.9
@@ -121,8 +121,8 @@ class RecipeConfig:
         require(self.lr is None or self.lr > 0, f"recipe.lr={self.lr} must be positive.")
         require(
             self.lr is not None or self.optimizer == "sgd",
-            f"recipe.lr is null, and only SGD has a rate of its own here: give recipe.lr with {self.optimizer}, 0.001 or"
-            " below, or set recipe.optimizer=sgd.",
+            f"recipe.lr is null, and only SGD has a rate of its own here: give recipe.lr with {self.optimizer}, 0.001"
+            " or below, or set recipe.optimizer=sgd.",
         )
         require(self.head_lr_factor >= 0, f"recipe.head_lr_factor={self.head_lr_factor} must not be negative.")
         require(0 <= self.beta2 < 1, f"recipe.beta2={self.beta2} must be in [0, 1).")

@@ -14,9 +14,11 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.ledger import CallJson
 from pipeline.forecasting.source import (
     Source,
+    architecture_of,
     compute_seconds,
     measured_buckets,
     num_blocking,
+    shapes_of,
     step_of,
     wire_itemsize,
 )
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 MIB = 2**20
-NUM_CLASSES = 1000  # ImageNet's
 FIRST_BUCKET_MEGABYTES, BUCKET_MEGABYTES = 1.0, 25.0  # torch's defaults: kDefaultFirstBucketBytes, bucket_cap_mb
 FORWARD_SHARE = 1 / 3
 """Of a step's multiply-adds: the backward pass has one product for the inputs and one for the weights of each layer."""
@@ -61,10 +62,10 @@ def read_alone(run: RunRecord, compute: Sequence[RunRecord] = (), round_seconds:
             " version of the program, which times one rank alone too, with comm.meter and comm.timeline on and for at"
             " least 2 steps."
         )
-    told = run.config["model"]
-    keys = ("name", "num_classes", "allow_code", "metaparameters")
-    model = ModelConfig(**{key: told[key] for key in keys if key in told})
-    calls = owed_calls(_shapes(model), [bucket.payload_bytes for bucket in measured], itemsize, batch.num_micro_batches)
+    architecture = architecture_of(run)
+    calls = owed_calls(
+        shapes_of(architecture), [bucket.payload_bytes for bucket in measured], itemsize, batch.num_micro_batches
+    )
     step = step_of(run, measured, calls, forward, backward)
     if compute:
         step = step.scaled(compute_seconds(compute, run) / step.compute_seconds)
@@ -79,14 +80,10 @@ def read_alone(run: RunRecord, compute: Sequence[RunRecord] = (), round_seconds:
         num_ranks=1,
         ranks_per_server=1,
         network=Network(None),
+        architecture=architecture,
+        bucket_megabytes=run.setting("comm.bucket_megabytes"),
         readiness="alone",
     )
-
-
-def _shapes(model: ModelConfig) -> "nn.Module":
-    """Return the network without memory."""
-    num_classes = model.num_classes or NUM_CLASSES
-    return zoo.build_shapes(model.name, num_classes, allow_code=model.allow_code, **model.metaparameters)
 
 
 def owed_calls(
@@ -146,7 +143,7 @@ def estimate_source(
     """
     from pipeline.models.cost import cost
 
-    network = _shapes(model)
+    network = shapes_of(model)
     layers = [layer for layer in cost(network, model.input.size).layers if layer.num_parameters]
     label = zoo.format_spec(model.name, model.metaparameters)
     seconds = batch_per_rank / images_per_second
@@ -173,6 +170,8 @@ def estimate_source(
         num_ranks=1,
         ranks_per_server=1,
         network=Network(None),
+        architecture=model,
+        bucket_megabytes=bucket_megabytes,
         readiness="estimated",
     )
 

@@ -4,18 +4,24 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.comm import forecast as pure
 from pipeline.comm.all_reduce import ROUND_SECONDS, Host, Network
 from pipeline.config.hooks import ITEMSIZES
+from pipeline.config.model import ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.schemas.ledger import CallJson, LedgerJson
 from pipeline.core.typed import require
 from pipeline.core.units import bits_per_second
 from pipeline.reporting.runs import RunRecord
 
+if TYPE_CHECKING:
+    from torch import nn
+
+NUM_CLASSES = 1000  # ImageNet's
 Readiness = Literal["measured", "alone", "estimated"]
 """How it is known when buckets are ready: from ranks that exchanged them, from one alone, from a model's layers."""
 
@@ -36,12 +42,37 @@ class Source:
     num_ranks: int
     ranks_per_server: int
     network: Network
+    architecture: ModelConfig
+    bucket_megabytes: float | None
+    """comm.bucket_megabytes."""
     readiness: Readiness = "measured"
 
     @property
     def global_batch(self) -> int:
         """Pictures of a step over all ranks."""
         return self.num_ranks * self.batch_per_rank * self.step.num_micro_batches
+
+    @cached_property
+    def shapes(self) -> "nn.Module":
+        """The network without memory."""
+        return shapes_of(self.architecture)
+
+
+def architecture_of(run: RunRecord) -> ModelConfig:
+    """Return what a run's configuration says of its network."""
+    told = run.config["model"]
+    keys = ("name", "num_classes", "allow_code", "metaparameters")
+    return ModelConfig(**{key: told[key] for key in keys if key in told})
+
+
+def shapes_of(architecture: ModelConfig) -> "nn.Module":
+    """Return a network without memory; of ImageNet's classes where it says no number."""
+    from pipeline.models import zoo
+
+    num_classes = architecture.num_classes or NUM_CLASSES
+    return zoo.build_shapes(
+        architecture.name, num_classes, allow_code=architecture.allow_code, **architecture.metaparameters
+    )
 
 
 def read_source(
@@ -89,6 +120,8 @@ def read_source(
         num_ranks=ledger["world_size"],
         ranks_per_server=ledger["world_size"] // ledger["num_servers"] or 1,
         network=network,
+        architecture=architecture_of(run),
+        bucket_megabytes=run.setting("comm.bucket_megabytes"),
     )
 
 

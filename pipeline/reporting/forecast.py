@@ -2,13 +2,13 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.files import write_json_atomic, write_text_atomic
-from pipeline.core.schemas.forecast import ForecastJson, PointJson
+from pipeline.core.schemas.forecast import ForecastJson, MethodJson, PointJson
 from pipeline.core.units import (
     MISSING,
     format_bandwidth,
@@ -94,7 +94,7 @@ def _algorithm(row: PointJson) -> str:
     return row["algorithm"].replace("_", " ")
 
 
-def _link(row: PointJson) -> str:
+def _link(row: PointJson | MethodJson) -> str:
     """Return a server's link in words."""
     rate, latency = row["bandwidth_bits_per_second"], row["latency_seconds"]
     more = f" + {format_seconds(latency)}" if latency else ""
@@ -117,6 +117,27 @@ def forecast_table(result: ForecastJson) -> Table:
         if column.key in always or (column.key not in same and any(row.get(column.key) is not None for row in rows))
     ]
     return make_table(title or "Every cluster", shown, rows)
+
+
+def methods_table(result: ForecastJson) -> Table | None:
+    """Show how long rounds of local steps must be on each cluster; None: nobody asked."""
+    if not result["methods"]:
+        return None
+    clusters: dict[tuple[object, ...], Row] = {}
+    for row in result["methods"]:
+        asked = {key: row[key] for key in ("model", "num_servers", "ranks_per_server", "global_batch")}
+        asked["link"] = _link(row)
+        clusters.setdefault(tuple(asked.values()), asked)[row["method"]] = row["period"]
+    rows = list(clusters.values())
+    methods = dict.fromkeys(row["method"] for row in result["methods"])
+    told = [column for column in COLUMNS if column.key in ("model", "num_servers", "ranks_per_server", "link")]
+    shown = [column for column in told if column.key == "num_servers" or len({row[column.key] for row in rows}) > 1]
+    periods = [
+        Column(method, method.replace("_", " "), format_count, "the fewest steps of a round (comm.period)")
+        for method in methods
+    ]
+    share = format_percent(result["settings"]["exposed_share"])
+    return make_table(f"Rounds of which at most {share} is spent in the exchange", [*shown, *periods], rows)
 
 
 def forecast_csv(result: ForecastJson) -> str:
@@ -172,6 +193,7 @@ def forecast_sentences(result: ForecastJson) -> list[str]:
     )
     impossible = sorted({row["reason"] for row in points if "reason" in row})
     sentences.extend(f"Left out: {reason}" for reason in impossible)
+    sentences.extend(_rounds_sentences(result))
     best = result["best_for_budget"]
     if best is not None:
         sentences.append(
@@ -181,6 +203,21 @@ def forecast_sentences(result: ForecastJson) -> list[str]:
     elif settings["budget"] is not None:
         sentences.append(f"No cluster of the table trains within a budget of {settings['budget']:,g}.")
     return sentences
+
+
+def _rounds_sentences(result: ForecastJson) -> Iterator[str]:
+    """Say for each model and link what to choose on the largest cluster, if rounds were asked about."""
+    most = max((row["num_servers"] for row in result["methods"]), default=0)
+    chosen: dict[tuple[str, str], list[MethodJson]] = {}
+    for row in result["methods"]:
+        if row["num_servers"] == most:
+            chosen.setdefault((row["model"], _link(row)), []).append(row)
+    for (model, link), rows in chosen.items():
+        words = ", ".join(f"{row['method']} {row['period']:,}" for row in {row["method"]: row for row in rows}.values())
+        yield (
+            f"{model} on {most:,} servers, {link}: the fewest steps of a round (comm.period) whose exchange does not"
+            f" show are {words}."
+        )
 
 
 # --- pictures ---
@@ -334,7 +371,7 @@ def _page(name: str, result: ForecastJson, drawn: Mapping[str, tuple["Figure", s
         command="",
         forecast=ForecastView(
             [svg_figure(figure, f"forecast-{name}", caption) for name, (figure, caption) in drawn.items()],
-            [forecast_table(result)],
+            [table for table in (forecast_table(result), methods_table(result)) if table is not None],
             result["assumptions"],
         ),
         not_measured=not_measured({path.split(".", 2)[-1]: reason for path, reason in result["null_reasons"].items()}),

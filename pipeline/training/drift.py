@@ -44,6 +44,11 @@ def _odd_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return (2 * torch.arange(count, dtype=dtype, device=device) + 1) * ODD
 
 
+def num_sums(*, is_compared: bool) -> int:
+    """Return how many numbers the ranks add up at the end of a round: the metrics' five, and those of `to_sums`."""
+    return 5 + (2 * NUM_PIECES if is_compared else 0)
+
+
 def to_sums(checksum: Tensor) -> Tensor:
     """The checksum as float64 numbers, to be added up over all ranks."""
     pieces = torch.stack([(checksum >> PIECE_BITS * index) & (2**PIECE_BITS - 1) for index in range(NUM_PIECES)])

@@ -170,7 +170,7 @@ class Learner(pl.LightningModule):
 
     def owed(self, step: int) -> Counter[Call] | None:
         """Return the collectives of step `step` (from 1); None: DDP's buckets of gradients and what goes with them."""
-        num_sums = 5 + (2 * drift.NUM_PIECES if self.compare_every_steps else 0)
+        num_sums = drift.num_sums(is_compared=bool(self.compare_every_steps))
         return self.rounds and self.averaging.owed(self.rounds, step, num_sums, dist.get_world_size())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,12 +1,16 @@
 """Local SGD: ranks that train by themselves meet when planned, owe nothing in between, and survive a kill."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.forecasting.methods import exchange_calls
+from pipeline.forecasting.source import architecture_of, shapes_of
+from pipeline.reporting.runs import read_run
 from tests.commands import SMALL, Ended, fired, rows, run, train, train_recorded
 from tests.comparing import assert_same, differences, load
 from tests.making.pairs import Pair, make_pair
@@ -24,6 +28,16 @@ CODED = (*DILOCO, "comm.period=4", "comm.delay=1", "comm.codec=int8")
 
 def ledger_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "ledger.json").read_text())
+
+
+def assert_forecast(directory: Path, codec: str) -> None:
+    """What `plan methods=` takes for a round is what each of the three did exchange."""
+    forecast = exchange_calls(shapes_of(architecture_of(read_run(directory))), codec, 0.5, 2)
+    carried: Counter[tuple[str, str, int]] = Counter()
+    for row in ledger_of(directory)["collectives"]:
+        if row["phase"] == "train" and row["committed"]:
+            carried[row["op"], row["origin"], row["payload_bytes"] // row["num_calls"]] += row["num_calls"]
+    assert carried == {(call.op, call.origin, call.payload_bytes): 3 * count for call, count in forecast.items()}
 
 
 def meetings(directory: Path) -> list[int]:
@@ -69,6 +83,7 @@ def test_a_local_step_sends_nothing_and_the_ledger_closes(pair: Pair) -> None:
         carried[row["origin"]] += row["payload_bytes"]
     assert carried["parameters"] == 3 * ledger["gradient_bytes"] and carried["metrics"] == 3 * 13 * 8
     assert carried["buffers"] > 0
+    assert_forecast(pair.resumed, "fp32")
 
 
 def test_killed_with_a_fragment_under_way_it_ends_as_the_unbroken_run(shards: Path, tmp_path: Path) -> None:
@@ -90,6 +105,7 @@ def test_killed_with_a_fragment_under_way_it_ends_as_the_unbroken_run(shards: Pa
     ops = {(row["op"], row["origin"]) for row in ledger_of(pair.resumed)["collectives"] if row["phase"] == "train"}
     exchanged = {("all_to_all", "parameters"), ("all_gather", "parameters")}
     assert ops == {*exchanged, ("all_reduce", "buffers"), ("all_reduce", "metrics")}
+    assert_forecast(pair.resumed, "int8")
 
 
 def test_on_three_ranks_killed_between_the_ways_there_and_back(shards: Path, tmp_path: Path) -> None:

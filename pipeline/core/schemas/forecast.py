@@ -138,6 +138,39 @@ class PointJson(TypedDict):
     """Why there is no forecast. Absent where there is one."""
 
 
+class MethodJson(TypedDict):
+    """Rounds of local steps on a cluster: the shortest with which their exchange does not show."""
+
+    model: str
+    """Name of the model."""
+    num_servers: int
+    """Number of servers."""
+    ranks_per_server: int
+    """Ranks on each server."""
+    bandwidth_bits_per_second: float | None
+    """Bits per second of a server's link in each direction; null: the links limit nothing."""
+    latency_seconds: float
+    """Seconds one way between servers, on top of the measured run's."""
+    hook: str
+    """Gradient compression that `bytes_share` compares with."""
+    global_batch: int
+    """Pictures per step over all ranks."""
+    method: str
+    """`local` (comm=local), or `diloco_bf16`, `diloco_int8`, `diloco_int4` (comm=diloco with that comm.codec)."""
+    period: int
+    """Fewest steps of a round (comm.period) of which at most `settings.exposed_share` is spent in its exchange."""
+    exchange_seconds: float
+    """Seconds of the exchange at a round's end, in which nothing is computed."""
+    server_egress_bytes_per_exchange: int
+    """Bytes that leave the busiest server at the end of a round."""
+    bytes_share: float
+    """Those of the exchanges over those of gradients in every step, a fraction."""
+    step_seconds: float
+    """Seconds of a step on average, without the wait for data."""
+    scaling_efficiency: float
+    """The step of a rank alone over this step, a fraction."""
+
+
 class ForecastJson(TypedDict):
     """`forecast.json`: a grid of clusters, and what each would take."""
 
@@ -155,6 +188,8 @@ class ForecastJson(TypedDict):
     """What the forecast was compared with."""
     points: list[PointJson]
     """Every cluster of the grid, for each model."""
+    methods: list[MethodJson]
+    """Rounds of local steps on the clusters of several ranks, for the methods that were asked for."""
     best_for_budget: PointJson | None
     """The point that trains soonest within the budget; null: no budget, or none does."""
     null_reasons: dict[str, str]

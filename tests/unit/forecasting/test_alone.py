@@ -17,7 +17,8 @@ from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
 from pipeline.forecasting.alone import MIB, estimate_source, estimate_variables, fill_buckets, owed_calls, read_alone
-from pipeline.forecasting.grid import Cluster, clusters, egress_bytes, forecast, step_on
+from pipeline.forecasting.document import forecast
+from pipeline.forecasting.grid import Cluster, clusters, egress_bytes, step_on
 from pipeline.forecasting.source import Source, read_source
 from pipeline.forecasting.sources import read_sources, with_measured_links
 from pipeline.models import zoo

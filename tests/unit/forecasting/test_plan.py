@@ -15,9 +15,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.missing import Missing
 from pipeline.core.schemas.forecast import ForecastJson
 from pipeline.core.units import bits_per_second
+from pipeline.forecasting.document import VALIDATED_ERRORS
 from pipeline.forecasting.grid import (
     VALIDATED_BANDWIDTHS,
-    VALIDATED_ERRORS,
     VALIDATED_SERVERS,
     Cluster,
     break_even_bandwidth,
