@@ -103,8 +103,8 @@ def egress_bytes(source: Source, cluster: Cluster) -> int | NotDerivable:
     return max(per_server)
 
 
-def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float) -> float | None:
-    """Return the bits per second above which at most `exposed_share` of the step is exposed; None: no bandwidth is.
+def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float) -> float | Missing:
+    """Return the bits per second above which at most `exposed_share` of the step is exposed, or why there are none.
 
     Args:
         source: The measured run.
@@ -117,8 +117,11 @@ def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float)
         assert not isinstance(found, NotDerivable)
         return found.exposed_seconds / found.step_seconds
 
+    if egress_bytes(source, cluster) == 0:
+        return Missing("The server sends nothing to others: no link of a server is in the way.")
     if share(None) > exposed_share:
-        return None
+        local = ", the links inside servers" if cluster.network.local_bits_per_second is not None else ""
+        return Missing(f"Latency{local} and the hosts' own work alone expose more than {exposed_share:.0%} of a step.")
     low, high = log(LOWEST), log(HIGHEST)
     while high - low > 1e-3:
         middle = (low + high) / 2
@@ -251,10 +254,7 @@ def make_point(config: PlanConfig, source: Source, cluster: Cluster) -> dict[str
         "communication_seconds": found.communication_seconds,
         "scaling_efficiency": alone / found.step_seconds,
         "images_per_second": cluster.global_batch / found.step_seconds,
-        "sufficient_bandwidth_bits_per_second": known(
-            sufficient_bandwidth(source, cluster, config.exposed_share),
-            f"Latency and the hosts' own work alone expose more than {config.exposed_share:.0%} of a step.",
-        ),
+        "sufficient_bandwidth_bits_per_second": sufficient_bandwidth(source, cluster, config.exposed_share),
         "training_seconds": training_seconds,
         "training_cost": known(
             price and price * cluster.num_servers * training_seconds / 3600, "No price_per_server_hour was given."

@@ -16,9 +16,10 @@ from pipeline.comm.link import MeasuredLink, parse_links
 from pipeline.config.model import InputConfig, ModelConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.core.errors import ConfigError
+from pipeline.core.missing import Missing
 from pipeline.forecasting.alone import MIB, estimate_source, estimate_variables, fill_buckets, owed_calls, read_alone
 from pipeline.forecasting.document import forecast
-from pipeline.forecasting.grid import Cluster, clusters, egress_bytes, step_on
+from pipeline.forecasting.grid import Cluster, clusters, egress_bytes, step_on, sufficient_bandwidth
 from pipeline.forecasting.source import Source, read_source
 from pipeline.forecasting.sources import read_sources, with_measured_links
 from pipeline.models import zoo
@@ -249,3 +250,22 @@ def test_a_lone_parameter_server_may_stand_in_a_rack_of_its_own() -> None:
 def test_too_little_or_too_much_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         PlanConfig(**given)
+
+
+# --- the bandwidth that hides it ---
+
+
+def bandwidth_that_hides(**changes: Any) -> float | Missing:
+    return sufficient_bandwidth(SQUEEZENET, replace(Cluster(2, 4, Network(1e9), "ring", "none", 8, 1), **changes), 0.05)
+
+
+def test_no_link_of_a_server_is_in_the_way_of_one_server() -> None:
+    alone = bandwidth_that_hides(num_servers=1)
+    assert isinstance(alone, Missing) and "sends nothing to others" in alone.reason
+    assert isinstance(bandwidth_that_hides(num_servers=1, algorithm="parameter_server"), float)
+
+
+def test_no_bandwidth_between_servers_makes_up_for_slow_links_inside_them() -> None:
+    assert isinstance(bandwidth_that_hides(), float)
+    slow = bandwidth_that_hides(network=Network(1e9, local_bits_per_second=1e8))
+    assert isinstance(slow, Missing) and "the links inside servers" in slow.reason
