@@ -29,6 +29,15 @@ def records(path: Path) -> Iterator[Any]:
             payload = b""
 
 
+def histories(directory: Path) -> list[dict[str, Any]]:
+    """The rows of the one offline run that W&B would upload."""
+    (path,) = directory.glob("wandb/offline-run-*/*.wandb")
+    history = [record.history for record in records(path) if record.WhichOneof("record_type") == "history"]
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item} for row in history
+    ]
+
+
 def tables(directory: Path, key: str) -> list[list[dict[str, Any]]]:
     """The table logged under `key` in every offline run that W&B would upload, by row."""
     found: list[list[dict[str, Any]]] = []

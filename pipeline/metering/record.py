@@ -67,6 +67,7 @@ class Record:
         self.attempt = 1 + _set_aside(self.directory)
         """Number of this start, from 1."""
         self._metrics = MetricsLog(self.directory.metrics)
+        self._mirrors = True
 
     def begin(self, num_ranks: int, hellos: Sequence[Hello | None], notes: Sequence[str]) -> None:
         """Write down what runs where, and tell what is worth knowing about it."""
@@ -92,8 +93,18 @@ class Record:
         )
 
     def log(self, step: int, row: Mapping[str, float | int | None]) -> None:
-        """Append the row of a step."""
+        """Append the row of a step, and have it go with what the program itself logs next to its W&B run, if any."""
         self._metrics.append(step, row)
+        run = getattr(sys.modules.get("wandb"), "run", None) if self._mirrors else None
+        if run is None:
+            return
+        try:
+            # Not committed: W&B's steps stay the program's own, and its next log takes these along.
+            known = {key: value for key, value in row.items() if key.startswith("comm/") and value is not None}
+            run.log(known, commit=False)
+        except Exception as error:  # whatever it is: the program's run is not the meter's to end
+            self._mirrors = False
+            say(f"no more rows in the program's W&B run: {type(error).__name__}: {error}")
 
     def write_ledger(self, content: LedgerJson) -> None:
         """Write ledger.json."""

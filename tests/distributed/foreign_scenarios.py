@@ -181,6 +181,22 @@ def a_block_of_its_own(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+def a_run_of_its_own_in_wandb(rank: int, port: int) -> None:
+    """Which begins after the first step, and logs every second one."""
+    init(rank, port)
+    ddp, optimizer = ddp_and_sgd()
+    step(ddp, optimizer)
+    wandb = importlib.import_module("wandb")
+    run = wandb.init(mode="offline", dir=ROOT, project="mine") if rank == 0 else None
+    for number in range(4):
+        step(ddp, optimizer)
+        if run is not None and number % 2:
+            run.log({"loss": number})
+    dist.destroy_process_group()
+    if run is not None:
+        run.finish()
+
+
 def start(name: str, rank: int, port: int) -> None:
     settings = {"name": name, "run_root": ROOT, "placement": "rank", "command": ["x"], "notes": ""}
     os.environ["SQUEEZEWIRE_METER"] = json.dumps(settings)

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.core.errors import ExitCode
 from tests.distributed.meter_ranks import DEADLINE_SECONDS, HERE, REPOSITORY
+from tests.wandb_file import histories
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 OWED_BYTES = 4 * (37 * 28 + 74 + 301 * (37 * 9 + 1) + 1001 * 302 + 7 * 6)
@@ -147,6 +148,7 @@ def test_programs_told_apart_by_what_they_do(tmp_path: Path) -> None:
         "a_monitored_barrier",
         "a_pipeline_of_its_own",
         "a_block_of_its_own",
+        "a_run_of_its_own_in_wandb",
     ]
     startup = {"PYTHONPATH": str(REPOSITORY / "pipeline/metering/startup"), "SQUEEZEWIRE_METER": "of each"}
     ended = run(sys.executable, str(HERE / "foreign_scenarios.py"), str(tmp_path), *names, env=startup)
@@ -181,3 +183,12 @@ def test_programs_told_apart_by_what_they_do(tmp_path: Path) -> None:
     assert len(owed["a_pipeline_of_its_own"]) == 1
     validated = [row for row in ledgers["a_block_of_its_own"]["collectives"] if row["phase"] == "validation"]
     assert [row["payload_bytes"] for row in validated] == [400]
+
+    metered = rows_of(tmp_path, "a_run_of_its_own_in_wandb")
+    logged = histories(tmp_path)
+    assert [row["loss"] for row in logged if "loss" in row] == [1, 3]
+    for row, step in zip(logged, (metered[2], metered[4]), strict=True):
+        assert {key: row[key] for key in row if key.startswith("comm/")} == {
+            key: value for key, value in step.items() if key.startswith("comm/") and key in row
+        }
+        assert row["comm/gradient_bytes"] == 4 * (100 * 100 + 100)
