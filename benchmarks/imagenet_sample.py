@@ -25,6 +25,7 @@ NAME = "imagenet-sample"
 # Few pictures, seen often: a mild crop, a batch that is small against the set, a warm-up of a few passes.
 OVERRIDES = (
     "model=squeezenet1_0",
+    "model.metaparameters.init=torchvision",
     "model.num_classes=1000",
     "cluster=two_ranks",
     "batch.global_size=30",

@@ -2,7 +2,7 @@
 
     python -m pipeline.plan run=runs/first servers=[2,8,32] bandwidth=[1gbit,10gbit]
     python -m pipeline.plan run=runs/first beside=[runs/alexnet] algorithm=[ring,tree,parameter_server]
-    python -m pipeline.plan run=runs/first bandwidth=[100mbit] methods=[local,diloco_int8]
+    python -m pipeline.plan run=runs/first bandwidth=[100mbit] methods=[local,local_int8]
     python -m pipeline.plan model=resnet50 images_per_second=350 batch_per_rank=64 bandwidth=[25gbit]
 
 A run on one rank alone serves too; of a model that was not run, when gradients are ready is an estimate.

@@ -161,13 +161,8 @@ def all_reduce(
     )
 
 
-@lru_cache(maxsize=4096)
 def exchange(
-    op: str,
-    payload_bytes: int,
-    itemsize: int,
-    server_of_rank: tuple[int, ...],
-    servers_per_rack: int | None = None,
+    op: str, payload_bytes: int, itemsize: int, server_of_rank: Sequence[int], servers_per_rack: int | None = None
 ) -> AllReduce | NotDerivable:
     """Return what another collective of gloo's asks of cards and hosts, or why it is not known.
 
@@ -179,17 +174,28 @@ def exchange(
         servers_per_rack: Servers that share a switch; None: all do.
     """
     num_ranks = len(server_of_rank)
-    found = gloo.links(op, payload_bytes, itemsize, -1, num_ranks, "gloo")
-    if isinstance(found, NotDerivable):
-        return found
-    egress = max(gloo.egress_bytes_per_server(found, server_of_rank))
     racks = [server // (servers_per_rack or num_ranks) for server in server_of_rank]
+    if op == "all_to_all":
+        # All pairs are alike, and of a thousand ranks there are a million.
+        pair = gloo.links(op, payload_bytes // num_ranks * 2, itemsize, -1, 2, "gloo")
+        assert not isinstance(pair, NotDerivable)
+        crossing = gloo.egress_bytes_per_server(pair, (0, 1))[0]
+        egress, uplink = (
+            crossing * max(n * (num_ranks - n) for n in Counter(of).values()) for of in (server_of_rank, racks)
+        )
+        local = pair[0, 1].data_bytes * (max(Counter(server_of_rank).values()) - 1)
+    else:
+        found = gloo.links(op, payload_bytes, itemsize, -1, num_ranks, "gloo")
+        if isinstance(found, NotDerivable):
+            return found
+        egress, uplink = (max(gloo.egress_bytes_per_server(found, of)) for of in (server_of_rank, racks))
+        local = _local_bytes(found, server_of_rank)
     num_rounds = 1 if op == "all_to_all" else num_ranks - 1
     return AllReduce(
         card_bytes=egress,
         egress_bytes=egress,
-        uplink_bytes=max(gloo.egress_bytes_per_server(found, racks)),
-        local_bytes=_local_bytes(found, server_of_rank),
+        uplink_bytes=uplink,
+        local_bytes=local,
         is_pipelined=True,
         payload_bytes=payload_bytes,
         num_rounds=num_rounds if len(set(server_of_rank)) > 1 else 0,

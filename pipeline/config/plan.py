@@ -11,8 +11,8 @@ from pipeline.core.units import bits_per_second
 
 ALGORITHMS = ("ring", "hierarchical", "tree", "halving_doubling", "parameter_server")
 """How the bytes of an all-reduce may travel: those that `comm.forecast` can price."""
-METHODS = {"local": "fp32", "diloco_bf16": "bf16", "diloco_int8": "int8", "diloco_int4": "int4"}
-"""Ways to exchange weights after rounds of local steps: each with its comm.codec."""
+METHODS = {"local": "fp32", "local_bf16": "bf16", "local_int8": "int8", "local_int4": "int4"}
+"""Ways to exchange weights after rounds of local steps, by name: comm=local with this comm.codec."""
 POSITIVE = (
     "batch_per_rank", "global_batch", "accumulate", "epochs", "num_images", "price_per_server_hour",
     "images_per_second", "bucket_megabytes", "servers_per_rack", "parameter_servers",
@@ -71,9 +71,9 @@ class PlanConfig:
     hook: tuple[str, ...] = ()
     """Gradient compression: none, fp16, bf16. Empty: as in the run."""
     methods: tuple[str, ...] = ()
-    """Exchanges of weights after rounds of local steps, beside the ring in every step: local (comm=local), diloco_bf16,
-    diloco_int8, diloco_int4 (comm=diloco with that codec). Of each the shortest round is told with which at most
-    exposed_share shows."""
+    """Exchanges of weights after rounds of local steps, beside the ring in every step: local (comm=local), local_bf16,
+    local_int8, local_int4 (comm=local comm.codec=int4). Of each the shortest round is told with which at most
+    exposed_share shows, where several servers share a link of known bandwidth."""
     batch_per_rank: int | None = None
     """Pictures of a micro-batch on a rank. Null: as in the run, so that the global batch grows with the ranks."""
     global_batch: int | None = None
@@ -104,6 +104,11 @@ class PlanConfig:
         require(
             not self.methods or "ring" in self.algorithm,
             f"methods={list(self.methods)} are gloo's exchanges: add ring to algorithm={list(self.algorithm)}.",
+        )
+        require(
+            not self.methods or max(self.servers, default=2) > 1,
+            f"methods={list(self.methods)} need several servers, between which weights travel, and"
+            f" servers={list(self.servers)}: ask for 2 or more.",
         )
         for key in ("servers", "ranks_per_server"):
             require(

@@ -7,6 +7,7 @@ types; every impossible combination raises `ConfigError` in `__post_init__` with
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from pipeline.config.comm import CommConfig
 from pipeline.config.data import DataConfig
@@ -18,8 +19,8 @@ from pipeline.core.typed import PathText, one_of, require
 ARTIFACTS = ("ledger", "config", "report", "best")
 LOGGERS = ("csv", "tensorboard")
 OPTIMIZERS = ("sgd", "adamw")
-AUTHORS_LR, AUTHORS_BATCH = 0.04, 512
-"""Of the solver that SqueezeNet's authors published."""
+AUTHORS_LR, AUTHORS_BATCH, AUTHORS_LARGEST_LR = 0.04, 512, 0.08
+"""Of the solvers that SqueezeNet's authors published, the later one and the largest (for 1024)."""
 MOST_CRUMBS = 4
 """A rank's share is not taken in more micro-batches than so many times those that would hold it."""
 
@@ -94,7 +95,8 @@ class RecipeConfig:
     """`sgd` with momentum, or `adamw`. A run that resumes keeps its own."""
     lr: float | None = None
     """Highest learning rate. Null, of SGD: 0.04 for a batch.global_size of 512, as the authors of SqueezeNet trained,
-    and in proportion for any other (Goyal et al., arXiv 1706.02677)."""
+    and in proportion for any other (Goyal et al., arXiv 1706.02677), at most 0.08; the same for every model. A run
+    that resumes keeps the rate that it began with unless another one is given."""
     head_lr_factor: float = 1.0
     """Learning rate of the layer that gives the classes, over that of everything else."""
     momentum: float = 0.9
@@ -337,6 +339,8 @@ class TrainConfig:
     cluster: ClusterConfig
     comm: CommConfig
     tracking: TrackingConfig
+    has_given_lr: ClassVar[bool] = True
+    """Of an instance: whether recipe.lr was given, not derived from the batch."""
 
     def __post_init__(self) -> None:
         one_of("privacy", self.privacy, (OPEN, STRICT))
@@ -346,8 +350,9 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**63, f"seed={self.seed} must be between 0 and 2**63 - 1.")
         if self.recipe.lr is None:
-            lr = AUTHORS_LR * self.batch.global_size / AUTHORS_BATCH
+            lr = min(AUTHORS_LR * self.batch.global_size / AUTHORS_BATCH, AUTHORS_LARGEST_LR)
             object.__setattr__(self, "recipe", replace(self.recipe, lr=lr))
+            object.__setattr__(self, "has_given_lr", False)
         require(
             self.data.root is not None,
             "data.root is not set: give the directory that `python -m pipeline.prepare` made"

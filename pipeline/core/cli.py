@@ -261,7 +261,8 @@ def _check_values(overrides: Sequence[str], base: Any, schema: type[Any]) -> Non
             hint, _ = optional(hints.get(key))
             kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a value or a [list]")
             default = flat(base).get(key)
-            example = shlex.quote(f"{key}={1 if default in (None, '???') else literal(default)}")
+            some = 0.1 if hint is float else 1
+            example = shlex.quote(f"{key}={some if default in (None, '???') else literal(default)}")
             shown = repr(value) if len(value) < LONGEST_VALUE_SHOWN else f"{value[:LONGEST_VALUE_SHOWN]!r}..."
             raise ConfigError(f"{key}={shown} cannot be read: give {kind}, as in {example}.") from error
 

@@ -45,8 +45,9 @@ ASSUMPTIONS_BY_READINESS: dict[Readiness, str] = {
     " takes as long as its share of the multiply-adds; buckets are filled as DDP fills them; " + NO_NETWORK,
 }
 ASSUMPTIONS_OF_METHODS = (
-    "Rounds of local steps: all weights leave at a round's end and arrive before the next step begins; late ranks are"
-    " waited for once in a round as long as in a step of the run; encoding and decoding take no time.",
+    "Rounds of local steps: all weights leave at a round's end and arrive before the next step begins"
+    " (comm.fragments=1, comm.delay=0); late ranks are waited for as long as in one step of the run, though uneven"
+    " steps add up; encoding and decoding take no time.",
     "What longer rounds or fewer bits cost in accuracy is not forecast (docs/local-sgd.md).",
 )
 

@@ -121,7 +121,7 @@ def sufficient_bandwidth(source: Source, cluster: Cluster, exposed_share: float)
         return Missing("The server sends nothing to others: no link of a server is in the way.")
     if share(None) > exposed_share:
         local = ", the links inside servers" if cluster.network.local_bits_per_second is not None else ""
-        return Missing(f"Latency{local} and the hosts' own work alone expose more than {exposed_share:.0%} of a step.")
+        return Missing(f"Latency{local} and the hosts' own work alone expose more than {exposed_share:.3g} of a step.")
     low, high = log(LOWEST), log(HIGHEST)
     while high - low > 1e-3:
         middle = (low + high) / 2

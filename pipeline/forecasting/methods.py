@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def method_rows(config: PlanConfig, sources: Sequence[Source], points: Sequence[PointJson]) -> list[MethodJson]:
-    """Return, for each point of gloo's ring, the shortest round of each method that does not show.
+    """Return, for gloo's ring on several servers, the shortest round of each method that does not show.
 
     Args:
         config: What was asked for.
@@ -41,7 +41,7 @@ def method_rows(config: PlanConfig, sources: Sequence[Source], points: Sequence[
         points: What the same clusters take with gradients in every step, in the order of `sources` and `clusters`.
 
     Raises:
-        ConfigError: A run did not train all of its model, so that what it would exchange is not known.
+        ConfigError: A run did not train all of its model, or knows no link, and none is given.
     """
     for source in sources:
         _require_whole(source)
@@ -49,32 +49,31 @@ def method_rows(config: PlanConfig, sources: Sequence[Source], points: Sequence[
     return [
         _row(config, source, cluster, point, method)
         for (source, cluster), point in zip(asked, points, strict=True)
-        if cluster.algorithm == "ring" and len(cluster.server_of_rank) > 1
+        if cluster.algorithm == "ring" and cluster.num_servers > 1
+        if cluster.hook == (config.hook or (source.hook,))[0]
         for method in config.methods
     ]
 
 
 def _row(config: PlanConfig, source: Source, cluster: Cluster, point: PointJson, method: str) -> MethodJson:
+    rate, in_every_step = cluster.network.bandwidth_bits_per_second, point["server_egress_bytes_per_step"]
+    if rate is None:
+        raise ConfigError(f"methods= needs a link, and {source.name} knows none: give bandwidth=, such as [1gbit].")
     calls = exchange_calls(source.shapes, METHODS[method], source.bucket_megabytes, len(cluster.server_of_rank))
     costs = list(_costs(calls, cluster))
-    seconds = (
-        sum(count * cost.seconds(cluster.network, source.host) for cost, count in costs) + source.step.waiting_seconds
-    )
-    compute = (
-        source.step.accumulating(cluster.num_micro_batches)
-        .with_batch(cluster.batch_per_rank / source.batch_per_rank)
-        .compute_seconds
-    )
+    seconds = source.step.waiting_seconds
+    seconds += sum(count * cost.seconds(cluster.network, source.host) for cost, count in costs)
+    step = source.step.accumulating(cluster.num_micro_batches)
+    compute = step.with_batch(cluster.batch_per_rank / source.batch_per_rank).compute_seconds
     share = config.exposed_share
     period = max(1, math.ceil(seconds * (1 - share) / (share * compute)))
     egress = sum(count * cost.egress_bytes for cost, count in costs)
-    in_every_step = point["server_egress_bytes_per_step"]
-    assert in_every_step is not None, "a ring fits any cluster"
+    assert in_every_step, "a ring fits any cluster, and several servers send"
     return {
         "model": source.model,
         "num_servers": cluster.num_servers,
         "ranks_per_server": cluster.ranks_per_server,
-        "bandwidth_bits_per_second": cluster.network.bandwidth_bits_per_second,
+        "bandwidth_bits_per_second": rate,
         "latency_seconds": cluster.network.latency_seconds,
         "hook": cluster.hook,
         "global_batch": cluster.global_batch,
@@ -82,7 +81,7 @@ def _row(config: PlanConfig, source: Source, cluster: Cluster, point: PointJson,
         "period": period,
         "exchange_seconds": seconds,
         "server_egress_bytes_per_exchange": egress,
-        "bytes_share": egress / period / in_every_step if in_every_step else 0.0,
+        "bytes_share": egress / period / in_every_step,
         "step_seconds": compute + seconds / period,
         "scaling_efficiency": compute / (compute + seconds / period),
     }
@@ -110,7 +109,8 @@ def _require_whole(source: Source) -> None:
     if exchanged != num_weights:
         raise ConfigError(
             f"methods= needs a run that trains its whole model: {source.name} exchanged {exchanged:,} gradients, and"
-            f" {source.model} has {num_weights:,} weights. Give a run without init.freeze, or leave methods= out."
+            f" {source.model} has {num_weights:,} weights. Give a run without init.freeze that timed all its buckets,"
+            " or leave methods= out."
         )
 
 

@@ -59,8 +59,9 @@ class PlateauDetector:
             " another."
         )
         return (
-            f"{found} Try, in this order: a lower recipe.lr, a longer recipe.warmup_steps,"
-            " model.metaparameters.final_relu=false, another seed; and check that initialisation and input belong"
+            f"{found} Try, in this order: model.metaparameters.init=standardized (SqueezeNet, where it is another), a"
+            " lower recipe.lr, a longer recipe.warmup_steps, model.metaparameters.final_relu=false, another seed; and"
+            " check that initialisation and input belong"
             " together (init=caffe with 0..255 minus the mean, any other with normalised pictures)."
         )
 

@@ -123,9 +123,11 @@ def methods_table(result: ForecastJson) -> Table | None:
     """Show how long rounds of local steps must be on each cluster; None: nobody asked."""
     if not result["methods"]:
         return None
-    clusters: dict[tuple[object, ...], Row] = {}
+    clusters: dict[tuple[object, ...], dict[str, object]] = {}
     for row in result["methods"]:
-        asked = {key: row[key] for key in ("model", "num_servers", "ranks_per_server", "global_batch")}
+        asked: dict[str, object] = {
+            key: row[key] for key in ("model", "num_servers", "ranks_per_server", "global_batch")
+        }
         asked["link"] = _link(row)
         clusters.setdefault(tuple(asked.values()), asked)[row["method"]] = row["period"]
     rows = list(clusters.values())
@@ -206,17 +208,18 @@ def forecast_sentences(result: ForecastJson) -> list[str]:
 
 
 def _rounds_sentences(result: ForecastJson) -> Iterator[str]:
-    """Say for each model and link what to choose on the largest cluster, if rounds were asked about."""
+    """Say for each model, link and number of ranks what to choose on most servers, if rounds were asked about."""
     most = max((row["num_servers"] for row in result["methods"]), default=0)
-    chosen: dict[tuple[str, str], list[MethodJson]] = {}
+    chosen: dict[tuple[str, int, int, str], list[str]] = {}
     for row in result["methods"]:
         if row["num_servers"] == most:
-            chosen.setdefault((row["model"], _link(row)), []).append(row)
-    for (model, link), rows in chosen.items():
-        words = ", ".join(f"{row['method']} {row['period']:,}" for row in {row["method"]: row for row in rows}.values())
+            cluster = (row["model"], row["ranks_per_server"], row["global_batch"], _link(row))
+            chosen.setdefault(cluster, []).append(f"{row['method']} {row['period']:,}")
+    for (model, num_ranks, num_pictures, link), words in chosen.items():
+        ranks = "" if num_ranks == 1 else f" of {num_ranks} ranks"
         yield (
-            f"{model} on {most:,} servers, {link}: the fewest steps of a round (comm.period) whose exchange does not"
-            f" show are {words}."
+            f"{model} on {most:,} servers{ranks}, {num_pictures:,} pictures per step, {link}: the fewest steps of a"
+            f" round (comm.period) whose exchange does not show are {', '.join(words)}."
         )
 
 

@@ -9,7 +9,7 @@ from pipeline.comm.wire import gloo
 from pipeline.config.comm import CommConfig
 from pipeline.config.hooks import COMPRESSIONS
 from pipeline.config.pruning import PruneConfig
-from pipeline.config.training import BatchSplit, TrainConfig
+from pipeline.config.training import BatchSplit, RecipeConfig, TrainConfig
 from pipeline.core.schemas.ledger import LedgerJson
 from pipeline.core.text import fitted
 from pipeline.core.units import format_bandwidth, format_bytes
@@ -68,6 +68,12 @@ def _pruning_line(config: PruneConfig, num_steps: int) -> str:
     )
 
 
+def _rate(recipe: RecipeConfig) -> str:
+    assert recipe.lr is not None, "of a TrainConfig it is known"
+    head = "" if recipe.head_lr_factor == 1 else f", of the head {recipe.lr * recipe.head_lr_factor:g}"
+    return f"lr {recipe.lr:g} at most{head}"
+
+
 def _owed(setup: Setup, owed_bytes: int) -> str:
     """What a step owes, with the number of times it does where not every step does."""
     rounds = setup.plan.rounds
@@ -102,7 +108,7 @@ def announce(setup: Setup, owed_bytes: int) -> str:
         f" {world.size} rank{'s' if world.size > 1 else ''} ({world.compute.backend})\n"
         f"  arithmetic  {world.compute.sentence}; {world.num_threads} thread(s) per rank\n"
         f"  a step      {batch.global_size} pictures = {world.size} ranks x {batch.num_micro_batches} micro-batches"
-        f" x {batch.per_rank}; lr {config.recipe.lr:g} at most\n"
+        f" x {batch.per_rank}; {_rate(config.recipe)}\n"
         + (f"  the shards  {origin}\n" if origin else "")
         + f"  its bytes   {_owed(setup, owed_bytes)}; about {sent_bytes:,} sent by each rank (ring)\n"
         + _pruning_line(config.recipe.prune, plan.num_steps)

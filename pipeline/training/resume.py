@@ -38,6 +38,17 @@ def free_fields(config: TrainConfig) -> dict[str, object]:
     return {key: plain(value) for key, value in leaves.items() if key not in fixed and value != {}}
 
 
+def at_its_rate(config: TrainConfig, section: SectionJson) -> TrainConfig:
+    """Return the configuration of a run that goes on: at the rate that it began with, unless another one is given.
+
+    What is derived from the batch where nothing is given has not always been the same.
+    """
+    lr = (section.get("free_fields") or {}).get("recipe.lr")
+    if config.has_given_lr or not isinstance(lr, float):
+        return config
+    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, lr=lr))
+
+
 def refuse_drift(
     config: TrainConfig, shards_hash: str, classes: Sequence[str] | None, section: SectionJson, path: Path
 ) -> None:

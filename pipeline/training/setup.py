@@ -7,7 +7,7 @@ from pipeline.data.index import ShardIndex
 from pipeline.run import checkpoint as checkpoints
 from pipeline.run.directory import RunDirectory
 from pipeline.training.plan import StepPlan
-from pipeline.training.resume import refuse_without_effect
+from pipeline.training.resume import at_its_rate, refuse_without_effect
 from pipeline.training.world import World
 
 
@@ -56,6 +56,10 @@ class Setup:
     plan: StepPlan
     run: RunDirectory
     start: Start
+
+    def __post_init__(self) -> None:
+        if self.start.section is not None:
+            object.__setattr__(self, "config", at_its_rate(self.config, self.start.section))
 
     @property
     def is_finished(self) -> bool:

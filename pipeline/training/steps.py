@@ -221,7 +221,8 @@ def find_start(
         section = checkpoints.section_of(content, path, info.step)
         with checkpoints.taking("what it says of its run", path):
             resume.refuse_drift(config, shards_hash, classes, section, path)
-            return Start(info.step, info, content, tuple(resume.changes(config, world.size, section, info.versions)))
+            resumed = resume.at_its_rate(config, section)
+            return Start(info.step, info, content, tuple(resume.changes(resumed, world.size, section, info.versions)))
 
     return world.agree(load)
 

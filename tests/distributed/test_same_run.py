@@ -25,7 +25,9 @@ def test_unequal_commands_of_three_ranks_are_refused(shards: Path, tmp_path: Pat
     where = [f"run_root={tmp_path}/runs", f"data.root={shards}", "tracking=disabled", *SMALL]
     other = ["recipe.lr=0.5", "name=second", "trainer.precision=bf16", "data.num_workers=1"]
     ended = by_hand(["-m", "pipeline.train"], [["name=first", *where], ["name=first", *where], [*where, *other]])
-    assert_all_refuse(ended, 'name is "first" on ranks 0, 1, "second" on rank 2', "recipe.lr is 0.04", "0.5 on rank 2")
+    assert_all_refuse(
+        ended, 'name is "first" on ranks 0, 1, "second" on rank 2', "recipe.lr is 0.0009375", "0.5 on rank 2"
+    )
     assert all("num_workers" not in rank.output for rank in ended)
     assert not (tmp_path / "runs").exists()
 

@@ -147,16 +147,16 @@ class MethodJson(TypedDict):
     """Number of servers."""
     ranks_per_server: int
     """Ranks on each server."""
-    bandwidth_bits_per_second: float | None
-    """Bits per second of a server's link in each direction; null: the links limit nothing."""
+    bandwidth_bits_per_second: float
+    """Bits per second of a server's link in each direction."""
     latency_seconds: float
     """Seconds one way between servers, on top of the measured run's."""
     hook: str
-    """Gradient compression that `bytes_share` compares with."""
+    """Gradient compression that `bytes_share` compares with: the first that was asked for."""
     global_batch: int
     """Pictures per step over all ranks."""
     method: str
-    """`local` (comm=local), or `diloco_bf16`, `diloco_int8`, `diloco_int4` (comm=diloco with that comm.codec)."""
+    """`local` (comm=local), or `local_bf16`, `local_int8`, `local_int4` (comm=local with that comm.codec)."""
     period: int
     """Fewest steps of a round (comm.period) of which at most `settings.exposed_share` is spent in its exchange."""
     exchange_seconds: float
@@ -189,7 +189,7 @@ class ForecastJson(TypedDict):
     points: list[PointJson]
     """Every cluster of the grid, for each model."""
     methods: list[MethodJson]
-    """Rounds of local steps on the clusters of several ranks, for the methods that were asked for."""
+    """Rounds of local steps on the clusters of several servers, for the methods that were asked for."""
     best_for_budget: PointJson | None
     """The point that trains soonest within the budget; null: no budget, or none does."""
     null_reasons: dict[str, str]

@@ -157,6 +157,7 @@ def test_what_needs_the_same_weights_in_every_step_is_refused_beside_local_steps
     [
         (["batch.global_size=512"], 0.04),
         (["batch.global_size=32"], 0.0025),
+        (["batch.global_size=8192"], 0.08),
         (["batch.global_size=32", "recipe.lr=0.03"], 0.03),
         (["batch.global_size=32", "recipe=adamw"], 0.0005),
     ],

@@ -125,7 +125,7 @@ def test_help_lists_every_key_with_its_meaning() -> None:
 
 
 def test_help_shows_the_values_of_the_choices_that_stand_beside_it() -> None:
-    assert "\n  recipe.lr=0.04\n" in help_text("train", TrainConfig)
+    assert "\n  recipe.lr=null\n" in help_text("train", TrainConfig)
     text = help_text("train", TrainConfig, ["name=x", "recipe=adamw", "--help"])
     assert "\n  recipe.lr=0.0005\n" in text and "\n  recipe.optimizer=adamw\n" in text
     assert "\nKeys (key=value), with recipe=adamw:\n" in text

@@ -216,7 +216,7 @@ def test_a_number_of_a_yaml_file_is_no_text() -> None:
     ("arguments", "said"),
     [
         (["seed=[1,"], "seed='[1,' cannot be read: give a whole number, as in seed=0."),
-        (["recipe.lr=[0.1"], "recipe.lr='[0.1' cannot be read: give a number, as in recipe.lr=0.04."),
+        (["recipe.lr=[0.1"], "recipe.lr='[0.1' cannot be read: give a number, as in recipe.lr=0.1."),
         (["run_root=my", "runs"], "put both in quotes: 'run_root=my runs'."),
         (["seed"], "'seed' is not of the form key=value."),
         (["run_root="], "run_root= is empty: give a path"),

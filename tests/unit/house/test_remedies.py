@@ -171,7 +171,7 @@ OVERRIDES: list[tuple[Any, str, str, str]] = [
     (TrainConfig, "name=${nothing", r"For the text itself: (.+)$", "{1}"),
     (TrainConfig, "tracking.tags=x", r"must be a list in brackets: (.+)\.$", "{1}"),
     (TrainConfig, "data.size=x", r"of type int", "data.size=64"),
-    (TrainConfig, "recipe.lr=null", r"is null: give it a value", "recipe.lr=0.1"),
+    (TrainConfig, "recipe.momentum=null", r"is null: give it a value", "recipe.momentum=0.9"),
     (TrainConfig, "run_root=~nobody-of-this-name/x", r"of that name write (\S+)$", "{1}"),
     (TrainConfig, "run_root=", r"give a path, or leave run_root= out", ""),
     (TrainConfig, "name=x y", r"put both in quotes: (.+)\.$", "{1}"),

@@ -293,6 +293,24 @@ def test_a_run_may_be_made_longer_and_validated_otherwise(
     assert steps.find_start(configure(tmp_path), world, opened, HASH, NAMES).changes == ()
 
 
+def test_a_run_goes_on_at_the_rate_that_it_began_with_unless_one_is_given(
+    tmp_path: Path, world: World, opened: steps.RunDirectory
+) -> None:
+    """As one of an older version does, whose default was 0.04 for every batch; finished or not."""
+    save(configure(tmp_path, "recipe.lr=0.04"), opened, 4)
+
+    def again(*overrides: str) -> tuple[float | None, tuple[str, ...]]:
+        config = configure(tmp_path, *overrides)
+        start = steps.find_start(config, world, opened, HASH, NAMES)
+        setup = steps.Setup(config, world, cast(Any, None), cast(Any, None), opened, start)
+        if not overrides:
+            setup.refuse_without_effect()
+        return setup.config.recipe.lr, start.changes
+
+    assert again() == (0.04, ())
+    assert again("recipe.lr=0.5") == (0.5, ("recipe.lr was 0.04 and is 0.5",))
+
+
 def test_a_finished_run_takes_no_other_settings(tmp_path: Path, world: World, opened: steps.RunDirectory) -> None:
     """Where it runs and how it is watched may differ; what would have made another run is not swallowed."""
     save(configure(tmp_path), opened, 4)
