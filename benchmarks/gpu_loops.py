@@ -83,7 +83,7 @@ class PlainLoop(Loop):
         self.std_CHW = torch.tensor(INPUT.std, device=device).view(3, 1, 1)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            lr=RECIPE.lr,
+            lr=RECIPE.peak_lr,
             momentum=RECIPE.momentum,
             weight_decay=RECIPE.weight_decay,
             fused=configuration.fused or None,
@@ -110,7 +110,7 @@ class OurLoop(Loop):
     def __init__(self, configuration: "Configuration", device: torch.device, image_size: int) -> None:
         super().__init__(configuration, device, image_size)
         self.normalizer = Normalizer(INPUT)
-        self.optimizer: Any = arithmetic.make_optimizer(self.model.parameters(), RECIPE, RECIPE.lr)
+        self.optimizer: Any = arithmetic.make_optimizer(self.model.parameters(), RECIPE, RECIPE.peak_lr)
         self.found_inf = torch.zeros((), device=device)
         if configuration.reads in ("once", "late"):
             self.optimizer.found_inf = self.found_inf

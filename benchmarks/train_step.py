@@ -155,7 +155,7 @@ def peer_settings(config: "TrainConfig", world: "World", batches: "list[LoadedBa
         num_classes=NUM_CLASSES,
         mean=config.input.mean,
         std=config.input.std,
-        lr=recipe.lr,
+        lr=recipe.peak_lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         seed=config.seed,

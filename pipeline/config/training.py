@@ -142,20 +142,25 @@ class RecipeConfig:
         require(self.grad_clip_norm >= 0, f"recipe.grad_clip_norm={self.grad_clip_norm} must not be negative.")
         require(0 <= self.ema_decay < 1, f"recipe.ema_decay={self.ema_decay} must be in [0, 1).")
 
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, which in a `TrainConfig` is always known."""
+        assert self.lr is not None, "derived from the batch, which is not known here"
+        return self.lr
+
     def learning_rate(self, step: int, num_steps: int) -> float:
         """Learning rate of optimiser step `step` (0-based) of `num_steps`: linear warm-up, then decay towards 0.
 
         linear: Caffe's `poly` policy of power 1 over the steps after the warm-up; cosine: half a cosine period.
         """
-        assert self.lr is not None, "of a TrainConfig it is known"
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return self.peak_lr * (step + 1) / self.warmup_steps
         if self.decay == "none":
-            return self.lr
+            return self.peak_lr
         progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
         if self.decay == "linear":
-            return self.lr * max(0.0, 1 - progress)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            return self.peak_lr * max(0.0, 1 - progress)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,9 +69,8 @@ def _pruning_line(config: PruneConfig, num_steps: int) -> str:
 
 
 def _rate(recipe: RecipeConfig) -> str:
-    assert recipe.lr is not None, "of a TrainConfig it is known"
-    head = "" if recipe.head_lr_factor == 1 else f", of the head {recipe.lr * recipe.head_lr_factor:g}"
-    return f"lr {recipe.lr:g} at most{head}"
+    head = "" if recipe.head_lr_factor == 1 else f", of the head {recipe.peak_lr * recipe.head_lr_factor:g}"
+    return f"lr {recipe.peak_lr:g} at most{head}"
 
 
 def _owed(setup: Setup, owed_bytes: int) -> str:

@@ -40,15 +40,15 @@ def test_the_rate_climbs_to_its_peak_and_never_again(recipe: RecipeConfig, num_s
     rates = [recipe.learning_rate(step, num_steps) for step in range(num_steps)]
     climb, rest = rates[: recipe.warmup_steps], rates[recipe.warmup_steps :]
     assert climb == sorted(climb) and rest == sorted(rest, reverse=True)
-    assert all(0 < rate <= recipe.lr * (1 + 1e-12) for rate in rates)
+    assert all(0 < rate <= recipe.peak_lr * (1 + 1e-12) for rate in rates)
     if rest:
-        assert rest[0] == recipe.lr
+        assert rest[0] == recipe.peak_lr
 
 
 @given(recipes, st.integers(1, 300), st.integers(0, 300))
 def test_past_its_end_a_decayed_rate_is_zero(recipe: RecipeConfig, num_steps: int, past: int) -> None:
     rate = recipe.learning_rate(max(num_steps, recipe.warmup_steps + 1) + past, num_steps)
-    assert rate == pytest.approx(recipe.lr if recipe.decay == "none" else 0.0, abs=1e-12 * recipe.lr)
+    assert rate == pytest.approx(recipe.peak_lr if recipe.decay == "none" else 0.0, abs=1e-12 * recipe.peak_lr)
 
 
 def test_the_rate_is_half_way_down_at_half_time() -> None:
