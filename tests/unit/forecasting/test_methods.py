@@ -163,7 +163,7 @@ def test_a_run_of_which_a_part_was_frozen_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"methods": ("locla",)}, "Did you mean 'local'"),
+        ({"methods": ("locale",)}, "Did you mean 'local'"),
         ({"algorithm": ("tree",)}, "add ring to algorithm="),
         ({"servers": (1,)}, "ask for 2 or more"),
     ],
